@@ -1,0 +1,69 @@
+"""Real data sets by name. They are read from where the distribution's package put them; nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redif_sdk.errors import InvalidRequest
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """One split: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64, and the classes' names."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+def _idx(path: Path, header: int) -> NDArray[np.uint8]:
+    with gzip.open(path) as handle:
+        return np.frombuffer(handle.read(), np.uint8, offset=header)
+
+
+def data_folder(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds ``name``'s files: the argument, ``$REDIF_DATA/name``, or Debian's place for it."""
+    root = os.environ.get("REDIF_DATA")
+    places = [Path(folder)] if folder else [*([Path(root) / name] if root else []), Path("/usr/share/datasets") / name]
+    for place in places:
+        if (place / "train-images-idx3-ubyte.gz").is_file():
+            return place
+    raise InvalidRequest(
+        f"the data set {name!r} is not in {' or '.join(map(str, places))}; "
+        f"install it (Debian: apt-get install dataset-{name}) or name its folder with --data-dir"
+    )
+
+
+def load(name: str, split: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
+    """Load ``split`` ("train" or "test") of the data set ``name`` ("fashion-mnist").
+
+    Raises:
+        InvalidRequest: an unknown name or split, or the files are not installed.
+    """
+    if name != "fashion-mnist":
+        raise InvalidRequest(f"unknown data set {name!r}; known: fashion-mnist")
+    if split not in ("train", "test"):
+        raise InvalidRequest(f"unknown split {split!r}; known: train, test")
+    place, stem = data_folder(name, folder), {"train": "train", "test": "t10k"}[split]
+    images = _idx(place / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
+    labels = _idx(place / f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64)
+    return ImageData(images, labels, FASHION_MNIST_CLASSES)

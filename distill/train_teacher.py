@@ -1,0 +1,209 @@
+"""Train the shipped teachers: ``python -m redif_sdk.distill.train_teacher fashion-mnist -o DIR``.
+
+An ordinary diffusion model: v-prediction on the cosine schedule, AdamW, EMA, in the space-to-depth view of the images
+(``pixel_unshuffle(2)`` is a permutation, so white noise stays white). Every batch is drawn by its own index, so a run
+that was killed and resumed takes the same path as one that was not. On a CPU two processes of one thread are faster than one
+process of two threads: ``torchrun --nproc_per_node 2 -m redif_sdk.distill.train_teacher ...``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+
+from redif_sdk.distill import data
+from redif_sdk.distill.precision import autocast
+from redif_sdk.errors import InvalidRequest
+
+PIXEL_SHUFFLE = 2
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # name -> UNet2DModel's arguments; docs/results/teacher.md has how they compare
+    "unet-32-64": dict(
+        block_out_channels=(32, 64), layers_per_block=2, attention=(False, True), head_dim=32, norm_num_groups=8
+    ),
+    "unet-32-64-mid": dict(
+        block_out_channels=(32, 64), layers_per_block=2, attention=(False, False), head_dim=64, norm_num_groups=32
+    ),
+    "unet-64-128": dict(
+        block_out_channels=(64, 128), layers_per_block=1, attention=(False, False), head_dim=64, norm_num_groups=32
+    ),
+}
+
+
+def build_network(name: str, num_classes: int, sample_size: int, pixel_shuffle: int) -> UNet2DModel:
+    """A stock class-conditional ``UNet2DModel``; its last class is 'no class' (label dropout)."""
+    spec = dict(ARCHITECTURES[name])
+    attention, channels = spec.pop("attention"), pixel_shuffle**2
+    return UNet2DModel(
+        sample_size=sample_size // pixel_shuffle,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        attention_head_dim=spec.pop("head_dim"),
+        num_class_embeds=num_classes + 1,
+        **spec,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def v_loss(network: torch.nn.Module, alphas_cumprod: Tensor, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of v = alpha noise - sigma x0 (Salimans and Ho 2022, appendix D), for each sample: (B,)."""
+    alpha = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    with autocast():
+        prediction = network(alpha * x0 + sigma * noise, t.float(), class_labels=labels).sample
+    return ((prediction.float() - (alpha * noise - sigma * x0)) ** 2).mean((1, 2, 3))
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def train(
+    name: str,
+    output: Path,
+    *,
+    architecture: str,
+    samples: int,
+    batch_size: int,
+    learning_rate: float,
+    ema_decay: float,
+    label_dropout: float,
+    seed: int,
+    data_dir: str | None,
+    checkpoint_seconds: float,
+    weight_decay: float = 0.01,
+) -> UNet2DModel:
+    """Train, or go on from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint."""
+    torch.manual_seed(seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if batch_size % world:
+        raise InvalidRequest(f"batch size {batch_size} is not divisible by {world} processes")
+    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    split = data.load(name, "train", data_dir)
+    images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, PIXEL_SHUFFLE)
+    labels, classes = torch.tensor(split.labels), len(split.class_names)
+    network = build_network(architecture, classes, split.images.shape[-1], PIXEL_SHUFFLE)
+    ema = build_network(architecture, classes, split.images.shape[-1], PIXEL_SHUFFLE).requires_grad_(False)
+    ema.load_state_dict(network.state_dict())
+    alphas_cumprod = build_scheduler().alphas_cumprod
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    updates, start, spent = math.ceil(samples / batch_size), 0, 0.0
+    checkpoint = output / "checkpoint.pt"
+    output.mkdir(parents=True, exist_ok=True)
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, spent = state["update"], state["seconds"]
+    model = accelerator.prepare_model(network)
+    began = saved = time.monotonic()
+
+    def save(update: int) -> None:
+        if not accelerator.is_main_process:
+            return
+        save_atomically(
+            {
+                "network": network.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "update": update,
+                "seconds": spent + time.monotonic() - began,
+                "samples": update * batch_size,
+                "architecture": architecture,
+            },
+            checkpoint,
+        )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"), disable=rank > 0) as progress:
+        task = progress.add_task(f"teacher {name}", total=updates, completed=start, loss=float("nan"))
+        running = float("nan")
+        for update in range(start, updates):
+            draw = torch.Generator().manual_seed(seed * 1_000_003 + update)  # the batch depends on its index alone
+            index = torch.randint(0, len(images), (batch_size,), generator=draw)
+            t = torch.randint(0, len(alphas_cumprod), (batch_size,), generator=draw)
+            noise = torch.randn((batch_size, *images.shape[1:]), generator=draw)
+            dropped = torch.rand(batch_size, generator=draw) < label_dropout
+            rate = learning_rate * min(1.0, (update + 1) / 200) * 0.5 * (1 + math.cos(math.pi * update / updates))
+            for group in optimizer.param_groups:
+                group["lr"] = max(rate, 1e-6)
+            wanted = labels[index].masked_fill(dropped, classes)
+            loss = v_loss(model, alphas_cumprod, images[index[mine]], wanted[mine], t[mine], noise[mine]).mean()
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            decay = min(ema_decay, (1 + update) / (10 + update))
+            torch._foreach_lerp_(list(ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
+            running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
+            progress.update(task, completed=update + 1, loss=running)
+            if time.monotonic() - saved > checkpoint_seconds:
+                save(update + 1)
+                saved = time.monotonic()
+    save(updates)
+    return ema
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="The data set: fashion-mnist.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoint.")],
+    architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "unet-32-64",
+    samples: Annotated[int, typer.Option(help="Training samples to see.")] = 1_000_000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    ema_decay: float = 0.9995,
+    label_dropout: float = 0.05,
+    seed: int = 0,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the data set's files.")] = None,
+    checkpoint_seconds: float = 60.0,
+    threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
+) -> None:
+    """Train a teacher. Run again with the same output folder to resume."""
+    if threads:
+        torch.set_num_threads(threads)
+    train(
+        name,
+        output,
+        architecture=architecture,
+        samples=samples,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        ema_decay=ema_decay,
+        label_dropout=label_dropout,
+        seed=seed,
+        data_dir=data_dir,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

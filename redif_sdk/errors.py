@@ -1,0 +1,72 @@
+"""Every error that the project raises on purpose.
+
+::
+
+    RedifError
+    ├── ManifestError        redif.json is missing, malformed, or of an unknown version
+    │   └── IntegrityError   a file is missing, altered, or not where it may be
+    ├── UnsupportedModel     a model, schedule or prediction type that we cannot run or train
+    ├── RuntimeUnavailable   the engine, device or precision that was asked for cannot be had
+    ├── ExportError          a graph could not be built
+    ├── ParityError          a graph does not compute what its source computes
+    ├── HubError             the Hub refused, or could not be reached
+    ├── TrainingDiverged     an in-training check failed
+    └── InvalidRequest       an argument is wrong; also a ValueError
+
+A message says what is wrong with which thing, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "RedifError",
+    "ManifestError",
+    "IntegrityError",
+    "UnsupportedModel",
+    "RuntimeUnavailable",
+    "ExportError",
+    "ParityError",
+    "HubError",
+    "TrainingDiverged",
+    "InvalidRequest",
+]
+
+
+class RedifError(Exception):
+    """Base of every error that the project raises on purpose."""
+
+
+class ManifestError(RedifError):
+    """``redif.json`` is missing, malformed, or of a version that this release does not read."""
+
+
+class IntegrityError(ManifestError):
+    """A file of the student is missing, altered, or lies outside its folder."""
+
+
+class UnsupportedModel(RedifError):
+    """A model, noise schedule or prediction type that cannot be run or trained."""
+
+
+class RuntimeUnavailable(RedifError):
+    """The engine, device or precision that was asked for cannot be had. Nothing else is used instead."""
+
+
+class ExportError(RedifError):
+    """A graph could not be built."""
+
+
+class ParityError(RedifError):
+    """A graph does not compute what its source computes."""
+
+
+class HubError(RedifError):
+    """The Hub refused a request, or could not be reached."""
+
+
+class TrainingDiverged(RedifError):
+    """An in-training check failed; the message names the check and its value."""
+
+
+class InvalidRequest(RedifError, ValueError):
+    """An argument is wrong: its value, its shape, or what it asks for."""

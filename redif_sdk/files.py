@@ -1,0 +1,230 @@
+"""Reading files that may not be trusted, and writing folders that are either whole or absent.
+
+Paths from a manifest are checked here, and a file's bytes are hashed and returned from one read, so that nothing can
+change between the check and the use. What the files mean is `manifest.py`'s business, not this module's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
+
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "atomic_folder",
+    "atomic_write",
+    "check_relative",
+    "hash_file",
+    "list_files",
+    "locate",
+    "read_checked",
+]
+
+#: Formats that run code when they are loaded. No student holds one, and no reader opens one.
+PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".dill"})
+
+#: What version control and the Hub's client leave beside the files. Never read, never hashed.
+FOREIGN_FOLDERS = (".git", ".cache/huggingface")
+
+#: A folder that `atomic_folder` may replace holds one of these: a slip of the keyboard must not delete a home folder.
+REPLACEABLE = ("redif.json", "model_index.json")
+
+_CHUNK = 1 << 20
+_DRIVE = re.compile(r"^[A-Za-z]:")
+_SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def check_relative(path: str) -> str:
+    """Return `path` if it is a plain relative POSIX path of an allowed format.
+
+    Raises ManifestError for an absolute path, ``..``, ``.``, an empty part, a backslash, a drive letter, a control
+    character, or the suffix of a pickle.
+    """
+    if (
+        not path
+        or path.startswith("/")
+        or "\\" in path
+        or _DRIVE.match(path)
+        or any(part in ("", ".", "..") for part in path.split("/"))
+        or any(ord(character) < 32 for character in path)
+    ):
+        raise ManifestError(
+            f"unsafe path {path!r} in the manifest: only plain relative paths inside the folder are read"
+        )
+    if PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES:
+        raise ManifestError(f"{path}: files of this kind can hold a pickle, which runs code; convert it to safetensors")
+    return path
+
+
+def locate(root: Path, relative: str) -> Path:
+    """The real path of `relative` inside `root`, links followed.
+
+    A link may lead elsewhere inside the folder, or into ``blobs/`` of the same repository in a Hub cache, which is how
+    the Hub's client lays files out. Raises IntegrityError for a missing file and for any other link.
+    """
+    check_relative(relative)
+    base = root.resolve()
+    try:
+        target = (base / relative).resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise IntegrityError(f"{relative} is missing from {root}; fetch or export the student again") from None
+    except (RuntimeError, OSError) as error:  # RuntimeError: a loop of links (Python 3.11, 3.12)
+        raise IntegrityError(f"{relative} in {root} cannot be reached: {error}") from error
+    if target.is_relative_to(base):
+        return target
+    if _in_hub_cache(base, target):
+        return target
+    raise IntegrityError(f"{relative} in {root} is a link that leaves the folder; replace it by the file itself")
+
+
+def _in_hub_cache(base: Path, target: Path) -> bool:
+    """Whether `base` is a snapshot, ``CACHE/models--ORG--NAME/snapshots/COMMIT``, and `target` a blob of that cache.
+
+    huggingface_hub 2 shares blobs between repositories too: there ``blobs/ETAG`` is itself a link, to
+    ``CACHE/blobs/XX/HASH``.
+    """
+    repository = base.parent.parent
+    if base.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    shared = repository.parent / "blobs"
+    return target.parent == repository / "blobs" or (
+        target.parent.parent == shared and _SHARED_BLOB.fullmatch(target.name) is not None
+    )
+
+
+def _open_regular(root: Path, relative: str) -> int:
+    """Open `relative` for reading and return the descriptor. IntegrityError unless it is a regular file."""
+    target = locate(root, relative)
+    # NOFOLLOW: links were resolved above; one that appeared since is refused. NONBLOCK: a pipe must not hang us.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(target, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IntegrityError(f"{relative} in {root} is not a regular file")
+    return descriptor
+
+
+def read_checked(root: Path, relative: str, *, limit: int, size: int | None = None, sha256: str | None = None) -> bytes:
+    """The bytes of `relative`, from one open, checked before they are returned.
+
+    `limit`: most bytes to accept. `size` and `sha256`: what the bytes must measure and hash to, where known.
+    Raises IntegrityError, naming the file, when it is missing, too large or altered.
+    """
+    with os.fdopen(_open_regular(root, relative), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit and size is None:
+        raise IntegrityError(f"{relative} in {root} has more than {limit} bytes, which none of ours has")
+    if size is not None and len(data) != size:
+        raise IntegrityError(f"{relative} in {root} was altered: it should have {size} bytes; fetch or export it again")
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise IntegrityError(
+            f"{relative} in {root} was altered: its SHA-256 is not the manifest's; fetch or export it again"
+        )
+    return data
+
+
+def hash_file(root: Path, relative: str, copy_to: Path | None = None) -> tuple[int, str]:
+    """(bytes, sha256) of a file of any size, read in chunks; written to `copy_to` on the way where given."""
+    digest, size = hashlib.sha256(), 0
+    with os.fdopen(_open_regular(root, relative), "rb") as source:
+        target = None
+        if copy_to is not None:
+            copy_to.parent.mkdir(parents=True, exist_ok=True)
+            target = copy_to.open("wb")
+        try:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+                if target is not None:
+                    target.write(chunk)
+        finally:
+            if target is not None:
+                target.close()
+    return size, digest.hexdigest()
+
+
+def list_files(root: Path) -> list[str]:
+    """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file, `FOREIGN_FOLDERS` do not."""
+    found: list[str] = []
+    for folder, subfolders, names in os.walk(root, followlinks=False):
+        here = Path(folder)
+        relative = here.relative_to(root)
+        links = [name for name in subfolders if (here / name).is_symlink()]
+        subfolders[:] = [
+            name for name in subfolders if name not in links and (relative / name).as_posix() not in FOREIGN_FOLDERS
+        ]
+        found += [(relative / name).as_posix() for name in (*names, *links)]
+    return sorted(found)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: the old file or the new one is there, never a part. After an OSError nothing is left."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raise InvalidRequest unless `path` is free, an empty folder, or a folder of ours that may be overwritten."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise InvalidRequest(f"{path} is a file; give a folder")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InvalidRequest(f"{path} is there already and not empty; give another folder, or ask to overwrite it")
+    if not any((path / name).is_file() for name in REPLACEABLE):
+        raise InvalidRequest(f"{path} is not a student's folder, so it is not overwritten; give another folder")
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write into; swap it in at the end, or remove it on any error.
+
+    An empty folder at `path` counts as none. Raises InvalidRequest when something else is there and `overwrite` is
+    false, or when it is not a folder of ours. The sibling is on the same file system, so the swap is a rename.
+    """
+    path = Path(path).resolve()
+    _check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _check_free(path, overwrite)
+        _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; what was at `path` is put back should that fail, and removed otherwise."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

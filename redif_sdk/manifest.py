@@ -1,0 +1,406 @@
+"""``redif.json``: what a student folder holds, with the hash of every file, and the checked view of such a folder.
+
+The schema, its canonical JSON and digest, `write_manifest` and `StudentFolder` live here. How files are opened safely
+is `files.py`; how graphs are run is `runtimes/`; nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
+from redif_sdk.files import (
+    FOREIGN_FOLDERS,
+    atomic_folder,
+    atomic_write,
+    check_relative,
+    hash_file,
+    list_files,
+    locate,
+    read_checked,
+)
+from redif_sdk.steps import StepTable
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "Budget",
+    "Condition",
+    "Distillation",
+    "FileEntry",
+    "Golden",
+    "Graph",
+    "Latents",
+    "Manifest",
+    "Network",
+    "Postprocess",
+    "StudentFolder",
+    "TeacherInfo",
+    "TensorSpec",
+    "atomic_folder",
+    "write_manifest",
+]
+
+FORMAT_VERSION = "1.0"
+MANIFEST_NAME = "redif.json"
+MANIFEST_LIMIT = 8 << 20  # bytes; ours have some ten thousand
+UNHASHED = frozenset({MANIFEST_NAME, "README.md", ".gitattributes"})  # the Hub edits the last two by itself
+
+SafePath = Annotated[str, AfterValidator(check_relative)]
+Positive = Annotated[int, Field(ge=1)]
+Extent = Annotated[int, Field(ge=1, le=65536)]
+Count = Annotated[int, Field(ge=0)]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class TeacherInfo(_Part):
+    """Where the student was distilled from, and how its teacher samples."""
+
+    id: str
+    revision: str | None = None
+    hash: str | None = None  # of the teacher's weights
+    num_inference_steps: Positive
+    guidance_scale: float = 1.0
+
+
+class Budget(_Part):
+    """What the distillation cost. One network call is one forward-equivalent, a gradient sample three."""
+
+    teacher_calls: Count = 0
+    student_calls: Count = 0
+    gradient_samples: Count = 0
+    forward_equivalents: float = 0.0
+    updates: Count = 0
+    seconds: float = 0.0
+
+
+class Distillation(_Part):
+    """How the student was made."""
+
+    method: str
+    rewards: list[str] = []
+    seed: int
+    budget: Budget
+    versions: dict[str, str] = {}  # package -> version
+
+
+class Latents(_Part):
+    """The network's own input, one image: (channels, height, width). `dynamic` names the axes that may differ."""
+
+    channels: Extent
+    height: Extent
+    width: Extent
+    dynamic: list[Literal["height", "width"]] = []
+
+
+class Condition(_Part):
+    """What an image is asked for by: a class from 0 to ``num_classes - 1``, which may have a name."""
+
+    kind: Literal["class"] = "class"
+    num_classes: Positive
+    class_names: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_name_a_class(self) -> Condition:
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        if self.class_names is not None and len(set(self.class_names)) != self.num_classes:
+            raise ValueError("two classes have the same name")
+        return self
+
+
+class Postprocess(_Part):
+    """Latents to pictures: torch's pixel shuffle, then `value_range` to 0..255, clipped and rounded half to even."""
+
+    pixel_shuffle: Positive = 1
+    value_range: tuple[float, float] = (-1.0, 1.0)
+
+    @model_validator(mode="after")
+    def _rising(self) -> Postprocess:
+        if self.value_range[1] <= self.value_range[0]:
+            raise ValueError("value_range must rise")
+        return self
+
+
+class Network(_Part):
+    """The class that loads the network for training, and its folder. A deployer never imports it."""
+
+    class_path: str  # e.g. "diffusers.UNet2DModel"
+    folder: SafePath
+
+
+class TensorSpec(_Part):
+    """A graph's input or output; an axis is a number, or the name of what it runs over."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Graph(_Part):
+    """One compiled graph. `data` names the files that hold its weights where they do not fit into `file` itself."""
+
+    component: Literal["denoiser", "generator"]
+    precision: Precision
+    file: SafePath
+    data: list[SafePath] = []
+    opset: Positive
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+class Golden(_Part):
+    """Inputs and torch outputs recorded at export (``.npz``; the arrays are described in `redif_sdk.export.golden`)."""
+
+    file: SafePath
+    num_inference_steps: Positive
+    batch: Positive
+
+
+class FileEntry(_Part):
+    path: SafePath
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(_Part):
+    """The whole of ``redif.json``. `files` and `digest` are filled in by `write_manifest`."""
+
+    format_version: str = FORMAT_VERSION
+    name: str
+    licence: str
+    task: Literal["unconditional", "class-conditional", "text-to-image"]
+    teacher: TeacherInfo | None = None
+    distillation: Distillation | None = None
+    step_tables: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    latents: Latents
+    condition: Condition | None = None
+    postprocess: Postprocess = Postprocess()
+    network: Network
+    graphs: list[Graph] = []
+    golden: list[Golden] = []
+    files: list[FileEntry] = []
+    metrics: list[dict[str, Any]] = []
+    verification: list[dict[str, Any]] = []
+    digest: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        steps = self.supported_steps
+        if len(set(steps)) != len(steps):
+            raise ValueError("two step tables have the same number of steps")
+        if (self.task == "class-conditional") != (self.condition is not None):
+            raise ValueError(f"task {self.task!r} does not go with condition {self.condition!r}")
+        if self.latents.channels % self.postprocess.pixel_shuffle**2:
+            raise ValueError(
+                f"{self.latents.channels} channels cannot be pixel-shuffled by {self.postprocess.pixel_shuffle}"
+            )
+        paths = [entry.path.casefold() for entry in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("a file is listed twice")
+        return self
+
+    @property
+    def supported_steps(self) -> list[int]:
+        """The numbers of steps that there is a table for, in the manifest's order: the first is the default."""
+        return [StepTable.from_dict(table).num_inference_steps for table in self.step_tables]
+
+    def step_table(self, num_inference_steps: int | None = None) -> StepTable:
+        """The table with that many rows; the first one for None. Raises InvalidRequest, naming those that there are."""
+        tables = [StepTable.from_dict(table) for table in self.step_tables]
+        if num_inference_steps is None:
+            return tables[0]
+        for table in tables:
+            if table.num_inference_steps == num_inference_steps:
+                return table
+        have = ", ".join(str(steps) for steps in self.supported_steps)
+        raise InvalidRequest(
+            f"{self.name} has no table for {num_inference_steps!r} steps; num_inference_steps can be {have}"
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a picture."""
+        factor = self.postprocess.pixel_shuffle
+        return self.latents.height * factor, self.latents.width * factor, self.latents.channels // factor**2
+
+    def graph(self, component: str, precision: str) -> Graph | None:
+        """The graph of that component and precision, if there is one."""
+        for graph in self.graphs:
+            if (graph.component, graph.precision) == (component, precision):
+                return graph
+        return None
+
+    def digested(self) -> Manifest:
+        """The same manifest with its digest."""
+        return self.model_copy(update={"digest": _digest(self.model_dump(mode="json"))})
+
+    def to_bytes(self) -> bytes:
+        """``redif.json`` as it stands on disk."""
+        return _encode(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = MANIFEST_NAME) -> Manifest:
+        """Parse and check ``redif.json``; `where` names it in errors.
+
+        Raises ManifestError for anything that is no manifest of a version that we read, IntegrityError for one that was
+        altered.
+        """
+        document = _parse(data, where)
+        version = document.get("format_version")
+        major, _, _ = version.partition(".") if isinstance(version, str) else ("", "", "")
+        if major != FORMAT_VERSION.partition(".")[0]:
+            raise ManifestError(
+                f"{where} has format_version {version!r}; this release reads {FORMAT_VERSION}: update redif-sdk"
+            )
+        # The bytes must be the very ones that we write, so that no altered byte goes unnoticed, not even a blank.
+        if document.get("digest") != _digest(document) or _encode(document) != data:
+            raise IntegrityError(f"{where} was altered: it does not match its own digest; fetch or export it again")
+        try:
+            return cls.model_validate_json(data, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            newer = "" if version == FORMAT_VERSION else f" (it is of format {version}: update redif-sdk)"
+            raise ManifestError(f"{where} is no valid manifest: {field}: {first['msg']}{newer}") from error
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"the key {key!r} comes twice")
+            result[key] = value
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where} is no JSON that we read: {error}") from error
+    if not isinstance(document, dict):
+        raise ManifestError(f"{where} is not a JSON object")
+    return document
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (ValueError, RecursionError) as error:  # 1e999 parses as infinity; a lone surrogate cannot be encoded
+        raise ManifestError(f"{MANIFEST_NAME} cannot be written as JSON: {error}") from error
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no blanks, UTF-8) of `document` without its digest."""
+    content = {key: value for key, value in document.items() if key != "digest"}
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{MANIFEST_NAME} cannot be written as JSON: {error}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file of `folder` (except README.md, .gitattributes, redif.json), and write ``redif.json`` atomically.
+
+    Returns the manifest with `files` and `digest` filled in. Raises ManifestError for a file of a kind that may not be
+    there, IntegrityError for a link that leaves the folder.
+    """
+    folder = Path(folder)
+    entries = []
+    for path in list_files(folder):
+        if path not in UNHASHED:
+            size, sha256 = hash_file(folder, path)
+            entries.append({"path": path, "bytes": size, "sha256": sha256})
+    # Validated anew: model_copy does not validate, and a caller may have changed any field that way.
+    content = manifest.model_dump(mode="json") | {"files": entries, "digest": "", "format_version": FORMAT_VERSION}
+    try:
+        complete = Manifest.model_validate(content).digested()
+    except ValidationError as error:
+        raise ManifestError(f"the manifest of {folder} is not valid: {error}") from error
+    atomic_write(folder / MANIFEST_NAME, complete.to_bytes())
+    return complete
+
+
+class StudentFolder:
+    """A checked view of a student's folder: only listed files are read, and only if they are unaltered."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read and check ``redif.json``. ManifestError if `path` is no student, IntegrityError if it was altered."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ManifestError(f"{self.path} is not a folder; give the folder of a student")
+        if not (self.path / MANIFEST_NAME).exists():
+            raise ManifestError(
+                f"{self.path} has no {MANIFEST_NAME}, so it is no student; make one with redif distill or import"
+            )
+        data = read_checked(self.path, MANIFEST_NAME, limit=MANIFEST_LIMIT)
+        self.manifest = Manifest.from_bytes(data, f"{self.path / MANIFEST_NAME}")
+        self._entries = {entry.path: entry for entry in self.manifest.files}
+        used = [file for graph in self.manifest.graphs for file in (graph.file, *graph.data)]
+        for file in (*used, *(golden.file for golden in self.manifest.golden)):
+            if file not in self._entries:
+                raise IntegrityError(f"{file} is used by {self.path} but is not in its list of files; export it again")
+
+    def read(self, relative: str) -> bytes:
+        """The bytes of a listed file, from one open, hashed before they are returned. IntegrityError names the file."""
+        entry = self._entries.get(relative)
+        if entry is None:
+            raise IntegrityError(f"{relative} is not in the list of files of {self.path}, so it is not read")
+        return read_checked(self.path, relative, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+
+    def files(self, folder: str) -> list[str]:
+        """The listed files below `folder`."""
+        return [path for path in self._entries if path.startswith(f"{folder}/")]
+
+    def check_all(self) -> None:
+        """Raise IntegrityError, naming the file, unless all listed files are there, unaltered, and nothing else is."""
+        for entry in self.manifest.files:
+            if hash_file(self.path, entry.path) != (entry.bytes, entry.sha256):
+                raise self._altered(entry.path)
+        for path in list_files(self.path):
+            if path not in self._entries and path not in UNHASHED:
+                raise IntegrityError(
+                    f"{path} in {self.path} is not in the list of files; remove it, or make the student again"
+                )
+
+    def copy_to(self, target: Path, *, without: tuple[str, ...] = ()) -> None:
+        """Copy the student into the folder `target`, hashing on the way; top-level folders in `without` are left out.
+
+        ``redif.json`` is copied too unless something is left out (a part of a student needs a manifest of its own).
+        """
+        for entry in self.manifest.files:
+            if entry.path.split("/")[0] in without:
+                continue
+            if hash_file(self.path, entry.path, copy_to=target / entry.path) != (entry.bytes, entry.sha256):
+                raise self._altered(entry.path)
+        for name in sorted(UNHASHED - {MANIFEST_NAME}):
+            if (self.path / name).exists():
+                hash_file(self.path, name, copy_to=target / name)
+        if not without:
+            atomic_write(target / MANIFEST_NAME, self.manifest.to_bytes())
+
+    def keep_foreign(self, target: Path) -> None:
+        """Copy what version control left in the folder (`FOREIGN_FOLDERS`), for when `target` will replace it."""
+        for name in FOREIGN_FOLDERS:
+            if (self.path / name).is_dir():
+                shutil.copytree(locate(self.path, name), target / name, symlinks=True)
+
+    def _altered(self, path: str) -> IntegrityError:
+        return IntegrityError(
+            f"{path} in {self.path} was altered: it is not what the manifest lists; fetch or export it again"
+        )

@@ -1,0 +1,73 @@
+"""What a distillation run is asked to do: one frozen, validated object. The command line's options are its fields."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from redif_sdk.errors import InvalidRequest
+
+DEFAULT_UPDATES = 600
+
+
+class DistillConfig(BaseModel):
+    """A run's settings. Of the budgets (``updates``, ``seconds``, ``teacher_calls``) the first to be spent ends it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    num_inference_steps: int = Field(4, ge=1, le=64, description="The student's network calls an image, K.")
+    method: str = Field("redif", description="redif or regression.")
+    reward: Any = Field("feature", description="A name, 'a+b', a callable, a list, or {reward: weight}.")
+    updates: int | None = Field(None, ge=1, description="Optimiser updates.")
+    seconds: float | None = Field(None, gt=0, description="Wall seconds of training.")
+    teacher_calls: int | None = Field(None, ge=1, description="Teacher network calls for the pool of pairs.")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    pool_size: int = Field(4096, ge=8, description="Pairs of (noise, teacher's output).")
+    batch_size: int = Field(64, ge=2)
+    learning_rate: float = Field(1e-3, gt=0, description="Peak; a short warm-up, then a cosine to 0 over the run.")
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+
+    schedule_updates: int = Field(30, ge=0, description="redif: policy-gradient updates of the step table's times.")
+    warm_start: float = Field(0.7, ge=0, le=1, description="redif: share of the run that is regression.")
+    estimator: Literal["same-state", "trajectory"] = "same-state"
+    group_size: int = Field(16, ge=2, description="Actions a state (even), or trajectories a start.")
+    exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
+    exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")
+    step_delta: float = Field(0.15, gt=0, description="same-state: rms step of x0 along the score direction.")
+    anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
+    earlier_rows: float = Field(0.0, ge=0, le=1, description="same-state: share of updates at rows before the last.")
+    delta_over_e: float = Field(0.01, gt=0, description="trajectory: the clip range as a change of the mean over e.")
+    kl: float = Field(0.0, ge=0, description="trajectory: weight of the KL to the network that the phase began with.")
+    ppo_epochs: int = Field(1, ge=1, description="trajectory: optimiser steps on each batch of trajectories.")
+
+    checkpoint_seconds: float = Field(30.0, ge=0)
+    log_every: int = Field(10, ge=1)
+    check_every: int = Field(100, ge=1, description="Updates between looks at recall and held-out error.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("updates") is None and values.get("seconds") is None:
+            return {**values, "updates": DEFAULT_UPDATES}
+        return values
+
+    @model_validator(mode="after")
+    def _even_group(self) -> DistillConfig:
+        if self.estimator == "same-state" and self.group_size % 2:
+            raise ValueError("group_size must be even: the actions are antithetic pairs")
+        return self
+
+    @classmethod
+    def checked(cls, **values: Any) -> DistillConfig:
+        """The config, or one clear :class:`InvalidRequest` in place of pydantic's report."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "the settings"
+            given = f", not {first['input']!r}" if first["loc"] else ""
+            raise InvalidRequest(f"{name}: {first['msg'].removeprefix('Value error, ')}{given}") from error

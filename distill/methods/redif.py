@@ -1,0 +1,87 @@
+"""ReDiF (arXiv 2512.22802): the student's denoising trajectory is a policy, the reward its agreement with the teacher.
+
+Three phases: the *schedule policy* learns the step table's times with the network frozen; *regression* through the
+rollout warms the network up; *reinforcement* follows the reward, with one of two estimators (``groups.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods.groups import SameStateGroups, TrajectoryGroups
+from redif_sdk.distill.methods.regression import Regression
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.schedule_policy import learn_times
+from redif_sdk.errors import InvalidRequest
+
+RESIDUALS = 512  # pairs whose residuals shape the exploration
+
+
+class ReDiF:
+    name = "redif"
+
+    def __init__(self) -> None:
+        self.warm_up = Regression()
+        self.exploration: Exploration | None = None
+        self.reference: nn.Module | None = None
+
+    def prepare(self, context: Context) -> None:
+        """The schedule policy. K = 1 has no times to learn."""
+        if context.advantage is None:
+            raise InvalidRequest("the method redif needs a reward")
+        if context.config.schedule_updates and context.policy.num_inference_steps > 1:
+            context.policy.table = learn_times(
+                context.policy, context.pairs, context.advantage, context.config.schedule_updates, context.config.seed
+            )
+
+    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        if progress < context.config.warm_start:
+            yield from self.warm_up.losses(context, batch, progress, generator)
+            return
+        first = self.exploration is None
+        if first:
+            self._begin(context)
+        assert self.exploration is not None
+        if context.config.estimator == "same-state":
+            yield from SameStateGroups(context, self.exploration).losses(batch, generator, check=first)
+        else:
+            yield from TrajectoryGroups(context, self.exploration, self.reference).losses(batch, generator, check=first)
+
+    def _begin(self, context: Context) -> None:
+        """The exploration of the reinforcement phase, from the residuals that the warm start left."""
+        pool, config = context.pairs[: min(RESIDUALS, len(context.pairs))], context.config
+        elements = pool.noise[0].numel()
+        trajectory = config.estimator == "trajectory"
+        if config.exploration_rank:
+            with torch.no_grad():
+                parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
+                outputs = torch.cat([context.policy.sample(part.noise, part.condition) for part in parts])
+            self.exploration = Exploration.structured(
+                pool.target - outputs, config.exploration_rank, white_part=0.5 if trajectory else 0.0
+            )
+        else:
+            self.exploration = Exploration.white(elements)
+        if trajectory and config.kl:
+            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        explored, reference = self.exploration, self.reference
+        return {
+            "exploration": None if explored is None else (explored.basis, explored.scales, explored.tau),
+            "reference": None if reference is None else reference.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
+        if state["exploration"] is not None:
+            basis, scales, tau = state["exploration"]
+            self.exploration = Exploration(basis, scales, tau)
+        if state["reference"] is not None:
+            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+            self.reference.load_state_dict(state["reference"])

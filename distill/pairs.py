@@ -1,0 +1,137 @@
+"""The pool of (noise, condition) and the teacher's output for each: computed once, cached on disk, read by index.
+
+The reward is paired: the student sees the very noise that made the teacher's output. Training noises come from training
+slots, evaluation noises from the deployer's slots, so the two never meet (``redif_sdk.noise``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redif_sdk.distill.teacher import Teacher
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.noise import TRAINING_SLOT, noise
+
+BANK_FILE = "bank.npz"
+HELD_OUT_SEED = 2026
+PIXEL_BANK_SIZES = {"train": 4096, "held_out": 2000}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """``noise`` and ``target`` (N, C, H, W) float32 latents, ``condition`` (N,) int64 or None."""
+
+    noise: Tensor
+    target: Tensor
+    condition: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def __getitem__(self, index: Tensor | slice) -> Pairs:
+        return Pairs(
+            self.noise[index], self.target[index], None if self.condition is None else self.condition[index]
+        )
+
+
+def pool_noise(shape: tuple[int, int, int], count: int, split: str, seed: int = 0) -> Tensor:
+    """The pool's starting noise, (count, C, H, W): image i is (seed, i), in a training or a deployment slot."""
+    key = seed if split == "train" else HELD_OUT_SEED
+    slot = TRAINING_SLOT if split == "train" else 0
+    return torch.from_numpy(noise([(key, i) for i in range(count)], shape, first_slot=slot)[0])
+
+
+def compute(
+    teacher: Teacher,
+    count: int,
+    split: str,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+    on_batch: Callable[[int], object] | None = None,
+) -> Pairs:
+    """Sample the teacher on the pool: ``count`` x its number of steps network calls."""
+    start = pool_noise(teacher.shape, count, split, seed)
+    condition = teacher.labels(np.arange(count))
+    outputs = []
+    for low in range(0, count, batch_size):
+        part = slice(low, low + batch_size)
+        outputs.append(teacher.sample(start[part], None if condition is None else condition[part]))
+        if on_batch:
+            on_batch(len(outputs[-1]))
+    return Pairs(start, torch.cat(outputs), condition)
+
+
+def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
+    """The bank that lies beside a shipped teacher (uint8 images), if it holds ``count`` entries of ``split``."""
+    if teacher.folder is None or not (teacher.folder / BANK_FILE).is_file():
+        return None
+    try:
+        with np.load(teacher.folder / BANK_FILE, allow_pickle=False) as bank:
+            if str(bank["fingerprint"]) != teacher.fingerprint or len(bank[split]) < count:
+                return None
+            images = bank[split][:count]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InvalidRequest(
+            f"{teacher.folder / BANK_FILE} cannot be read ({error}); recompute it with --rebuild-bank"
+        ) from error
+    target = teacher.latents_of(torch.from_numpy(images).float() / 127.5 - 1)
+    return Pairs(pool_noise(teacher.shape, count, split), target, teacher.labels(np.arange(count)))
+
+
+def _cache_file(teacher: Teacher, count: int, split: str, seed: int, cache: Path) -> Path:
+    key = f"{teacher.fingerprint} {teacher.num_inference_steps} {split} {seed} {count} 1"
+    return cache / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("REDIF_CACHE", Path.home() / ".cache" / "redif"))
+
+
+def get(
+    teacher: Teacher,
+    count: int,
+    split: str,
+    *,
+    seed: int = 0,
+    rebuild: bool = False,
+    cache: Path | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> tuple[Pairs, int]:
+    """The pairs, from the shipped bank, the cache, or the teacher; and how many teacher calls they took (ever).
+
+    ``split`` is "train" or "held_out". A bank's calls are counted although this run did not spend them.
+    """
+    if count < 1:
+        raise InvalidRequest(f"the pool needs at least one pair, not {count}")
+    calls = count * teacher.num_inference_steps
+    if not rebuild and seed == 0:
+        bank = shipped(teacher, count, split)
+        if bank is not None:
+            return bank, calls
+    if not teacher.fingerprint:
+        return compute(teacher, count, split, seed=seed, on_batch=on_batch), calls
+    path = _cache_file(teacher, count, split, seed, cache or cache_folder())
+    if path.is_file() and not rebuild:
+        target = torch.from_numpy(np.load(path, allow_pickle=False))
+        if target.shape == (count, *teacher.shape):
+            return Pairs(pool_noise(teacher.shape, count, split, seed), target, teacher.labels(np.arange(count))), calls
+    pairs = compute(teacher, count, split, seed=seed, on_batch=on_batch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            np.save(handle, pairs.target.numpy())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return pairs, calls

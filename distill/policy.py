@@ -1,0 +1,151 @@
+"""The student's trajectory as a policy: rollouts, exploration, log-probabilities.
+
+At row k the action is the clean-image estimate, a ~ N(x0, e^2 Sigma), and x' is computed from it, so every row has a
+likelihood, the last one and K = 1 included; at deployment e = 0. No reward and no estimator lives here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill.precision import autocast
+from redif_sdk.errors import UnsupportedModel
+from redif_sdk.steps import NoiseSchedule, StepTable
+
+
+@dataclass
+class Meter:
+    """What a run has spent, in network calls on one image. ``forward_equivalents`` weighs a gradient sample as 3."""
+
+    teacher_calls: int = 0
+    student_calls: int = 0
+    gradient_samples: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+
+    @property
+    def forward_equivalents(self) -> float:
+        return float(self.teacher_calls + self.student_calls + 3 * self.gradient_samples)
+
+
+@dataclass
+class StudentPolicy:
+    """A network and a step table. ``network`` is called as ``(x, t, condition) -> f``; ``schedule`` is where times live."""
+
+    network: nn.Module
+    table: StepTable
+    schedule: NoiseSchedule | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        if self.table.stochastic:
+            raise UnsupportedModel(
+                f"the step table {self.table.sampler!r} draws noise in its steps; train with a deterministic one (eta = 0)"
+            )
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.table.num_inference_steps
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.table.init_scale * noise
+
+    def estimate(self, k: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        """The mean of row k's action, x0 = p x + q f: (B, C, H, W) float32."""
+        if torch.is_grad_enabled():
+            self.meter.gradient_samples += len(x)
+        else:
+            self.meter.student_calls += len(x)
+        t = torch.full((len(x),), float(self.table.timesteps[k]), device=x.device)
+        with autocast(x.device.type):
+            f = self.network(x, t, condition)
+        mean: Tensor = self.table.clean(k, x, f.float())
+        return mean
+
+    def finish(self, k: int, x: Tensor, action: Tensor, condition: Tensor | None) -> Tensor:
+        """The final output when row k's action at state ``x`` was ``action`` and the rest is deterministic."""
+        for row in range(k, self.num_inference_steps):
+            if row > k:
+                action = self.estimate(row, x, condition)
+            x = self.table.advance(row, x, action)
+        return x
+
+    def sample(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """The deterministic output (e = 0); differentiable when gradients are on."""
+        x = self.start(noise)
+        return self.finish(0, x, self.estimate(0, x, condition), condition)
+
+    def states(self, noise: Tensor, condition: Tensor | None) -> list[Tensor]:
+        """x_0 ... x_{K-1}: what each row sees on the deterministic path."""
+        states = [self.start(noise)]
+        for k in range(self.num_inference_steps - 1):
+            states.append(self.table.advance(k, states[-1], self.estimate(k, states[-1], condition)))
+        return states
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Sigma = tau^2 I + B' diag(s^2) B, with the rows of B orthonormal; its mean diagonal is 1.
+
+    Rank 0 and tau = 1 is white noise. tau = 0 draws in the span of B alone and has no density.
+
+    Attributes:
+        basis: (R, D) float32, D = C H W.
+        scales: (R,) float32, the standard deviations along the basis.
+    """
+
+    basis: Tensor
+    scales: Tensor
+    tau: float
+
+    @classmethod
+    def white(cls, elements: int) -> Exploration:
+        return cls(torch.zeros(0, elements), torch.zeros(0), 1.0)
+
+    @classmethod
+    def structured(cls, residuals: Tensor, rank: int = 40, white_part: float = 0.0) -> Exploration:
+        """From residuals teacher - student (N, C, H, W): their leading principal components.
+
+        ``white_part`` in [0, 1] is the share of the variance that stays white: the regulariser that ratios need.
+        """
+        flat = residuals.flatten(1).double()
+        rank = min(rank, *flat.shape)
+        _, singular, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+        variance = singular[:rank] ** 2
+        variance = variance / variance.sum() * flat.shape[1] * (1 - white_part)
+        return cls(components[:rank].float(), variance.sqrt().float(), math.sqrt(white_part))
+
+    def draw(self, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """(count, *shape): ``count`` independent draws for a batch of ``shape`` = (B, C, H, W)."""
+        xi = torch.zeros(count, shape[0], math.prod(shape[1:]))
+        if len(self.scales):
+            weights = torch.randn(count, shape[0], len(self.scales), generator=generator)
+            xi = (weights * self.scales) @ self.basis
+        if self.tau:
+            xi = xi + self.tau * torch.randn(xi.shape, generator=generator)
+        return xi.view(count, *shape)
+
+    def antithetic(self, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """``count`` (even) draws in pairs +xi, -xi: (count, *shape)."""
+        half = self.draw(count // 2, shape, generator)
+        return torch.cat([half, -half])
+
+    def log_prob(self, action: Tensor, mean: Tensor, scale: float) -> Tensor:
+        """log N(action; mean, scale^2 Sigma) up to a constant, averaged over elements, float32: (B,).
+
+        Averaged, since a sum over D elements makes every clip range a function of D.
+        """
+        if not self.tau:
+            raise UnsupportedModel("a low-rank exploration has no density; give it a white part to use ratios or KL")
+        delta = (action.float() - mean.float()).flatten(1) / scale
+        quadratic = (delta**2).sum(1) / self.tau**2
+        if len(self.scales):
+            shrink = 1 / self.tau**2 - 1 / (self.tau**2 + self.scales**2)
+            quadratic = quadratic - ((delta @ self.basis.T) ** 2 * shrink).sum(1)
+        return -0.5 * quadratic / delta.shape[1]
+
+

@@ -1,0 +1,247 @@
+"""Turn a trained checkpoint into a shipped teacher: a diffusers folder, its bank of outputs, its judge's figures, a card.
+
+The judge is a classifier trained on the real images, which has no other use: does it see the class that was asked for?
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redif_sdk.distill import data, pairs
+from redif_sdk.distill.evaluate import Statistics, frechet_distance, precision_recall
+from redif_sdk.distill.features import NAME as FEATURES
+from redif_sdk.distill.features import embed
+from redif_sdk.distill.teacher import TEACHER_FILE, Teacher
+from redif_sdk.manifest import atomic_folder
+
+REFERENCE_FILE = "reference.npz"
+CARD_IMAGE = "samples.png"
+
+
+@dataclass(frozen=True)
+class TeacherFigures:
+    samples: int
+    seconds: float
+    parameters: int
+    classifier_accuracy: float
+    class_agreement: float
+    agreement_by_class: list[float]
+    fd_real: float
+    fd_real_floor: float
+    fd_self_floor: float
+    precision: float
+    recall: float
+
+
+class Classifier(nn.Sequential):
+    """The held-out judge of classes: four convolutions with batch norm, for 28 x 28 grey images."""
+
+    def __init__(self, num_classes: int) -> None:
+        widths, layers = (1, 32, 32, 64, 64), []
+        for k, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [nn.Conv2d(a, b, 3, stride=1 + k % 2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, num_classes))
+
+
+def train_classifier(train: data.ImageData, test: data.ImageData, *, seed: int, epochs: int = 4) -> tuple[nn.Module, float]:
+    """Train the judge on real images; returns it and its accuracy on the real test set."""
+    torch.manual_seed(seed)
+    network = Classifier(len(train.class_names))
+    images, labels = torch.tensor(train.images).float() / 127.5 - 1, torch.tensor(train.labels)
+    steps = epochs * (len(images) // 128)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    order = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
+    for step in range(steps):
+        index = order[step * 128 : (step + 1) * 128]
+        loss = F.cross_entropy(network(images[index]), labels[index], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    held = torch.tensor(test.images).float() / 127.5 - 1
+    return network, float((classify(network, held) == torch.tensor(test.labels)).float().mean())
+
+
+@torch.no_grad()
+def classify(network: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([network(part).argmax(1) for part in images.split(500)])
+
+
+def save_network(network: UNet2DModel, scheduler: DDIMScheduler, about: dict[str, Any], folder: Path) -> None:
+    """The diffusers folder and ``redif_teacher.json``. The embedding of 'no class' (label dropout) is left out."""
+    classes = about["num_classes"]
+    config = dict(network.config) | {"num_class_embeds": classes}
+    state = network.state_dict()
+    state["class_embedding.weight"] = state["class_embedding.weight"][:classes].clone()
+    plain = UNet2DModel.from_config(config)
+    plain.load_state_dict(state)
+    plain.save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / TEACHER_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_bank(teacher: Teacher, folder: Path, on_batch: Callable[[int], object] | None = None) -> dict[str, Tensor]:
+    """Sample the teacher on the pool and on the held-out noises; keep its images as uint8."""
+    images, arrays = {}, {"fingerprint": np.array(teacher.fingerprint)}
+    for split, count in pairs.PIXEL_BANK_SIZES.items():
+        target = pairs.compute(teacher, count, split, on_batch=on_batch).target
+        levels = ((teacher.images(target).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        images[split], arrays[split] = levels.float() / 127.5 - 1, levels.numpy()
+    np.savez_compressed(folder / pairs.BANK_FILE, **arrays)
+    return images
+
+
+def write_reference(test: data.ImageData, folder: Path) -> Statistics:
+    """Mean and covariance (its upper triangle) of the real test images in the judge's features, float32."""
+    real = Statistics.of(embed(torch.tensor(test.images).float() / 127.5 - 1))
+    upper = np.triu_indices(len(real.mean))
+    np.savez_compressed(
+        folder / REFERENCE_FILE,
+        features=np.array(FEATURES),
+        mean=real.mean.astype(np.float32),
+        covariance=real.covariance[upper].astype(np.float32),
+    )
+    return real
+
+
+def read_reference(folder: Path) -> Statistics | None:
+    """The statistics that :func:`write_reference` left, if the folder has any."""
+    path = folder / REFERENCE_FILE
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        mean = stored["mean"].astype(np.float64)
+        covariance = np.zeros((len(mean), len(mean)))
+        upper = np.triu_indices(len(mean))
+        covariance[upper] = stored["covariance"]
+    return Statistics(mean, covariance + np.triu(covariance, 1).T)
+
+
+def grid(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
+    """Grey images (N, 1, H, W) in [-1, 1], row by row."""
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
+    rows = [torch.cat(list(levels[low : low + columns]), 1) for low in range(0, len(levels), columns)]
+    picture = Image.fromarray(torch.cat(rows).numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def publish(
+    name: str,
+    network: UNet2DModel,
+    scheduler: DDIMScheduler,
+    folder: Path,
+    *,
+    training: dict[str, Any],
+    pixel_shuffle: int,
+    data_dir: str | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> TeacherFigures:
+    """Write the shipped teacher's folder and measure it. ``training`` goes into the card as it is."""
+    train, test = data.load(name, "train", data_dir), data.load(name, "test", data_dir)
+    about = {
+        "name": name,
+        "licence": "MIT",
+        "data": "Fashion-MNIST (Zalando Research, MIT)",
+        "num_classes": len(train.class_names),
+        "class_names": list(train.class_names),
+        "num_inference_steps": 50,
+        "pixel_shuffle": pixel_shuffle,
+        "training": training,
+    }
+    with atomic_folder(folder, overwrite=True) as staging:
+        (staging / "__init__.py").touch()
+        save_network(network, scheduler, about, staging)
+        teacher = Teacher.from_diffusers(staging)
+        began = time.monotonic()
+        images = write_bank(teacher, staging, on_batch)
+        sampling = time.monotonic() - began
+        real = write_reference(test, staging)
+        judge, accuracy = train_classifier(train, test, seed=11)
+        held, labels = images["held_out"], teacher.labels(np.arange(len(images["held_out"])))
+        assert labels is not None
+        right = (classify(judge, held) == labels).float()
+        features = embed(held)
+        real_features = embed(torch.tensor(test.images[:2000]).float() / 127.5 - 1)
+        half = Statistics.of(embed(torch.tensor(train.images[:2000]).float() / 127.5 - 1))
+        precision, recall = precision_recall(features, real_features)
+        ours = Statistics.of(features)
+        figures = TeacherFigures(
+            samples=training["samples"],
+            seconds=training["seconds"],
+            parameters=sum(p.numel() for p in network.parameters()),
+            classifier_accuracy=accuracy,
+            class_agreement=float(right.mean()),
+            agreement_by_class=[float(right[labels == c].mean()) for c in range(len(train.class_names))],
+            fd_real=frechet_distance(ours, real),
+            fd_real_floor=frechet_distance(half, real),
+            fd_self_floor=frechet_distance(ours, Statistics.of(embed(images["train"]))),
+            precision=precision,
+            recall=recall,
+        )
+        grid(held[:100], 20).save(staging / CARD_IMAGE, optimize=True)
+        (staging / "README.md").write_text(card(about, figures, sampling))
+        (staging / "figures.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
+    return figures
+
+
+def card(about: dict[str, Any], figures: TeacherFigures, sampling: float) -> str:
+    """The model card."""
+    training = about["training"]
+    by_class = "\n".join(
+        f"| {name} | {100 * share:.1f} % |"
+        for name, share in zip(about["class_names"], figures.agreement_by_class, strict=True)
+    )
+    return f"""---
+license: mit
+library_name: diffusers
+tags: [diffusion, class-conditional, fashion-mnist]
+---
+# {about["name"]}: a class-conditional diffusion teacher
+
+![100 samples, one column a class]({CARD_IMAGE})
+
+100 samples (50 DDIM steps, seeds of the held-out bank; the class of column c is c mod 10), not picked.
+
+- **Model**: diffusers `UNet2DModel`, {figures.parameters / 1e6:.2f} M parameters ({training["architecture"]}), on the
+  `pixel_unshuffle(2)` view of the images: 4 x 14 x 14. Apply `torch.nn.functional.pixel_shuffle(x, 2)` to its output.
+  v-prediction, squared-cosine schedule, 1000 times, sampled with DDIM, trailing spacing, 50 steps, eta 0.
+- **Data**: {about["data"]}, 60,000 training images; the 10,000 test images were used for the reference statistics only.
+- **Licence**: MIT (weights and data).
+- **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
+  {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
+  {training["label_dropout"]} (the saved network has no 'no class' entry), seed {training["seed"]}, fp32 on
+  {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
+- **Bank**: 4,096 training and 2,000 held-out outputs as uint8, made in {sampling:.0f} s.
+
+| figure (2,000 samples of 50 steps, EfficientNet-Lite0 features) | value |
+|---|---|
+| held-out classifier: accuracy on the real test set | {100 * figures.classifier_accuracy:.2f} % |
+| the same classifier sees the asked class in | {100 * figures.class_agreement:.2f} % |
+| Frechet distance to the 10,000 real test images | {figures.fd_real:.1f} |
+| the same for 2,000 real training images (floor) | {figures.fd_real_floor:.1f} |
+| Frechet distance of two of its own sets, 2,000 against 4,096 (floor) | {figures.fd_self_floor:.1f} |
+| precision / recall against 2,000 real test images | {figures.precision:.2f} / {figures.recall:.2f} |
+
+| class | agreement |
+|---|---|
+{by_class}
+
+Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher --publish`.
+Limits: 28 x 28 grey garments, no guidance, ten classes; not a model of people or of fashion at large.
+"""

@@ -1,0 +1,75 @@
+"""The schedule policy: policy gradient on the step table's times, the network frozen.
+
+Times are stick-breaking fractions, t_{k+1} = t_k sigmoid(m_k), with a Gaussian policy on m; every candidate table is
+judged on the same pairs. It costs seconds, and plain samplers can run its result (integer times).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.rewards import Advantage
+from redif_sdk.errors import UnsupportedModel
+from redif_sdk.steps import NoiseSchedule, StepTable
+
+GROUP, BATCH, SPREAD, RATE = 8, 24, 0.35, 0.12
+
+
+def times_of(first: int, m: Tensor) -> list[int]:
+    """first = t_0 > t_1 > ... >= 0, integers; ``m`` (K - 1,)."""
+    times, t = [first], float(first)
+    for k, fraction in enumerate(torch.sigmoid(m).tolist()):
+        left = len(m) - 1 - k  # rows that still need a time below this one
+        t = min(max(t * fraction, left), times[-1] - 1)
+        times.append(max(round(t), left))
+    return times
+
+
+def _table(schedule: NoiseSchedule, times: list[int], prediction_type: str) -> StepTable:
+    return StepTable.ddim(schedule, timesteps=times, prediction_type=prediction_type)
+
+
+def learn_times(
+    policy: StudentPolicy,
+    pairs: Pairs,
+    advantage: Advantage,
+    updates: int,
+    seed: int,
+) -> StepTable:
+    """REINFORCE with antithetic candidates and a group baseline; returns the table at the mean of the policy.
+
+    Raises:
+        UnsupportedModel: the table has no integer times of a discrete schedule to start from.
+    """
+    schedule = policy.schedule
+    if schedule is None:
+        raise UnsupportedModel("learnt times need a discrete noise schedule; set schedule_updates to 0")
+    start, prediction_type = [round(float(t)) for t in policy.table.timesteps], policy.table.prediction_type
+    fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in zip(start, start[1:], strict=False)])
+    mean, momentum, original = torch.logit(fractions.clamp(0.02, 0.98)), torch.zeros(len(fractions)), policy.table
+    try:
+        for update in range(updates):
+            draw = torch.Generator().manual_seed(seed * 7_919 + 104_729 + update)
+            batch = pairs[torch.randint(0, len(pairs), (BATCH,), generator=draw)]
+            half = torch.randn(GROUP // 2, len(mean), generator=draw)
+            xi = torch.cat([half, -half])
+            rewards = torch.zeros(GROUP)
+            for g, m in enumerate(mean + SPREAD * xi):
+                policy.table = _table(schedule, times_of(start[0], m), prediction_type)
+                with torch.no_grad():
+                    output = policy.sample(batch.noise, batch.condition)
+                rewards[g] = advantage.score(output, batch.target, batch.condition)
+            std = rewards.std()
+            if not std > 0:
+                continue
+            gradient = (((rewards - rewards.mean()) / std)[:, None] * xi).mean(0)
+            momentum = 0.7 * momentum + gradient
+            mean = mean + RATE * (1 - 0.7) / (1 - 0.7 ** (update + 1)) * momentum * math.sqrt(1 - update / updates)
+    finally:
+        policy.table = original
+    return _table(schedule, times_of(start[0], mean), prediction_type)

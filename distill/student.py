@@ -1,0 +1,309 @@
+"""A trained student on its way to disk and back: ``Student.save_pretrained``, ``distill``, ``import_pipeline``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.methods import make_method
+from redif_sdk.distill.policy import Meter, StudentPolicy
+from redif_sdk.distill.rewards import reward_names
+from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
+from redif_sdk.distill.trainer import Progress, Trainer
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.manifest import (
+    Budget,
+    Distillation,
+    Manifest,
+    Network,
+    StudentFolder,
+    TeacherInfo,
+    atomic_folder,
+    write_manifest,
+)
+from redif_sdk.steps import StepTable
+
+PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
+
+
+@dataclass
+class Student:
+    """A network, its step tables (the first is the default) and where they came from."""
+
+    teacher: Teacher
+    network: nn.Module
+    tables: list[StepTable]
+    name: str
+    distillation: Distillation | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
+        table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
+        return StudentPolicy(self.network, table, self.teacher.schedule)
+
+    def manifest(self, name: str) -> Manifest:
+        teacher = self.teacher
+        inner = self.network.network if isinstance(self.network, Denoiser) else self.network
+        package = type(inner).__module__.partition(".")[0]
+        class_path = f"diffusers.{type(inner).__name__}" if package == "diffusers" else _class_path(inner)
+        return Manifest(
+            name=name,
+            licence=teacher.licence,
+            task="unconditional" if teacher.condition is None else "class-conditional",
+            teacher=TeacherInfo(
+                id=teacher.name, hash=teacher.fingerprint or None, num_inference_steps=teacher.num_inference_steps
+            ),
+            distillation=self.distillation,
+            step_tables=[table.to_dict() for table in self.tables],
+            latents=teacher.latents,
+            condition=teacher.condition,
+            postprocess=teacher.postprocess,
+            network=Network(class_path=class_path, folder="unet"),
+            metrics=self.metrics,
+        )
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
+        """Write the student folder: diffusers' network and scheduler in safetensors, ``redif.json``, the card.
+
+        It appears whole or not at all. Graphs are added by ``redif_sdk.export.export``.
+
+        Raises:
+            InvalidRequest: the folder exists already and ``overwrite`` is off.
+            UnsupportedModel: the network is no diffusers model, so it cannot be saved as a diffusers folder.
+        """
+        folder = Path(folder)
+        inner = self.network.network if isinstance(self.network, Denoiser) else self.network
+        if not hasattr(inner, "save_pretrained"):
+            raise UnsupportedModel(
+                f"{type(inner).__name__} has no save_pretrained; give the student as a diffusers model to save it"
+            )
+        with atomic_folder(folder, overwrite=overwrite) as staging:
+            inner.save_pretrained(staging / "unet", safe_serialization=True)
+            scheduler = _scheduler(self.teacher, self.tables[0])
+            scheduler.save_pretrained(staging / "scheduler")
+            index = {
+                "_class_name": "DDIMPipeline",
+                "_diffusers_version": version("diffusers"),
+                "scheduler": ["diffusers", type(scheduler).__name__],
+                "unet": ["diffusers", type(inner).__name__],
+            }
+            (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (staging / "README.md").write_text(self._card(folder.name))
+            return write_manifest(staging, self.manifest(folder.name))
+
+    def _card(self, name: str) -> str:
+        teacher, spent = self.teacher, self.distillation
+        steps = ", ".join(str(t.num_inference_steps) for t in self.tables)
+        times = "; ".join(str([round(float(t)) for t in table.timesteps]) for table in self.tables)
+        made = (
+            f"Made by `{spent.method}` (rewards: {', '.join(spent.rewards) or 'none'}) with seed {spent.seed}: "
+            f"{spent.budget.updates} updates, {spent.budget.forward_equivalents:.0f} forward-equivalents, "
+            f"{spent.budget.seconds:.0f} s."
+            if spent
+            else "Its weights are the teacher's own; nothing was trained."
+        )
+        shuffle = teacher.postprocess.pixel_shuffle
+        decode = f"\nimages = torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "\nimages = x"
+        label = ', class_labels=torch.tensor([0])' if teacher.condition else ""
+        call = "class_labels=[0]" if teacher.condition else ""
+        return f"""---
+library_name: redif-sdk
+license: {teacher.licence.lower()}
+tags: [diffusion, few-step, redif]
+---
+# {name}
+
+A few-step diffusion student of `{teacher.name}` ({teacher.num_inference_steps} steps): {steps} network call(s) an
+image. {made}
+
+```python
+from redif_sdk import FastPipeline
+image = FastPipeline.from_pretrained("{name}")({call}).images[0]
+```
+
+With plain diffusers (step times: {times}):
+
+```python
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+unet = UNet2DModel.from_pretrained("{name}/unet")
+scheduler = DPMSolverMultistepScheduler.from_pretrained("{name}/scheduler")
+scheduler.set_timesteps(timesteps={[round(float(t)) for t in self.tables[0].timesteps]})
+x = torch.randn(1, {teacher.shape[0]}, {teacher.shape[1]}, {teacher.shape[2]})
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        f = unet(x, t{label}).sample
+    x = scheduler.step(f, t, x).prev_sample{decode}
+```
+
+Licence of the teacher's weights: {teacher.licence}.
+"""
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _scheduler(teacher: Teacher, table: StepTable) -> Any:
+    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    if table.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UnsupportedModel(f"no stock diffusers scheduler takes prediction_type {table.prediction_type!r}")
+    if teacher.folder is not None:
+        config = json.loads((teacher.folder / "scheduler" / "scheduler_config.json").read_text())
+        wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        betas = {key: config[key] for key in wanted if config.get(key) is not None}
+    else:
+        products = torch.as_tensor(teacher.schedule.alphas) ** 2
+        ratios = products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
+        betas = {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(products)}
+    return DPMSolverMultistepScheduler(
+        **betas,
+        prediction_type=table.prediction_type,
+        algorithm_type="dpmsolver++",
+        solver_order=1,
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+        thresholding=False,
+    )
+
+
+def training_folder(output: Path) -> Path:
+    """Where a run keeps its checkpoint and log: beside its output, which appears only when it is whole."""
+    return output.with_name(output.name + ".training")
+
+
+def distill(
+    source: Any,
+    config: DistillConfig | None = None,
+    *,
+    student: nn.Module | None = None,
+    start: str | Path | Student | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    on_progress: Progress | None = None,
+    pairs: pool.Pairs | None = None,
+) -> Student:
+    """Distil a teacher into a student of ``config.num_inference_steps`` network calls.
+
+    Args:
+        source: a diffusers folder, a shipped teacher's name ("fashion-mnist"), a pipeline, or a :class:`Teacher`.
+        student: a network to train in place of a copy of the teacher's (a black box has no weights).
+        start: a student (or its folder) whose weights training begins with, e.g. one of other steps.
+        folder: where checkpoint and log are kept; None: nowhere.
+        resume: go on from ``folder``'s checkpoint.
+        pairs: the pool, when the caller holds it already.
+
+    Raises:
+        InvalidRequest: an argument is wrong. UnsupportedModel: this teacher cannot be distilled.
+        TrainingDiverged: an in-training check failed.
+    """
+    config = config or DistillConfig()
+    make_method(config.method)
+    names = reward_names(config.reward)
+    teacher = Teacher.load(source)
+    if student is not None:
+        diffusers_call = type(student).__module__.startswith("diffusers.")
+        teacher = _with_student(teacher, Denoiser(student, diffusers_call=diffusers_call))
+    check_deterministic(teacher)
+    if pairs is None:
+        pairs, calls = pool.get(teacher, pool_size(teacher, config), "train")
+    else:
+        calls = len(pairs) * teacher.num_inference_steps
+    begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start
+    trainer = Trainer(
+        teacher, config, pairs, folder, start=begin.network if begin else None, on_progress=on_progress
+    )
+    policy = trainer.run(resume)
+    spent: Meter = policy.meter
+    spent.teacher_calls = calls
+    budget = Budget(
+        teacher_calls=calls,
+        student_calls=spent.student_calls,
+        gradient_samples=spent.gradient_samples,
+        forward_equivalents=spent.forward_equivalents,
+        updates=spent.updates,
+        seconds=round(spent.seconds, 3),
+    )
+    return Student(
+        teacher=teacher,
+        network=policy.network,
+        tables=[policy.table],
+        name=f"{teacher.name}-{config.num_inference_steps}",
+        distillation=Distillation(
+            method=config.method,
+            rewards=names if config.method != "regression" else [],
+            seed=config.seed,
+            budget=budget,
+            versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
+        ),
+    )
+
+
+def pool_size(teacher: Teacher, config: DistillConfig) -> int:
+    """The pool that the budget of teacher calls allows."""
+    if config.teacher_calls is None:
+        return config.pool_size
+    allowed = min(config.pool_size, config.teacher_calls // teacher.num_inference_steps)
+    if allowed < config.batch_size:
+        raise InvalidRequest(
+            f"{config.teacher_calls} teacher calls make {allowed} pairs at {teacher.num_inference_steps} steps, "
+            f"fewer than one batch of {config.batch_size}; allow more calls or lower batch_size"
+        )
+    return allowed
+
+
+def _with_student(teacher: Teacher, network: nn.Module) -> Teacher:
+    from copy import deepcopy
+    from dataclasses import replace
+
+    return replace(teacher, make_student=lambda: deepcopy(network).requires_grad_(True))
+
+
+def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
+    """A student folder back into torch, its files checked against the manifest first.
+
+    Raises:
+        ManifestError, IntegrityError: the folder is no student, or was altered.
+    """
+    checked = StudentFolder(Path(folder))
+    manifest = checked.manifest
+    for entry in manifest.files:
+        if entry.path.startswith(("unet/", "scheduler/")):
+            checked.read(entry.path)
+    source = Teacher.from_diffusers(Path(folder))
+    inner: nn.Module = source.make_student()
+    return Student(
+        teacher=teacher or source,
+        network=inner.eval().requires_grad_(False),
+        tables=[StepTable.from_dict(table) for table in manifest.step_tables],
+        name=manifest.name,
+        distillation=manifest.distillation,
+        metrics=list(manifest.metrics),
+    )
+
+
+def import_pipeline(
+    source: Any, output: str | Path, steps: Sequence[int], *, overwrite: bool = False
+) -> Manifest:
+    """Any existing pipeline as a student, as it is: its weights, and DDIM at each of ``steps``. Nothing is trained."""
+    if not steps:
+        raise InvalidRequest("no number of steps is given; name at least one, e.g. --steps 4")
+    for count in steps:
+        if count < 1:
+            raise InvalidRequest(f"steps must be at least 1, not {count}")
+    teacher = Teacher.load(source)
+    tables = [teacher.table(count) for count in dict.fromkeys(steps)]
+    student = Student(teacher, teacher.make_student(), tables, teacher.name)
+    return student.save_pretrained(output, overwrite=overwrite)

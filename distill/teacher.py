@@ -1,0 +1,272 @@
+"""What a teacher is to the distiller, and the two doors through which foreign models enter.
+
+``Teacher.from_diffusers`` takes a diffusers folder or pipeline; ``Teacher.from_callable`` takes any function
+``(x, t, condition) -> f`` with its noise schedule and prediction type. Everything behind the doors sees one thing: a
+network, a schedule, a prediction type, and how latents become images. No method, reward or loop lives here.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.manifest import Condition, Latents, Postprocess
+from redif_sdk.steps import NoiseSchedule, StepTable
+
+SHIPPED = Path(__file__).parent / "teachers"
+TEACHER_FILE = "redif_teacher.json"
+
+Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Denoiser(nn.Module):
+    """A network behind one signature: ``(x (B, C, H, W), t (B,) float32, condition (B,) int64 or None) -> f``.
+
+    ``f`` is the first C channels of what the network gives (learned-variance networks give 2C).
+    """
+
+    def __init__(self, network: nn.Module, *, diffusers_call: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.diffusers_call = diffusers_call
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        if not self.diffusers_call:
+            out = self.network(x, t, condition)
+        elif condition is None:
+            out = self.network(x, t).sample
+        else:
+            out = self.network(x, t, class_labels=condition).sample
+        return out[:, : x.shape[1]]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A diffusion model to distil.
+
+    ``predict`` is called with x (B, C, H, W) float32, t (B,) float32 and the condition (B,) int64 or None, and is a
+    black box: no gradient is asked of it. ``make_student`` returns a fresh trainable network with the same signature.
+    """
+
+    name: str
+    predict: Predict
+    schedule: NoiseSchedule
+    prediction_type: str
+    latents: Latents
+    condition: Condition | None
+    postprocess: Postprocess
+    num_inference_steps: int
+    make_student: Callable[[], nn.Module]
+    network_folder: str | None = "unet"
+    licence: str = "unknown"
+    folder: Path | None = None
+    fingerprint: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.latents.channels, self.latents.height, self.latents.width
+
+    def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
+        """DDIM with trailing spacing at ``num_inference_steps``: the untrained student, and the teacher's own sampler."""
+        return StepTable.ddim(
+            self.schedule,
+            num_inference_steps=num_inference_steps,
+            prediction_type=self.prediction_type,
+            eta=eta,
+            spacing="trailing",
+        )
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int | None = None) -> Tensor:
+        """The teacher's deterministic output (eta = 0) for ``noise`` (B, C, H, W): latents of the same shape."""
+        table = self.table(num_inference_steps or self.num_inference_steps)
+        x = table.init_scale * noise
+        for k, t in enumerate(table.timesteps):
+            f = self.predict(x, torch.full((len(x),), float(t)), condition)
+            x = table.advance(k, x, table.clean(k, x, f))
+        return x
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``."""
+        factor = self.postprocess.pixel_shuffle
+        return F.pixel_shuffle(latents, factor) if factor > 1 else latents
+
+    def latents_of(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`images` (a permutation)."""
+        factor = self.postprocess.pixel_shuffle
+        return F.pixel_unshuffle(images, factor) if factor > 1 else images
+
+    def labels(self, index: np.ndarray) -> Tensor | None:
+        """The condition of pool entry ``index``: classes in turn, so that every batch of indices is balanced."""
+        return None if self.condition is None else torch.as_tensor(index % self.condition.num_classes).long()
+
+    @classmethod
+    def load(cls, source: Any) -> Teacher:
+        """A shipped teacher's name, a diffusers folder, a pipeline, or a :class:`Teacher` itself."""
+        if isinstance(source, Teacher):
+            return source
+        if isinstance(source, (str, Path)):
+            shipped = SHIPPED / str(source)
+            if (shipped / TEACHER_FILE).is_file():
+                return cls.from_diffusers(shipped)
+            return cls.from_diffusers(Path(source))
+        return cls.from_diffusers(source)
+
+    @classmethod
+    def from_diffusers(cls, source: Any) -> Teacher:
+        """From a diffusers folder (``unet/`` + ``scheduler/``, UNet2DModel) or a pipeline that has the two.
+
+        ``redif_teacher.json`` beside ``model_index.json`` says what diffusers has no place for: class names, steps,
+        the pixel shuffle. Without it: 50 steps, no names, latents are pixels.
+
+        Raises:
+            InvalidRequest: the folder is not there, or is no diffusers folder.
+            UnsupportedModel: a network or scheduler that this adapter does not take.
+        """
+        from diffusers import UNet2DModel
+
+        if isinstance(source, (str, Path)):
+            network, scheduler_config, about, folder = _read_folder(Path(source))
+        else:
+            folder, about = None, {}
+            network, scheduler = getattr(source, "unet", None), getattr(source, "scheduler", None)
+            if not isinstance(network, UNet2DModel) or scheduler is None:
+                raise UnsupportedModel(
+                    f"the pipeline {type(source).__name__} has no UNet2DModel and scheduler; "
+                    "pass its network with Teacher.from_callable"
+                )
+            scheduler_config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+        config, size = network.config, network.config.sample_size
+        if config.class_embed_type is not None:
+            raise UnsupportedModel(f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is")
+        height, width = (size, size) if isinstance(size, int) else size
+        classes = about.get("num_classes", config.num_class_embeds)
+        network = network.float().eval().requires_grad_(False)
+        denoiser = Denoiser(network, diffusers_call=True)
+
+        @torch.no_grad()
+        def predict(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            out: Tensor = denoiser(x, t, condition)
+            return out
+
+        return cls(
+            name=about.get("name", folder.name if folder else type(source).__name__),
+            predict=predict,
+            schedule=NoiseSchedule.from_config(scheduler_config),
+            prediction_type=scheduler_config.get("prediction_type", "epsilon"),
+            latents=Latents(channels=config.in_channels, height=height, width=width),
+            condition=Condition(kind="class", num_classes=classes, class_names=about.get("class_names"))
+            if classes
+            else None,
+            postprocess=Postprocess(pixel_shuffle=about.get("pixel_shuffle", 1)),
+            num_inference_steps=about.get("num_inference_steps", 50),
+            make_student=lambda: Denoiser(copy.deepcopy(network).requires_grad_(True), diffusers_call=True),
+            licence=about.get("licence", "unknown"),
+            folder=folder,
+            fingerprint=_fingerprint(network, scheduler_config),
+            extra=about,
+        )
+
+    @classmethod
+    def from_callable(
+        cls,
+        predict: Predict,
+        *,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        shape: tuple[int, int, int],
+        student: nn.Module,
+        num_classes: int | None = None,
+        num_inference_steps: int = 50,
+        pixel_shuffle: int = 1,
+        name: str = "callable",
+        fingerprint: str | None = None,
+    ) -> Teacher:
+        """Any function ``(x, t, condition) -> f``: a score model, a denoiser, a network behind an API.
+
+        Args:
+            predict: ``x`` (B, C, H, W) float32, ``t`` (B,) float32, ``condition`` (B,) int64 or None -> (B, C, H, W).
+            schedule: its noise schedule; ``t`` indexes it.
+            prediction_type: what ``f`` is: epsilon, v_prediction, sample or score.
+            shape: (C, H, W) of x.
+            student: the network to train, since a black box has no weights to copy. A diffusers ``UNet2DModel``, or any
+                module called as ``student(x, t, condition)``. It is copied, never changed.
+            fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
+        """
+        diffusers_call = type(student).__module__.startswith("diffusers.")
+        return cls(
+            name=name,
+            predict=torch.no_grad()(predict),
+            schedule=schedule,
+            prediction_type=prediction_type,
+            latents=Latents(channels=shape[0], height=shape[1], width=shape[2]),
+            condition=Condition(kind="class", num_classes=num_classes, class_names=None) if num_classes else None,
+            postprocess=Postprocess(pixel_shuffle=pixel_shuffle),
+            num_inference_steps=num_inference_steps,
+            make_student=lambda: Denoiser(copy.deepcopy(student).requires_grad_(True), diffusers_call=diffusers_call),
+            network_folder="unet",
+            fingerprint=fingerprint or "",
+        )
+
+
+def _read_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], Path]:
+    from diffusers import UNet2DModel
+    from safetensors import SafetensorError
+
+    if not folder.is_dir():
+        known = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if p.is_dir() and p.name[0] not in "._"))
+        raise InvalidRequest(f"{folder} is no folder and no shipped teacher; give a diffusers folder or one of: {known}")
+    for needed in ("unet/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / needed).is_file():
+            raise InvalidRequest(f"{folder} is no teacher: {needed} is missing; give a folder saved by diffusers")
+    try:
+        about = json.loads((folder / TEACHER_FILE).read_text()) if (folder / TEACHER_FILE).is_file() else {}
+        scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        class_name = json.loads((folder / "unet/config.json").read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{folder} is no teacher: a JSON file in it does not parse ({error})") from error
+    if class_name != "UNet2DModel":
+        raise UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
+    if "FlowMatch" in scheduler_config.get("_class_name", ""):
+        raise UnsupportedModel(f"{folder} has a flow scheduler; this adapter takes variance-preserving schedules")
+    try:
+        network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidRequest(f"the weights in {folder}/unet cannot be read: {first}; copy the teacher again") from error
+    return network, scheduler_config, about, folder
+
+
+def _fingerprint(network: nn.Module, scheduler_config: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(scheduler_config, sort_keys=True, default=str).encode())
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_deterministic(teacher: Teacher) -> None:
+    """A teacher whose output for one input changes cannot be paired with a student.
+
+    Raises:
+        RedifError: two calls on equal inputs differ.
+    """
+    x = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(0))
+    t, condition = torch.full((2,), len(teacher.schedule) / 2), teacher.labels(np.arange(2))
+    first, second = teacher.predict(x, t, condition), teacher.predict(x, t, condition)
+    if not torch.equal(first, second):
+        raise RedifError(
+            f"the teacher {teacher.name} gives two outputs for one input; switch its dropout or noise off: "
+            "pairs need a deterministic teacher"
+        )

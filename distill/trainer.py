@@ -1,0 +1,264 @@
+"""The training loop: budget, optimiser, EMA, checkpoints, log. It can be read top to bottom in five minutes.
+
+Every update draws from a generator that depends on (seed, update) alone, and a checkpoint holds everything else, so a
+run that was killed and resumed gives the same bits as one that was not (budget in updates, same threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.evaluate import precision_recall
+from redif_sdk.distill.methods import Context, Method, make_method
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.policy import Meter, StudentPolicy
+from redif_sdk.distill.rewards import Advantage, make_rewards
+from redif_sdk.distill.teacher import Teacher
+from redif_sdk.errors import InvalidRequest, TrainingDiverged
+from redif_sdk.steps import StepTable
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+CHECK_PAIRS = 192  # pool entries on which recall is watched
+
+Progress = Callable[[float, dict[str, float]], object]
+
+
+def refuse_dropout(network: nn.Module) -> None:
+    """Dropout in the update would make its mean another function than the rollout's."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+            raise TrainingDiverged(f"dropout is on in {name} (p = {module.p}); the student must train in eval mode")
+
+
+@dataclass
+class Trainer:
+    """One run. ``folder`` (None: nothing is written) holds the checkpoint and the JSON-lines log."""
+
+    teacher: Teacher
+    config: DistillConfig
+    pairs: Pairs
+    folder: Path | None = None
+    start: nn.Module | None = None  # a network to begin with instead of the teacher's own weights
+    start_table: StepTable | None = None
+    on_progress: Progress | None = None
+
+    method: Method = field(init=False)
+    context: Context = field(init=False)
+    ema: nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    update: int = 0
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if config.batch_size > len(self.pairs):
+            raise InvalidRequest(f"batch_size {config.batch_size} is more than the pool's {len(self.pairs)} pairs")
+        self.method = make_method(config.method)
+        network, self.ema = (self._network() for _ in range(2))
+        self.ema.requires_grad_(False)
+        refuse_dropout(network)
+        rewards = make_rewards(config.reward, self.teacher, self.pairs, config.seed)
+        table = self.start_table or self.teacher.table(config.num_inference_steps)
+        if table.num_inference_steps != config.num_inference_steps:
+            raise InvalidRequest(
+                f"the start has a table of {table.num_inference_steps} steps, but {config.num_inference_steps} are asked"
+            )
+        policy = StudentPolicy(network, table, self.teacher.schedule, Meter())
+        self.context = Context(policy, self.pairs, Advantage(rewards, self.teacher.images), config)
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def _network(self) -> nn.Module:
+        network = self.teacher.make_student()
+        if self.start is not None:
+            network.load_state_dict(self.start.state_dict())
+        return network.eval()  # dropout and label dropout off, in rollouts and updates alike
+
+    @property
+    def meter(self) -> Meter:
+        return self.context.policy.meter
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent; 1 ends the run."""
+        shares = [0.0]
+        if self.config.updates:
+            shares.append(self.update / self.config.updates)
+        if self.config.seconds:
+            shares.append(self.meter.seconds / self.config.seconds)
+        return max(shares)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool = False) -> StudentPolicy:
+        """Train until the budget is spent; returns the EMA student with its table."""
+        spent, began = 0.0, time.monotonic()
+        resumed = resume and self._load()
+        log = self._open_log(resumed)
+        if resumed:
+            spent = self.meter.seconds
+        else:
+            self.method.prepare(self.context)
+            self.meter.seconds = time.monotonic() - began
+            self._save(log)
+        saved = time.monotonic()
+        while self.progress < 1:
+            figures = self._step(self.progress)
+            self.meter.seconds = spent + time.monotonic() - began
+            if self.on_progress:
+                self.on_progress(self.progress, figures)
+            if self.update % self.config.log_every == 0 or self.progress >= 1:
+                self._write_log(log, figures)
+            if time.monotonic() - saved >= self.config.checkpoint_seconds:
+                self._save(log)
+                saved = time.monotonic()
+        self._save(log)
+        if log:
+            log.close()
+        return StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule, self.meter)
+
+    def _step(self, progress: float) -> dict[str, float]:
+        config, network = self.config, self.context.policy.network
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.update)
+        batch = self.pairs[torch.randperm(len(self.pairs), generator=generator)[: config.batch_size]]
+        rate = config.learning_rate * min(1.0, (self.update + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
+        figures: dict[str, float] = {}
+        for loss, figures in self.method.losses(self.context, batch, progress, generator):
+            if not torch.isfinite(loss):
+                raise TrainingDiverged(f"the loss is {loss.item()} at update {self.update}; lower the learning rate")
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+            if not torch.isfinite(norm):
+                raise TrainingDiverged(f"the gradient is not finite at update {self.update}; lower the learning rate")
+            self.optimizer.step()
+            figures["loss"], figures["grad_norm"] = loss.item(), norm.item()
+        decay = min(config.ema_decay, (1 + self.update) / (10 + self.update))
+        torch._foreach_lerp_(list(self.ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
+        self.update += 1
+        self.meter.updates = self.update
+        return figures
+
+    # -- watching -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check(self) -> dict[str, float]:
+        """Reward, paired error and recall of the EMA student on fixed pool entries; the meter does not count it."""
+        pool = self.pairs[: min(CHECK_PAIRS, len(self.pairs))]
+        policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
+        output = policy.sample(pool.noise, pool.condition)
+        advantage = self.context.advantage
+        assert advantage is not None
+        embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
+        _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(pool.target)))
+        return {
+            "reward": advantage.score(output, pool.target, pool.condition),
+            "pool_mse": ((output - pool.target) ** 2).mean().item(),
+            "recall": recall,
+        }
+
+    def _write_log(self, log: TextIO | None, figures: dict[str, float]) -> None:
+        row: dict[str, Any] = {"update": self.update, "progress": round(min(1.0, self.progress), 6), **figures}
+        if self.update % self.config.check_every == 0 or self.progress >= 1:
+            now = self.check()
+            row |= now
+            before = self._last_check
+            if before and now["reward"] > before["reward"] and now["recall"] < before["recall"] - 0.1:
+                row["warning"] = "recall falls while the reward rises: reward hacking?"
+            self._last_check = now
+        row["budget"] = asdict(self.meter) | {"forward_equivalents": self.meter.forward_equivalents}
+        if log:
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+
+    _last_check: dict[str, float] | None = field(init=False, default=None)
+
+    # -- keeping --------------------------------------------------------------------------------------------------
+
+    def _open_log(self, resumed: bool) -> TextIO | None:
+        """The log, cut back to what the checkpoint knows: lines of updates that will be made again are dropped."""
+        if self.folder is None:
+            return None
+        path = self.folder / LOG
+        kept: list[str] = []
+        if resumed and path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["update"] <= self.update:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the line that the kill cut short
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("w")
+        log.writelines(kept)
+        log.flush()
+        return log
+
+    def _save(self, log: TextIO | None) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "config": self._identity(),
+            "network": self.context.policy.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "table": json.dumps(self.context.policy.table.to_dict()),
+            "method": self.method.state_dict(),
+            "update": self.update,
+            "meter": asdict(self.meter),
+            "last_check": self._last_check,
+        }
+        temporary = self.folder / f"{CHECKPOINT}.tmp"
+        try:
+            with temporary.open("wb") as handle:
+                torch.save(state, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, self.folder / CHECKPOINT)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _identity(self) -> str:
+        """What a checkpoint must have in common with the run that resumes it."""
+        fixed = self.config.model_dump(mode="json", exclude={"checkpoint_seconds", "reward"}, fallback=str)
+        return json.dumps({**fixed, "reward": str(self.config.reward), "teacher": self.teacher.fingerprint})
+
+    def _load(self) -> bool:
+        """Go on from the folder's checkpoint, if there is one."""
+        if self.folder is None or not (self.folder / CHECKPOINT).is_file():
+            return False
+        state: dict[str, Any] = torch.load(self.folder / CHECKPOINT, weights_only=True)
+        if state["config"] != self._identity():
+            raise InvalidRequest(
+                f"the checkpoint in {self.folder} is of a run with other settings; "
+                "resume with the same ones, or remove the folder to start anew"
+            )
+        policy = self.context.policy
+        policy.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        policy.table = StepTable.from_dict(json.loads(state["table"]))
+        self.method.load_state_dict(state["method"], self.context)
+        self.update, policy.meter = state["update"], Meter(**state["meter"])
+        self._last_check = state["last_check"]
+        return True
+
+

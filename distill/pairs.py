@@ -38,9 +38,7 @@ class Pairs:
         return len(self.noise)
 
     def __getitem__(self, index: Tensor | slice) -> Pairs:
-        return Pairs(
-            self.noise[index], self.target[index], None if self.condition is None else self.condition[index]
-        )
+        return Pairs(self.noise[index], self.target[index], None if self.condition is None else self.condition[index])
 
 
 def pool_noise(shape: tuple[int, int, int], count: int, split: str, seed: int = 0) -> Tensor:

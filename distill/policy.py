@@ -147,5 +147,3 @@ class Exploration:
             shrink = 1 / self.tau**2 - 1 / (self.tau**2 + self.scales**2)
             quadratic = quadratic - ((delta @ self.basis.T) ** 2 * shrink).sum(1)
         return -0.5 * quadratic / delta.shape[1]
-
-

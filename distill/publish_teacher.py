@@ -55,7 +55,9 @@ class Classifier(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, num_classes))
 
 
-def train_classifier(train: data.ImageData, test: data.ImageData, *, seed: int, epochs: int = 4) -> tuple[nn.Module, float]:
+def train_classifier(
+    train: data.ImageData, test: data.ImageData, *, seed: int, epochs: int = 4
+) -> tuple[nn.Module, float]:
     """Train the judge on real images; returns it and its accuracy on the real test set."""
     torch.manual_seed(seed)
     network = Classifier(len(train.class_names))
@@ -91,7 +93,11 @@ def save_network(network: UNet2DModel, scheduler: DDIMScheduler, about: dict[str
     plain.load_state_dict(state)
     plain.save_pretrained(folder / "unet", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
-    index = {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    index = {
+        "_class_name": "DDIMPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / TEACHER_FILE).write_text(json.dumps(about, indent=2) + "\n")
 

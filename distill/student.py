@@ -114,7 +114,7 @@ class Student:
         )
         shuffle = teacher.postprocess.pixel_shuffle
         decode = f"\nimages = torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "\nimages = x"
-        label = ', class_labels=torch.tensor([0])' if teacher.condition else ""
+        label = ", class_labels=torch.tensor([0])" if teacher.condition else ""
         call = "class_labels=[0]" if teacher.condition else ""
         return f"""---
 library_name: redif-sdk
@@ -165,7 +165,7 @@ def _scheduler(teacher: Teacher, table: StepTable) -> Any:
         wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         betas = {key: config[key] for key in wanted if config.get(key) is not None}
     else:
-        products = torch.as_tensor(teacher.schedule.alphas) ** 2
+        products = torch.tensor(teacher.schedule.alphas) ** 2
         ratios = products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
         betas = {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(products)}
     return DPMSolverMultistepScheduler(
@@ -222,9 +222,7 @@ def distill(
     else:
         calls = len(pairs) * teacher.num_inference_steps
     begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start
-    trainer = Trainer(
-        teacher, config, pairs, folder, start=begin.network if begin else None, on_progress=on_progress
-    )
+    trainer = Trainer(teacher, config, pairs, folder, start=begin.network if begin else None, on_progress=on_progress)
     policy = trainer.run(resume)
     spent: Meter = policy.meter
     spent.teacher_calls = calls
@@ -294,9 +292,7 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
     )
 
 
-def import_pipeline(
-    source: Any, output: str | Path, steps: Sequence[int], *, overwrite: bool = False
-) -> Manifest:
+def import_pipeline(source: Any, output: str | Path, steps: Sequence[int], *, overwrite: bool = False) -> Manifest:
     """Any existing pipeline as a student, as it is: its weights, and DDIM at each of ``steps``. Nothing is trained."""
     if not steps:
         raise InvalidRequest("no number of steps is given; name at least one, e.g. --steps 4")

@@ -150,7 +150,9 @@ class Teacher:
             scheduler_config = {"_class_name": type(scheduler).__name__, **scheduler.config}
         config, size = network.config, network.config.sample_size
         if config.class_embed_type is not None:
-            raise UnsupportedModel(f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is")
+            raise UnsupportedModel(
+                f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is"
+            )
         height, width = (size, size) if isinstance(size, int) else size
         classes = about.get("num_classes", config.num_class_embeds)
         network = network.float().eval().requires_grad_(False)
@@ -227,7 +229,9 @@ def _read_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], Pat
 
     if not folder.is_dir():
         known = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if p.is_dir() and p.name[0] not in "._"))
-        raise InvalidRequest(f"{folder} is no folder and no shipped teacher; give a diffusers folder or one of: {known}")
+        raise InvalidRequest(
+            f"{folder} is no folder and no shipped teacher; give a diffusers folder or one of: {known}"
+        )
     for needed in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / needed).is_file():
             raise InvalidRequest(f"{folder} is no teacher: {needed} is missing; give a folder saved by diffusers")

@@ -68,7 +68,9 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def v_loss(network: torch.nn.Module, alphas_cumprod: Tensor, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def v_loss(
+    network: torch.nn.Module, alphas_cumprod: Tensor, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
     """Mean squared error of v = alpha noise - sigma x0 (Salimans and Ho 2022, appendix D), for each sample: (B,)."""
     alpha = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
@@ -144,7 +146,9 @@ def train(
         )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"), disable=rank > 0) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"), disable=rank > 0
+    ) as progress:
         task = progress.add_task(f"teacher {name}", total=updates, completed=start, loss=float("nan"))
         running = float("nan")
         for update in range(start, updates):

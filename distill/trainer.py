@@ -260,5 +260,3 @@ class Trainer:
         self.update, policy.meter = state["update"], Meter(**state["meter"])
         self._last_check = state["last_check"]
         return True
-
-

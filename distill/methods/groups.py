@@ -94,7 +94,9 @@ class TrajectoryGroups:
     exploration: Exploration
     reference: nn.Module | None
 
-    def rollout(self, batch: Pairs, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    def rollout(
+        self, batch: Pairs, generator: torch.Generator
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """G noisy trajectories: states, actions and means of every row, each (G B, C, H, W), and the final output."""
         policy, config = self.context.policy, self.context.config
         x = policy.start(batch.noise.repeat(config.group_size, 1, 1, 1))

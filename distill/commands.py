@@ -1,0 +1,199 @@
+"""The command line's ``distill``, ``import``, ``eval`` and ``quickstart``. Torch is imported when one of them runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write the result as JSON to this file; - is standard output.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+Teacher = Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name: fashion-mnist.")]
+
+
+def _progress(quiet: bool) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+
+
+def distill_command(
+    teacher: Teacher,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
+    steps: Annotated[int, typer.Option("--steps", help="The student's network calls an image, K.")] = 4,
+    method: Annotated[str, typer.Option(help="redif or regression.")] = "redif",
+    reward: Annotated[str, typer.Option(help="pixel, feature, or a sum: feature+pixel.")] = "feature",
+    updates: Annotated[
+        int | None, typer.Option(help="Budget: optimiser updates (600 when no budget is given).")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget: wall seconds of training.")] = None,
+    teacher_calls: Annotated[int | None, typer.Option(help="Budget: teacher calls for the pool of pairs.")] = None,
+    pool_size: Annotated[int, typer.Option(help="Pairs of (noise, teacher's output).")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Pairs an update.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    estimator: Annotated[str, typer.Option(help="redif: same-state or trajectory groups.")] = "same-state",
+    warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
+    start: Annotated[
+        Path | None, typer.Option(help="Begin with this student's weights instead of the teacher's.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 30.0,
+    rebuild_bank: Annotated[
+        bool, typer.Option("--rebuild-bank", help="Sample the teacher anew for every pair.")
+    ] = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Distil a teacher into a student of K network calls.
+
+    Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole.
+    """
+    from redif_sdk.distill import pairs as pool
+    from redif_sdk.distill.config import DistillConfig
+    from redif_sdk.distill.methods import make_method
+    from redif_sdk.distill.rewards import reward_names
+    from redif_sdk.distill.student import distill, pool_size as allowed, training_folder
+    from redif_sdk.distill.teacher import Teacher as TeacherModel
+    from redif_sdk.errors import InvalidRequest
+    from redif_sdk.report import document, write_json
+
+    config = DistillConfig.checked(
+        num_inference_steps=steps,
+        method=method,
+        reward=reward,
+        updates=updates,
+        seconds=seconds,
+        teacher_calls=teacher_calls,
+        pool_size=pool_size,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        estimator=estimator,
+        warm_start=warm_start,
+        seed=seed,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    make_method(method)
+    reward_names(reward)
+    if output.exists():
+        raise InvalidRequest(f"{output} exists already; remove it, or choose another -o")
+    folder = training_folder(output)
+    if folder.exists() and not resume:
+        raise InvalidRequest(f"{folder} holds an unfinished run; go on with --resume, or remove it")
+    model = TeacherModel.load(teacher)
+    with _progress(quiet) as progress:
+        count = allowed(model, config)
+        task = progress.add_task("teacher's outputs", total=count, note="")
+        pairs, _ = pool.get(
+            model, count, "train", rebuild=rebuild_bank, on_batch=lambda n: progress.update(task, advance=n)
+        )
+        progress.update(task, completed=count)
+        task = progress.add_task(f"{method}, {steps} step(s)", total=1.0, note="")
+
+        def show(done: float, figures: dict[str, float]) -> None:
+            progress.update(task, completed=done, note=f"mse {figures.get('mse', float('nan')):.4f}")
+
+        student = distill(model, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)
+    manifest = student.save_pretrained(output)
+    assert manifest.distillation is not None
+    row = {
+        "output": str(output),
+        "method": method,
+        "num_inference_steps": steps,
+        "timesteps": [float(t) for t in student.tables[0].timesteps],
+        "seed": seed,
+        "budget": manifest.distillation.budget.model_dump(),
+    }
+    if json:
+        write_json(json, document("distill", [row]))
+    if not quiet and json != "-":
+        typer.echo(f"{output}: a {steps}-step student of {model.name}; next: redif export {output}")
+
+
+def import_command(
+    pipeline: Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
+    steps: Annotated[list[int], typer.Option("--steps", help="Network calls an image; may be given several times.")],
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take an existing pipeline as a student, as it is: DDIM at K steps, nothing is trained."""
+    from redif_sdk.distill.student import import_pipeline
+    from redif_sdk.report import document, write_json
+
+    manifest = import_pipeline(pipeline, output, steps)
+    if json:
+        rows = [{"output": str(output), "num_inference_steps": count} for count in manifest.supported_steps]
+        write_json(json, document("import", rows))
+    if not quiet and json != "-":
+        typer.echo(f"{output}: {manifest.name} at {', '.join(map(str, manifest.supported_steps))} step(s)")
+
+
+def eval_command(
+    student: Annotated[Path, typer.Argument(help="A student's folder.")],
+    against: Annotated[str, typer.Option(help="The teacher to compare with.")] = "fashion-mnist",
+    num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
+    baselines: Annotated[bool, typer.Option(help="Also judge untrained DDIM at the same steps.")] = True,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Frechet distances, controls, paired error, precision and recall, in features that gave no reward."""
+    from redif_sdk.distill.quality import evaluate_folder, print_table
+    from redif_sdk.report import document, write_json
+
+    with _progress(quiet) as progress:
+        task = progress.add_task("evaluating", total=1.0, note="")
+        rows = evaluate_folder(
+            student,
+            against,
+            num_samples,
+            baselines=baselines,
+            on_progress=lambda done, note: progress.update(task, completed=done, note=note),
+        )
+    if json:
+        write_json(json, document("eval", rows))
+    if not quiet and json != "-":
+        print_table(rows)
+
+
+def quickstart_command(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for students, report and results.")] = Path(
+        "build/quickstart"
+    ),
+    steps: Annotated[list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4.")] = None,
+    minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.0,
+    updates: Annotated[int | None, typer.Option(help="Updates a student, instead of the preset's.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    rebuild_bank: Annotated[bool, typer.Option("--rebuild-bank", help="Sample the teacher anew (takes long).")] = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """The main job end to end: distil the shipped teacher, export, verify, generate, evaluate, and write a report."""
+    from redif_sdk.distill.quickstart import quickstart
+    from redif_sdk.report import write_json
+
+    results = quickstart(
+        output,
+        steps=steps or [1, 2, 4],
+        minutes=minutes,
+        updates=updates,
+        num_samples=num_samples,
+        seed=seed,
+        rebuild_bank=rebuild_bank,
+        quiet=quiet,
+    )
+    if json:
+        write_json(json, results)

@@ -1,0 +1,170 @@
+"""Contenders against the teacher, as rows: what ``redif eval``, the quickstart and the benchmarks report.
+
+The distances themselves are in ``evaluate.py``; here stands who is judged, on which noises, and what a row holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.evaluate import Judge, frechet_distance_of
+from redif_sdk.distill.features import NAME as FEATURES
+from redif_sdk.distill.features import embed
+from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.publish_teacher import read_reference
+from redif_sdk.distill.student import Student, load_student
+from redif_sdk.distill.teacher import Teacher
+from redif_sdk.errors import InvalidRequest
+
+OnProgress = Callable[[float, str], object]
+
+
+@torch.no_grad()
+def outputs(policy: StudentPolicy, pairs: pool.Pairs, batch_size: int = 100) -> Tensor:
+    """The policy's latents for every pair's noise: (N, C, H, W)."""
+    parts = [pairs[low : low + batch_size] for low in range(0, len(pairs), batch_size)]
+    return torch.cat([policy.sample(part.noise, part.condition) for part in parts])
+
+
+@dataclass
+class Arena:
+    """One teacher, its held-out pairs, one judge: every contender meets the same."""
+
+    teacher: Teacher
+    pairs: pool.Pairs
+    judge: Judge
+
+    @classmethod
+    def of(cls, teacher: Teacher, num_samples: int, *, rebuild: bool = False) -> Arena:
+        if num_samples < 16:
+            raise InvalidRequest(f"num_samples must be at least 16, not {num_samples}")
+        if teacher.postprocess.value_range != (-1.0, 1.0):
+            raise InvalidRequest(f"{teacher.name} has images outside [-1, 1]; the judge cannot see them")
+        pairs, _ = pool.get(teacher, num_samples, "held_out", rebuild=rebuild)
+        real = read_reference(teacher.folder) if teacher.folder else None
+        return cls(teacher, pairs, Judge(teacher.images(pairs.target), embed, real))
+
+    def floor(self) -> float | None:
+        """Frechet distance between two sets of the teacher's own samples, of other noises, of this size."""
+        if self.teacher.folder is None:
+            return None
+        other = pool.shipped(self.teacher, len(self.pairs), "train")
+        if other is None:
+            return None
+        return frechet_distance_of(embed(self.teacher.images(other.target)), self.judge.reference)
+
+    def row(
+        self, method: str, steps: int, latents: Tensor, *, seed: int | None = None, budget: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One row of DESIGN's quality table for a contender's latents."""
+        quality = self.judge.quality(self.teacher.images(latents))
+        return {
+            "data": self.teacher.extra.get("name", self.teacher.name),
+            "teacher": self.teacher.name,
+            "method": method,
+            "num_inference_steps": steps,
+            "network_calls": steps,
+            "seed": seed,
+            **quality.row(),
+            "features": FEATURES,
+            "num_samples": len(self.pairs),
+            "budget": budget or {},
+        }
+
+    def teacher_row(self) -> dict[str, Any]:
+        steps = self.teacher.num_inference_steps
+        return self.row("teacher", steps, self.pairs.target)
+
+    def ddim_row(self, steps: int) -> dict[str, Any]:
+        """The teacher's network with DDIM at ``steps``, untrained."""
+        policy = StudentPolicy(_Frozen(self.teacher), self.teacher.table(steps), self.teacher.schedule)
+        return self.row("ddim", steps, outputs(policy, self.pairs))
+
+    def student_row(self, student: Student, steps: int) -> dict[str, Any]:
+        made = student.distillation
+        return self.row(
+            made.method if made else "ddim",
+            steps,
+            outputs(student.policy(steps), self.pairs),
+            seed=made.seed if made else None,
+            budget=made.budget.model_dump() if made else None,
+        )
+
+
+class _Frozen(torch.nn.Module):
+    """The teacher's ``predict`` as a network."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.predict = teacher.predict
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        return self.predict(x, t, condition)
+
+
+def evaluate_folder(
+    folder: Path,
+    against: str,
+    num_samples: int,
+    *,
+    baselines: bool = True,
+    on_progress: OnProgress = lambda done, note: None,
+) -> list[dict[str, Any]]:
+    """Rows for every step table of a student folder, the teacher, and untrained DDIM at the same steps.
+
+    Raises:
+        ManifestError, IntegrityError: the folder is no student. InvalidRequest: teacher and student do not fit.
+    """
+    student, teacher = load_student(folder), Teacher.load(against)
+    if student.teacher.shape != teacher.shape or student.teacher.condition != teacher.condition:
+        raise InvalidRequest(
+            f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
+        )
+    arena = Arena.of(teacher, num_samples)
+    steps = [table.num_inference_steps for table in student.tables]
+    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
+    for count in steps:
+        if baselines:
+            jobs.append((f"ddim at {count}", lambda count=count: arena.ddim_row(count)))  # type: ignore[misc]
+        jobs.append((f"student at {count}", lambda count=count: arena.student_row(student, count)))  # type: ignore[misc]
+    rows = []
+    for done, (note, job) in enumerate(jobs):
+        on_progress(done / len(jobs), note)
+        rows.append(job())
+    on_progress(1.0, "")
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{rows[0]['num_samples']} samples, features {rows[0]['features']}")
+    columns = {
+        "method": "method",
+        "num_inference_steps": "calls",
+        "fd_teacher": "FD to teacher",
+        "fd_teacher_gain": "after best gain",
+        "fd_teacher_std": "after std match",
+        "fd_real": "FD to real",
+        "mse": "paired MSE",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="left" if title == "method" else "right")
+    digits = {"mse": 4, "precision": 2, "recall": 2}
+    for row in rows:
+        cells = []
+        for key in columns:
+            value = row[key]
+            cells.append(f"{value:.{digits.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
+        table.add_row(*cells)
+    Console().print(table)

@@ -1,0 +1,455 @@
+"""The estimators, and the traps that other implementations document: each has a test."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.methods import Context
+from redif_sdk.distill.methods.groups import TrajectoryGroups, check_drift, score_direction
+from redif_sdk.distill.methods.redif import ReDiF
+from redif_sdk.distill.policy import Exploration, StudentPolicy
+from redif_sdk.distill.rewards import Advantage, PixelReward, make_rewards, reward_names
+from redif_sdk.distill.schedule_policy import learn_times, times_of
+from redif_sdk.distill.teacher import Teacher, check_deterministic
+from redif_sdk.distill.trainer import Trainer
+from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
+from redif_sdk.steps import NoiseSchedule, StepTable
+
+SHAPE = (1, 4, 4)
+
+
+class Tiny(nn.Module):
+    """A network of a few hundred weights, called as (x, t, condition)."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(17, 24), nn.SiLU(), nn.Dropout(dropout), nn.Linear(24, 16))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        out: Tensor = self.body(torch.cat([x.flatten(1), t[:, None] / 1000], 1))
+        return out.view_as(x)
+
+
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    network = Tiny().eval()
+    return Teacher.from_callable(
+        network,
+        schedule=schedule(),
+        prediction_type="v_prediction",
+        shape=SHAPE,
+        student=network,
+        num_inference_steps=10,
+    )
+
+
+@pytest.fixture
+def pairs(teacher: Teacher) -> pool.Pairs:
+    return pool.compute(teacher, 64, "train")
+
+
+def trainer(teacher: Teacher, pairs: pool.Pairs, **settings: object) -> Trainer:
+    fixed = {"num_inference_steps": 2, "updates": 4, "batch_size": 8, "reward": "pixel", "schedule_updates": 0}
+    return Trainer(teacher, DistillConfig.checked(**{**fixed, **settings}), pairs)
+
+
+def context(teacher: Teacher, pairs: pool.Pairs, **settings: object) -> Context:
+    return trainer(teacher, pairs, **settings).context
+
+
+# -- exploration ------------------------------------------------------------------------------------------------------
+
+
+def test_structured_log_prob_is_the_gaussian_s_own() -> None:
+    residuals = torch.randn(50, *SHAPE, generator=torch.Generator().manual_seed(1))
+    explore = Exploration.structured(residuals, rank=5, white_part=0.3)
+    covariance = explore.tau**2 * torch.eye(16) + explore.basis.T @ torch.diag(explore.scales**2) @ explore.basis
+    mean, action, scale = torch.zeros(3, *SHAPE), torch.randn(3, *SHAPE), 0.1
+    exact = torch.distributions.MultivariateNormal(torch.zeros(16), covariance * scale**2)
+    ours = explore.log_prob(action, mean, scale) * 16
+    theirs = exact.log_prob(action.flatten(1))
+    torch.testing.assert_close(ours - ours[0], theirs - theirs[0], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("white_part", [0.0, 0.5, 1.0])
+def test_exploration_has_unit_variance_on_average(white_part: float) -> None:
+    residuals = torch.randn(60, *SHAPE, generator=torch.Generator().manual_seed(1))
+    explore = Exploration.structured(residuals, rank=6, white_part=white_part)
+    draws = explore.draw(400, (8, *SHAPE), torch.Generator().manual_seed(2))
+    assert float(draws.pow(2).mean()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_antithetic_draws_cancel_and_follow_the_generator_alone() -> None:
+    explore = Exploration.white(16)
+    first = explore.antithetic(8, (3, *SHAPE), torch.Generator().manual_seed(5))
+    torch.manual_seed(99)  # reseeding the global generator, as evaluation grids do, must not make exploration collapse
+    again = explore.antithetic(8, (3, *SHAPE), torch.Generator().manual_seed(5))
+    assert torch.equal(first, again)
+    assert torch.equal(first[:4], -first[4:])
+
+
+def test_a_low_rank_exploration_has_no_density() -> None:
+    explore = Exploration.structured(torch.randn(20, *SHAPE), rank=3)
+    with pytest.raises(UnsupportedModel, match="density"):
+        explore.log_prob(torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE), 0.1)
+
+
+# -- advantage --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_s_scale_does_not_matter_in_a_sum() -> None:
+    def sharpness(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        return images.std((1, 2, 3))
+
+    def loud(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        return 1e4 * sharpness(images, targets, condition) + 77
+
+    outputs, target = torch.rand(6, 4, *SHAPE) - 0.5, torch.rand(4, *SHAPE) - 0.5
+    quiet_sum = Advantage([(PixelReward(), 1.0), (sharpness, 1.0)], lambda x: x)(outputs, target, None)
+    loud_sum = Advantage([(PixelReward(), 1.0), (loud, 1.0)], lambda x: x)(outputs, target, None)
+    torch.testing.assert_close(quiet_sum, loud_sum, rtol=1e-3, atol=1e-3)
+
+
+def test_groups_without_spread_are_dropped_counted_and_fatal_when_all_are() -> None:
+    def half_blind(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        values = images.mean((1, 2, 3))
+        values[::2] = 1.0
+        return values
+
+    advantage = Advantage([(half_blind, 1.0)], lambda x: x)
+    values = advantage(torch.rand(4, 2, *SHAPE), torch.zeros(2, *SHAPE), None)
+    assert advantage.dropped == 1
+    assert float(values[:, 0].abs().max()) == 0.0
+    assert float(values[:, 1].abs().max()) > 0
+    constant = Advantage([(lambda i, t, c: torch.ones(len(i)), 1.0)], lambda x: x)
+    with pytest.raises(TrainingDiverged, match="cannot tell the actions apart"):
+        constant(torch.rand(4, 2, *SHAPE), torch.zeros(2, *SHAPE), None)
+
+
+def test_advantages_are_clipped() -> None:
+    advantage = Advantage([(lambda i, t, c: i[:, 0, 0, 0], 1.0)], lambda x: x, clip=2.0)
+    outputs = torch.zeros(64, 1, *SHAPE)
+    outputs[0] = 1.0
+    assert float(advantage(outputs, torch.zeros(1, *SHAPE), None).max()) == 2.0
+
+
+def test_a_reward_that_is_not_finite_or_of_the_wrong_shape_is_named() -> None:
+    outputs, target = torch.rand(4, 2, *SHAPE), torch.zeros(2, *SHAPE)
+
+    def broken(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.full((len(images),), float("nan"))
+
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        Advantage([(broken, 1.0)], lambda x: x)(outputs, target, None)
+    with pytest.raises(InvalidRequest, match="shape"):
+        Advantage([(lambda i, t, c: torch.zeros(1), 1.0)], lambda x: x)(outputs, target, None)
+
+
+def test_rewards_see_what_a_user_sees(teacher: Teacher, pairs: pool.Pairs) -> None:
+    """Clamp first and denormalise never: the reward's images span the teacher's own range."""
+    seen: list[Tensor] = []
+
+    def spy(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        seen.append(targets)
+        return images.mean((1, 2, 3))
+
+    Advantage([(spy, 1.0)], teacher.images).score(pairs.target, pairs.target * 1.0, None)
+    assert torch.equal(seen[0], teacher.images(pairs.target).clamp(-1, 1))
+
+
+def test_unknown_reward_is_named() -> None:
+    with pytest.raises(InvalidRequest, match="unknown reward 'beauty'; known: feature, pixel"):
+        reward_names("pixel+beauty")
+
+
+# -- same-state groups ------------------------------------------------------------------------------------------------
+
+
+def test_score_direction_points_along_sigma_times_the_gradient() -> None:
+    """For a linear reward w.a the direction is Sigma w: structured noise preconditions the gradient."""
+    generator = torch.Generator().manual_seed(3)
+    explore = Exploration.structured(torch.randn(60, *SHAPE, generator=generator), rank=6, white_part=0.2)
+    w = torch.randn(1, *SHAPE, generator=generator)
+    xi = explore.antithetic(4000, (1, *SHAPE), generator)
+    rewards = (xi * w).sum((2, 3, 4))
+    direction = score_direction((rewards - rewards.mean(0)) / rewards.std(0), xi).flatten()
+    sigma = explore.tau**2 * torch.eye(16) + explore.basis.T @ torch.diag(explore.scales**2) @ explore.basis
+    cosine = torch.nn.functional.cosine_similarity(direction, sigma @ w.flatten(), dim=0)
+    assert float(cosine) > 0.95
+
+
+@pytest.mark.parametrize("exploration", [0.02, 0.5])
+def test_the_step_does_not_scale_with_the_exploration(teacher: Teacher, pairs: pool.Pairs, exploration: float) -> None:
+    """Gradients that scale as 1/e are a known trap: the rms step in x0 is ``step_delta`` whatever e is."""
+    made = context(teacher, pairs, exploration=exploration, warm_start=0.0, anchor=0.0, step_delta=0.15)
+    method = ReDiF()
+    loss, _ = next(method.losses(made, pairs[:8], 0.5, torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        mean = made.policy.sample(pairs[:8].noise, None)
+    # loss = -2 mean(d mu), so with rms(d) = step_delta it is within 2 step_delta rms(mu), and not far below it
+    bound = 2 * 0.15 * float(mean.pow(2).mean().sqrt())
+    assert 1e-3 * bound < abs(loss.item()) <= bound
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("earlier_rows", [0.0, 1.0])
+def test_same_state_groups_raise_the_reward(
+    teacher: Teacher, pairs: pool.Pairs, steps: int, earlier_rows: float
+) -> None:
+    run = trainer(
+        teacher,
+        pairs,
+        num_inference_steps=steps,
+        updates=60,
+        warm_start=0.0,
+        anchor=0.0,
+        earlier_rows=earlier_rows,
+        learning_rate=3e-3,
+        exploration_rank=0,
+        ema_decay=0.0,
+    )
+    before = run.check()["reward"]
+    run.run()
+    assert run.check()["reward"] > before
+
+
+# -- trajectory groups ------------------------------------------------------------------------------------------------
+
+
+def test_trajectory_groups_raise_the_reward(teacher: Teacher, pairs: pool.Pairs) -> None:
+    run = trainer(
+        teacher,
+        pairs,
+        estimator="trajectory",
+        updates=60,
+        warm_start=0.0,
+        anchor=0.0,
+        learning_rate=3e-3,
+        ema_decay=0.0,
+        ppo_epochs=2,
+        delta_over_e=0.5,
+    )
+    before = run.check()["reward"]
+    run.run()
+    assert run.check()["reward"] > before
+
+
+def test_kl_has_a_gradient(teacher: Teacher, pairs: pool.Pairs) -> None:
+    made = context(teacher, pairs, estimator="trajectory", kl=1.0)
+    reference = copy.deepcopy(made.policy.network)
+    with torch.no_grad():
+        for parameter in made.policy.network.parameters():
+            parameter.add_(0.01)
+    groups = TrajectoryGroups(made, Exploration.white(16), reference)
+    x = made.policy.start(pairs[:4].noise)
+    kl = groups._kl(0, x, None, made.policy.estimate(0, x, None))
+    kl.backward()
+    assert float(kl) > 0
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in made.policy.network.parameters())
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_the_clip_range_is_a_change_of_the_mean(teacher: Teacher, pairs: pool.Pairs) -> None:
+    """A first epoch is on-policy: nothing is clipped; a network moved far beyond ``delta_over_e`` is clipped."""
+    made = context(teacher, pairs, estimator="trajectory", ppo_epochs=2, delta_over_e=0.01, anchor=0.0)
+    groups = TrajectoryGroups(made, Exploration.white(16), None)
+    losses = groups.losses(pairs[:8], torch.Generator().manual_seed(0), check=True)
+    _, first = next(losses)
+    assert first["clip_fraction"] == 0.0
+    with torch.no_grad():
+        for parameter in made.policy.network.parameters():
+            parameter.add_(0.05)
+    _, second = next(losses)
+    assert second["clip_fraction"] > 0.5
+
+
+# -- checks that stop a run -------------------------------------------------------------------------------------------
+
+
+def test_drift_before_the_first_update_stops_the_run() -> None:
+    mean = torch.zeros(2, *SHAPE)
+    check_drift(mean, mean + 0.009, trust_region=0.1)
+    with pytest.raises(TrainingDiverged, match="drifted"):
+        check_drift(mean, mean + 0.02, trust_region=0.1)
+    with pytest.raises(TrainingDiverged, match="drifted"):
+        check_drift(mean, mean * math.nan, trust_region=0.1)
+
+
+def test_a_network_that_is_not_deterministic_is_caught_in_the_run(teacher: Teacher, pairs: pool.Pairs) -> None:
+    run = trainer(teacher, pairs, warm_start=0.0)
+    network = run.context.policy.network
+    network.register_forward_hook(lambda module, args, out: out + torch.rand(()))
+    with pytest.raises(TrainingDiverged, match="drifted"):
+        run.run()
+
+
+def test_dropout_is_off_in_the_update(pairs: pool.Pairs, teacher: Teacher) -> None:
+    network = Tiny(dropout=0.5)
+    noisy = Teacher.from_callable(
+        network.eval(), schedule=schedule(), prediction_type="v_prediction", shape=SHAPE, student=network.train()
+    )
+    run = trainer(noisy, pairs)
+    first = run.context.policy.sample(pairs.noise, None)
+    assert torch.equal(first, run.context.policy.sample(pairs.noise, None))
+
+
+def test_a_stochastic_teacher_is_refused() -> None:
+    noisy = Teacher.from_callable(
+        lambda x, t, c: x + torch.rand_like(x),
+        schedule=schedule(),
+        prediction_type="epsilon",
+        shape=SHAPE,
+        student=Tiny(),
+    )
+    with pytest.raises(RedifError, match="two outputs for one input"):
+        check_deterministic(noisy)
+
+
+def test_a_stochastic_table_is_refused(teacher: Teacher) -> None:
+    with pytest.raises(UnsupportedModel, match="deterministic"):
+        StudentPolicy(Tiny(), teacher.table(4, eta=1.0))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(teacher: Teacher, pairs: pool.Pairs) -> None:
+    broken = pool.Pairs(pairs.noise, pairs.target * math.inf, None)
+    with pytest.raises(TrainingDiverged):
+        trainer(teacher, broken, method="regression").run()
+
+
+# -- pairing, updates, budget -----------------------------------------------------------------------------------------
+
+
+def test_the_untrained_student_at_the_teacher_s_steps_is_the_teacher(teacher: Teacher, pairs: pool.Pairs) -> None:
+    """Pairing: the student's noise is the very noise of the teacher's output."""
+    policy = StudentPolicy(teacher.make_student(), teacher.table(10))
+    with torch.no_grad():
+        torch.testing.assert_close(policy.sample(pairs.noise, None), pairs.target)
+
+
+def test_training_and_evaluation_noises_are_disjoint(teacher: Teacher) -> None:
+    train, held = (pool.pool_noise(SHAPE, 50, split) for split in ("train", "held_out"))
+    assert not (train[:, None] == held[None]).flatten(2).all(2).any()
+
+
+def test_every_update_reaches_the_optimiser(teacher: Teacher, pairs: pool.Pairs) -> None:
+    run = trainer(teacher, pairs, updates=6, warm_start=0.5)
+    seen = []
+    for update in range(6):
+        before = [p.clone() for p in run.context.policy.network.parameters()]
+        run._step(update / 6)
+        seen.append(
+            any(not torch.equal(a, b) for a, b in zip(before, run.context.policy.network.parameters(), strict=True))
+        )
+    assert seen == [True] * 6
+
+
+def test_watching_does_not_change_the_run(teacher: Teacher, pairs: pool.Pairs) -> None:
+    """Evaluation must not touch the draws that explore."""
+    weights = []
+    for every in (1, 1000):
+        policy = trainer(teacher, pairs, updates=6, warm_start=0.3, check_every=every, log_every=1).run()
+        weights.append(torch.cat([p.flatten() for p in policy.network.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_the_meter_counts_every_call(teacher: Teacher, pairs: pool.Pairs) -> None:
+    run = trainer(teacher, pairs, num_inference_steps=3, method="regression", updates=5, batch_size=8)
+    run.run()
+    assert run.meter.gradient_samples == 5 * 8 * 3
+    assert run.meter.student_calls == 0
+    assert run.meter.forward_equivalents == 3 * 120
+
+
+def test_learnt_times_help_and_are_integers_that_fall(teacher: Teacher, pairs: pool.Pairs) -> None:
+    made = context(teacher, pairs, num_inference_steps=3)
+    assert made.advantage is not None
+
+    def error(table: StepTable) -> float:
+        made.policy.table = table
+        with torch.no_grad():
+            return float(((made.policy.sample(pairs.noise, None) - pairs.target) ** 2).mean())
+
+    before = made.policy.table
+    learnt = learn_times(made.policy, pairs, made.advantage, 25, seed=0)
+    assert error(learnt) <= error(before) * 1.02
+    times = [float(t) for t in learnt.timesteps]
+    assert times == sorted(times, reverse=True)
+    assert all(t == int(t) for t in times)
+    assert times[0] == float(before.timesteps[0])
+
+
+@pytest.mark.parametrize("m", [[0.0], [50.0, 50.0, 50.0], [-50.0, -50.0, -50.0], [3.0, -9.0]])
+def test_times_fall_strictly_whatever_the_policy_says(m: list[float]) -> None:
+    times = times_of(999, torch.tensor(m))
+    assert all(a > b >= 0 for a, b in zip(times, times[1:], strict=False))
+
+
+# -- the any-callable door --------------------------------------------------------------------------------------------
+
+
+def test_a_score_function_is_a_teacher() -> None:
+    """The score of a Gaussian N(0.5, 0.2^2) is known: its samples must have that mean and spread."""
+    noise_schedule = schedule()
+    alphas, sigmas = (torch.tensor(a).float() for a in (noise_schedule.alphas, noise_schedule.sigmas))
+
+    def score(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        alpha, sigma = (values[t.long()].view(-1, 1, 1, 1) for values in (alphas, sigmas))
+        return -(x - alpha * 0.5) / (alpha**2 * 0.2**2 + sigma**2)
+
+    teacher = Teacher.from_callable(
+        score, schedule=noise_schedule, prediction_type="score", shape=SHAPE, student=Tiny(), num_inference_steps=100
+    )
+    output = pool.compute(teacher, 256, "train").target
+    assert float(output.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(output.std()) == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_black_box_teacher_trains_a_student_of_its_own(teacher: Teacher) -> None:
+    """The documented example of ``Teacher.from_callable``: the function has no weights to copy."""
+    from redif_sdk.distill import DistillConfig, distill
+
+    calls = []
+
+    def black_box(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        return torch.as_tensor(np.tanh(x.numpy()))
+
+    outside = Teacher.from_callable(
+        black_box, schedule=schedule(), prediction_type="sample", shape=SHAPE, student=Tiny(), num_inference_steps=5
+    )
+    config = DistillConfig(
+        num_inference_steps=1, updates=30, pool_size=64, batch_size=16, reward="pixel", learning_rate=3e-3
+    )
+    pairs = pool.compute(outside, 64, "train")
+    begin = float(
+        ((StudentPolicy(outside.make_student(), outside.table(1)).sample(pairs.noise, None) - pairs.target) ** 2).mean()
+    )
+    student = distill(outside, config, pairs=pairs)
+    with torch.no_grad():
+        end = float(((student.policy().sample(pairs.noise, None) - pairs.target) ** 2).mean())
+    assert end < begin
+    assert sum(calls) >= 64 * 5
+
+
+def test_feature_reward_prefers_the_teacher_s_image(teacher: Teacher, pairs: pool.Pairs) -> None:
+    reward, _ = make_rewards("feature", teacher, pairs, 0)[0]
+    images = teacher.images(pairs.target).clamp(-1, 1)
+    near, far = images + 0.02 * torch.randn_like(images), images + 0.3 * torch.randn_like(images)
+    same, close, distant = (reward(x, images, None) for x in (images, near, far))
+    assert float(same.abs().max()) < 1e-6
+    assert (close > distant).all()
+    grouped = reward(torch.cat([near, far]), images.repeat(2, 1, 1, 1), None)
+    torch.testing.assert_close(grouped, torch.cat([close, distant]))

@@ -158,7 +158,7 @@ def _cos_sin_turn(word: Words) -> tuple[Floats, Floats]:
 
         cos a = 1 - a^2/2! + ... + a^16/16!,    sin a = a (1 - a^2/3! + ... + a^16/17!)
 
-    (cosine, sine) of the word is (cos a, sin a), (-sin a, cos a), (-cos a, -sin a), (sin a, -cos a) for q mod 4 = 0 to 3.
+    For q mod 4 = 0 to 3 the pair (cosine, sine) is (cos a, sin a), (-sin a, cos a), (-cos a, -sin a), (sin a, -cos a).
     """
     turned = word + np.uint32(1 << 29)  # modulo 2^32: a whole turn is none
     quarter = turned >> np.uint32(30)

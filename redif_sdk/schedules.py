@@ -78,8 +78,8 @@ class NoiseSchedule:
         sigmoid), ``beta_start``, ``beta_end`` and ``rescale_betas_zero_snr``; a key that is missing has diffusers'
         default. Raises UnsupportedModel for any other ``beta_schedule``, InvalidRequest for values that are no betas.
         """
-        # float32 with a float64 accumulator, as torch's: near t = 0, sigma^2 = 1 - alphas_cumprod is a difference of
-        # nearly equal numbers, and one last bit of alphas_cumprod is 1e-4 of sigma.
+        # float32 with a float64 accumulator, as in torch: near t = 0, sigma^2 = 1 - alphas_cumprod is a difference of
+        # nearly equal numbers, where the last bit of alphas_cumprod is up to 1e-3 of sigma.
         betas = _betas(config)
         if not np.all((betas >= 0.0) & (betas <= 1.0)):
             raise InvalidRequest(

@@ -256,8 +256,9 @@ class StepTable:
             levels = np.linspace(1.0, 1.0 / steps, steps)
         else:
             levels = falling_sigmas(sigmas)
-        if levels[0] > 1.0 or not shift > 0.0:
-            raise InvalidRequest(f"a flow table needs sigmas of at most 1 and shift > 0, not {levels[0]:g}, {shift:g}")
+        if levels[0] > 1.0 + 1e-6 or not shift > 0.0:
+            raise InvalidRequest(f"a flow table needs sigmas of at most 1 and shift > 0, not {levels[0]} and {shift}")
+        levels = np.minimum(levels, 1.0)  # float32 times over their scale may round to above 1
         levels = shift * levels / (1.0 + (shift - 1.0) * levels)
         next_levels = np.append(levels[1:], 0.0)
         return cls.build(
@@ -290,8 +291,8 @@ class StepTable:
         first row's sigma, i.e. a start of sigma_max * noise.
         """
         levels = falling_sigmas(sigmas)
-        if not 0.0 <= final_sigma <= levels[-1]:
-            raise InvalidRequest(f"final_sigma is {final_sigma:g}; it must lie between 0 and the last sigma")
+        if not 0.0 <= final_sigma < math.inf:
+            raise InvalidRequest(f"final_sigma is {final_sigma}; give 0, or the noise level to end at")
         c_in = 1.0 / np.sqrt(levels**2 + 1.0)
         alphas, scaled = c_in, c_in * levels
         next_alphas = np.append(alphas[1:], 1.0)

@@ -65,7 +65,8 @@ def distill_command(
     from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.methods import make_method
     from redif_sdk.distill.rewards import reward_names
-    from redif_sdk.distill.student import distill, pool_size as allowed, training_folder
+    from redif_sdk.distill.student import distill, training_folder
+    from redif_sdk.distill.student import pool_size as allowed
     from redif_sdk.distill.teacher import Teacher as TeacherModel
     from redif_sdk.errors import InvalidRequest
     from redif_sdk.report import document, write_json

@@ -109,7 +109,7 @@ class Quality:
 
 @dataclass
 class Judge:
-    """The teacher's held-out images (N, C, H, W) unclamped in [-1, 1], embedded once; ``real``: statistics of real data.
+    """The teacher's held-out images (N, C, H, W) in [-1, 1], embedded once; ``real``: statistics of real data.
 
     The reference is the teacher's output for the *same* noises as the contender's, so a perfect student is at 0.
     """

@@ -129,7 +129,7 @@ def get(
     try:
         with temporary.open("wb") as handle:
             np.save(handle, pairs.target.numpy())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return pairs, calls

@@ -34,7 +34,7 @@ class Meter:
 
 @dataclass
 class StudentPolicy:
-    """A network and a step table. ``network`` is called as ``(x, t, condition) -> f``; ``schedule`` is where times live."""
+    """A network, called as ``(x, t, condition) -> f``, and a step table; ``schedule`` is where its times live."""
 
     network: nn.Module
     table: StepTable
@@ -44,7 +44,7 @@ class StudentPolicy:
     def __post_init__(self) -> None:
         if self.table.stochastic:
             raise UnsupportedModel(
-                f"the step table {self.table.sampler!r} draws noise in its steps; train with a deterministic one (eta = 0)"
+                f"the step table {self.table.sampler!r} draws noise; train with a deterministic one (eta = 0)"
             )
 
     @property

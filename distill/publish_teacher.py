@@ -1,10 +1,11 @@
-"""Turn a trained checkpoint into a shipped teacher: a diffusers folder, its bank of outputs, its judge's figures, a card.
+"""Turn a trained checkpoint into a shipped teacher: a diffusers folder, a bank of its outputs, figures, a card.
 
 The judge is a classifier trained on the real images, which has no other use: does it see the class that was asked for?
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Classifier(nn.Sequential):
 
     def __init__(self, num_classes: int) -> None:
         widths, layers = (1, 32, 32, 64, 64), []
-        for k, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for k, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, b, 3, stride=1 + k % 2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, num_classes))
 
@@ -231,7 +232,7 @@ tags: [diffusion, class-conditional, fashion-mnist]
 - **Licence**: MIT (weights and data).
 - **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
-  {training["label_dropout"]} (the saved network has no 'no class' entry), seed {training["seed"]}, fp32 on
+  {training["label_dropout"]} (the saved network has no 'no class' entry), seed {training["seed"]}, {training["precision"]} on
   {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
 - **Bank**: 4,096 training and 2,000 held-out outputs as uint8, made in {sampling:.0f} s.
 
@@ -248,6 +249,6 @@ tags: [diffusion, class-conditional, fashion-mnist]
 |---|---|
 {by_class}
 
-Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher --publish`.
+Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher` (needs Debian's `dataset-fashion-mnist`).
 Limits: 28 x 28 grey garments, no guidance, ten classes; not a model of people or of fashion at large.
 """

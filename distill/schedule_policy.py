@@ -6,6 +6,7 @@ judged on the same pairs. It costs seconds, and plain samplers can run its resul
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -50,7 +51,7 @@ def learn_times(
     if schedule is None:
         raise UnsupportedModel("learnt times need a discrete noise schedule; set schedule_updates to 0")
     start, prediction_type = [round(float(t)) for t in policy.table.timesteps], policy.table.prediction_type
-    fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in zip(start, start[1:], strict=False)])
+    fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in itertools.pairwise(start)])
     mean, momentum, original = torch.logit(fractions.clamp(0.02, 0.98)), torch.zeros(len(fractions)), policy.table
     try:
         for update in range(updates):

@@ -79,7 +79,7 @@ class Teacher:
         return self.latents.channels, self.latents.height, self.latents.width
 
     def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
-        """DDIM with trailing spacing at ``num_inference_steps``: the untrained student, and the teacher's own sampler."""
+        """DDIM with trailing spacing: the untrained student, and the teacher's own sampler."""
         return StepTable.ddim(
             self.schedule,
             num_inference_steps=num_inference_steps,

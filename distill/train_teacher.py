@@ -2,15 +2,17 @@
 
 An ordinary diffusion model: v-prediction on the cosine schedule, AdamW, EMA, in the space-to-depth view of the images
 (``pixel_unshuffle(2)`` is a permutation, so white noise stays white). Every batch is drawn by its own index, so a run
-that was killed and resumed takes the same path as one that was not. On a CPU two processes of one thread are faster than one
-process of two threads: ``torchrun --nproc_per_node 2 -m redif_sdk.distill.train_teacher ...``.
+that was killed and resumed takes the same path as one that was not. On a busy CPU two processes of one thread do better
+than one of two threads: ``torchrun --nproc_per_node 2 -m redif_sdk.distill.train_teacher ...``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,37 +25,45 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.distill import data
-from redif_sdk.distill.precision import autocast
+from redif_sdk.distill.pairs import PIXEL_BANK_SIZES
+from redif_sdk.distill.precision import autocast, cpu_has_bf16
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.report import machine
 
 PIXEL_SHUFFLE = 2
+
+
+def _unet(
+    channels: tuple[int, ...], *, layers: int, attention: tuple[bool, ...], head_dim: int, groups: int
+) -> dict[str, Any]:
+    """UNet2DModel's arguments; the middle block always attends."""
+    return {
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        "attention_head_dim": head_dim,
+        "norm_num_groups": groups,
+    }
+
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     # name -> UNet2DModel's arguments; docs/results/teacher.md has how they compare
-    "unet-32-64": dict(
-        block_out_channels=(32, 64), layers_per_block=2, attention=(False, True), head_dim=32, norm_num_groups=8
-    ),
-    "unet-32-64-mid": dict(
-        block_out_channels=(32, 64), layers_per_block=2, attention=(False, False), head_dim=64, norm_num_groups=32
-    ),
-    "unet-64-128": dict(
-        block_out_channels=(64, 128), layers_per_block=1, attention=(False, False), head_dim=64, norm_num_groups=32
-    ),
+    "unet-32-64": _unet((32, 64), layers=2, attention=(False, True), head_dim=32, groups=8),
+    "unet-32-64-mid": _unet((32, 64), layers=2, attention=(False, False), head_dim=64, groups=32),
+    "unet-64-128": _unet((64, 128), layers=1, attention=(False, False), head_dim=64, groups=32),
 }
 
 
 def build_network(name: str, num_classes: int, sample_size: int, pixel_shuffle: int) -> UNet2DModel:
     """A stock class-conditional ``UNet2DModel``; its last class is 'no class' (label dropout)."""
-    spec = dict(ARCHITECTURES[name])
-    attention, channels = spec.pop("attention"), pixel_shuffle**2
+    channels = pixel_shuffle**2
     return UNet2DModel(
         sample_size=sample_size // pixel_shuffle,
         in_channels=channels,
         out_channels=channels,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=spec.pop("head_dim"),
         num_class_embeds=num_classes + 1,
-        **spec,
+        **ARCHITECTURES[name],
     )
 
 
@@ -82,7 +92,7 @@ def v_loss(
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def train(
@@ -180,8 +190,11 @@ def train(
 def main(
     name: Annotated[str, typer.Argument(help="The data set: fashion-mnist.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoint.")],
-    architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "unet-32-64",
-    samples: Annotated[int, typer.Option(help="Training samples to see.")] = 1_000_000,
+    publish_to: Annotated[
+        Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")
+    ] = None,
+    architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "unet-32-64-mid",
+    samples: Annotated[int, typer.Option(help="Training samples to see.")] = 1_024_000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     ema_decay: float = 0.9995,
@@ -191,22 +204,46 @@ def main(
     checkpoint_seconds: float = 60.0,
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
 ) -> None:
-    """Train a teacher. Run again with the same output folder to resume."""
+    """Train a teacher, then write its folder, bank and card. Run again with the same output folder to resume."""
+    from redif_sdk.distill.publish_teacher import publish
+
+    if architecture not in ARCHITECTURES:
+        raise typer.BadParameter(f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     if threads:
         torch.set_num_threads(threads)
-    train(
-        name,
-        output,
-        architecture=architecture,
-        samples=samples,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        ema_decay=ema_decay,
-        label_dropout=label_dropout,
-        seed=seed,
-        data_dir=data_dir,
-        checkpoint_seconds=checkpoint_seconds,
-    )
+    settings: dict[str, Any] = {
+        "architecture": architecture,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "ema_decay": ema_decay,
+        "label_dropout": label_dropout,
+        "seed": seed,
+    }
+    network = train(name, output, samples=samples, data_dir=data_dir, checkpoint_seconds=checkpoint_seconds, **settings)
+    if int(os.environ.get("RANK", 0)):
+        return
+    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    training = {
+        **settings,
+        "samples": state["samples"],
+        "seconds": round(state["seconds"], 1),
+        "processor": machine()["processor"],
+        "precision": "bf16" if cpu_has_bf16() else "fp32",
+    }
+    total = sum(PIXEL_BANK_SIZES.values())
+    with Progress(TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=total)
+        figures = publish(
+            name,
+            network,
+            build_scheduler(),
+            publish_to or output / "teacher",
+            training=training,
+            pixel_shuffle=PIXEL_SHUFFLE,
+            data_dir=data_dir,
+            on_batch=lambda count: progress.advance(task, count),
+        )
+    typer.echo(json.dumps(asdict(figures), indent=1))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Trainer:
         table = self.start_table or self.teacher.table(config.num_inference_steps)
         if table.num_inference_steps != config.num_inference_steps:
             raise InvalidRequest(
-                f"the start has a table of {table.num_inference_steps} steps, but {config.num_inference_steps} are asked"
+                f"the start has {table.num_inference_steps} steps, but {config.num_inference_steps} are asked for"
             )
         policy = StudentPolicy(network, table, self.teacher.schedule, Meter())
         self.context = Context(policy, self.pairs, Advantage(rewards, self.teacher.images), config)
@@ -232,7 +232,7 @@ class Trainer:
                 torch.save(state, handle)
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.replace(temporary, self.folder / CHECKPOINT)
+            temporary.replace(self.folder / CHECKPOINT)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -167,7 +167,7 @@ def _distil(
     """One student for each K, fewest steps first; each begins with the weights of the one before."""
     from redif_sdk.distill import pairs as pool
     from redif_sdk.distill.config import DistillConfig
-    from redif_sdk.distill.student import Student, distill
+    from redif_sdk.distill.student import distill
 
     pairs, _ = pool.get(teacher, DistillConfig().pool_size, "train", rebuild=rebuild_bank)
     presets = {count: _preset(count, len(steps)) for count in steps}

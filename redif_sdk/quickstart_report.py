@@ -156,9 +156,9 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>redif quickstart</title><style>{STYLE}</style></head><body>
 <h1>redif quickstart</h1>
-<p class="lead">A {teacher_row["network_calls"]}-call diffusion teacher ({html.escape(rows[0]["teacher"])}), distilled into
-students of {", ".join(str(row["network_calls"]) for row in students)} network call(s): up to {fewer:.0f} times fewer
-calls an image. Made in {results["seconds"]:.0f} s on {html.escape(str(machine["processor"]))},
+<p class="lead">A {teacher_row["network_calls"]}-call diffusion teacher ({html.escape(rows[0]["teacher"])}),
+distilled into students of {", ".join(str(row["network_calls"]) for row in students)} network call(s):
+up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s on {html.escape(str(machine["processor"]))},
 {machine["cores"]} cores, {results["date"]}.</p>
 <h2>The same noise, three ways</h2>
 <p>Every column starts from the same noise and class. All pictures came out of the exported ONNX graphs.</p>
@@ -175,8 +175,8 @@ teacher's. FD to real: to the 10,000 real test images. MSE: paired, images in [-
 <p>Medians of {SPEED_NOTE}, through <code>FastPipeline</code> on ONNX Runtime, the contenders interleaved. Two-core
 machines are noisy: take the ratios.</p>
 <h2>What it cost</h2>
-<p>{html.escape(spent)}. The teacher's calls for the pool of pairs ({students[0]["budget"]["teacher_calls"]:,}) were made
-beforehand and ship with the package; they are counted in each budget.</p>
+<p>{html.escape(spent)}. The teacher's calls for the pool of pairs ({students[0]["budget"]["teacher_calls"]:,}) were
+made beforehand and ship with the package; they are counted in each budget.</p>
 <p>{html.escape(parts)}.</p>
 <h2>Use it</h2>
 <pre>from redif_sdk import FastPipeline

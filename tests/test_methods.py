@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -394,7 +395,7 @@ def test_learnt_times_help_and_are_integers_that_fall(teacher: Teacher, pairs: p
 @pytest.mark.parametrize("m", [[0.0], [50.0, 50.0, 50.0], [-50.0, -50.0, -50.0], [3.0, -9.0]])
 def test_times_fall_strictly_whatever_the_policy_says(m: list[float]) -> None:
     times = times_of(999, torch.tensor(m))
-    assert all(a > b >= 0 for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b >= 0 for a, b in itertools.pairwise(times))
 
 
 # -- the any-callable door --------------------------------------------------------------------------------------------

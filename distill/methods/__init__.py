@@ -42,7 +42,7 @@ class Method(Protocol):
         """Once, before the first update (not after a resume)."""
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        """``progress`` in [0, 1) is the share of the budget that is spent; ``generator`` depends on the update alone."""
+        """``progress`` in [0, 1): the share of the budget that is spent; ``generator`` depends on the update alone."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -46,7 +46,7 @@ class SameStateGroups:
     exploration: Exploration
 
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
-        """One loss: -2 <d, mu> + anchor |mu - teacher|^2, with d the score direction at an rms step of ``step_delta``."""
+        """One loss: -2 <d, mu> + anchor |mu - teacher|^2; d is the score direction at an rms of ``step_delta``."""
         policy, config = self.context.policy, self.context.config
         rows = policy.num_inference_steps
         last = rows == 1 or float(torch.rand((), generator=generator)) >= config.earlier_rows
@@ -148,7 +148,7 @@ class TrajectoryGroups:
             yield loss, figures
 
     def _kl(self, k: int, x: Tensor, labels: Tensor | None, mean: Tensor) -> Tensor:
-        """KL to the reference policy, with its gradient, averaged over elements: |mu - mu_ref|^2 / (2 e^2) when white."""
+        """KL to the reference policy, with its gradient, averaged over elements: |mu - mu_ref|^2 / (2 e^2) if white."""
         policy = self.context.policy
         assert self.reference is not None
         with torch.no_grad():

@@ -49,7 +49,7 @@ def _weighted(spec: RewardSpec) -> list[tuple[str | Reward, float]]:
 
 
 def reward_names(spec: RewardSpec) -> list[str]:
-    """The names of the rewards in ``spec``, checked: "feature", "feature+pixel", a callable, a list or {reward: weight}.
+    """The rewards' names in ``spec``, checked: "feature", "feature+pixel", a callable, a list or {reward: weight}.
 
     Raises:
         InvalidRequest: an unknown name, or no reward at all.

@@ -1,0 +1,54 @@
+# Every target sets up .venv by itself; nothing has to be installed by hand but Python 3.11 or later with venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format build clean clean-venv
+
+help:
+	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
+	@echo "make test        lint, then the tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff rewrite the sources"
+	@echo "make build       wheel and sdist, in dist/"
+	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
+
+# setuptools comes first and is used as it stands, so that its version is pinned like the others'.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation --editable '.[all,dev]'
+	@touch $@
+
+quickstart: $(READY)
+	$(BIN)/redif quickstart --output build/quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The wheel is made from the sdist, so that nothing that an earlier build left behind gets into it.
+build: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# build/ also holds the checkpoints of teachers in training: only what is named here is removed.
+clean:
+	rm -rf dist build/quickstart build/lib build/bdist.* *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find distill export demo redif_sdk tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv: clean
+	rm -rf $(VENV)

@@ -1,0 +1,209 @@
+"""The wheel and the sdist: built from a copy of the checkout, installed into an environment of their own, and used.
+
+Third-party packages are lent to that environment by a .pth file; redif_sdk itself must come from the wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path, PurePosixPath
+from shutil import copytree, ignore_patterns, unpack_archive
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = {"distill": "redif_sdk/distill", "export": "redif_sdk/export", "demo": "redif_sdk/demo"}
+NOT_SOURCES = (".git", ".*_cache", ".hypothesis", ".venv", "__pycache__", "build", "dist", "*.egg-info")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that must succeed, run without this process's Python settings."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(source: Path, output: Path, *formats: str) -> None:
+    run(sys.executable, "-m", "build", "--no-isolation", *formats, "--outdir", output, source, cwd=source)
+
+
+def names_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def sources(root: Path) -> set[str]:
+    """What a wheel must hold of the checkout: every module, the type marker, and all that lies beside the teachers."""
+    found = {f"redif_sdk/{path.name}" for path in (root / "redif_sdk").glob("*.py")} | {"redif_sdk/py.typed"}
+    found |= {path.relative_to(root).as_posix() for path in (root / "redif_sdk/runtimes").rglob("*.py")}
+    for folder, inside in FOLDERS.items():
+        found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}
+    teachers = root / "distill/teachers"
+    files = (path for path in teachers.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    return found | {f"redif_sdk/distill/teachers/{path.relative_to(teachers).as_posix()}" for path in files}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout with its links as links, so that no build writes into the checkout itself.
+
+    One more teacher lies in it: data at any depth must travel, compiled modules must not.
+    """
+    copy = tmp_path_factory.mktemp("checkout") / "redif-sdk"
+    copytree(ROOT, copy, symlinks=True, ignore=ignore_patterns(*NOT_SOURCES))
+    for name in ("README.md", ".gitattributes", "unet/config.json", "unet/weights.safetensors", "__pycache__/x.pyc"):
+        path = copy / "distill/teachers/of-this-test" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def artifacts(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(wheel, sdist), both built straight from the checkout."""
+    output = tmp_path_factory.mktemp("dist")
+    build(checkout, output, "--wheel", "--sdist")
+    (wheel,), (sdist,) = output.glob("*.whl"), output.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def site_packages(environment: Path) -> Path:
+    (found,) = environment.glob("lib/python*/site-packages")
+    return found
+
+
+def environment_with(wheel: Path, folder: Path) -> Path:
+    """A new virtual environment with `wheel`, which sees this one's third-party packages after its own."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin/python", "install")
+    run(*pip, "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    # A path in a .pth file is searched, but .pth files below it (our own editable install) are not read.
+    (site_packages(folder) / "third-party.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(artifacts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel in it."""
+    return environment_with(artifacts[0], tmp_path_factory.mktemp("environment") / "venv")
+
+
+def test_the_wheel_holds_every_source_once(artifacts: tuple[Path, Path], checkout: Path) -> None:
+    names = names_in(artifacts[0])
+    assert len(names) == len(set(names))
+    content = {name for name in names if ".dist-info/" not in name}
+    assert content == sources(checkout)
+    assert {PurePosixPath(name).parts[0] for name in content} == {"redif_sdk"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_the_project_once_and_makes_the_same_wheel(
+    artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    wheel, sdist = artifacts
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert len(names) == len(set(names))
+    wanted = {"LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "docs/design.md", "tests/test_packaging.py"}
+    assert wanted <= set(names)
+    assert not [name for name in names if name.startswith(tuple(FOLDERS.values()))]
+    unpack_archive(sdist, tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    build(source, tmp_path / "dist", "--wheel")
+    (again,) = (tmp_path / "dist").glob("*.whl")
+    assert sorted(names_in(again)) == sorted(names_in(wheel))
+
+
+def test_the_wheel_works_in_an_environment_of_its_own(installed: Path, tmp_path: Path) -> None:
+    python, packages = installed / "bin/python", site_packages(installed)
+    own = {path.name for path in packages.iterdir()} - {"third-party.pth"}
+    assert own == {"redif_sdk", f"redif_sdk-{PROJECT['project']['version']}.dist-info"}
+    script = """
+import json, redif_sdk, redif_sdk.demo, redif_sdk.distill, redif_sdk.export
+modules = redif_sdk, redif_sdk.demo, redif_sdk.distill, redif_sdk.export
+print(json.dumps([redif_sdk.__version__, *(module.__file__ for module in modules)]))
+"""
+    version, *files = json.loads(run(python, "-c", script, cwd=tmp_path))
+    assert version == PROJECT["project"]["version"]
+    folders = ("redif_sdk", "redif_sdk/demo", "redif_sdk/distill", "redif_sdk/export")
+    assert [Path(file) for file in files] == [packages / folder / "__init__.py" for folder in folders]
+
+
+def test_the_command_of_the_wheel_answers(installed: Path, tmp_path: Path) -> None:
+    redif = installed / "bin/redif"
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", run(redif, "--help", cwd=tmp_path))
+    for command in ("quickstart", "import", "distill", "eval", "export", "verify", "generate", "doctor"):
+        assert re.search(rf"\b{command}\b", shown), f"redif --help does not list {command}"
+    assert "redif" in run(redif, "doctor", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with-links", "without-links"])
+def test_an_editable_install_and_its_root_give_the_same_modules(checkout: Path, tmp_path: Path, links: bool) -> None:
+    """Also where git has no symbolic links (core.symlinks=false): there they are text files holding their target."""
+    project = Path(copytree(checkout, tmp_path / "project", symlinks=True, ignore=ignore_patterns(*NOT_SOURCES)))
+    if not links:
+        for folder, inside in FOLDERS.items():
+            (project / inside).unlink()
+            (project / inside).write_text(f"../{folder}")
+    # What `pip install --editable` asks setuptools for (PEP 660), without fetching setuptools.
+    run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_editable('dist')", cwd=project)
+    (wheel,) = (project / "dist").glob("*.whl")
+    environment = environment_with(wheel, tmp_path / "venv")
+    names = [f"redif_sdk.{name}" for name in ("distill", "export", "demo", "distill.teachers", "runtimes.base")]
+    script = f"""
+import json
+from importlib.util import find_spec
+print(json.dumps([find_spec(name).origin for name in {names}]))
+"""
+    answers = [json.loads(run(environment / "bin/python", "-c", script, cwd=cwd)) for cwd in (project, tmp_path)]
+    from_root, from_elsewhere = ([Path(origin).resolve() for origin in answer] for answer in answers)
+    assert from_root == from_elsewhere
+    assert from_root[:3] == [project / folder / "__init__.py" for folder in FOLDERS]
+
+
+def test_every_package_is_listed() -> None:
+    """setuptools finds no packages by itself here: one that is not listed would be missing from the wheel."""
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    modules = {PurePosixPath(name) for name in sources(ROOT) if name.endswith(".py")}
+    packages = {module.parent for module in modules if all(part.isidentifier() for part in module.parent.parts)}
+    assert sorted(listed) == sorted(str(package).replace("/", ".") for package in packages)
+
+
+def test_all_that_make_installs_is_pinned() -> None:
+    """Every requirement of [all,dev], however deep, has one exact version in constraints.txt, within its range."""
+    lines = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
+    pins = {}
+    for line in lines:
+        name, _, version = line.partition("==")
+        pins[canonicalize_name(name)] = version
+    assert not [name for name in pins if name.startswith("nvidia") or name == "torchvision"]
+    missing: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    queue = [Requirement(f"redif-sdk[{extra}]") for extra in ("all", "dev")]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        if name != "redif-sdk" and not requirement.specifier.contains(pins.get(name, "0"), prereleases=True):
+            missing.add(f"{requirement} (pinned: {pins.get(name)})")
+            continue
+        for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, extra))
+            deeper = (Requirement(line) for line in requires(name) or [])
+            queue += [r for r in deeper if r.marker is None or r.marker.evaluate({"extra": extra})]
+    assert not missing
+    assert {name for name, _ in seen} - {"redif-sdk"} == set(pins)

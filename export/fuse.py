@@ -1,0 +1,169 @@
+"""The fused generator: an ONNX `Loop` around the denoiser, with the step table and the noise as inputs.
+
+One graph serves any number of steps and any sampler that a table can say, and holds no random generator. It is put
+together from ONNX nodes, without torch; the arithmetic is that of `redif_sdk.steps.sample` and `redif_sdk.images`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from redif_sdk.errors import ExportError
+from redif_sdk.images import scale_and_offset
+from redif_sdk.manifest import Manifest
+
+__all__ = ["generator_model"]
+
+_PREFIX = "redif."  # of every name of ours, so that none is one of the network's
+_COLUMNS = ("t", "p", "q", "r", "s", "c")
+
+
+@dataclass
+class _Builder:
+    """Nodes and constants of one graph, in order."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+
+    def constant(self, name: str, value: Any, dtype: Any) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), _PREFIX + name))
+        return _PREFIX + name
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Append a node with one output, named after it, and return the output's name."""
+        if output != "images":
+            output = _PREFIX + output
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
+        return output
+
+
+def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+    """The generator around `denoiser` (sample, timestep[, class_labels] -> f).
+
+    Inputs: noise (N, batch, C, H, W) float32, table (K, 6) float32, init_scale () float32[, class_labels (batch,)
+    int64]; output: images (batch, H', W', C') uint8. Row k, with f of the state x and z = noise[min(k + 1, N - 1)]::
+
+        x0 = p x + q f
+        x' = r x0 + s x + c z
+
+    The weights are initialisers inside the loop's body: in the outer graph, engines would not fold constants into them.
+    """
+    latents = manifest.latents
+    height, width, channels = manifest.image_shape
+    size: list[int | str] = [
+        axis if axis in latents.dynamic else int(getattr(latents, axis)) for axis in ("height", "width")
+    ]
+    picture: list[int | str] = [
+        f"image_{axis}" if axis in latents.dynamic else extent
+        for axis, extent in (("height", height), ("width", width))
+    ]
+    inputs = [
+        _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, *size]),
+        _tensor("table", TensorProto.FLOAT, ["steps", len(_COLUMNS)]),
+        _tensor("init_scale", TensorProto.FLOAT, []),
+    ]
+    if manifest.condition is not None:
+        inputs.append(_tensor("class_labels", TensorProto.INT64, ["batch"]))
+
+    outer = _Builder()
+    zero = outer.constant("zero", 0, np.int64)
+    steps = outer.add("Squeeze", [outer.add("Shape", ["table"], "steps_1d", start=0, end=1)], "steps")
+    outer.add("Shape", ["noise"], "batch_1d", start=1, end=2)
+    slices = outer.add("Squeeze", [outer.add("Shape", ["noise"], "slices_1d", start=0, end=1)], "slices")
+    outer.add("Sub", [slices, outer.constant("one", 1, np.int64)], "last_slice")
+    start = outer.add("Mul", [outer.add("Gather", ["noise", zero], "noise_0", axis=0), "init_scale"], "start")
+    go = outer.constant("go", True, np.bool_)
+    final = outer.add("Loop", [steps, go, start], "final", body=_body(denoiser))
+    _postprocess(outer, final, manifest)
+
+    graph = helper.make_graph(
+        outer.nodes,
+        "generator",
+        inputs,
+        [_tensor("images", TensorProto.UINT8, ["batch", *picture, channels])],
+        initializer=outer.constants,
+    )
+    _check_names(graph, denoiser.graph)
+    return helper.make_model(
+        graph,
+        opset_imports=denoiser.opset_import,
+        ir_version=denoiser.ir_version,
+        producer_name=denoiser.producer_name,
+        producer_version=denoiser.producer_version,
+    )
+
+
+def _tensor(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def _body(denoiser: onnx.ModelProto) -> onnx.GraphProto:
+    """One row: (k, go, x) -> (go, x'). The table, the noise and the labels come from the graph around it."""
+    graph = denoiser.graph
+    before, after = _Builder(), _Builder()
+    k, go = _PREFIX + "k", _PREFIX + "go_in"
+    row = before.add("Gather", ["table", k], "row", axis=0)
+    scalar = {
+        column: before.add("Gather", [row, before.constant(f"column_{column}", index, np.int64)], column, axis=0)
+        for index, column in enumerate(_COLUMNS)
+    }
+    before.nodes.append(
+        helper.make_node("Expand", [scalar["t"], _PREFIX + "batch_1d"], ["timestep"], name=_PREFIX + "timestep/Expand")
+    )
+
+    clean = after.add(
+        "Add",
+        [after.add("Mul", [scalar["p"], "sample"], "px"), after.add("Mul", [scalar["q"], "f"], "qf")],
+        "x0",
+    )
+    mean = after.add(
+        "Add",
+        [after.add("Mul", [scalar["r"], clean], "rx0"), after.add("Mul", [scalar["s"], "sample"], "sx")],
+        "mean",
+    )
+    following = after.add("Add", [k, after.constant("one_step", 1, np.int64)], "k_next")
+    place = after.add("Min", [following, _PREFIX + "last_slice"], "place")
+    z = after.add("Gather", ["noise", place], "z", axis=0)
+    following_x = after.add("Add", [mean, after.add("Mul", [scalar["c"], z], "cz")], "x_next")
+    go_on = after.add("Identity", [go], "go_out")
+
+    shape = [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
+    return helper.make_graph(
+        [*before.nodes, *graph.node, *after.nodes],
+        "step",
+        [
+            _tensor(k, TensorProto.INT64, []),
+            _tensor(go, TensorProto.BOOL, []),
+            _tensor("sample", TensorProto.FLOAT, shape),
+        ],
+        [_tensor(go_on, TensorProto.BOOL, []), _tensor(following_x, TensorProto.FLOAT, shape)],
+        initializer=[*before.constants, *graph.initializer, *after.constants],
+    )
+
+
+def _postprocess(outer: _Builder, x: str, manifest: Manifest) -> None:
+    """Latents to `images`, as `redif_sdk.images.to_uint8` does. ONNX's Round is half to even, CRD is torch's order."""
+    factor = manifest.postprocess.pixel_shuffle
+    if factor > 1:
+        x = outer.add("DepthToSpace", [x], "shuffled", blocksize=factor, mode="CRD")
+    scale, offset = scale_and_offset(manifest.postprocess)
+    x = outer.add("Mul", [x, outer.constant("scale", scale, np.float32)], "scaled")
+    x = outer.add("Add", [x, outer.constant("offset", offset, np.float32)], "shifted")
+    low, high = outer.constant("low", 0, np.float32), outer.constant("high", 255, np.float32)
+    x = outer.add("Round", [outer.add("Clip", [x, low, high], "clipped")], "rounded")
+    x = outer.add("Cast", [x], "levels", to=TensorProto.UINT8)
+    outer.add("Transpose", [x], "images", perm=[0, 2, 3, 1])
+
+
+def _check_names(graph: onnx.GraphProto, network: onnx.GraphProto) -> None:
+    """ONNX forbids a name of the body that the outer graph has too; ours begin with a prefix, but for the inputs."""
+    ours = {value.name for value in (*graph.input, *graph.output)} - {"class_labels"}
+    theirs = {name for node in network.node for name in node.output} | {tensor.name for tensor in network.initializer}
+    clash = {name for name in theirs if name in ours or name.startswith(_PREFIX)}
+    if clash:
+        raise ExportError(f"the network's graph uses names of the generator: {', '.join(sorted(clash))}; rename them")

@@ -1,0 +1,164 @@
+"""A torch network to an ONNX graph: the denoiser, f = network(sample, timestep[, class_labels]).
+
+Loading the network of a student from verified bytes, and the call of torch's exporter, live here. The loop around the
+denoiser is assembled in `fuse.py`, at ONNX level; files are written by `build.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from redif_sdk.errors import ExportError, UnsupportedModel
+from redif_sdk.manifest import Manifest, StudentFolder
+
+__all__ = ["OPSET", "Denoiser", "clean_model", "denoiser_model", "load_network"]
+
+#: 18 to 20 decompose GroupNorm and attention, which ONNX Runtime runs fastest and every TensorRT parses.
+OPSET = 20
+
+_EXAMPLE_BATCH = 2  # torch.export would take 1 for a constant
+
+
+class Denoiser(torch.nn.Module):
+    """A network with one signature: sample (B, C, H, W), timestep (B,), class_labels (B,) or None -> f (B, C, H, W).
+
+    `network` is called as diffusers' are, ``network(sample, timestep, class_labels=...)`` (without the labels where it
+    has no condition), and returns a tensor, a tuple, or an object with ``.sample``. Networks that learn their variance
+    return 2C channels: f is the first C.
+    """
+
+    def __init__(self, network: torch.nn.Module, channels: int) -> None:
+        super().__init__()
+        self.network = network
+        self.channels = channels
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        condition = {} if class_labels is None else {"class_labels": class_labels}
+        output = self.network(sample, timestep, **condition)
+        if not isinstance(output, torch.Tensor):
+            output = output.sample if hasattr(output, "sample") else output[0]
+        return output[:, : self.channels]
+
+
+def load_network(student: StudentFolder) -> torch.nn.Module:
+    """The student's network in float32, in evaluation mode, from the bytes that were checked against the manifest.
+
+    Raises UnsupportedModel for a class that is not diffusers' (importing whatever a manifest names would run it: give
+    such a network to `export` yourself), ExportError for weights that do not fit it.
+    """
+    path, folder = student.manifest.network.class_path, student.manifest.network.folder
+    module, _, name = path.rpartition(".")
+    if module.partition(".")[0] != "diffusers":
+        raise UnsupportedModel(
+            f"{path} is not a class of diffusers; load the network and give it as export(network=...)"
+        )
+    kind = getattr(importlib.import_module("diffusers"), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module) and hasattr(kind, "from_config")):
+        raise UnsupportedModel(f"{path} is not a network of the installed diffusers; update diffusers")
+    shards = [file for file in student.files(folder) if file.endswith(".safetensors")]
+    if not shards:
+        raise ExportError(f"{student.path}/{folder} holds no safetensors file, so there are no weights to export")
+    weights: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        try:
+            weights |= load_safetensors(student.read(shard))
+        except SafetensorError as error:
+            raise ExportError(f"{shard} in {student.path} is not a whole safetensors file: {error}") from error
+    try:
+        network: torch.nn.Module = kind.from_config(json.loads(student.read(f"{folder}/config.json")))
+        network.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"the weights and config.json in {student.path}/{folder} make no {name}: {reason}") from error
+    return network.float().eval().requires_grad_(False)
+
+
+def example_inputs(manifest: Manifest, batch: int) -> dict[str, torch.Tensor]:
+    """Inputs of the denoiser's signature: zeros, and the first row's time."""
+    latents = manifest.latents
+    inputs = {
+        "sample": torch.zeros(batch, latents.channels, latents.height, latents.width),
+        "timestep": torch.full((batch,), float(manifest.step_table().timesteps[0])),
+    }
+    if manifest.condition is not None:
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.int64)
+    return inputs
+
+
+def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
+    """The denoiser in ONNX with a free batch axis: sample, timestep[, class_labels] -> f. Raises ExportError."""
+    inputs = example_inputs(manifest, _EXAMPLE_BATCH)
+    axes: dict[str, Any] = {name: {0: torch.export.Dim("batch")} for name in inputs}
+    for axis in manifest.latents.dynamic:
+        axes["sample"][{"height": 2, "width": 3}[axis]] = torch.export.Dim.DYNAMIC
+    with _quiet_exporter(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                denoiser.eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=tuple(axes[name] for name in inputs),
+                input_names=list(inputs),
+                output_names=["f"],
+                verbose=False,
+            )
+        except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+            reason = " ".join(str(error).split())[:500]
+            raise ExportError(f"torch cannot export {type(denoiser.network).__name__} to ONNX: {reason}") from error
+    assert program is not None  # dynamo=True always returns the program
+    model = clean_model(_slim(program.model_proto))
+    if model.functions:
+        raise ExportError(f"the graph of {type(denoiser.network).__name__} has functions that were not inlined")
+    return model
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's remarks on itself: that torchvision is absent, and how it names axes."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold what the exporter left over, where onnxslim is installed: a quarter fewer nodes, the same results."""
+    try:
+        import onnxslim
+    except ImportError:
+        return model
+    slimmed: onnx.ModelProto = onnxslim.slim(model)
+    return slimmed
+
+
+def clean_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove what says how and where the graph was made (stack traces with paths): equal graphs are equal bytes."""
+    for message in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
+    for tensor in model.graph.initializer:
+        tensor.ClearField("metadata_props")
+        tensor.ClearField("doc_string")
+    model.graph.ClearField("value_info")  # engines infer it again
+    model.graph.name = "denoiser"
+    return model

@@ -1,0 +1,56 @@
+"""Latents to pictures in numpy, and arrays to PIL: the arithmetic that the fused graph does in ONNX.
+
+No file is read or written here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from redif_sdk.manifest import Postprocess
+
+__all__ = ["contact_sheet", "pixel_shuffle", "scale_and_offset", "to_pil", "to_uint8"]
+
+
+def pixel_shuffle(x: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    """(B, C f^2, H, W) -> (B, C, H f, W f), in the order of torch's ``pixel_shuffle`` (ONNX DepthToSpace, CRD)."""
+    if factor == 1:
+        return x
+    batch, channels, height, width = x.shape
+    blocks = x.reshape(batch, channels // factor**2, factor, factor, height, width)
+    return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(batch, channels // factor**2, height * factor, width * factor)
+
+
+def scale_and_offset(postprocess: Postprocess) -> tuple[np.float32, np.float32]:
+    """(a, b) such that a x + b takes `value_range` to 0..255."""
+    low, high = postprocess.value_range
+    return np.float32(255.0 / (high - low)), np.float32(-255.0 * low / (high - low))
+
+
+def to_uint8(x: NDArray[np.float32], postprocess: Postprocess) -> NDArray[np.uint8]:
+    """Latents (B, C, H, W) to pictures, uint8 (B, H', W', C'): shuffled, scaled, clipped, rounded half to even."""
+    scale, offset = scale_and_offset(postprocess)
+    levels = np.rint(np.clip(pixel_shuffle(x, postprocess.pixel_shuffle) * scale + offset, 0.0, 255.0))
+    # NaN becomes 0, on every processor alike; a plain cast would be undefined.
+    return np.ascontiguousarray(np.nan_to_num(levels, nan=0.0).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
+    """Pictures (B, H, W, C), C = 1 (grey, mode "L"), 3 or 4, to PIL."""
+    return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """One picture of all, all of one size, in rows of `columns` (default: as square as it gets)."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new(images[0].mode, (columns * width, rows * height))
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet

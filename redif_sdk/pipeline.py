@@ -1,0 +1,286 @@
+"""`FastPipeline`: a student's folder in, pictures out, without torch.
+
+It draws the noise, and runs the fused graph, or the denoiser step by step where every step is to be seen. Engines are
+in `runtimes/`, the arithmetic of a step is in `steps.py`, what a request may say is in `request.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from redif_sdk import hub, runtimes
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable, UnsupportedModel
+from redif_sdk.images import to_pil, to_uint8
+from redif_sdk.manifest import MANIFEST_NAME, Manifest, StudentFolder, atomic_folder
+from redif_sdk.request import OUTPUT_TYPES, Labels, Seeds, check_labels, check_latents, check_noise, check_request
+from redif_sdk.runtimes import Runtime
+from redif_sdk.steps import StepTable
+
+__all__ = ["FastPipeline", "PipelineOutput"]
+
+OnStepEnd = Callable[["FastPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call returns.
+
+    `images`: a list of PIL pictures, or an array (B, H, W, C), by output_type. `seeds`: (seed, image index) of each,
+    which as ``seed=`` give the same pictures again. `timings`: seconds by stage. `runtime_info`: what computed it.
+    """
+
+    images: Any
+    seeds: list[tuple[int, int]]
+    timings: dict[str, float]
+    runtime_info: dict[str, Any]
+
+
+class FastPipeline:
+    """A loaded student. Safe to call from several threads; a call leaves nothing behind.
+
+    Make one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with the reason and the
+    remedy, for an engine, device or precision that cannot be had; nothing else is used in its place.
+    """
+
+    def __init__(
+        self,
+        student: StudentFolder,
+        *,
+        runtime: str = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        num_threads: int | None = None,
+    ) -> None:
+        if student.manifest.task == "text-to-image":
+            raise UnsupportedModel(f"{student.path} takes prompts, which this release does not; update redif-sdk")
+        self._student = student
+        self._runtime = runtimes.resolve(runtime)
+        self._options: dict[str, Any] = {"device": device, "num_threads": num_threads}
+        self._generator_graph = runtimes.pick_graph(student, "generator", precision)
+        self._denoiser_graph = runtimes.pick_graph(student, "denoiser", precision)
+        self._complete: Callable[[], Path] | None = None  # gets the files that were not downloaded
+        self._lock = Lock()
+        self._generator: Runtime | None = None
+        self._denoiser: Runtime | None = None
+        if self._generator_graph is not None:
+            self._generator = runtimes.load(self._runtime, student, self._generator_graph, **self._options)
+        else:
+            self._get_denoiser()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        runtime: str = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        num_threads: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> FastPipeline:
+        """Load a student from a folder, or from the Hub by its id ("org/name"): only the files that are needed.
+
+        `runtime`: "auto", "onnxruntime" or "fake"; `device`: "auto", "cpu", "cuda" or "cuda:N"; `precision`: "auto" or
+        "fp32"; `num_threads`: of the CPU, None for the engine's default. `revision`, `token`, `cache_dir`: of the Hub.
+        Raises ManifestError for what is no student, IntegrityError if it was altered, RuntimeUnavailable, HubError.
+        """
+        options: dict[str, Any] = {
+            "runtime": runtime,
+            "device": device,
+            "precision": precision,
+            "num_threads": num_threads,
+        }
+        if Path(source).is_dir():
+            return cls(StudentFolder(source), **options)
+        if not hub.is_hub_id(str(source)):
+            raise ManifestError(f"{source} is neither a folder nor the id of a student on the Hub (org/name)")
+
+        def fetch(patterns: Sequence[str], revision: str | None) -> Path:
+            return hub.fetch(str(source), patterns, revision=revision, token=token, cache_dir=cache_dir)
+
+        folder = fetch([MANIFEST_NAME], revision)
+        commit = folder.name  # both downloads must be of one commit, also if somebody pushes between them
+        manifest = StudentFolder(folder).manifest
+        wanted = [graph for graph in manifest.graphs if precision in ("auto", graph.precision)]
+        folder = fetch([MANIFEST_NAME, *(path for graph in wanted for path in (graph.file, *graph.data))], commit)
+        pipeline = cls(StudentFolder(folder), **options)
+        everything = [MANIFEST_NAME, "README.md", *(entry.path for entry in manifest.files)]
+        pipeline._complete = lambda: fetch(everything, commit)
+        return pipeline
+
+    @property
+    def manifest(self) -> Manifest:
+        """The student's ``redif.json``."""
+        return self._student.manifest
+
+    @property
+    def runtime_info(self) -> dict[str, Any]:
+        """What computes a plain call: runtime, version, provider, device, precision, component, file, num_threads."""
+        return asdict((self._generator or self._get_denoiser()).info)
+
+    # ------------------------------------------------------------------ generation
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        class_labels: Labels | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        seed: Seeds = None,
+        latents: ArrayLike | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> PipelineOutput:
+        """Generate pictures.
+
+        A class-conditional student is asked for one or more classes, by name (`prompt`) or by number or name
+        (`class_labels`), each `num_images_per_prompt` times; an unconditional one for `num_images_per_prompt` pictures.
+
+        `seed`: one int, and picture i has the noise (seed, i); or one int or (seed, index) a picture; or None, drawn
+        from the operating system. `latents` (B, C, H, W), standard normal, replace the starting noise.
+        `output_type`: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
+        `callback_on_step_end(pipe, step, timestep, {"latents": x})` is called after every step, and may return
+        {"latents": other}, which go on from there.
+
+        Raises InvalidRequest for whatever the student cannot do, and names what it can.
+        """
+        start = time.perf_counter()
+        if output_type not in OUTPUT_TYPES:
+            raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
+        request = check_request(
+            self.manifest, prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents
+        )
+        noise = request.noise(self.manifest)
+        ready = time.perf_counter()
+        images = self._images(noise, request.labels, request.table, callback_on_step_end)
+        done = time.perf_counter()
+        result: Any = images
+        if output_type == "pil":
+            result = to_pil(images)
+        elif output_type == "np":
+            result = images.astype(np.float32) / np.float32(255)
+        end = time.perf_counter()
+        timings = {"noise": ready - start, "network": done - ready, "output": end - done, "total": end - start}
+        used = self._generator if callback_on_step_end is None else None
+        return PipelineOutput(result, request.seeds, timings, asdict((used or self._get_denoiser()).info))
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        class_labels: Labels | None = None,
+        num_inference_steps: int | None = None,
+        seed: Seeds = None,
+        latents: ArrayLike | None = None,
+    ) -> Iterator[Image.Image]:
+        """One picture, as it forms: after each step, the clean-image estimate x0; the last one is the picture.
+
+        The request is checked at once, and the steps are computed as they are asked for.
+        """
+        request = check_request(self.manifest, prompt, class_labels, 1, num_inference_steps, seed, latents)
+        if len(request.seeds) != 1:
+            raise InvalidRequest(f"stream makes one picture, not {len(request.seeds)}; ask for one class")
+        self._get_denoiser()
+        return self._previews(request.noise(self.manifest), request.labels, request.table)
+
+    def generate_array(
+        self,
+        noise: NDArray[np.float32],
+        class_labels: NDArray[np.int64] | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+    ) -> NDArray[np.uint8]:
+        """Pictures uint8 (B, H, W, C) for noise (N, B, C, H, W) float32 and labels (B,), for evaluation.
+
+        N is at least the table's `noise_slices`. Raises InvalidRequest for other shapes and for bad labels.
+        """
+        table = self.manifest.step_table(num_inference_steps)
+        checked = check_noise(self.manifest, noise, table)
+        return self._images(checked, check_labels(self.manifest, class_labels, checked.shape[1]), table)
+
+    def _images(
+        self,
+        noise: NDArray[np.float32],
+        labels: NDArray[np.int64] | None,
+        table: StepTable,
+        callback: OnStepEnd | None = None,
+    ) -> NDArray[np.uint8]:
+        """Pictures from the fused graph, or step by step where there is none, or a callback that wants to see them."""
+        if self._generator is None or callback is not None:
+            x = noise[0]
+            for k, x, _ in self._steps(noise, labels, table):
+                returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
+                if returned is not None and "latents" in returned:
+                    x[...] = check_latents(self.manifest, returned["latents"], len(x), like=x)
+            return to_uint8(x, self.manifest.postprocess)
+        inputs: dict[str, NDArray[Any]] = {
+            "noise": noise,
+            "table": table.rows,
+            "init_scale": np.asarray(table.init_scale, dtype=np.float32),
+        }
+        if labels is not None:
+            inputs["class_labels"] = labels
+        return self._generator.run(inputs)["images"]
+
+    def _steps(
+        self, noise: NDArray[np.float32], labels: NDArray[np.int64] | None, table: StepTable
+    ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+        """(k, x', x0) after every row. Whoever iterates may write into x', and the next row starts from that."""
+        denoiser = self._get_denoiser()
+        slices, batch = noise.shape[:2]
+        x = noise[0] * np.float32(table.init_scale)
+        for k in range(table.num_inference_steps):
+            inputs: dict[str, NDArray[Any]] = {
+                "sample": x,
+                "timestep": np.full((batch,), table.timesteps[k], dtype=np.float32),
+            }
+            if labels is not None:
+                inputs["class_labels"] = labels
+            x0 = table.clean(k, x, denoiser.run(inputs)["f"])
+            x = table.advance(k, x, x0, noise[min(k + 1, slices - 1)])
+            yield k, x, x0
+
+    def _previews(
+        self, noise: NDArray[np.float32], labels: NDArray[np.int64] | None, table: StepTable
+    ) -> Iterator[Image.Image]:
+        for k, x, x0 in self._steps(noise, labels, table):
+            last = k == table.num_inference_steps - 1
+            yield to_pil(to_uint8(x if last else x0, self.manifest.postprocess))[0]
+
+    def _get_denoiser(self) -> Runtime:
+        """The denoiser, loaded when it is first needed: plain calls with a fused graph never do."""
+        with self._lock:
+            if self._denoiser is None:
+                if self._denoiser_graph is None:
+                    raise RuntimeUnavailable(
+                        f"{self._student.path} has no compiled network; run redif export {self._student.path}"
+                    )
+                self._denoiser = runtimes.load(self._runtime, self._student, self._denoiser_graph, **self._options)
+            return self._denoiser
+
+    # ------------------------------------------------------------------ saving
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Copy the student to `folder`, checking every file; the folder is there whole or not at all.
+
+        A student from the Hub is first downloaded whole. Raises InvalidRequest if `folder` is there already, not empty,
+        and not to be overwritten.
+        """
+        student = self._student if self._complete is None else StudentFolder(self._complete())
+        if Path(folder).resolve().is_relative_to(student.path.resolve()):
+            raise InvalidRequest(f"{folder} is inside the student's own folder; give another one")
+        if student.manifest.digest != self.manifest.digest:
+            raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
+        with atomic_folder(Path(folder), overwrite=overwrite) as new:
+            student.copy_to(new)

@@ -1,0 +1,106 @@
+"""Shared by all tests: a tiny class-conditional student, as distill writes one, and the same one exported."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+
+
+def build_student(folder: Path, *, classes: int | None = 10, channels_out: int = 4, **unet: Any) -> Path:
+    """A student with random weights: 4 x 14 x 14 latents, grey 28 x 28 pictures, tables of 2 steps and 3 (eta 1)."""
+    import torch
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    from redif_sdk.manifest import Condition, Latents, Manifest, Network, Postprocess, write_manifest
+    from redif_sdk.steps import StepTable
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "sample_size": 14,
+        "in_channels": 4,
+        "out_channels": channels_out,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 64,
+        "num_class_embeds": classes,
+    }
+    UNet2DModel(**(settings | unet)).save_pretrained(folder / "unet")
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "README.md").write_text("# tiny\n")
+    tables = [
+        StepTable.from_scheduler(scheduler, num_inference_steps=2),
+        StepTable.from_scheduler(scheduler, num_inference_steps=3, eta=1.0),
+    ]
+    manifest = Manifest(
+        name="tiny",
+        licence="mit",
+        task="unconditional" if classes is None else "class-conditional",
+        step_tables=[table.to_dict() for table in tables],
+        latents=Latents(channels=4, height=14, width=14),
+        condition=None if classes is None else Condition(num_classes=classes, class_names=list("abcdefghij")[:classes]),
+        postprocess=Postprocess(pixel_shuffle=2),
+        network=Network(class_path="diffusers.UNet2DModel", folder="unet"),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+SMALL = {
+    "block_out_channels": (32,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "add_attention": False,
+}
+
+
+@pytest.fixture(scope="session")
+def bare_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student without graphs, of the shipped teacher's kind. Read only: shared by the session."""
+    return build_student(tmp_path_factory.mktemp("bare") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_student(bare_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same student, exported to ONNX. Read only: shared by the session."""
+    from redif_sdk.export import export
+
+    folder = tmp_path_factory.mktemp("exported") / "tiny"
+    shutil.copytree(bare_student, folder)
+    export(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported unconditional student with an even smaller network that returns 2C channels. Read only."""
+    from redif_sdk.export import export
+
+    folder = build_student(tmp_path_factory.mktemp("plain") / "plain", classes=None, channels_out=8, **SMALL)
+    export(folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a shared student into the test's own folder, where it may be altered."""
+
+    def copy(student: Path) -> Path:
+        return Path(shutil.copytree(student, tmp_path / student.name))
+
+    return copy

@@ -110,7 +110,7 @@ def _draw(seeds: Sequence[tuple[int, int]], slots: Words, count: int) -> NDArray
             first, second = _box_muller(words[pair], words[pair + 1])
             numbers[start : start + _CHUNK, pair] = first
             numbers[start : start + _CHUNK, pair + 1] = second
-    return numbers.reshape(len(slots), len(images), blocks * 4)[:, :, :count]
+    return np.ascontiguousarray(numbers.reshape(len(slots), len(images), blocks * 4)[:, :, :count])
 
 
 def _philox(words: tuple[Words, ...], key: tuple[Words, Words]) -> tuple[Words, ...]:

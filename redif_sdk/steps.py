@@ -39,6 +39,7 @@ __all__ = [
 
 COLUMNS = ("t", "p", "q", "r", "s", "c")
 MAX_ROWS = 1000
+_LARGEST = float(np.finfo(np.float32).max)
 _KEYS = ("sampler", "prediction_type", "init_scale", "columns", "rows")
 
 Floats = NDArray[np.float64]
@@ -425,4 +426,5 @@ def sample(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether float32 can hold it. A comparison, since NaN fails it and a huge JSON integer has no float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -10,6 +10,7 @@ import ast
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,16 @@ import redif_sdk
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("redif_sdk", "distill", "export", "demo")
 TRAINING_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-# What each room may use of the others. The command line and the quickstart join them, inside functions only.
+# What each room may use of the others.
 MAY_IMPORT = {
     "redif_sdk": set(),
     "distill": {"redif_sdk"},
     "export": {"redif_sdk"},
     "demo": {"redif_sdk"},
 }
+# These join the rooms, inside functions only. The command line also collects the other rooms' commands when it starts.
 JOINING = {"redif_sdk/cli.py", "redif_sdk/quickstart.py"}
+COMMANDS = ("redif_sdk/cli.py", re.compile(r"redif_sdk\.\w+\.commands(\.\w+)?"))
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,15 @@ def test_the_arrows_between_the_rooms_go_one_way(room: str) -> None:
         for entry in imports(path)
         if room_of(entry.module) not in {None, room, *MAY_IMPORT[room]}
         and (entry.at_import or entry.file not in JOINING)
+        and not (entry.file == COMMANDS[0] and COMMANDS[1].fullmatch(entry.module))
     ]
     assert wrong == []
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    script = f"import redif_sdk.cli, sys; print(sorted(set(sys.modules) & {set(TRAINING_PACKAGES)}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -152,6 +162,15 @@ def test_every_module_says_what_it_is(room: str) -> None:
         if not (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip()
     ]
     assert without == []
+
+
+def test_the_design_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    built, _, _ = text.partition("\n## 8. Planned")
+    named = set(re.findall(r"\b(\w+\.py)\b", built))
+    there = {path.name for room in ROOMS for path in modules(room)}
+    tests = {path.name for path in modules("tests")}
+    assert named - tests == there
 
 
 def test_every_public_name_is_there() -> None:

@@ -183,7 +183,7 @@ def quickstart_command(
     quiet: Quiet = False,
 ) -> None:
     """The main job end to end: distil the shipped teacher, export, verify, generate, evaluate, and write a report."""
-    from redif_sdk.distill.quickstart import quickstart
+    from redif_sdk.quickstart import quickstart
     from redif_sdk.report import write_json
 
     results = quickstart(

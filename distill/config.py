@@ -38,6 +38,7 @@ class DistillConfig(BaseModel):
     exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
     exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")
     step_delta: float = Field(0.15, gt=0, description="same-state: rms step of x0 along the score direction.")
+    huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
     anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
     earlier_rows: float = Field(0.0, ge=0, le=1, description="same-state: share of updates at rows before the last.")
     delta_over_e: float = Field(0.01, gt=0, description="trajectory: the clip range as a change of the mean over e.")

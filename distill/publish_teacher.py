@@ -232,8 +232,8 @@ tags: [diffusion, class-conditional, fashion-mnist]
 - **Licence**: MIT (weights and data).
 - **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
-  {training["label_dropout"]} (the saved network has no 'no class' entry), seed {training["seed"]}, {training["precision"]} on
-  {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
+  {training["label_dropout"]} (the saved network has no 'no class' entry), seed {training["seed"]},
+  {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
 - **Bank**: 4,096 training and 2,000 held-out outputs as uint8, made in {sampling:.0f} s.
 
 | figure (2,000 samples of 50 steps, EfficientNet-Lite0 features) | value |
@@ -249,6 +249,7 @@ tags: [diffusion, class-conditional, fashion-mnist]
 |---|---|
 {by_class}
 
-Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher` (needs Debian's `dataset-fashion-mnist`).
+Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher`, which needs Debian's
+`dataset-fashion-mnist`.
 Limits: 28 x 28 grey garments, no guidance, ten classes; not a model of people or of fashion at large.
 """

@@ -74,7 +74,8 @@ class Trainer:
                 f"the start has {table.num_inference_steps} steps, but {config.num_inference_steps} are asked for"
             )
         policy = StudentPolicy(network, table, self.teacher.schedule, Meter())
-        self.context = Context(policy, self.pairs, Advantage(rewards, self.teacher.images), config)
+        advantage = Advantage(rewards, self.teacher.images)
+        self.context = Context(policy, self.pairs, advantage, config, self.teacher.postprocess.value_range)
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=config.learning_rate,
@@ -165,7 +166,6 @@ class Trainer:
         policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
         output = policy.sample(pool.noise, pool.condition)
         advantage = self.context.advantage
-        assert advantage is not None
         embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
         _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(pool.target)))
         return {

@@ -20,7 +20,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
 from redif_sdk.noise import noise
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.quickstart_report import Sheet, render
+from redif_sdk.quickstart_report import Sheet, poster, render, strip
 from redif_sdk.report import document, write_json
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def quickstart(
         sheets = _sheets(reference, pipelines, teacher.num_inference_steps)
         speed = _speed(reference, pipelines, teacher.num_inference_steps)
         for count, pipe in pipelines.items():
-            pipe(class_labels=list(range(10)), seed=seed).images[0].save(output / f"student-{count}.png")
+            pictures = pipe(class_labels=list(range(10)), seed=seed, output_type="uint8").images
+            strip(pictures).save(output / f"student-{count}.png")
     seconds = round(time.monotonic() - began, 1)
     results = document(
         "quickstart",
@@ -149,6 +150,7 @@ def quickstart(
         fd_teacher_floor=floor,
     )
     write_json(output / "results.json", results)
+    poster(sheets).save(output / "samples.png", optimize=True)
     atomic_write(output / "report.html", render(results, sheets).encode())
     _summary(report, results, output)
     return results
@@ -246,8 +248,8 @@ def _speed(
             rows.append(
                 {
                     "contender": name,
-                    "runtime": pipe.runtime_info.runtime,
-                    "precision": pipe.runtime_info.precision,
+                    "runtime": pipe.runtime_info["runtime"],
+                    "precision": pipe.runtime_info["precision"],
                     "num_inference_steps": count,
                     "batch": batch,
                     "seconds_median": median,

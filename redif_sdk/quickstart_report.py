@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: #c2410c; --plain: #64748b; }
@@ -44,6 +44,22 @@ def strip(images: NDArray[np.uint8]) -> Image.Image:
     """(N, H, W, C) side by side."""
     row = np.concatenate(list(images), axis=1)
     return Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
+
+
+def poster(sheets: Sequence[Sheet], scale: int = 2) -> Image.Image:
+    """All sheets as one picture with the titles beside the strips: ``samples.png``."""
+    font, margin, gap = ImageFont.load_default(15), 190, 14
+    strips = [[(title, strip(images)) for title, images in sheet.rows] for sheet in sheets]
+    width, height = strips[0][0][1].width * scale, strips[0][0][1].height * scale
+    whole = Image.new("RGB", (margin + width, sum(len(rows) * height + gap for rows in strips) - gap), "white")
+    pen, y = ImageDraw.Draw(whole), 0
+    for rows in strips:
+        for title, picture in rows:
+            pen.text((8, y + height // 2 - 9), title, fill="black", font=font)
+            whole.paste(picture.resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (margin, y))
+            y += height
+        y += gap
+    return whole
 
 
 def _inline(picture: Image.Image) -> str:

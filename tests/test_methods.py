@@ -16,6 +16,7 @@ from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import Context
 from redif_sdk.distill.methods.groups import TrajectoryGroups, check_drift, score_direction
 from redif_sdk.distill.methods.redif import ReDiF
+from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, make_rewards, reward_names
 from redif_sdk.distill.schedule_policy import learn_times, times_of
@@ -277,6 +278,27 @@ def test_the_clip_range_is_a_change_of_the_mean(teacher: Teacher, pairs: pool.Pa
     assert second["clip_fraction"] > 0.5
 
 
+# -- regression -------------------------------------------------------------------------------------------------------
+
+
+def test_an_overshoot_that_nobody_sees_is_no_error() -> None:
+    target = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.2, 1.4])
+    output = torch.tensor([-1.5, 1.5, 1.5, -1.5, 0.5, 1.2], requires_grad=True)
+    residual = visible_residual(output, target, (-1.0, 1.0))
+    torch.testing.assert_close(residual, torch.tensor([0.0, 2.5, 0.0, -2.5, 0.3, 0.0]))
+    error(residual, 0.0).backward()
+    assert output.grad is not None
+    assert output.grad[1] > 0  # beyond the wrong bound the gradient still points back
+    torch.testing.assert_close(visible_residual(output, target, None), output - target)
+
+
+def test_pseudo_huber_is_the_squared_error_near_zero_and_linear_far_away() -> None:
+    small = torch.full((4,), 1e-3)
+    assert error(small, 0.1).item() == pytest.approx(error(small, 0.0).item(), rel=1e-3)
+    far = error(torch.full((4,), 20.0), 0.1).item() / error(torch.full((4,), 10.0), 0.1).item()
+    assert far == pytest.approx(2, rel=0.02)
+
+
 # -- checks that stop a run -------------------------------------------------------------------------------------------
 
 
@@ -376,7 +398,6 @@ def test_the_meter_counts_every_call(teacher: Teacher, pairs: pool.Pairs) -> Non
 
 def test_learnt_times_help_and_are_integers_that_fall(teacher: Teacher, pairs: pool.Pairs) -> None:
     made = context(teacher, pairs, num_inference_steps=3)
-    assert made.advantage is not None
 
     def error(table: StepTable) -> float:
         made.policy.table = table

@@ -25,12 +25,16 @@ Loss = tuple[Tensor, dict[str, float]]
 
 @dataclass
 class Context:
-    """What a method may see: the student, the pool, the rewards (None if it needs none) and the settings."""
+    """What a method may see: the student, the pool, the rewards and the settings.
+
+    ``bounds``: where latents are pixels, the range to which pictures are clamped.
+    """
 
     policy: StudentPolicy
     pairs: Pairs
-    advantage: Advantage | None
+    advantage: Advantage
     config: DistillConfig
+    bounds: tuple[float, float] | None = None
 
 
 class Method(Protocol):

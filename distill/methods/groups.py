@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Exploration
-from redif_sdk.distill.rewards import Advantage
 from redif_sdk.errors import TrainingDiverged
 
 
@@ -66,15 +66,15 @@ class SameStateGroups:
                 with torch.no_grad():
                     check_drift(policy.estimate(row, state, batch.condition), mean, config.step_delta)
         direction, figures = self._direction(batch, row, state, mean.detach(), generator)
-        anchor = ((output - batch.target) ** 2).mean()
-        loss = config.anchor * anchor - 2 * (direction * mean).mean()
-        yield loss, {"mse": anchor.item(), **figures}
+        residual = visible_residual(output, batch.target, self.context.bounds)
+        loss = config.anchor * error(residual, config.huber) - 2 * (direction * mean).mean()
+        yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
 
     def _direction(
         self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         policy, config = self.context.policy, self.context.config
-        advantage_of: Advantage = self.context.advantage  # type: ignore[assignment]
+        advantage_of = self.context.advantage
         xi = self.exploration.antithetic(config.group_size, tuple(mean.shape), generator)
         actions = mean + config.exploration * xi
         if row < policy.num_inference_steps - 1:
@@ -118,7 +118,7 @@ class TrajectoryGroups:
         The clip range of a log-probability averaged over D elements is ``delta_over_e / sqrt(D)``.
         """
         policy, config = self.context.policy, self.context.config
-        advantage_of: Advantage = self.context.advantage  # type: ignore[assignment]
+        advantage_of = self.context.advantage
         states, actions, means, output = self.rollout(batch, generator)
         group = config.group_size
         labels = None if batch.condition is None else batch.condition.repeat(group)
@@ -142,9 +142,10 @@ class TrajectoryGroups:
             loss = output[0].numel() * surrogate / rows + config.kl * kl / rows
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
             if config.anchor:
-                anchor = ((policy.sample(batch.noise, batch.condition) - batch.target) ** 2).mean()
-                loss = loss + config.anchor * anchor
-                figures["mse"] = anchor.item()
+                output = policy.sample(batch.noise, batch.condition)
+                residual = visible_residual(output, batch.target, self.context.bounds)
+                loss = loss + config.anchor * error(residual, config.huber)
+                figures["mse"] = residual.detach().pow(2).mean().item()
             yield loss, figures
 
     def _kl(self, k: int, x: Tensor, labels: Tensor | None, mean: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.schedule_policy import learn_times
-from redif_sdk.errors import InvalidRequest
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
@@ -34,8 +33,6 @@ class ReDiF:
 
     def prepare(self, context: Context) -> None:
         """The schedule policy. K = 1 has no times to learn."""
-        if context.advantage is None:
-            raise InvalidRequest("the method redif needs a reward")
         if context.config.schedule_updates and context.policy.num_inference_steps > 1:
             context.policy.table = learn_times(
                 context.policy, context.pairs, context.advantage, context.config.schedule_updates, context.config.seed

@@ -10,9 +10,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.pairs import Pairs
+
+
+def visible_residual(output: Tensor, target: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """output - target, as seen: beyond ``bounds`` both are clamped, so an overshoot where the target is at the bound is
+    no error. (A clamped loss has the same minimum, but no gradient where the output is beyond the wrong bound.)"""
+    if bounds is None:
+        return output - target
+    low, high = bounds
+    wanted = target.clamp(low, high)
+    unseen = ((wanted <= low) & (output < low)) | ((wanted >= high) & (output > high))
+    return (output - wanted).masked_fill(unseen, 0.0)
+
+
+def error(residual: Tensor, huber: float) -> Tensor:
+    """Mean squared error, or with ``huber`` = c > 0 the pseudo-Huber loss sqrt(r^2 + c^2) - c, scaled to r^2 near 0."""
+    if not huber:
+        return (residual**2).mean()
+    return 2 * huber * ((residual**2 + huber**2).sqrt() - huber).mean()
 
 
 class Regression:
@@ -23,8 +42,8 @@ class Regression:
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         output = context.policy.sample(batch.noise, batch.condition)
-        loss = ((output - batch.target) ** 2).mean()
-        yield loss, {"mse": loss.item()}
+        residual = visible_residual(output, batch.target, context.bounds)
+        yield error(residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -1,0 +1,222 @@
+"""A run that is killed and resumed is the run that was not: bit for bit, with real processes and SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.student import pool_size, training_folder
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.manifest import StudentFolder
+
+SMALL = {"pool_size": 32, "batch_size": 8, "group_size": 4}
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real teacher: a diffusers folder with its own facts beside it."""
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=3,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    folder = tmp_path_factory.mktemp("teacher") / "small"
+    DDIMPipeline(unet, scheduler).save_pretrained(folder)
+    about = {"name": "small", "licence": "MIT", "num_classes": 3, "class_names": ["a", "b", "c"]}
+    (folder / "redif_teacher.json").write_text(json.dumps({**about, "num_inference_steps": 6, "pixel_shuffle": 2}))
+    return folder
+
+
+def command(teacher: Path, output: Path, *extra: str) -> list[str]:
+    run = "from redif_sdk.cli import main; main()"
+    options = "--steps 2 --updates 14 --pool-size 32 --batch-size 8 --warm-start 0.5 --checkpoint-seconds 0 --quiet"
+    return [sys.executable, "-c", run, "distill", str(teacher), "-o", str(output), *options.split(), *extra]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill_and_resume_give_the_same_bits(teacher_folder: Path, tmp_path: Path, seed: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "REDIF_CACHE": str(tmp_path / "cache")}
+    subprocess.run(command(teacher_folder, tmp_path / "whole"), env=environment, check=True, timeout=300)
+    output, draw, kills = tmp_path / "killed", random.Random(seed), 0
+    for attempt in range(4):
+        resume = ("--resume",) if attempt else ()
+        process = subprocess.Popen(command(teacher_folder, output, *resume), env=environment, stderr=subprocess.PIPE)
+        if attempt < 2:
+            log = training_folder(output) / "checkpoint.pt"
+            deadline = time.monotonic() + 120
+            while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.5))
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait(60) == -signal.SIGKILL
+        else:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+            break
+        if output.is_dir():  # it had finished already
+            break
+    assert kills >= 1
+    assert weights(output) == weights(tmp_path / "whole")
+    tables = [StudentFolder(folder).manifest.step_tables for folder in (output, tmp_path / "whole")]
+    assert tables[0] == tables[1]
+    updates = [json.loads(line)["update"] for line in (training_folder(output) / "log.jsonl").read_text().splitlines()]
+    assert updates == sorted(set(updates))
+
+
+def config(**settings: object) -> DistillConfig:
+    return DistillConfig.checked(**{"num_inference_steps": 2, "updates": 3, **SMALL, **settings})
+
+
+def test_resume_with_other_settings_is_refused(teacher_folder: Path, tmp_path: Path) -> None:
+    distill(teacher_folder, config(), folder=tmp_path / "run")
+    with pytest.raises(InvalidRequest, match="other settings"):
+        distill(teacher_folder, config(learning_rate=0.5), folder=tmp_path / "run", resume=True)
+
+
+def test_the_log_names_reward_recall_and_budget(teacher_folder: Path, tmp_path: Path) -> None:
+    distill(teacher_folder, config(updates=12, warm_start=0.0), folder=tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"update", "loss", "grad_norm", "reward", "recall", "dropped_groups", "budget"} <= set(last)
+    assert last["budget"]["gradient_samples"] == 12 * 8 * 2
+
+
+def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Path) -> None:
+    student = distill(teacher_folder, config())
+    manifest = student.save_pretrained(tmp_path / "student")
+    StudentFolder(tmp_path / "student").check_all()
+    assert manifest.distillation is not None
+    assert manifest.distillation.budget.updates == 3
+    again = load_student(tmp_path / "student")
+    noise, labels = pool.pool_noise((4, 8, 8), 5, "held_out"), torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad():
+        assert torch.equal(again.policy().sample(noise, labels), student.policy().sample(noise, labels))
+    with pytest.raises(InvalidRequest, match="exists"):
+        student.save_pretrained(tmp_path / "student")
+
+
+def test_plain_diffusers_gives_the_same_pictures(teacher_folder: Path, tmp_path: Path) -> None:
+    """The card's own code: stock classes, learnt times, the same latents."""
+    from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+
+    student = distill(teacher_folder, config(num_inference_steps=3, schedule_updates=4))
+    student.save_pretrained(tmp_path / "student")
+    unet = UNet2DModel.from_pretrained(tmp_path / "student" / "unet")
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "student" / "scheduler")
+    scheduler.set_timesteps(timesteps=[round(float(t)) for t in student.tables[0].timesteps])
+    noise, labels = pool.pool_noise((4, 8, 8), 4, "held_out"), torch.tensor([0, 1, 2, 0])
+    x = noise.clone()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample
+        ours = student.policy().sample(noise, labels)
+    torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_begins_where_another_ended(teacher_folder: Path, tmp_path: Path) -> None:
+    first = distill(teacher_folder, config(num_inference_steps=1, updates=5))
+    second = distill(teacher_folder, config(method="regression", updates=1, learning_rate=1e-12), start=first)
+    for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_import_takes_a_pipeline_as_it_is(teacher_folder: Path, tmp_path: Path) -> None:
+    manifest = import_pipeline(str(teacher_folder), tmp_path / "student", [2, 6, 2])
+    assert manifest.supported_steps == [2, 6]
+    assert manifest.distillation is None
+    student, teacher = load_student(tmp_path / "student"), Teacher.load(teacher_folder)
+    noise, labels = pool.pool_noise((4, 8, 8), 3, "held_out"), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(student.policy(6).sample(noise, labels), teacher.sample(noise, labels))
+
+
+def test_a_pipeline_object_is_a_teacher(teacher_folder: Path) -> None:
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline.from_pretrained(teacher_folder)
+    teacher = Teacher.load(pipeline)
+    assert (teacher.shape, teacher.prediction_type) == ((4, 8, 8), "v_prediction")
+    assert teacher.condition is not None
+    assert teacher.condition.num_classes == 3
+    assert isinstance(distill(teacher, config(updates=1)), Student)
+
+
+def test_pairs_are_sampled_once(teacher_folder: Path, tmp_path: Path) -> None:
+    teacher = Teacher.load(teacher_folder)
+    seen: list[int] = []
+    first, calls = pool.get(teacher, 16, "train", cache=tmp_path, on_batch=seen.append)
+    again, _ = pool.get(teacher, 16, "train", cache=tmp_path, on_batch=seen.append)
+    assert torch.equal(first.target, again.target)
+    assert (sum(seen), calls) == (16, 96)
+    pool.get(teacher, 16, "train", cache=tmp_path, on_batch=seen.append, rebuild=True)
+    assert sum(seen) == 32
+    assert [p.suffix for p in tmp_path.iterdir()] == [".npy"]
+
+
+def test_teacher_calls_limit_the_pool(teacher_folder: Path) -> None:
+    teacher = Teacher.load(teacher_folder)
+    assert pool_size(teacher, config(teacher_calls=60, pool_size=4096)) == 10
+    with pytest.raises(InvalidRequest, match="fewer than one batch"):
+        pool_size(teacher, config(teacher_calls=10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"updates": 0}, "updates"),
+        ({"group_size": 5}, "group_size must be even"),
+        ({"speed": 3}, "speed"),
+        ({"estimator": "magic"}, "estimator"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        config(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_teacher_is_named(tmp_path: Path, teacher_folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no folder and no shipped teacher"):
+        Teacher.load(tmp_path / "nowhere")
+    with pytest.raises(InvalidRequest, match=r"unet/config\.json is missing"):
+        Teacher.load(tmp_path)
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher_folder, broken)
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        Teacher.load(broken)

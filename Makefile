@@ -19,8 +19,8 @@ help:
 # setuptools comes first and is used as it stands, so that its version is pinned like the others'.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation --editable '.[all,dev]'
 	@touch $@
 

@@ -425,14 +425,16 @@ def test_a_saved_configuration_gives_the_object_s_table(scheduler: Any, tmp_path
     assert StepTable.from_scheduler(config, num_inference_steps=4) == StepTable.from_scheduler(
         scheduler, num_inference_steps=4
     )
-    # an old file that holds nothing but the class has that class's defaults
-    bare = (
-        StepTable.from_scheduler({"_class_name": config["_class_name"]}, num_inference_steps=4)
-        if (config["_class_name"] != "DPMSolverMultistepScheduler")
-        else None
-    )
-    if bare is not None:
-        assert bare == StepTable.from_scheduler(type(scheduler)(), num_inference_steps=4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DDIMScheduler, DDPMScheduler, PNDMScheduler, LCMScheduler, EulerDiscreteScheduler],
+    ids=lambda k: k.__name__,
+)
+def test_a_configuration_that_names_only_its_class_has_that_class_s_defaults(kind: Any) -> None:
+    bare = StepTable.from_scheduler({"_class_name": kind.__name__}, num_inference_steps=4)
+    assert bare == StepTable.from_scheduler(kind(), num_inference_steps=4)
 
 
 def test_a_learnt_time_student_runs_in_plain_diffusers() -> None:

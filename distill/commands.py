@@ -59,7 +59,7 @@ def distill_command(
 ) -> None:
     """Distil a teacher into a student of K network calls.
 
-    Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole.
+    Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole, and the log stays.
     """
     from redif_sdk.distill import pairs as pool
     from redif_sdk.distill.config import DistillConfig
@@ -68,6 +68,7 @@ def distill_command(
     from redif_sdk.distill.student import distill, training_folder
     from redif_sdk.distill.student import pool_size as allowed
     from redif_sdk.distill.teacher import Teacher as TeacherModel
+    from redif_sdk.distill.trainer import CHECKPOINT
     from redif_sdk.errors import InvalidRequest
     from redif_sdk.report import document, write_json
 
@@ -91,7 +92,7 @@ def distill_command(
     if output.exists():
         raise InvalidRequest(f"{output} exists already; remove it, or choose another -o")
     folder = training_folder(output)
-    if folder.exists() and not resume:
+    if (folder / CHECKPOINT).exists() and not resume:
         raise InvalidRequest(f"{folder} holds an unfinished run; go on with --resume, or remove it")
     model = TeacherModel.load(teacher)
     with _progress(quiet) as progress:
@@ -108,6 +109,7 @@ def distill_command(
 
         student = distill(model, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)
     manifest = student.save_pretrained(output)
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # the log stays
     assert manifest.distillation is not None
     row = {
         "output": str(output),
@@ -146,6 +148,7 @@ def eval_command(
     student: Annotated[Path, typer.Argument(help="A student's folder.")],
     against: Annotated[str, typer.Option(help="The teacher to compare with.")] = "fashion-mnist",
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
+    data: Annotated[str | None, typer.Option(help="Take the real images from this data set: fashion-mnist.")] = None,
     baselines: Annotated[bool, typer.Option(help="Also judge untrained DDIM at the same steps.")] = True,
     json: Json = None,
     quiet: Quiet = False,
@@ -160,6 +163,7 @@ def eval_command(
             student,
             against,
             num_samples,
+            data=data,
             baselines=baselines,
             on_progress=lambda done, note: progress.update(task, completed=done, note=note),
         )

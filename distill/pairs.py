@@ -7,6 +7,7 @@ slots, evaluation noises from the deployer's slots, so the two never meet (``red
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.files import atomic_write
 from redif_sdk.noise import TRAINING_SLOT, noise
 
 BANK_FILE = "bank.npz"
@@ -125,11 +127,7 @@ def get(
             return Pairs(pool_noise(teacher.shape, count, split, seed), target, teacher.labels(np.arange(count))), calls
     pairs = compute(teacher, count, split, seed=seed, on_batch=on_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            np.save(handle, pairs.target.numpy())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, pairs.target.numpy())
+    atomic_write(path, buffer.getvalue())
     return pairs, calls

@@ -105,7 +105,8 @@ def save_network(network: UNet2DModel, scheduler: DDIMScheduler, about: dict[str
 
 def write_bank(teacher: Teacher, folder: Path, on_batch: Callable[[int], object] | None = None) -> dict[str, Tensor]:
     """Sample the teacher on the pool and on the held-out noises; keep its images as uint8."""
-    images, arrays = {}, {"fingerprint": np.array(teacher.fingerprint)}
+    images: dict[str, Tensor] = {}
+    arrays: dict[str, Any] = {"fingerprint": np.array(teacher.fingerprint)}
     for split, count in pairs.PIXEL_BANK_SIZES.items():
         target = pairs.compute(teacher, count, split, on_batch=on_batch).target
         levels = ((teacher.images(target).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

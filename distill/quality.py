@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill import pairs as pool
-from redif_sdk.distill.evaluate import Judge, frechet_distance_of
+from redif_sdk.distill.data import load
+from redif_sdk.distill.evaluate import Judge, Statistics, frechet_distance_of
 from redif_sdk.distill.features import NAME as FEATURES
 from redif_sdk.distill.features import embed
 from redif_sdk.distill.policy import StudentPolicy
@@ -42,13 +43,16 @@ class Arena:
     judge: Judge
 
     @classmethod
-    def of(cls, teacher: Teacher, num_samples: int, *, rebuild: bool = False) -> Arena:
+    def of(cls, teacher: Teacher, num_samples: int, *, rebuild: bool = False, data: str | None = None) -> Arena:
+        """``data``: the real images' data set; None: the statistics that lie beside the teacher, if there are any."""
         if num_samples < 16:
             raise InvalidRequest(f"num_samples must be at least 16, not {num_samples}")
         if teacher.postprocess.value_range != (-1.0, 1.0):
             raise InvalidRequest(f"{teacher.name} has images outside [-1, 1]; the judge cannot see them")
-        pairs, _ = pool.get(teacher, num_samples, "held_out", rebuild=rebuild)
         real = read_reference(teacher.folder) if teacher.folder else None
+        if data is not None:
+            real = Statistics.of(embed(torch.tensor(load(data, "test").images).float() / 127.5 - 1))
+        pairs, _ = pool.get(teacher, num_samples, "held_out", rebuild=rebuild)
         return cls(teacher, pairs, Judge(teacher.images(pairs.target), embed, real))
 
     def floor(self) -> float | None:
@@ -114,6 +118,7 @@ def evaluate_folder(
     against: str,
     num_samples: int,
     *,
+    data: str | None = None,
     baselines: bool = True,
     on_progress: OnProgress = lambda done, note: None,
 ) -> list[dict[str, Any]]:
@@ -127,7 +132,7 @@ def evaluate_folder(
         raise InvalidRequest(
             f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
         )
-    arena = Arena.of(teacher, num_samples)
+    arena = Arena.of(teacher, num_samples, data=data)
     steps = [table.num_inference_steps for table in student.tables]
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
     for count in steps:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from redif_sdk.distill import pairs as pool
@@ -20,7 +21,7 @@ from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.rewards import reward_names
 from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
 from redif_sdk.distill.trainer import Progress, Trainer
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.manifest import (
     Budget,
     Distillation,
@@ -82,13 +83,16 @@ class Student:
             UnsupportedModel: the network is no diffusers model, so it cannot be saved as a diffusers folder.
         """
         folder = Path(folder)
-        inner = self.network.network if isinstance(self.network, Denoiser) else self.network
+        inner: Any = self.network.network if isinstance(self.network, Denoiser) else self.network
         if not hasattr(inner, "save_pretrained"):
             raise UnsupportedModel(
                 f"{type(inner).__name__} has no save_pretrained; give the student as a diffusers model to save it"
             )
         with atomic_folder(folder, overwrite=overwrite) as staging:
-            inner.save_pretrained(staging / "unet", safe_serialization=True)
+            try:
+                inner.save_pretrained(staging / "unet", safe_serialization=True)
+            except SafetensorError as error:
+                raise RedifError(f"{folder} cannot be written: {error}; is the disk full?") from error
             scheduler = _scheduler(self.teacher, self.tables[0])
             scheduler.save_pretrained(staging / "scheduler")
             index = {

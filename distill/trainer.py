@@ -6,9 +6,9 @@ run that was killed and resumed gives the same bits as one that was not (budget 
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +26,7 @@ from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
+from redif_sdk.files import atomic_write
 from redif_sdk.steps import StepTable
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
@@ -197,6 +198,8 @@ class Trainer:
         if self.folder is None:
             return None
         path = self.folder / LOG
+        for left in self.folder.glob(f".{CHECKPOINT}.*"):  # a write that a kill cut short
+            left.unlink()
         kept: list[str] = []
         if resumed and path.is_file():
             for line in path.read_text().splitlines():
@@ -226,15 +229,9 @@ class Trainer:
             "meter": asdict(self.meter),
             "last_check": self._last_check,
         }
-        temporary = self.folder / f"{CHECKPOINT}.tmp"
-        try:
-            with temporary.open("wb") as handle:
-                torch.save(state, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(self.folder / CHECKPOINT)
-        finally:
-            temporary.unlink(missing_ok=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        atomic_write(self.folder / CHECKPOINT, buffer.getvalue())
 
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""

@@ -169,18 +169,22 @@ def _distil(
     """One student for each K, fewest steps first; each begins with the weights of the one before."""
     from redif_sdk.distill import pairs as pool
     from redif_sdk.distill.config import DistillConfig
+    from redif_sdk.distill.rewards import FeatureReward
     from redif_sdk.distill.student import distill
 
     pairs, _ = pool.get(teacher, DistillConfig().pool_size, "train", rebuild=rebuild_bank)
     presets = {count: _preset(count, len(steps)) for count in steps}
     whole = sum(preset.share for preset in presets.values())
     students: dict[int, Student] = {}
+    with report.part("reward: features of the pool"):
+        reward = FeatureReward.fit(teacher, pairs, seed)
     for count, preset in presets.items():
         config = DistillConfig.checked(
             num_inference_steps=count,
             updates=updates or preset.updates,
             seconds=60 * minutes * preset.share / whole,
             seed=seed,
+            reward=reward,
             **preset.settings,
         )
         before = students[max(students)] if students else None

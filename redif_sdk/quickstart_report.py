@@ -174,8 +174,8 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
 <h1>redif quickstart</h1>
 <p class="lead">A {teacher_row["network_calls"]}-call diffusion teacher ({html.escape(rows[0]["teacher"])}),
 distilled into students of {", ".join(str(row["network_calls"]) for row in students)} network call(s):
-up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s on {html.escape(str(machine["processor"]))},
-{machine["cores"]} cores, {results["date"]}.</p>
+up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s on
+{html.escape(str(machine["processor"]))}, {machine["cores"]} cores, {results["date"]}.</p>
 <h2>The same noise, three ways</h2>
 <p>Every column starts from the same noise and class. All pictures came out of the exported ONNX graphs.</p>
 {"".join(_strips(sheet) for sheet in sheets)}

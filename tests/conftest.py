@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -104,3 +105,36 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(student, tmp_path / student.name))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real teacher: a diffusers folder with its own facts beside it."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=3,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    folder = tmp_path_factory.mktemp("teacher") / "small"
+    DDIMPipeline(unet, scheduler).save_pretrained(folder)
+    about = {"name": "small", "licence": "MIT", "num_classes": 3, "class_names": ["a", "b", "c"]}
+    (folder / "redif_teacher.json").write_text(json.dumps({**about, "num_inference_steps": 6, "pixel_shuffle": 2}))
+    return folder

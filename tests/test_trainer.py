@@ -23,38 +23,6 @@ from redif_sdk.manifest import StudentFolder
 SMALL = {"pool_size": 32, "batch_size": 8, "group_size": 4}
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small real teacher: a diffusers folder with its own facts beside it."""
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        num_class_embeds=3,
-    )
-    scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-    folder = tmp_path_factory.mktemp("teacher") / "small"
-    DDIMPipeline(unet, scheduler).save_pretrained(folder)
-    about = {"name": "small", "licence": "MIT", "num_classes": 3, "class_names": ["a", "b", "c"]}
-    (folder / "redif_teacher.json").write_text(json.dumps({**about, "num_inference_steps": 6, "pixel_shuffle": 2}))
-    return folder
-
-
 def command(teacher: Path, output: Path, *extra: str) -> list[str]:
     run = "from redif_sdk.cli import main; main()"
     options = "--steps 2 --updates 14 --pool-size 32 --batch-size 8 --warm-start 0.5 --checkpoint-seconds 0 --quiet"

@@ -48,6 +48,11 @@ def _weighted(spec: RewardSpec) -> list[tuple[str | Reward, float]]:
     return [(reward, 1.0) for reward in spec]
 
 
+def name_of(reward: Reward) -> str:
+    """What a reward is called in logs and manifests."""
+    return str(getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__))
+
+
 def reward_names(spec: RewardSpec) -> list[str]:
     """The rewards' names in ``spec``, checked: "feature", "feature+pixel", a callable, a list or {reward: weight}.
 
@@ -58,7 +63,7 @@ def reward_names(spec: RewardSpec) -> list[str]:
     for reward, _ in _weighted(spec):
         if isinstance(reward, str) and reward not in REWARDS:
             raise InvalidRequest(f"unknown reward {reward!r}; known: {', '.join(sorted(REWARDS))}, or any callable")
-        names.append(reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__))
+        names.append(reward if isinstance(reward, str) else name_of(reward))
     if not names:
         raise InvalidRequest("no reward is given; name at least one, e.g. 'feature'")
     return names
@@ -96,7 +101,7 @@ class Advantage:
         images, wanted = self.images(outputs), self.images(targets)
         values = [reward(images, wanted, condition).float() for reward, _ in self.rewards]
         for value, (reward, _) in zip(values, self.rewards, strict=True):
-            name = getattr(reward, "name", type(reward).__name__)
+            name = name_of(reward)
             if value.shape != (len(outputs),):
                 raise InvalidRequest(f"the reward {name} gave shape {tuple(value.shape)} for {len(outputs)} images")
             if not torch.isfinite(value).all():

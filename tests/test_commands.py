@@ -1,0 +1,121 @@
+"""``redif distill | import | eval`` as a user meets them: one clear line and exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from redif_sdk.cli import main
+
+SMALL = ["--updates", "2", "--pool-size", "16", "--batch-size", "8", "--quiet"]
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and standard error of ``redif arguments``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["redif", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    code = caught.value.code
+    return (code if isinstance(code, int) else 0), capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill", "{empty}", "-o", "{out}"], "is no teacher: unet/config.json is missing"),
+        (["distill", "{nowhere}", "-o", "{out}"], "no folder and no shipped teacher"),
+        (
+            ["distill", "{teacher}", "-o", "{out}", "--method", "magic"],
+            "unknown method 'magic'; known: redif, regression",
+        ),
+        (["distill", "{teacher}", "-o", "{out}", "--reward", "beauty"], "unknown reward 'beauty'"),
+        (["distill", "{teacher}", "-o", "{out}", "--steps", "0"], "num_inference_steps"),
+        (["distill", "{teacher}", "-o", "{out}", "--updates", "0"], "updates"),
+        (["distill", "{teacher}", "-o", "{out}", "--teacher-calls", "3"], "fewer than one batch"),
+        (["distill", "{teacher}", "-o", "{empty}"], "exists already"),
+        (["distill", "{broken}", "-o", "{out}"], "cannot be read"),
+        (["import", "{teacher}", "-o", "{out}", "--steps", "0"], "steps must be at least 1"),
+        (["import", "{empty}", "-o", "{out}", "--steps", "2"], "is no teacher"),
+        (["eval", "{empty}"], "redif.json"),
+        (["quickstart", "-o", "{out}", "--steps", "0"], "steps must be whole numbers"),
+        (["quickstart", "-o", "{out}", "--minutes", "0"], "minutes"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    words: str,
+    teacher_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    empty, broken, out = tmp_path / "empty", tmp_path / "broken", tmp_path / "out"
+    empty.mkdir()
+    shutil.copytree(teacher_folder, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    places = {"empty": empty, "broken": broken, "out": out, "teacher": teacher_folder, "nowhere": tmp_path / "nowhere"}
+    filled = [argument.format(**places) for argument in arguments]
+    code, errors = run([*filled, "--quiet"], monkeypatch, capsys)
+    assert code == 2
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert errors.startswith("redif: ")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("out", ".out"))]
+
+
+def test_a_full_disk_leaves_nothing_half_written(teacher_folder: Path, tmp_path: Path) -> None:
+    """A real limit of the operating system on what a file may hold, below the size of the weights."""
+    environment = {**os.environ, "REDIF_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    arguments = ["import", str(teacher_folder), "-o", str(tmp_path / "out"), "--steps", "2", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from redif_sdk.cli import main; main()", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("redif: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_distil_import_and_resume_from_the_command_line(
+    teacher_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, result = tmp_path / "student", tmp_path / "result.json"
+    base = ["distill", str(teacher_folder), "-o", str(out), "--steps", "2", *SMALL]
+    code, errors = run([*base, "--json", str(result)], monkeypatch, capsys)
+    assert (code, errors) == (0, "")
+    row = json.loads(result.read_text())["rows"][0]
+    assert row["budget"]["updates"] == 2
+    assert row["budget"]["teacher_calls"] == 16 * 6
+    assert len(row["timesteps"]) == 2
+    assert sorted(p.name for p in (tmp_path / "student.training").iterdir()) == ["log.jsonl"]
+    code, errors = run(
+        ["import", str(teacher_folder), "-o", str(tmp_path / "plain"), "--steps", "3"], monkeypatch, capsys
+    )
+    assert (code, errors) == (0, "")
+    assert json.loads((tmp_path / "plain" / "redif.json").read_text())["distillation"] is None
+    shutil.rmtree(out)
+    (tmp_path / "student.training" / "checkpoint.pt").write_bytes(b"left by a kill")
+    code, errors = run(base, monkeypatch, capsys)
+    assert code == 2
+    assert "--resume" in errors

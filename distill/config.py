@@ -31,7 +31,7 @@ class DistillConfig(BaseModel):
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     ema_decay: float = Field(0.99, ge=0, lt=1)
 
-    schedule_updates: int = Field(30, ge=0, description="redif: policy-gradient updates of the step table's times.")
+    schedule_updates: int = Field(20, ge=0, description="redif: policy-gradient updates of the step table's times.")
     warm_start: float = Field(0.7, ge=0, le=1, description="redif: share of the run that is regression.")
     estimator: Literal["same-state", "trajectory"] = "same-state"
     group_size: int = Field(16, ge=2, description="Actions a state (even), or trajectories a start.")

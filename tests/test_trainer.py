@@ -94,6 +94,7 @@ def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Pat
         student.save_pretrained(tmp_path / "student")
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2.4
 def test_plain_diffusers_gives_the_same_pictures(teacher_folder: Path, tmp_path: Path) -> None:
     """The card's own code: stock classes, learnt times, the same latents."""
     from diffusers import DPMSolverMultistepScheduler, UNet2DModel

@@ -1,0 +1,139 @@
+"""The main job in small: real teacher, real training, export, verification, pictures and the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from redif_sdk import FastPipeline
+from redif_sdk.distill import Teacher, load_student
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.publish_teacher import read_reference
+from redif_sdk.distill.quality import evaluate_folder
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.export.verify import summary, verify
+from redif_sdk.quickstart import quickstart
+
+# the quality row of docs/design.md
+QUALITY = {"data", "teacher", "method", "num_inference_steps", "network_calls", "seed", "fd_teacher", "fd_teacher_gain"}
+QUALITY |= {
+    "fd_teacher_std",
+    "fd_real",
+    "kd_teacher",
+    "mse",
+    "precision",
+    "recall",
+    "features",
+    "num_samples",
+    "budget",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    quickstart(folder, steps=[2, 1], minutes=1, updates=2, num_samples=32, seed=0, rebuild_bank=False, quiet=True)
+    return folder
+
+
+def test_the_shipped_bank_is_the_teacher_s_own_output() -> None:
+    """The bank saves sampling, not honesty: a few entries, computed anew, are within a level of what is shipped."""
+    teacher = Teacher.load("fashion-mnist")
+    for split in ("train", "held_out"):
+        bank = pool.shipped(teacher, 4, split)
+        assert bank is not None
+        anew = teacher.images(pool.compute(teacher, 4, split).target).clamp(-1, 1)
+        assert float((anew - teacher.images(bank.target)).abs().max()) <= 1.5 / 127.5
+
+
+def test_the_shipped_teacher_is_small_and_has_what_the_main_job_needs() -> None:
+    teacher = Teacher.load("fashion-mnist")
+    assert teacher.folder is not None
+    files = [path for path in teacher.folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    for split, count in pool.PIXEL_BANK_SIZES.items():
+        assert pool.shipped(teacher, count, split) is not None
+    real = read_reference(teacher.folder)
+    assert real is not None
+    assert np.allclose(real.covariance, real.covariance.T)
+    figures = json.loads((teacher.folder / "figures.json").read_text())
+    assert figures["samples"] >= 1_000_000
+    assert figures["classifier_accuracy"] >= 0.90
+    assert figures["class_agreement"] >= 0.90
+
+
+def test_a_broken_bank_is_named(tmp_path: Path) -> None:
+    import shutil
+
+    teacher = Teacher.load("fashion-mnist")
+    assert teacher.folder is not None
+    copy = Path(shutil.copytree(teacher.folder, tmp_path / "copy"))
+    data = (copy / pool.BANK_FILE).read_bytes()
+    (copy / pool.BANK_FILE).write_bytes(data[: len(data) // 2])
+    with pytest.raises(InvalidRequest, match="--rebuild-bank"):
+        pool.get(Teacher.load(copy), 4, "train")
+
+
+def test_the_results_hold_every_field_and_contender(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert {"schema", "command", "date", "versions", "machine", "rows"} <= set(results)
+    contenders = [(row["method"], row["num_inference_steps"]) for row in results["rows"]]
+    assert contenders == [
+        ("teacher", 50),
+        ("ddim", 1),
+        ("ddim", 2),
+        ("ddim", 4),
+        ("ddim", 8),
+        ("redif", 1),
+        ("redif", 2),
+    ]
+    for row in results["rows"]:
+        assert set(row) >= QUALITY
+    assert results["rows"][0]["fd_teacher"] == pytest.approx(0, abs=1e-3)
+    assert {row["contender"] for row in results["speed"]} == {"teacher", "student-1", "student-2"}
+
+
+def test_the_report_needs_nothing_beside_it(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_the_students_verify_and_run(finished: Path) -> None:
+    for steps in (1, 2):
+        folder = finished / f"student-{steps}"
+        assert summary(verify(folder)) == ""
+        pipe = FastPipeline.from_pretrained(folder)
+        out = pipe("Dress", seed=3)
+        assert out.images[0].size == (28, 28)
+        assert (finished / f"student-{steps}.png").is_file()
+
+
+def test_the_exported_student_is_the_judged_one(finished: Path) -> None:
+    """What was judged in torch and what is deployed are the same pictures."""
+    student, pipe = load_student(finished / "student-2"), FastPipeline.from_pretrained(finished / "student-2")
+    held = pool.pool_noise((4, 14, 14), 8, "held_out")
+    labels = torch.arange(8)
+    with torch.no_grad():
+        latents = student.policy().sample(held, labels)
+    torch_levels = ((student.teacher.images(latents).clamp(-1, 1) + 1) * 127.5).round()[:, 0].numpy()
+    served = pipe.generate_array(held[None].numpy(), labels.numpy())[..., 0]
+    assert np.abs(torch_levels - served).max() <= 1
+
+
+def test_eval_judges_a_folder(finished: Path) -> None:
+    rows = evaluate_folder(finished / "student-1", "fashion-mnist", 24)
+    assert [(row["method"], row["network_calls"]) for row in rows] == [("teacher", 50), ("ddim", 1), ("redif", 1)]
+    assert all(row["fd_real"] > 0 for row in rows)
+
+
+def test_quickstart_runs_again_over_its_own_output(finished: Path) -> None:
+    before = (finished / "student-1" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    quickstart(finished, steps=[1], minutes=1, updates=2, num_samples=16, seed=0, rebuild_bank=False, quiet=True)
+    after = (finished / "student-1" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert before == after

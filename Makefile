@@ -42,7 +42,7 @@ format: $(READY)
 # The wheel is made from the sdist, so that nothing that an earlier build left behind gets into it.
 build: $(READY)
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --quiet --no-isolation --outdir dist .
 
 # build/ also holds the checkpoints of teachers in training: only what is named here is removed.
 clean:

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.manifest import Condition, Latents, Postprocess
 from redif_sdk.steps import NoiseSchedule, StepTable
 
 SHIPPED = Path(__file__).parent / "teachers"
 TEACHER_FILE = "redif_teacher.json"
+HUB_FILES = (TEACHER_FILE, "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -114,15 +116,16 @@ class Teacher:
 
     @classmethod
     def load(cls, source: Any) -> Teacher:
-        """A shipped teacher's name, a diffusers folder, a pipeline, or a :class:`Teacher` itself."""
+        """A shipped teacher's name, a diffusers folder or its id on the Hub, a pipeline, or a :class:`Teacher` itself."""
         if isinstance(source, Teacher):
             return source
-        if isinstance(source, (str, Path)):
-            shipped = SHIPPED / str(source)
-            if (shipped / TEACHER_FILE).is_file():
-                return cls.from_diffusers(shipped)
-            return cls.from_diffusers(Path(source))
-        return cls.from_diffusers(source)
+        if not isinstance(source, (str, Path)):
+            return cls.from_diffusers(source)
+        if (SHIPPED / str(source) / TEACHER_FILE).is_file():
+            return cls.from_diffusers(SHIPPED / str(source))
+        if not Path(source).exists() and is_hub_id(str(source)):
+            return cls.from_diffusers(fetch(str(source), HUB_FILES))
+        return cls.from_diffusers(Path(source))
 
     @classmethod
     def from_diffusers(cls, source: Any) -> Teacher:

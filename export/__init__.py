@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.export.verify import verify
 from redif_sdk.manifest import Manifest
 
@@ -29,8 +30,6 @@ def export(
     """Add compiled graphs to a student's folder; see `redif_sdk.export.build.export`."""
     try:
         from redif_sdk.export.build import export as build
-    except ImportError as error:
-        from redif_sdk.errors import RuntimeUnavailable
-
+    except ModuleNotFoundError as error:
         raise RuntimeUnavailable(f'export needs {error.name}; pip install "redif-sdk[export]"') from error
     return build(folder, targets, precisions, network=network)

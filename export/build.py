@@ -14,7 +14,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from redif_sdk.errors import InvalidRequest, ParityError
+from redif_sdk.errors import InvalidRequest, ParityError, UnsupportedModel
 from redif_sdk.export import golden
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.onnx import OPSET, Denoiser, denoiser_model, load_network
@@ -56,6 +56,8 @@ def export(
     student = StudentFolder(folder)
     student.check_all()
     manifest = student.manifest
+    if manifest.latents.dynamic:
+        raise UnsupportedModel(f"{folder} has a free {manifest.latents.dynamic[0]}; this release exports fixed sizes")
     denoiser = Denoiser(load_network(student) if network is None else network.eval(), manifest.latents.channels)
     with atomic_folder(student.path, overwrite=True) as new:
         student.copy_to(new, without=(FOLDER, golden.FOLDER))

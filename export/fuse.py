@@ -16,11 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from redif_sdk.errors import ExportError
 from redif_sdk.images import scale_and_offset
 from redif_sdk.manifest import Manifest
+from redif_sdk.steps import COLUMNS
 
 __all__ = ["generator_model"]
 
 _PREFIX = "redif."  # of every name of ours, so that none is one of the network's
-_COLUMNS = ("t", "p", "q", "r", "s", "c")
 
 
 @dataclass
@@ -55,16 +55,9 @@ def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.Model
     """
     latents = manifest.latents
     height, width, channels = manifest.image_shape
-    size: list[int | str] = [
-        axis if axis in latents.dynamic else int(getattr(latents, axis)) for axis in ("height", "width")
-    ]
-    picture: list[int | str] = [
-        f"image_{axis}" if axis in latents.dynamic else extent
-        for axis, extent in (("height", height), ("width", width))
-    ]
     inputs = [
-        _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, *size]),
-        _tensor("table", TensorProto.FLOAT, ["steps", len(_COLUMNS)]),
+        _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, latents.height, latents.width]),
+        _tensor("table", TensorProto.FLOAT, ["steps", len(COLUMNS)]),
         _tensor("init_scale", TensorProto.FLOAT, []),
     ]
     if manifest.condition is not None:
@@ -85,7 +78,7 @@ def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.Model
         outer.nodes,
         "generator",
         inputs,
-        [_tensor("images", TensorProto.UINT8, ["batch", *picture, channels])],
+        [_tensor("images", TensorProto.UINT8, ["batch", height, width, channels])],
         initializer=outer.constants,
     )
     _check_names(graph, denoiser.graph)
@@ -110,7 +103,7 @@ def _body(denoiser: onnx.ModelProto) -> onnx.GraphProto:
     row = before.add("Gather", ["table", k], "row", axis=0)
     scalar = {
         column: before.add("Gather", [row, before.constant(f"column_{column}", index, np.int64)], column, axis=0)
-        for index, column in enumerate(_COLUMNS)
+        for index, column in enumerate(COLUMNS)
     }
     before.nodes.append(
         helper.make_node("Expand", [scalar["t"], _PREFIX + "batch_1d"], ["timestep"], name=_PREFIX + "timestep/Expand")

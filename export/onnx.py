@@ -102,8 +102,6 @@ def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
     """The denoiser in ONNX with a free batch axis: sample, timestep[, class_labels] -> f. Raises ExportError."""
     inputs = example_inputs(manifest, _EXAMPLE_BATCH)
     axes: dict[str, Any] = {name: {0: torch.export.Dim("batch")} for name in inputs}
-    for axis in manifest.latents.dynamic:
-        axes["sample"][{"height": 2, "width": 3}[axis]] = torch.export.Dim.DYNAMIC
     with _quiet_exporter(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -120,7 +118,11 @@ def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
             reason = " ".join(str(error).split())[:500]
             raise ExportError(f"torch cannot export {type(denoiser.network).__name__} to ONNX: {reason}") from error
     assert program is not None  # dynamo=True always returns the program
-    model = clean_model(_slim(program.model_proto))
+    signature = list(program.model_proto.graph.input)
+    model = _slim(program.model_proto)
+    model.graph.ClearField("input")  # a network may ignore an input, and the optimiser then drops it
+    model.graph.input.extend(signature)
+    clean_model(model)
     if model.functions:
         raise ExportError(f"the graph of {type(denoiser.network).__name__} has functions that were not inlined")
     return model

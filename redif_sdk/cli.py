@@ -76,10 +76,11 @@ def _console(json: str | None, quiet: bool) -> Console:
     return Console(stderr=json == "-", quiet=quiet, highlight=False, markup=False)
 
 
-def _table(console: Console, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+def _table(console: Console, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print `rows`; `columns` are their keys with the heads to show."""
     from rich.table import Table
 
-    table = Table(*columns, box=None, header_style="bold")
+    table = Table(*columns.values(), box=None, header_style="bold", padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(table)
@@ -100,18 +101,19 @@ def _write_json(target: str | None, command: str, rows: Sequence[Mapping[str, An
         write_json(target, document(command, rows, device=device))
 
 
-PARITY = (
-    "component",
-    "runtime",
-    "precision",
-    "num_inference_steps",
-    "batch",
-    "max_abs",
-    "relative_rmse",
-    "psnr",
-    "threshold",
-    "passed",
-)
+FINDINGS = {"subject": "subject", "status": "status", "detail": "detail"}
+PARITY = {
+    "component": "component",
+    "runtime": "runtime",
+    "precision": "prec",
+    "num_inference_steps": "steps",
+    "batch": "batch",
+    "max_abs": "max_abs",
+    "relative_rmse": "rel_rmse",
+    "psnr": "psnr",
+    "threshold": "threshold",
+    "passed": "passed",
+}
 
 
 @app.command("export")
@@ -132,7 +134,7 @@ def export_command(
         manifest = export(folder, target or ["onnx"], precision or ["fp32"])
     _write_json(json, "export", manifest.verification)
     _table(console, PARITY, manifest.verification)
-    console.print(f"{folder}: {', '.join(graph.file for graph in manifest.graphs)}")
+    console.print(f"{folder}: {', '.join(graph.file for graph in manifest.graphs)}", soft_wrap=True)
 
 
 @app.command("verify")
@@ -142,7 +144,10 @@ def verify_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Check every file's hash, and every graph against the recorded torch outputs. Writes nothing; exits 1 on failure."""
+    """Check every file's hash, and every graph against the recorded torch outputs. Writes nothing; exits 1 if it fails.
+
+    The hashes come first: an altered, missing or additional file is named, and nothing of the student is run.
+    """
     from redif_sdk.export.verify import summary, verify
 
     try:
@@ -154,7 +159,7 @@ def verify_command(
     _table(console, PARITY, rows)
     if failed := summary(rows):
         raise ParityError(f"{folder} failed: {failed}")
-    console.print(f"{folder}: every file is unaltered, and all {len(rows)} checks passed")
+    console.print(f"{folder}: every file is unaltered, and all {len(rows)} checks passed", soft_wrap=True)
 
 
 @app.command("generate")
@@ -190,20 +195,17 @@ def generate_command(
         seed=seed,
     )
     files = _save(out.images, output)
+    used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
+    seconds = out.timings["total"] / len(files)
     rows = [
-        {
-            "file": file,
-            "seed": pair[0],
-            "index": pair[1],
-            "seconds": out.timings["total"] / len(files),
-            **out.runtime_info,
-        }
-        for file, pair in zip(files, out.seeds, strict=True)
+        {"file": file, "seed": number, "index": index, "seconds": seconds, **used}
+        for file, (number, index) in zip(files, out.seeds, strict=True)
     ]
     _write_json(json, "generate", rows, device=out.runtime_info["device"])
     _console(json, quiet).print(
         f"{', '.join(dict.fromkeys(files))}: {len(files)} picture(s), seed {out.seeds[0][0]}, "
-        f"{out.timings['total']:.3f} s on {out.runtime_info['device']}"
+        f"{out.timings['total']:.3f} s on {out.runtime_info['device']}",
+        soft_wrap=True,
     )
 
 
@@ -243,7 +245,7 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
 
     rows = examine()
     _write_json(json, "doctor", rows)
-    _table(_console(json, quiet), ("subject", "status", "detail"), rows)
+    _table(_console(json, quiet), FINDINGS, rows)
     if broken := [row["subject"] for row in rows if row["status"] == "problem"]:
         _fail(f"there are problems with {', '.join(broken)}", GATE_FAILED)
 

@@ -222,7 +222,7 @@ class FastPipeline:
             for k, x, _ in self._steps(noise, labels, table):
                 returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
                 if returned is not None and "latents" in returned:
-                    x[...] = check_latents(self.manifest, returned["latents"], len(x), like=x)
+                    x[...] = check_latents(self.manifest, returned["latents"], len(x))
             return to_uint8(x, self.manifest.postprocess)
         inputs: dict[str, NDArray[Any]] = {
             "noise": noise,

@@ -53,7 +53,6 @@ class Request:
         shape = (manifest.latents.channels, manifest.latents.height, manifest.latents.width)
         if self.latents is None:
             return draw(self.seeds, shape, slices=self.table.noise_slices)
-        shape = (self.latents.shape[1], self.latents.shape[2], self.latents.shape[3])
         if self.table.noise_slices == 1:
             return self.latents[None]
         later = draw(self.seeds, shape, slices=self.table.noise_slices - 1, first_slot=1)
@@ -101,25 +100,19 @@ def check_labels(manifest: Manifest, class_labels: Any, batch: int) -> NDArray[n
     return labels
 
 
-def check_latents(
-    manifest: Manifest, latents: ArrayLike, batch: int, *, like: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """Latents (batch, C, H, W) as float32: finite, of the student's shape (dynamic axes are free), or of `like`'s."""
+def check_latents(manifest: Manifest, latents: ArrayLike, batch: int) -> NDArray[np.float32]:
+    """Latents (batch, C, H, W) as finite float32 of the student's shape."""
     array = np.asarray(latents)
     if array.dtype.kind not in "fiu":
         raise InvalidRequest(f"latents have dtype {array.dtype}; give an array of floating-point numbers")
-    expected = [batch, manifest.latents.channels, manifest.latents.height, manifest.latents.width]
-    free = [False, False, *(axis in manifest.latents.dynamic for axis in ("height", "width"))]
-    if like is not None:
-        expected, free = list(like.shape), [False] * 4
-    if array.ndim != 4 or any(
-        size < 1 or (size != want and not any_size)
-        for size, want, any_size in zip(array.shape, expected, free, strict=True)
-    ):
-        raise InvalidRequest(f"latents have shape {array.shape}; give {tuple(expected)}")
-    if not np.isfinite(array).all():
+    expected = (batch, manifest.latents.channels, manifest.latents.height, manifest.latents.width)
+    if array.shape != expected:
+        raise InvalidRequest(f"latents have shape {array.shape}; give {expected}")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as such
+        result = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(result).all():
         raise InvalidRequest("latents hold NaN or infinite values; give finite numbers")
-    return np.ascontiguousarray(array, dtype=np.float32)
+    return result
 
 
 def check_noise(manifest: Manifest, noise: ArrayLike, table: StepTable) -> NDArray[np.float32]:
@@ -178,11 +171,11 @@ def _label(manifest: Manifest, item: Any) -> int:
         wanted = item.strip().casefold()
         if wanted in names:
             return names.index(wanted)
-        raise InvalidRequest(f"{manifest.name} knows no class {item!r}; use {_choices(manifest)}")
+        raise InvalidRequest(f"{item!r} is no class of {manifest.name}; use {_choices(manifest)}")
     try:
         return _integer("a class label", item, minimum=0, limit=condition.num_classes)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{error}: {_choices(manifest)}") from None
+    except InvalidRequest:
+        raise InvalidRequest(f"{item!r} is no class of {manifest.name}; use {_choices(manifest)}") from None
 
 
 def _choices(manifest: Manifest) -> str:

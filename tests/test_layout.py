@@ -154,7 +154,7 @@ def test_rooms_are_imported_by_their_installed_names(room: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+@pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks"])
 def test_every_module_says_what_it_is(room: str) -> None:
     without = [
         path.relative_to(ROOT).as_posix()
@@ -168,7 +168,7 @@ def test_the_design_names_every_module_and_no_other() -> None:
     text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
     built, _, _ = text.partition("\n## 8. Planned")
     named = set(re.findall(r"\b(\w+\.py)\b", built))
-    there = {path.name for room in ROOMS for path in modules(room)}
+    there = {path.name for room in (*ROOMS, "benchmarks") for path in modules(room)}
     tests = {path.name for path in modules("tests")}
     assert named - tests == there
 
@@ -184,7 +184,7 @@ def text_files() -> Iterator[tuple[str, str]]:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
         paths = [ROOT / os.fsdecode(name) for name in listed.split(b"\0") if name]
     else:
-        paths = [path for folder in (*ROOMS, "tests", "docs") for path in (ROOT / folder).rglob("*")]
+        paths = [path for folder in (*ROOMS, "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*")]
         paths += ROOT.glob("*.*")
     for path in paths:
         if path.is_file() and not path.is_symlink():

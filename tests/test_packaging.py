@@ -21,6 +21,9 @@ from shutil import copytree, ignore_patterns, unpack_archive
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
+
+from redif_sdk import FastPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -144,12 +147,18 @@ print(json.dumps([redif_sdk.__version__, *(module.__file__ for module in modules
     assert [Path(file) for file in files] == [packages / folder / "__init__.py" for folder in folders]
 
 
-def test_the_command_of_the_wheel_answers(installed: Path, tmp_path: Path) -> None:
+def test_the_command_of_the_wheel_works(installed: Path, tiny_student: Path, tmp_path: Path) -> None:
+    """It lists its commands, examines its environment, and generates the picture that this process generates."""
     redif = installed / "bin/redif"
     shown = re.sub(r"\x1b\[[0-9;]*m", "", run(redif, "--help", cwd=tmp_path))
     for command in ("quickstart", "import", "distill", "eval", "export", "verify", "generate", "doctor"):
         assert re.search(rf"\b{command}\b", shown), f"redif --help does not list {command}"
-    assert "redif" in run(redif, "doctor", cwd=tmp_path)
+    assert "onnxruntime on cpu" in run(redif, "doctor", cwd=tmp_path)
+    run(redif, "verify", tiny_student, cwd=tmp_path)
+    run(redif, "generate", tiny_student, "--class-label", "3", "--seed", "5", "-o", "out.png", cwd=tmp_path)
+    expected = FastPipeline.from_pretrained(tiny_student)(class_labels=3, seed=5).images[0]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["with-links", "without-links"])

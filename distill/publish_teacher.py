@@ -173,7 +173,6 @@ def publish(
         "training": training,
     }
     with atomic_folder(folder, overwrite=True) as staging:
-        (staging / "__init__.py").touch()
         save_network(network, scheduler, about, staging)
         teacher = Teacher.from_diffusers(staging)
         began = time.monotonic()

@@ -116,7 +116,7 @@ class Teacher:
 
     @classmethod
     def load(cls, source: Any) -> Teacher:
-        """A shipped teacher's name, a diffusers folder or its id on the Hub, a pipeline, or a :class:`Teacher` itself."""
+        """A shipped teacher's name, a diffusers folder or its Hub id, a pipeline, or a :class:`Teacher` itself."""
         if isinstance(source, Teacher):
             return source
         if not isinstance(source, (str, Path)):

@@ -108,7 +108,6 @@ class Student:
     def _card(self, name: str) -> str:
         teacher, spent = self.teacher, self.distillation
         steps = ", ".join(str(t.num_inference_steps) for t in self.tables)
-        times = "; ".join(str([round(float(t)) for t in table.timesteps]) for table in self.tables)
         made = (
             f"Made by `{spent.method}` (rewards: {', '.join(spent.rewards) or 'none'}) with seed {spent.seed}: "
             f"{spent.budget.updates} updates, {spent.budget.forward_equivalents:.0f} forward-equivalents, "
@@ -116,9 +115,6 @@ class Student:
             if spent
             else "Its weights are the teacher's own; nothing was trained."
         )
-        shuffle = teacher.postprocess.pixel_shuffle
-        decode = f"\nimages = torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "\nimages = x"
-        label = ", class_labels=torch.tensor([0])" if teacher.condition else ""
         call = "class_labels=[0]" if teacher.condition else ""
         return f"""---
 library_name: redif-sdk
@@ -135,23 +131,36 @@ from redif_sdk import FastPipeline
 image = FastPipeline.from_pretrained("{name}")({call}).images[0]
 ```
 
-With plain diffusers (step times: {times}):
+{self._plain_diffusers(name)}
+
+Licence of the teacher's weights: {teacher.licence}.
+"""
+
+    def _plain_diffusers(self, name: str) -> str:
+        """The card's lines that sample the first table with stock classes."""
+        teacher, table = self.teacher, self.tables[0]
+        if table.prediction_type == "score":
+            return "Its network predicts the score, which no stock diffusers scheduler takes."
+        times, (channels, height, width) = [round(float(t)) for t in table.timesteps], teacher.shape
+        shuffle = teacher.postprocess.pixel_shuffle
+        decode = f"torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "x"
+        label = ", class_labels=torch.tensor([0])" if teacher.condition else ""
+        return f"""With plain diffusers:
 
 ```python
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+
 unet = UNet2DModel.from_pretrained("{name}/unet")
 scheduler = DPMSolverMultistepScheduler.from_pretrained("{name}/scheduler")
-scheduler.set_timesteps(timesteps={[round(float(t)) for t in self.tables[0].timesteps]})
-x = torch.randn(1, {teacher.shape[0]}, {teacher.shape[1]}, {teacher.shape[2]})
+scheduler.set_timesteps(timesteps={times})
+x = torch.randn(1, {channels}, {height}, {width})
 for t in scheduler.timesteps:
     with torch.no_grad():
         f = unet(x, t{label}).sample
-    x = scheduler.step(f, t, x).prev_sample{decode}
-```
-
-Licence of the teacher's weights: {teacher.licence}.
-"""
+    x = scheduler.step(f, t, x).prev_sample
+images = {decode}.clamp(-1, 1)
+```"""
 
 
 def _class_path(module: nn.Module) -> str:
@@ -159,11 +168,12 @@ def _class_path(module: nn.Module) -> str:
 
 
 def _scheduler(teacher: Teacher, table: StepTable) -> Any:
-    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM."""
+    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM.
+
+    No stock scheduler takes a score network: its ``prediction_type`` is written as it is, and diffusers refuses it.
+    """
     from diffusers import DPMSolverMultistepScheduler
 
-    if table.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UnsupportedModel(f"no stock diffusers scheduler takes prediction_type {table.prediction_type!r}")
     if teacher.folder is not None:
         config = json.loads((teacher.folder / "scheduler" / "scheduler_config.json").read_text())
         wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

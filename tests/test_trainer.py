@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student
 from redif_sdk.distill import pairs as pool
@@ -97,7 +98,7 @@ def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2.4
 def test_plain_diffusers_gives_the_same_pictures(teacher_folder: Path, tmp_path: Path) -> None:
     """The card's own code: stock classes, learnt times, the same latents."""
-    from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+    from diffusers import DPMSolverMultistepScheduler
 
     student = distill(teacher_folder, config(num_inference_steps=3, schedule_updates=4))
     student.save_pretrained(tmp_path / "student")
@@ -111,6 +112,25 @@ def test_plain_diffusers_gives_the_same_pictures(teacher_folder: Path, tmp_path:
             x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample
         ours = student.policy().sample(noise, labels)
     torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_score_student_is_saved_and_runs(teacher_folder: Path, tmp_path: Path) -> None:
+    """No stock scheduler takes a score; the student folder and its table do."""
+    base = Teacher.load(teacher_folder)
+
+    def score(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        return -x
+
+    network = UNet2DModel.from_pretrained(teacher_folder / "unet")
+    teacher = Teacher.from_callable(
+        score, schedule=base.schedule, prediction_type="score", shape=base.shape, student=network, num_classes=3
+    )
+    student = distill(teacher, config(num_inference_steps=1, updates=1))
+    student.save_pretrained(tmp_path / "student")
+    again = load_student(tmp_path / "student")
+    noise, labels = pool.pool_noise(base.shape, 2, "held_out"), torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(again.policy().sample(noise, labels), student.policy().sample(noise, labels))
 
 
 def test_a_student_begins_where_another_ended(teacher_folder: Path, tmp_path: Path) -> None:

@@ -85,14 +85,11 @@ def classify(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def save_network(network: UNet2DModel, scheduler: DDIMScheduler, about: dict[str, Any], folder: Path) -> None:
-    """The diffusers folder and ``redif_teacher.json``. The embedding of 'no class' (label dropout) is left out."""
-    classes = about["num_classes"]
-    config = dict(network.config) | {"num_class_embeds": classes}
-    state = network.state_dict()
-    state["class_embedding.weight"] = state["class_embedding.weight"][:classes].clone()
-    plain = UNet2DModel.from_config(config)
-    plain.load_state_dict(state)
-    plain.save_pretrained(folder / "unet", safe_serialization=True)
+    """The diffusers folder and ``redif_teacher.json``.
+
+    The class table keeps its last entry, 'no class' (label dropout): guidance needs it.
+    """
+    network.save_pretrained(folder / "unet", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DDIMPipeline",
@@ -232,7 +229,7 @@ tags: [diffusion, class-conditional, fashion-mnist]
 - **Licence**: MIT (weights and data).
 - **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
-  {training["label_dropout"]} (the saved network has no 'no class' entry), seed {training["seed"]},
+  {training["label_dropout"]} (entry 10 of its class table is 'no class'), seed {training["seed"]},
   {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
 - **Bank**: 4,096 training and 2,000 held-out outputs as uint8, made in {sampling:.0f} s.
 

@@ -21,9 +21,9 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             [
-                nn.Conv2d(channels, 32, 3, stride=1, padding=1),
-                nn.Conv2d(32, 64, 3, stride=2, padding=1),
-                nn.Conv2d(64, 96, 3, stride=2, padding=1),
+                nn.Conv2d(channels, 24, 5, stride=2, padding=2),
+                nn.Conv2d(24, 48, 3, stride=2, padding=1),
+                nn.Conv2d(48, 96, 3, stride=1, padding=1),
             ]
         )
         self.head = nn.Linear(96, num_classes)

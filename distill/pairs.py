@@ -76,7 +76,7 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
     if teacher.folder is None or not (teacher.folder / BANK_FILE).is_file():
         return None
     try:
-        with np.load(teacher.folder / BANK_FILE, allow_pickle=False) as bank:
+        with (teacher.folder / BANK_FILE).open("rb") as handle, np.load(handle, allow_pickle=False) as bank:
             if str(bank["fingerprint"]) != teacher.fingerprint or len(bank[split]) < count:
                 return None
             images = bank[split][:count]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -277,9 +278,6 @@ def pool_size(teacher: Teacher, config: DistillConfig) -> int:
 
 
 def _with_student(teacher: Teacher, network: nn.Module) -> Teacher:
-    from copy import deepcopy
-    from dataclasses import replace
-
     return replace(teacher, make_student=lambda: deepcopy(network).requires_grad_(True))
 
 
@@ -296,8 +294,19 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
             checked.read(entry.path)
     source = Teacher.from_diffusers(Path(folder))
     inner: nn.Module = source.make_student()
+    origin = manifest.teacher
+    described = replace(
+        source,
+        name=origin.id if origin else manifest.name,
+        fingerprint=(origin.hash if origin else None) or "",
+        num_inference_steps=origin.num_inference_steps if origin else source.num_inference_steps,
+        latents=manifest.latents,
+        condition=manifest.condition,
+        postprocess=manifest.postprocess,
+        licence=manifest.licence,
+    )
     return Student(
-        teacher=teacher or source,
+        teacher=teacher or described,
         network=inner.eval().requires_grad_(False),
         tables=[StepTable.from_dict(table) for table in manifest.step_tables],
         name=manifest.name,

@@ -30,6 +30,7 @@ from redif_sdk.files import atomic_write
 from redif_sdk.steps import StepTable
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+LATE = 0.15  # by how much the clock must be ahead of the updates to rule
 CHECK_PAIRS = 192  # pool entries on which recall is watched
 
 Progress = Callable[[float, dict[str, float]], object]
@@ -96,14 +97,29 @@ class Trainer:
         return self.context.policy.meter
 
     @property
+    def shares(self) -> tuple[float | None, float | None]:
+        """The shares of the budgets of updates and of seconds that are spent; None where there is no such budget."""
+        config = self.config
+        return (
+            self.update / config.updates if config.updates else None,
+            self.meter.seconds / config.seconds if config.seconds else None,
+        )
+
+    @property
+    def finished(self) -> bool:
+        return any(share is not None and share >= 1 for share in self.shares)
+
+    @property
     def progress(self) -> float:
-        """The share of the budget that is spent; 1 ends the run."""
-        shares = [0.0]
-        if self.config.updates:
-            shares.append(self.update / self.config.updates)
-        if self.config.seconds:
-            shares.append(self.meter.seconds / self.config.seconds)
-        return max(shares)
+        """The share of the run that is done: what phases and learning rate follow.
+
+        With both budgets, the clock rules only when the run is late by more than ``LATE``: a machine that is fast
+        enough takes the same path whatever its speed.
+        """
+        updates, seconds = self.shares
+        if updates is None or (seconds is not None and seconds > updates + LATE):
+            return min(1.0, seconds or 0.0)
+        return min(1.0, updates)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -119,12 +135,12 @@ class Trainer:
             self.meter.seconds = time.monotonic() - began
             self._save(log)
         saved = time.monotonic()
-        while self.progress < 1:
+        while not self.finished:
             figures = self._step(self.progress)
             self.meter.seconds = spent + time.monotonic() - began
             if self.on_progress:
                 self.on_progress(self.progress, figures)
-            if self.update % self.config.log_every == 0 or self.progress >= 1:
+            if self.update % self.config.log_every == 0 or self.finished:
                 self._write_log(log, figures)
             if time.monotonic() - saved >= self.config.checkpoint_seconds:
                 self._save(log)
@@ -176,8 +192,8 @@ class Trainer:
         }
 
     def _write_log(self, log: TextIO | None, figures: dict[str, float]) -> None:
-        row: dict[str, Any] = {"update": self.update, "progress": round(min(1.0, self.progress), 6), **figures}
-        if self.update % self.config.check_every == 0 or self.progress >= 1:
+        row: dict[str, Any] = {"update": self.update, "progress": round(self.progress, 6), **figures}
+        if self.update % self.config.check_every == 0 or self.finished:
             now = self.check()
             row |= now
             before = self._last_check

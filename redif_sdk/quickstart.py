@@ -44,9 +44,9 @@ class Preset:
 
 
 PRESETS = {
-    1: Preset(700, 0.3, {}),
-    2: Preset(450, 0.4, {}),
-    4: Preset(150, 0.3, {}),
+    1: Preset(450, 0.33, {}),
+    2: Preset(300, 0.42, {}),
+    4: Preset(80, 0.25, {}),
 }
 
 

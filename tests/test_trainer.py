@@ -41,19 +41,20 @@ def test_sigkill_and_resume_give_the_same_bits(teacher_folder: Path, tmp_path: P
     output, draw, kills = tmp_path / "killed", random.Random(seed), 0
     for attempt in range(4):
         resume = ("--resume",) if attempt else ()
-        process = subprocess.Popen(command(teacher_folder, output, *resume), env=environment, stderr=subprocess.PIPE)
-        if attempt < 2:
-            log = training_folder(output) / "checkpoint.pt"
-            deadline = time.monotonic() + 120
-            while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0.0, 0.5))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait(60) == -signal.SIGKILL
-        else:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors.decode()
-            break
+        with subprocess.Popen(
+            command(teacher_folder, output, *resume), env=environment, stderr=subprocess.PIPE
+        ) as process:
+            if attempt < 2:
+                checkpoint = training_folder(output) / "checkpoint.pt"
+                deadline = time.monotonic() + 120
+                while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0.0, 0.5))
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait(60) == -signal.SIGKILL
+            else:
+                _, errors = process.communicate(timeout=300)
+                assert process.returncode == 0, errors.decode()
         if output.is_dir():  # it had finished already
             break
     assert kills >= 1
@@ -91,7 +92,7 @@ def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Pat
     noise, labels = pool.pool_noise((4, 8, 8), 5, "held_out"), torch.tensor([0, 1, 2, 0, 1])
     with torch.no_grad():
         assert torch.equal(again.policy().sample(noise, labels), student.policy().sample(noise, labels))
-    with pytest.raises(InvalidRequest, match="exists"):
+    with pytest.raises(InvalidRequest, match="there already"):
         student.save_pretrained(tmp_path / "student")
 
 

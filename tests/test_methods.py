@@ -456,9 +456,9 @@ def test_a_black_box_teacher_trains_a_student_of_its_own(teacher: Teacher) -> No
         num_inference_steps=1, updates=30, pool_size=64, batch_size=16, reward="pixel", learning_rate=3e-3
     )
     pairs = pool.compute(outside, 64, "train")
-    begin = float(
-        ((StudentPolicy(outside.make_student(), outside.table(1)).sample(pairs.noise, None) - pairs.target) ** 2).mean()
-    )
+    untrained = StudentPolicy(outside.make_student(), outside.table(1))
+    with torch.no_grad():
+        begin = float(((untrained.sample(pairs.noise, None) - pairs.target) ** 2).mean())
     student = distill(outside, config, pairs=pairs)
     with torch.no_grad():
         end = float(((student.policy().sample(pairs.noise, None) - pairs.target) ** 2).mean())

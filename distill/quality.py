@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,8 @@ def evaluate_folder(
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
     for count in steps:
         if baselines:
-            jobs.append((f"ddim at {count}", lambda count=count: arena.ddim_row(count)))  # type: ignore[misc]
-        jobs.append((f"student at {count}", lambda count=count: arena.student_row(student, count)))  # type: ignore[misc]
+            jobs.append((f"ddim at {count}", partial(arena.ddim_row, count)))
+        jobs.append((f"student at {count}", partial(arena.student_row, student, count)))
     rows = []
     for done, (note, job) in enumerate(jobs):
         on_progress(done / len(jobs), note)

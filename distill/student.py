@@ -49,13 +49,18 @@ class Student:
     distillation: Distillation | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def inner(self) -> Any:
+        """The network itself, without the signature that the distiller wraps around it."""
+        return self.network.network if isinstance(self.network, Denoiser) else self.network
+
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
         table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
         return StudentPolicy(self.network, table, self.teacher.schedule)
 
     def manifest(self, name: str) -> Manifest:
         teacher = self.teacher
-        inner = self.network.network if isinstance(self.network, Denoiser) else self.network
+        inner = self.inner
         package = type(inner).__module__.partition(".")[0]
         class_path = f"diffusers.{type(inner).__name__}" if package == "diffusers" else _class_path(inner)
         return Manifest(
@@ -84,7 +89,7 @@ class Student:
             UnsupportedModel: the network is no diffusers model, so it cannot be saved as a diffusers folder.
         """
         folder = Path(folder)
-        inner: Any = self.network.network if isinstance(self.network, Denoiser) else self.network
+        inner = self.inner
         if not hasattr(inner, "save_pretrained"):
             raise UnsupportedModel(
                 f"{type(inner).__name__} has no save_pretrained; give the student as a diffusers model to save it"

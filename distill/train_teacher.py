@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from redif_sdk.distill import data
 from redif_sdk.distill.pairs import PIXEL_BANK_SIZES
 from redif_sdk.distill.precision import autocast, cpu_has_bf16
+from redif_sdk.distill.trainer import CHECKPOINT, save_state
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.report import machine
 
@@ -89,12 +90,6 @@ def v_loss(
     return ((prediction.float() - (alpha * noise - sigma * x0)) ** 2).mean((1, 2, 3))
 
 
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
 def train(
     name: str,
     output: Path,
@@ -128,7 +123,7 @@ def train(
         network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
     )
     updates, start, spent = math.ceil(samples / batch_size), 0, 0.0
-    checkpoint = output / "checkpoint.pt"
+    checkpoint = output / CHECKPOINT
     output.mkdir(parents=True, exist_ok=True)
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
@@ -142,7 +137,7 @@ def train(
     def save(update: int) -> None:
         if not accelerator.is_main_process:
             return
-        save_atomically(
+        save_state(
             {
                 "network": network.state_dict(),
                 "ema": ema.state_dict(),
@@ -222,7 +217,7 @@ def main(
     network = train(name, output, samples=samples, data_dir=data_dir, checkpoint_seconds=checkpoint_seconds, **settings)
     if int(os.environ.get("RANK", 0)):
         return
-    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    state = torch.load(output / CHECKPOINT, weights_only=True)
     training = {
         **settings,
         "samples": state["samples"],

@@ -36,6 +36,13 @@ CHECK_PAIRS = 192  # pool entries on which recall is watched
 Progress = Callable[[float, dict[str, float]], object]
 
 
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """``torch.save``, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
 def refuse_dropout(network: nn.Module) -> None:
     """Dropout in the update would make its mean another function than the rollout's."""
     for name, module in network.named_modules():
@@ -60,6 +67,7 @@ class Trainer:
     ema: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     update: int = 0
+    _last_check: dict[str, float] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -205,8 +213,6 @@ class Trainer:
             log.write(json.dumps(row) + "\n")
             log.flush()
 
-    _last_check: dict[str, float] | None = field(init=False, default=None)
-
     # -- keeping --------------------------------------------------------------------------------------------------
 
     def _open_log(self, resumed: bool) -> TextIO | None:
@@ -245,9 +251,7 @@ class Trainer:
             "meter": asdict(self.meter),
             "last_check": self._last_check,
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        atomic_write(self.folder / CHECKPOINT, buffer.getvalue())
+        save_state(state, self.folder / CHECKPOINT)
 
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""

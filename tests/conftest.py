@@ -14,10 +14,23 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 
+def build_scheduler() -> Any:
+    """The noise schedule of every model here, as the shipped teacher has it."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
 def build_student(folder: Path, *, classes: int | None = 10, channels_out: int = 4, **unet: Any) -> Path:
     """A student with random weights: 4 x 14 x 14 latents, grey 28 x 28 pictures, tables of 2 steps and 3 (eta 1)."""
     import torch
-    from diffusers import DDIMScheduler, UNet2DModel
+    from diffusers import UNet2DModel
 
     from redif_sdk.manifest import Condition, Latents, Manifest, Network, Postprocess, write_manifest
     from redif_sdk.steps import StepTable
@@ -35,13 +48,7 @@ def build_student(folder: Path, *, classes: int | None = 10, channels_out: int =
         "num_class_embeds": classes,
     }
     UNet2DModel(**(settings | unet)).save_pretrained(folder / "unet")
-    scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+    scheduler = build_scheduler()
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "README.md").write_text("# tiny\n")
     tables = [
@@ -111,7 +118,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small real teacher: a diffusers folder with its own facts beside it."""
     import torch
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    from diffusers import DDIMPipeline, UNet2DModel
 
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -126,13 +133,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         attention_head_dim=8,
         num_class_embeds=3,
     )
-    scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+    scheduler = build_scheduler()
     folder = tmp_path_factory.mktemp("teacher") / "small"
     DDIMPipeline(unet, scheduler).save_pretrained(folder)
     about = {"name": "small", "licence": "MIT", "num_classes": 3, "class_names": ["a", "b", "c"]}

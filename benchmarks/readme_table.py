@@ -12,8 +12,8 @@ NAMES = {"teacher": "teacher", "ddim": "DDIM, untrained"}
 
 def quality(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| | calls | FD to teacher | best gain | std match | FD to real | paired MSE | precision | recall |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | steps | calls | FD to teacher | best gain | std match | FD to real | paired MSE | precision | recall |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         bold = "" if row["method"] in NAMES else "**"
@@ -21,14 +21,14 @@ def quality(rows: list[dict[str, Any]]) -> list[str]:
         distances = [row[key] for key in ("fd_teacher", "fd_teacher_gain", "fd_teacher_std", "fd_real")]
         cells = [f"{bold}{distances[0]:.2f}{bold}", *(f"{value:.2f}" for value in distances[1:])]
         cells += [f"{row['mse']:.4f}", f"{row['precision']:.2f}", f"{row['recall']:.2f}"]
-        lines.append(f"| {name} | {row['network_calls']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {row['num_inference_steps']} | {row['network_calls']} | " + " | ".join(cells) + " |")
     return lines
 
 
 def speed(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| | calls | batch | seconds an image | times faster than the teacher |", "|---|---|---|---|---|"]
     for row in rows:
-        cells = (row["contender"], row["num_inference_steps"], row["batch"], f"{row['seconds_per_image']:.4f}")
+        cells = (row["contender"], row["network_calls"], row["batch"], f"{row['seconds_per_image']:.4f}")
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['ratio']:.1f} |")
     return lines
 

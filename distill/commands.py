@@ -11,6 +11,9 @@ Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to this file; - is standard output.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="The teacher's classifier-free guidance, if not its own; 1 is none.")
+]
 Teacher = Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name: fashion-mnist.")]
 
 
@@ -44,6 +47,7 @@ def distill_command(
     batch_size: Annotated[int, typer.Option(help="Pairs an update.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     estimator: Annotated[str, typer.Option(help="redif: same-state or trajectory groups.")] = "same-state",
+    guidance_scale: GuidanceScale = None,
     warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
     start: Annotated[
         Path | None, typer.Option(help="Begin with this student's weights instead of the teacher's.")
@@ -95,6 +99,8 @@ def distill_command(
     if (folder / CHECKPOINT).exists() and not resume:
         raise InvalidRequest(f"{folder} holds an unfinished run; go on with --resume, or remove it")
     model = TeacherModel.load(teacher)
+    if guidance_scale is not None:
+        model = model.guided(guidance_scale)
     with _progress(quiet) as progress:
         count = allowed(model, config)
         task = progress.add_task("teacher's outputs", total=count, note="")
@@ -129,6 +135,7 @@ def import_command(
     pipeline: Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
     steps: Annotated[list[int], typer.Option("--steps", help="Network calls an image; may be given several times.")],
+    guidance_scale: GuidanceScale = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -136,7 +143,7 @@ def import_command(
     from redif_sdk.distill.student import import_pipeline
     from redif_sdk.report import document, write_json
 
-    manifest = import_pipeline(pipeline, output, steps)
+    manifest = import_pipeline(pipeline, output, steps, guidance_scale=guidance_scale)
     if json:
         rows = [{"output": str(output), "num_inference_steps": count} for count in manifest.supported_steps]
         write_json(json, document("import", rows))

@@ -59,7 +59,7 @@ def compute(
     batch_size: int = 128,
     on_batch: Callable[[int], object] | None = None,
 ) -> Pairs:
-    """Sample the teacher on the pool: ``count`` x its number of steps network calls."""
+    """Sample the teacher on the pool: ``count`` x its steps x its calls a step network calls."""
     start = pool_noise(teacher.shape, count, split, seed)
     condition = teacher.labels(np.arange(count))
     outputs = []
@@ -77,7 +77,7 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
         return None
     try:
         with (teacher.folder / BANK_FILE).open("rb") as handle, np.load(handle, allow_pickle=False) as bank:
-            if str(bank["fingerprint"]) != teacher.fingerprint or len(bank[split]) < count:
+            if str(bank["fingerprint"]) != teacher.identity or len(bank[split]) < count:
                 return None
             images = bank[split][:count]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -89,7 +89,7 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
 
 
 def _cache_file(teacher: Teacher, count: int, split: str, seed: int, cache: Path) -> Path:
-    key = f"{teacher.fingerprint} {teacher.num_inference_steps} {split} {seed} {count} 1"
+    key = f"{teacher.identity} {teacher.num_inference_steps} {split} {seed} {count} 1"
     return cache / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
 
 
@@ -113,12 +113,12 @@ def get(
     """
     if count < 1:
         raise InvalidRequest(f"the pool needs at least one pair, not {count}")
-    calls = count * teacher.num_inference_steps
+    calls = count * teacher.num_inference_steps * teacher.calls_per_step
     if not rebuild and seed == 0:
         bank = shipped(teacher, count, split)
         if bank is not None:
             return bank, calls
-    if not teacher.fingerprint:
+    if not teacher.identity:
         return compute(teacher, count, split, seed=seed, on_batch=on_batch), calls
     path = _cache_file(teacher, count, split, seed, cache or cache_folder())
     if path.is_file() and not rebuild:

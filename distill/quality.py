@@ -26,10 +26,11 @@ from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest
 
 OnProgress = Callable[[float, str], object]
+BATCH = 100
 
 
 @torch.no_grad()
-def outputs(policy: StudentPolicy, pairs: pool.Pairs, batch_size: int = 100) -> Tensor:
+def outputs(policy: StudentPolicy, pairs: pool.Pairs, batch_size: int = BATCH) -> Tensor:
     """The policy's latents for every pair's noise: (N, C, H, W)."""
     parts = [pairs[low : low + batch_size] for low in range(0, len(pairs), batch_size)]
     return torch.cat([policy.sample(part.noise, part.condition) for part in parts])
@@ -66,7 +67,14 @@ class Arena:
         return frechet_distance_of(embed(self.teacher.images(other.target)), self.judge.reference)
 
     def row(
-        self, method: str, steps: int, latents: Tensor, *, seed: int | None = None, budget: dict[str, Any] | None = None
+        self,
+        method: str,
+        steps: int,
+        latents: Tensor,
+        *,
+        calls_per_step: int = 1,
+        seed: int | None = None,
+        budget: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One row of DESIGN's quality table for a contender's latents."""
         quality = self.judge.quality(self.teacher.images(latents))
@@ -75,7 +83,7 @@ class Arena:
             "teacher": self.teacher.name,
             "method": method,
             "num_inference_steps": steps,
-            "network_calls": steps,
+            "network_calls": steps * calls_per_step,
             "seed": seed,
             **quality.row(),
             "features": FEATURES,
@@ -85,12 +93,17 @@ class Arena:
 
     def teacher_row(self) -> dict[str, Any]:
         steps = self.teacher.num_inference_steps
-        return self.row("teacher", steps, self.pairs.target)
+        return self.row("teacher", steps, self.pairs.target, calls_per_step=self.teacher.calls_per_step)
 
     def ddim_row(self, steps: int) -> dict[str, Any]:
-        """The teacher's network with DDIM at ``steps``, untrained."""
-        policy = StudentPolicy(_Frozen(self.teacher), self.teacher.table(steps), self.teacher.schedule)
-        return self.row("ddim", steps, outputs(policy, self.pairs))
+        """The teacher itself, its guidance included, with DDIM at ``steps``: untrained."""
+        latents = torch.cat(
+            [
+                self.teacher.sample(part.noise, part.condition, steps)
+                for part in (self.pairs[low : low + BATCH] for low in range(0, len(self.pairs), BATCH))
+            ]
+        )
+        return self.row("ddim", steps, latents, calls_per_step=self.teacher.calls_per_step)
 
     def student_row(self, student: Student, steps: int) -> dict[str, Any]:
         made = student.distillation
@@ -98,20 +111,10 @@ class Arena:
             made.method if made else "ddim",
             steps,
             outputs(student.policy(steps), self.pairs),
+            calls_per_step=student.calls_per_step,
             seed=made.seed if made else None,
             budget=made.budget.model_dump() if made else None,
         )
-
-
-class _Frozen(torch.nn.Module):
-    """The teacher's ``predict`` as a network."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        super().__init__()
-        self.predict = teacher.predict
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        return self.predict(x, t, condition)
 
 
 def evaluate_folder(
@@ -155,7 +158,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{rows[0]['num_samples']} samples, features {rows[0]['features']}")
     columns = {
         "method": "method",
-        "num_inference_steps": "calls",
+        "num_inference_steps": "steps",
+        "network_calls": "calls",
         "fd_teacher": "FD to teacher",
         "fd_teacher_gain": "after best gain",
         "fd_teacher_std": "after std match",

@@ -26,6 +26,7 @@ from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.manifest import (
     Budget,
     Distillation,
+    Guidance,
     Manifest,
     Network,
     StudentFolder,
@@ -50,6 +51,15 @@ class Student:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def guidance(self) -> Guidance | None:
+        """Of a network that still mixes two calls a step; a distilled student has none."""
+        return self.network.guidance if isinstance(self.network, Denoiser) else None
+
+    @property
+    def calls_per_step(self) -> int:
+        return 2 if self.guidance else 1
+
+    @property
     def inner(self) -> Any:
         """The network itself, without the signature that the distiller wraps around it."""
         return self.network.network if isinstance(self.network, Denoiser) else self.network
@@ -68,14 +78,17 @@ class Student:
             licence=teacher.licence,
             task="unconditional" if teacher.condition is None else "class-conditional",
             teacher=TeacherInfo(
-                id=teacher.name, hash=teacher.fingerprint or None, num_inference_steps=teacher.num_inference_steps
+                id=teacher.name,
+                hash=teacher.fingerprint or None,
+                num_inference_steps=teacher.num_inference_steps,
+                guidance_scale=teacher.guidance.scale if teacher.guidance else 1.0,
             ),
             distillation=self.distillation,
             step_tables=[table.to_dict() for table in self.tables],
             latents=teacher.latents,
             condition=teacher.condition,
             postprocess=teacher.postprocess,
-            network=Network(class_path=class_path, folder="unet"),
+            network=Network(class_path=class_path, folder="unet", guidance=self.guidance),
             metrics=self.metrics,
         )
 
@@ -240,7 +253,7 @@ def distill(
     if pairs is None:
         pairs, calls = pool.get(teacher, pool_size(teacher, config), "train")
     else:
-        calls = len(pairs) * teacher.num_inference_steps
+        calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
     begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start
     trainer = Trainer(teacher, config, pairs, folder, start=begin.network if begin else None, on_progress=on_progress)
     policy = trainer.run(resume)
@@ -273,10 +286,11 @@ def pool_size(teacher: Teacher, config: DistillConfig) -> int:
     """The pool that the budget of teacher calls allows."""
     if config.teacher_calls is None:
         return config.pool_size
-    allowed = min(config.pool_size, config.teacher_calls // teacher.num_inference_steps)
+    calls = teacher.num_inference_steps * teacher.calls_per_step
+    allowed = min(config.pool_size, config.teacher_calls // calls)
     if allowed < config.batch_size:
         raise InvalidRequest(
-            f"{config.teacher_calls} teacher calls make {allowed} pairs at {teacher.num_inference_steps} steps, "
+            f"{config.teacher_calls} teacher calls make {allowed} pairs at {calls} calls each, "
             f"fewer than one batch of {config.batch_size}; allow more calls or lower batch_size"
         )
     return allowed
@@ -298,7 +312,9 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
         if entry.path.startswith(("unet/", "scheduler/")):
             checked.read(entry.path)
     source = Teacher.from_diffusers(Path(folder))
-    inner: nn.Module = source.make_student()
+    inner = source.make_student()
+    if isinstance(inner, Denoiser):
+        inner.guidance = manifest.network.guidance
     origin = manifest.teacher
     described = replace(
         source,
@@ -320,14 +336,29 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
     )
 
 
-def import_pipeline(source: Any, output: str | Path, steps: Sequence[int], *, overwrite: bool = False) -> Manifest:
-    """Any existing pipeline as a student, as it is: its weights, and DDIM at each of ``steps``. Nothing is trained."""
+def import_pipeline(
+    source: Any,
+    output: str | Path,
+    steps: Sequence[int],
+    *,
+    guidance_scale: float | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Any existing pipeline as a student, as it is: its weights, its guidance, and DDIM at each of ``steps``.
+
+    Nothing is trained; a guided pipeline still makes two network calls a step. ``guidance_scale`` replaces its own.
+    """
     if not steps:
         raise InvalidRequest("no number of steps is given; name at least one, e.g. --steps 4")
     for count in steps:
         if count < 1:
             raise InvalidRequest(f"steps must be at least 1, not {count}")
     teacher = Teacher.load(source)
+    if guidance_scale is not None:
+        teacher = teacher.guided(guidance_scale)
     tables = [teacher.table(count) for count in dict.fromkeys(steps)]
-    student = Student(teacher, teacher.make_student(), tables, teacher.name)
+    network = teacher.make_student()
+    if isinstance(network, Denoiser):
+        network.guidance = teacher.guidance
+    student = Student(teacher, network, tables, teacher.name)
     return student.save_pretrained(output, overwrite=overwrite)

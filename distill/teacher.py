@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
-from redif_sdk.manifest import Condition, Latents, Postprocess
+from redif_sdk.manifest import Condition, Guidance, Latents, Postprocess
 from redif_sdk.steps import NoiseSchedule, StepTable
 
 SHIPPED = Path(__file__).parent / "teachers"
@@ -32,18 +33,32 @@ HUB_FILES = (TEACHER_FILE, "model_index.json", "unet/*.json", "unet/*.safetensor
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    """``predict``'s output (B, C, H, W) under ``guidance``: one call on a doubled batch."""
+    if guidance is None or condition is None:
+        return predict(x, t, condition)
+    null = torch.full_like(condition, guidance.null_class)
+    asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
+    return unasked + guidance.scale * (asked - unasked)
+
+
 class Denoiser(nn.Module):
     """A network behind one signature: ``(x (B, C, H, W), t (B,) float32, condition (B,) int64 or None) -> f``.
 
-    ``f`` is the first C channels of what the network gives (learned-variance networks give 2C).
+    ``f`` is the first C channels of what the network gives (learned-variance networks give 2C). ``guidance``: it is
+    the guided output, at two calls of the network.
     """
 
-    def __init__(self, network: nn.Module, *, diffusers_call: bool) -> None:
+    def __init__(self, network: nn.Module, *, diffusers_call: bool, guidance: Guidance | None = None) -> None:
         super().__init__()
         self.network = network
         self.diffusers_call = diffusers_call
+        self.guidance = guidance
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        return guided(self._call, self.guidance, x, t, condition)
+
+    def _call(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         if not self.diffusers_call:
             out = self.network(x, t, condition)
         elif condition is None:
@@ -59,6 +74,7 @@ class Teacher:
 
     ``predict`` is called with x (B, C, H, W) float32, t (B,) float32 and the condition (B,) int64 or None, and is a
     black box: no gradient is asked of it. ``make_student`` returns a fresh trainable network with the same signature.
+    A teacher with ``guidance`` makes two calls a step; its student learns the guided output and makes one.
     """
 
     name: str
@@ -74,11 +90,50 @@ class Teacher:
     licence: str = "unknown"
     folder: Path | None = None
     fingerprint: str = ""
+    guidance: Guidance | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.latents.channels, self.latents.height, self.latents.width
+
+    @property
+    def calls_per_step(self) -> int:
+        """Network calls on one image for each step: two with guidance."""
+        return 2 if self.guidance else 1
+
+    @property
+    def identity(self) -> str:
+        """Names this teacher's outputs: its weights and its guidance. Empty: unknown, outputs are not cached."""
+        if not self.fingerprint or self.guidance is None:
+            return self.fingerprint
+        return f"{self.fingerprint} guidance {self.guidance.scale:g} {self.guidance.null_class}"
+
+    def guided(self, scale: float, null_class: int | None = None) -> Teacher:
+        """This teacher under classifier-free guidance of ``scale``; 1 is none.
+
+        Args:
+            null_class: the entry of the class table that means 'no class'; None: the one the teacher comes with.
+
+        Raises:
+            InvalidRequest: a scale that is not above 0, or no 'no class' entry is known.
+        """
+        if not 0 < scale < math.inf:
+            raise InvalidRequest(f"guidance_scale must be a number above 0, not {scale:g}")
+        if scale == 1:
+            return replace(self, guidance=None)
+        if null_class is None:
+            null_class = self.extra.get("null_class")
+        if self.condition is None or null_class is None:
+            raise InvalidRequest(
+                f"{self.name} has no 'no class' entry (null_class), so it cannot be guided; use guidance_scale 1"
+            )
+        return replace(self, guidance=Guidance(scale=scale, null_class=null_class))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """The teacher's output f (B, C, H, W), guided where it has guidance. Arguments as for ``predict``."""
+        return guided(self.predict, self.guidance, x, t, condition)
 
     def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
         """DDIM with trailing spacing: the untrained student, and the teacher's own sampler."""
@@ -96,7 +151,7 @@ class Teacher:
         table = self.table(num_inference_steps or self.num_inference_steps)
         x = table.init_scale * noise
         for k, t in enumerate(table.timesteps):
-            f = self.predict(x, torch.full((len(x),), float(t)), condition)
+            f = self(x, torch.full((len(x),), float(t)), condition)
             x = table.advance(k, x, table.clean(k, x, f))
         return x
 
@@ -132,7 +187,7 @@ class Teacher:
         """From a diffusers folder (``unet/`` + ``scheduler/``, UNet2DModel) or a pipeline that has the two.
 
         ``redif_teacher.json`` beside ``model_index.json`` says what diffusers has no place for: class names, steps,
-        the pixel shuffle. Without it: 50 steps, no names, latents are pixels.
+        the pixel shuffle, guidance. Without it: 50 steps, no names, latents are pixels, no guidance.
 
         Raises:
             InvalidRequest: the folder is not there, or is no diffusers folder.
@@ -166,7 +221,7 @@ class Teacher:
             out: Tensor = denoiser(x, t, condition)
             return out
 
-        return cls(
+        teacher = cls(
             name=about.get("name", folder.name if folder else type(source).__name__),
             predict=predict,
             schedule=NoiseSchedule.from_config(scheduler_config),
@@ -183,6 +238,7 @@ class Teacher:
             fingerprint=_fingerprint(network, scheduler_config),
             extra=about,
         )
+        return teacher.guided(about.get("guidance_scale", 1.0))
 
     @classmethod
     def from_callable(
@@ -194,6 +250,7 @@ class Teacher:
         shape: tuple[int, int, int],
         student: nn.Module,
         num_classes: int | None = None,
+        guidance: Guidance | None = None,
         num_inference_steps: int = 50,
         pixel_shuffle: int = 1,
         name: str = "callable",
@@ -208,6 +265,7 @@ class Teacher:
             shape: (C, H, W) of x.
             student: the network to train, since a black box has no weights to copy. A diffusers ``UNet2DModel``, or any
                 module called as ``student(x, t, condition)``. It is copied, never changed.
+            guidance: classifier-free guidance; its ``null_class`` is what ``predict`` is asked for without a class.
             fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
         """
         diffusers_call = type(student).__module__.startswith("diffusers.")
@@ -223,6 +281,7 @@ class Teacher:
             make_student=lambda: Denoiser(copy.deepcopy(student).requires_grad_(True), diffusers_call=diffusers_call),
             network_folder="unet",
             fingerprint=fingerprint or "",
+            guidance=guidance,
         )
 
 
@@ -271,7 +330,7 @@ def check_deterministic(teacher: Teacher) -> None:
     """
     x = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(0))
     t, condition = torch.full((2,), len(teacher.schedule) / 2), teacher.labels(np.arange(2))
-    first, second = teacher.predict(x, t, condition), teacher.predict(x, t, condition)
+    first, second = teacher(x, t, condition), teacher(x, t, condition)
     if not torch.equal(first, second):
         raise RedifError(
             f"the teacher {teacher.name} gives two outputs for one input; switch its dropout or noise off: "

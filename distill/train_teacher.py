@@ -195,6 +195,7 @@ def main(
     ema_decay: float = 0.9995,
     label_dropout: float = 0.05,
     seed: int = 0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the published teacher.")] = 1.5,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the data set's files.")] = None,
     checkpoint_seconds: float = 60.0,
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
@@ -235,6 +236,7 @@ def main(
             publish_to or output / "teacher",
             training=training,
             pixel_shuffle=PIXEL_SHUFFLE,
+            guidance_scale=guidance_scale,
             data_dir=data_dir,
             on_batch=lambda count: progress.advance(task, count),
         )

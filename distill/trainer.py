@@ -256,7 +256,7 @@ class Trainer:
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""
         fixed = self.config.model_dump(mode="json", exclude={"checkpoint_seconds", "reward"}, fallback=str)
-        return json.dumps({**fixed, "reward": str(self.config.reward), "teacher": self.teacher.fingerprint})
+        return json.dumps({**fixed, "reward": str(self.config.reward), "teacher": self.teacher.identity})
 
     def _load(self) -> bool:
         """Go on from the folder's checkpoint, if there is one."""

@@ -58,7 +58,11 @@ def export(
     manifest = student.manifest
     if manifest.latents.dynamic:
         raise UnsupportedModel(f"{folder} has a free {manifest.latents.dynamic[0]}; this release exports fixed sizes")
-    denoiser = Denoiser(load_network(student) if network is None else network.eval(), manifest.latents.channels)
+    denoiser = Denoiser(
+        load_network(student) if network is None else network.eval(),
+        manifest.latents.channels,
+        manifest.network.guidance,
+    )
     with atomic_folder(student.path, overwrite=True) as new:
         student.copy_to(new, without=(FOLDER, golden.FOLDER))
         student.keep_foreign(new)

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from redif_sdk.errors import ExportError, UnsupportedModel
-from redif_sdk.manifest import Manifest, StudentFolder
+from redif_sdk.manifest import Guidance, Manifest, StudentFolder
 
 __all__ = ["OPSET", "Denoiser", "clean_model", "denoiser_model", "load_network"]
 
@@ -35,17 +36,26 @@ class Denoiser(torch.nn.Module):
 
     `network` is called as diffusers' are, ``network(sample, timestep, class_labels=...)`` (without the labels where it
     has no condition), and returns a tensor, a tuple, or an object with ``.sample``. Networks that learn their variance
-    return 2C channels: f is the first C.
+    return 2C channels: f is the first C. With `guidance` the network sees every image twice, with the asked class and
+    with none, and f is the guided mix.
     """
 
-    def __init__(self, network: torch.nn.Module, channels: int) -> None:
+    def __init__(self, network: torch.nn.Module, channels: int, guidance: Guidance | None = None) -> None:
         super().__init__()
         self.network = network
         self.channels = channels
+        self.guidance = guidance
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self.guidance is None or class_labels is None:
+            return self._call(sample, timestep, class_labels)
+        null = torch.full_like(class_labels, self.guidance.null_class)
+        asked, unasked = self._call(sample, timestep, class_labels), self._call(sample, timestep, null)
+        return unasked + self.guidance.scale * (asked - unasked)
+
+    def _call(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         condition = {} if class_labels is None else {"class_labels": class_labels}
         output = self.network(sample, timestep, **condition)
         if not isinstance(output, torch.Tensor):
@@ -101,11 +111,12 @@ def example_inputs(manifest: Manifest, batch: int) -> dict[str, torch.Tensor]:
 def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
     """The denoiser in ONNX with a free batch axis: sample, timestep[, class_labels] -> f. Raises ExportError."""
     inputs = example_inputs(manifest, _EXAMPLE_BATCH)
+    network = Denoiser(denoiser.network, denoiser.channels).eval()
     axes: dict[str, Any] = {name: {0: torch.export.Dim("batch")} for name in inputs}
     with _quiet_exporter(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                denoiser.eval(),
+                network,
                 tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
@@ -125,7 +136,53 @@ def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
     clean_model(model)
     if model.functions:
         raise ExportError(f"the graph of {type(denoiser.network).__name__} has functions that were not inlined")
+    if denoiser.guidance is not None:
+        add_guidance(model, denoiser.guidance)
     return model
+
+
+def add_guidance(model: onnx.ModelProto, guidance: Guidance) -> None:
+    """Make a denoiser a guided one: its batch is doubled, the second half asked for 'no class', and the halves mixed.
+
+    It is done here since torch.export cannot double a free batch axis through diffusers' networks.
+    """
+    graph, make = model.graph, onnx.helper.make_node
+    names = [value.name for value in graph.input]
+    for node in graph.node:
+        for old in names:
+            rename(node, old, f"{old}_twice")
+        rename(node, "f", "f_twice")
+    constants = {
+        "guidance_null": np.array(guidance.null_class, np.int64),
+        "guidance_scale": np.array(guidance.scale, np.float32),
+        "guidance_zero": np.array(0, np.int64),
+    }
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    before = [
+        make("Mul", ["class_labels", "guidance_zero"], ["guidance_zeros"]),
+        make("Add", ["guidance_zeros", "guidance_null"], ["guidance_nulls"]),
+        *(
+            make("Concat", [name, "guidance_nulls" if name == "class_labels" else name], [f"{name}_twice"], axis=0)
+            for name in names
+        ),
+    ]
+    after = [
+        make("Split", ["f_twice"], ["f_asked", "f_unasked"], axis=0, num_outputs=2),
+        make("Sub", ["f_asked", "f_unasked"], ["f_difference"]),
+        make("Mul", ["f_difference", "guidance_scale"], ["f_guidance"]),
+        make("Add", ["f_unasked", "f_guidance"], ["f"]),
+    ]
+    nodes = [*before, *graph.node, *after]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+
+
+def rename(node: onnx.NodeProto, old: str, new: str) -> None:
+    """Give a value another name in one node's inputs and outputs."""
+    for side in (node.input, node.output):
+        for index, name in enumerate(side):
+            if name == old:
+                side[index] = new
 
 
 @contextmanager

@@ -133,11 +133,31 @@ class Postprocess(_Part):
         return self
 
 
+class Guidance(_Part):
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6 with w + 1 = scale): f = u + scale (c - u).
+
+    u is the network's output for the class ``null_class``, c for the asked one: two network calls a step.
+    """
+
+    scale: Annotated[float, Field(gt=0)]
+    null_class: Count
+
+
 class Network(_Part):
-    """The class that loads the network for training, and its folder. A deployer never imports it."""
+    """The class that loads the network for training, and its folder. A deployer never imports it.
+
+    ``guidance``: the graphs call the network twice a step and mix the two (an imported guided pipeline; distilled
+    students need none).
+    """
 
     class_path: str  # e.g. "diffusers.UNet2DModel"
     folder: SafePath
+    guidance: Guidance | None = None
+
+    @property
+    def calls_per_step(self) -> int:
+        """Network calls on one image for each step."""
+        return 2 if self.guidance else 1
 
 
 class TensorSpec(_Part):

@@ -213,6 +213,11 @@ def _noise(pipe: FastPipeline, count: int) -> NDArray[np.float32]:
     return noise([(SHEET_SEED, i) for i in range(count)], (latents.channels, latents.height, latents.width))
 
 
+def _title(name: str, pipe: FastPipeline, steps: int) -> str:
+    calls = steps * pipe.manifest.network.calls_per_step
+    return f"{name}: {calls} call{'s' * (calls > 1)}"
+
+
 def _sheets(reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher_steps: int) -> list[Sheet]:
     """For every K: the teacher, DDIM at K and the student, from the same noise, through the same runtime."""
     start, labels = _noise(reference, SHEET_IMAGES), np.arange(SHEET_IMAGES) % 10
@@ -221,9 +226,9 @@ def _sheets(reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher
         Sheet(
             steps=count,
             rows=[
-                (f"teacher, {teacher_steps} calls", whole),
-                (f"DDIM, {count}, untrained", reference.generate_array(start, labels, count)),
-                (f"student, {count}", pipe.generate_array(start, labels, count)),
+                (_title("teacher", reference, teacher_steps), whole),
+                (_title("DDIM", reference, count), reference.generate_array(start, labels, count)),
+                (_title("student", pipe, count), pipe.generate_array(start, labels, count)),
             ],
         )
         for count, pipe in pipelines.items()
@@ -255,6 +260,7 @@ def _speed(
                     "runtime": pipe.runtime_info["runtime"],
                     "precision": pipe.runtime_info["precision"],
                     "num_inference_steps": count,
+                    "network_calls": count * pipe.manifest.network.calls_per_step,
                     "batch": batch,
                     "seconds_median": median,
                     "seconds_per_image": median / batch,

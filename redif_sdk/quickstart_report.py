@@ -87,25 +87,37 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _quality(rows: list[dict[str, Any]]) -> str:
     names = {"teacher": "teacher", "ddim": "DDIM, untrained"}
-    titles = ("", "calls", "FD to teacher", "best gain", "std match", "FD to real", "paired MSE", "precision", "recall")
+    titles = (
+        "",
+        "steps",
+        "calls",
+        "FD to teacher",
+        "best gain",
+        "std match",
+        "FD to real",
+        "paired MSE",
+        "precision",
+        "recall",
+    )
     cells = []
     for row in rows:
         figures = [_number(row[key]) for key in ("fd_teacher", "fd_teacher_gain", "fd_teacher_std", "fd_real")]
         tail = [_number(row["mse"], 4), _number(row["precision"], 2), _number(row["recall"], 2)]
         name = names.get(row["method"], f"student ({row['method']})")
-        cells.append((_kind(row), [name, str(row["network_calls"]), *figures, *tail]))
+        counts = [str(row["num_inference_steps"]), str(row["network_calls"])]
+        cells.append((_kind(row), [name, *counts, *figures, *tail]))
     return _table(titles, cells)
 
 
 def _speed(rows: list[dict[str, Any]]) -> str:
     titles = ("", "calls", "batch", "seconds an image", "images a second", "times faster", "times fewer calls")
-    calls = max(row["num_inference_steps"] for row in rows)
+    calls = max(row["network_calls"] for row in rows)
     cells = []
     for row in rows:
-        steps = row["num_inference_steps"]
+        own = row["network_calls"]
         numbers = [f"{row['seconds_per_image']:.4f}", f"{row['images_per_second']:.1f}", f"{row['ratio']:.1f}"]
         kind = "" if row["contender"] == "teacher" else "student"
-        cells.append((kind, [row["contender"], str(steps), str(row["batch"]), *numbers, f"{calls / steps:.1f}"]))
+        cells.append((kind, [row["contender"], str(own), str(row["batch"]), *numbers, f"{calls / own:.1f}"]))
     return _table(titles, cells)
 
 
@@ -150,8 +162,8 @@ def _strips(sheet: Sheet) -> str:
         f'<span>{html.escape(title)}</span><img alt="{html.escape(title)}" src="{_inline(strip(images))}">'
         for title, images in sheet.rows
     )
-    word = "call" if sheet.steps == 1 else "calls"
-    return f'<h3>{sheet.steps} network {word} an image</h3><figure class="strip">{cells}</figure>'
+    word = "step" if sheet.steps == 1 else "steps"
+    return f'<h3>{sheet.steps} {word}</h3><figure class="strip">{cells}</figure>'
 
 
 def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
@@ -167,6 +179,8 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
     parts = "; ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds_by_part"].items())
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     fewer = teacher_row["network_calls"] / first["network_calls"]
+    per_step = teacher_row["network_calls"] // teacher_row["num_inference_steps"]
+    calls_note = f"The teacher is guided: {per_step} network calls a step; its students make one. " * (per_step > 1)
     note = f" Two sets of the teacher's own samples, of other noises, are {floor:.1f} apart." if floor else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -177,7 +191,7 @@ distilled into students of {", ".join(str(row["network_calls"]) for row in stude
 up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s on
 {html.escape(str(machine["processor"]))}, {machine["cores"]} cores, {results["date"]}.</p>
 <h2>The same noise, three ways</h2>
-<p>Every column starts from the same noise and class. All pictures came out of the exported ONNX graphs.</p>
+<p>{calls_note}Every column starts from the same noise and class. All pictures came out of the exported ONNX graphs.</p>
 {"".join(_strips(sheet) for sheet in sheets)}
 <h2>How close to the teacher</h2>
 {_chart(rows)}

@@ -131,11 +131,11 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
-        num_class_embeds=3,
+        num_class_embeds=4,  # the last is "no class"
     )
     scheduler = build_scheduler()
     folder = tmp_path_factory.mktemp("teacher") / "small"
     DDIMPipeline(unet, scheduler).save_pretrained(folder)
-    about = {"name": "small", "licence": "MIT", "num_classes": 3, "class_names": ["a", "b", "c"]}
+    about = {"name": "small", "licence": "MIT", "num_classes": 3, "class_names": ["a", "b", "c"], "null_class": 3}
     (folder / "redif_teacher.json").write_text(json.dumps({**about, "num_inference_steps": 6, "pixel_shuffle": 2}))
     return folder

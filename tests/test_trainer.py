@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -11,14 +12,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
 
+from redif_sdk import FastPipeline
 from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.student import pool_size, training_folder
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.export import export
 from redif_sdk.manifest import StudentFolder
 
 SMALL = {"pool_size": 32, "batch_size": 8, "group_size": 4}
@@ -149,6 +153,56 @@ def test_import_takes_a_pipeline_as_it_is(teacher_folder: Path, tmp_path: Path) 
     noise, labels = pool.pool_noise((4, 8, 8), 3, "held_out"), torch.tensor([0, 1, 2])
     with torch.no_grad():
         torch.testing.assert_close(student.policy(6).sample(noise, labels), teacher.sample(noise, labels))
+
+
+def test_a_guided_teacher_makes_two_calls_and_its_student_one(teacher_folder: Path) -> None:
+    plain = Teacher.load(teacher_folder)
+    teacher = plain.guided(2.0)
+    x, t, labels = torch.randn(3, *teacher.shape), torch.full((3,), 400.0), torch.tensor([0, 1, 2])
+    asked, unasked = plain(x, t, labels), plain(x, t, torch.full_like(labels, 3))
+    assert torch.allclose(teacher(x, t, labels), 2 * asked - unasked, atol=1e-5)
+    assert plain.identity != teacher.identity != plain.guided(3.0).identity  # their pairs must not be mixed up
+    pairs, calls = pool.get(teacher, 16, "train")
+    assert calls == 16 * 6 * 2
+    config = DistillConfig(num_inference_steps=1, updates=2, pool_size=16, batch_size=8, reward="pixel")
+    student = distill(teacher, config, pairs=pairs)
+    assert student.distillation is not None
+    assert student.distillation.budget.teacher_calls == 16 * 6 * 2
+    origin = student.manifest("s").teacher
+    assert origin is not None
+    assert origin.guidance_scale == 2.0
+    assert student.calls_per_step == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_guidance_that_cannot_be_is_refused(teacher_folder: Path, scale: float) -> None:
+    with pytest.raises(InvalidRequest, match="guidance_scale"):
+        Teacher.load(teacher_folder).guided(scale)
+
+
+def test_guidance_needs_a_no_class_entry(teacher_folder: Path) -> None:
+    teacher = dataclasses.replace(Teacher.load(teacher_folder), extra={})
+    with pytest.raises(InvalidRequest, match="null_class"):
+        teacher.guided(2.0)
+    assert teacher.guided(2.0, null_class=3).calls_per_step == 2
+
+
+def test_a_guided_pipeline_is_imported_with_its_guidance(teacher_folder: Path, tmp_path: Path) -> None:
+    """Torch, the exported graphs and the teacher agree, and the folder says what a step costs."""
+    teacher = Teacher.load(teacher_folder).guided(3.0)
+    folder = tmp_path / "guided"
+    import_pipeline(teacher, folder, [2])
+    manifest = export(folder)
+    assert manifest.network.calls_per_step == 2
+    noise, labels = pool.pool_noise(teacher.shape, 5, "held_out"), torch.arange(5) % 3
+    wanted = teacher.images(teacher.sample(noise, labels, 2)).clamp(-1, 1)
+    levels = ((wanted + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    served = FastPipeline.from_pretrained(folder).generate_array(noise[None].numpy(), labels.numpy())
+    assert np.abs(levels - served).max() <= 1
+    again = load_student(folder)
+    assert again.calls_per_step == 2
+    with torch.no_grad():
+        assert torch.allclose(again.policy().sample(noise, labels), teacher.sample(noise, labels, 2), atol=1e-5)
 
 
 def test_a_pipeline_object_is_a_teacher(teacher_folder: Path) -> None:

@@ -37,7 +37,7 @@ def distill_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
     steps: Annotated[int, typer.Option("--steps", help="The student's network calls an image, K.")] = 4,
     method: Annotated[str, typer.Option(help="redif or regression.")] = "redif",
-    reward: Annotated[str, typer.Option(help="pixel, feature, or a sum: feature+pixel.")] = "feature",
+    reward: Annotated[str, typer.Option(help="pixel, feature, texture, or a sum: texture+feature.")] = "feature",
     updates: Annotated[
         int | None, typer.Option(help="Budget: optimiser updates (600 when no budget is given).")
     ] = None,
@@ -46,7 +46,7 @@ def distill_command(
     pool_size: Annotated[int, typer.Option(help="Pairs of (noise, teacher's output).")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Pairs an update.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    estimator: Annotated[str, typer.Option(help="redif: same-state or trajectory groups.")] = "same-state",
+    estimator: Annotated[str, typer.Option(help="redif: same-state, pathwise or trajectory.")] = "same-state",
     guidance_scale: GuidanceScale = None,
     warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
     start: Annotated[
@@ -185,7 +185,7 @@ def quickstart_command(
         "build/quickstart"
     ),
     steps: Annotated[list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4.")] = None,
-    minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 6.5,
+    minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.2,
     updates: Annotated[int | None, typer.Option(help="Updates a student, instead of the preset's.")] = None,
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,

@@ -33,7 +33,7 @@ class DistillConfig(BaseModel):
 
     schedule_updates: int = Field(20, ge=0, description="redif: policy-gradient updates of the step table's times.")
     warm_start: float = Field(0.7, ge=0, le=1, description="redif: share of the run that is regression.")
-    estimator: Literal["same-state", "trajectory"] = "same-state"
+    estimator: Literal["same-state", "pathwise", "trajectory"] = "same-state"
     group_size: int = Field(16, ge=2, description="Actions a state (even), or trajectories a start.")
     exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
     exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")

@@ -128,14 +128,26 @@ class Judge:
             return frechet_distance_of(features, self.reference[: len(features)])
         return frechet_distance(Statistics.of(features), self.statistics)
 
+    def _best_gain(self, images: Tensor, features: Tensor, gains: Sequence[float]) -> float:
+        """The gain of least distance on the first ``GAIN_SAMPLES``: from 1 up, or else down, while it falls."""
+        few = min(GAIN_SAMPLES, len(images))
+        best = start = self._distance(features[:few])
+        found = 1.0
+        for ladder in ([g for g in gains if g > 1], [g for g in reversed(gains) if g < 1]):
+            for gain in ladder:
+                distance = self._distance(self.embed(images[:few] * gain))
+                if distance >= best:
+                    break
+                best, found = distance, gain
+            if best < start:
+                break
+        return found
+
     def quality(self, images: Tensor, gains: Sequence[float] = GAINS) -> Quality:
         """All figures for a contender's images (N, C, H, W), paired with ``target``, before clamping."""
         features = self.embed(images)
         fd = self._distance(features)
-        few = min(GAIN_SAMPLES, len(images))
-        trials = {g: self._distance(self.embed(images[:few] * g)) for g in gains if g != 1.0}
-        trials[1.0] = self._distance(features[:few])
-        gain = min(trials, key=trials.__getitem__)
+        gain = self._best_gain(images, features, sorted(gains))
         precision, recall = precision_recall(features, self.reference)
         seen, wanted = images.clamp(-1, 1), self.target.clamp(-1, 1)
         return Quality(

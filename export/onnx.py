@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -110,8 +111,66 @@ def example_inputs(manifest: Manifest, batch: int) -> dict[str, torch.Tensor]:
 
 def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
     """The denoiser in ONNX with a free batch axis: sample, timestep[, class_labels] -> f. Raises ExportError."""
-    inputs = example_inputs(manifest, _EXAMPLE_BATCH)
     network = Denoiser(denoiser.network, denoiser.channels).eval()
+    traced = _trace(network, example_inputs(manifest, _EXAMPLE_BATCH))
+    signature = list(traced.graph.input)
+    model = _slim(onnxscript.optimizer.optimize(traced))
+    model.graph.ClearField("input")  # a network may ignore an input, and the optimiser then drops it
+    model.graph.input.extend(signature)
+    clean_model(model)
+    if model.functions:
+        raise ExportError(f"the graph of {type(denoiser.network).__name__} has functions that were not inlined")
+    if denoiser.guidance is not None:
+        add_guidance(model, denoiser.guidance)
+    return model
+
+
+#: Graphs of networks that were traced by this process, without their weights: students of one teacher differ in these
+#: alone, and tracing takes ten times as long as all the rest.
+_traced: dict[str, onnx.ModelProto] = {}
+
+
+def _trace(network: Denoiser, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+    """The graph as torch's exporter writes it, with the network's weights as initializers under their own names."""
+    weights = {name: value.detach().cpu().numpy() for name, value in network.state_dict().items()}
+    key = _structure(network, inputs, weights)
+    if key is None or key not in _traced:
+        model = _torch_export(network, inputs)
+        if key is None or not _holds(model, weights):
+            return model
+        for tensor in model.graph.initializer:
+            if tensor.name in weights:
+                tensor.ClearField("raw_data")
+        _traced[key] = model
+    model = onnx.ModelProto()
+    model.CopyFrom(_traced[key])
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.raw_data = weights[tensor.name].tobytes()
+    return model
+
+
+def _structure(network: Denoiser, inputs: dict[str, torch.Tensor], weights: dict[str, np.ndarray]) -> str | None:
+    """All that a traced graph depends on, weights apart; None for a network without a diffusers config."""
+    config = getattr(network.network, "config", None)
+    if not type(network.network).__module__.startswith("diffusers.") or config is None:
+        return None
+    kind = f"{type(network.network).__module__}.{type(network.network).__qualname__}"
+    shapes = {name: [str(value.dtype), *value.shape] for name, value in weights.items()}
+    given = {name: [str(value.dtype), *value.shape] for name, value in inputs.items()}
+    facts = [kind, network.channels, dict(config), shapes, given]
+    return json.dumps(facts, sort_keys=True, default=str)
+
+
+def _holds(model: onnx.ModelProto, weights: dict[str, np.ndarray]) -> bool:
+    """Whether the graph's initializers are weights by name and by bytes, so that others can take their place."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    return set(stored) <= set(weights) and all(
+        tensor.raw_data == weights[name].tobytes() for name, tensor in stored.items()
+    )
+
+
+def _torch_export(network: Denoiser, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
     axes: dict[str, Any] = {name: {0: torch.export.Dim("batch")} for name in inputs}
     with _quiet_exporter(), torch.no_grad():
         try:
@@ -124,21 +183,13 @@ def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
                 input_names=list(inputs),
                 output_names=["f"],
                 verbose=False,
+                optimize=False,  # it is optimised with its weights in place
             )
         except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
             reason = " ".join(str(error).split())[:500]
-            raise ExportError(f"torch cannot export {type(denoiser.network).__name__} to ONNX: {reason}") from error
+            raise ExportError(f"torch cannot export {type(network.network).__name__} to ONNX: {reason}") from error
     assert program is not None  # dynamo=True always returns the program
-    signature = list(program.model_proto.graph.input)
-    model = _slim(program.model_proto)
-    model.graph.ClearField("input")  # a network may ignore an input, and the optimiser then drops it
-    model.graph.input.extend(signature)
-    clean_model(model)
-    if model.functions:
-        raise ExportError(f"the graph of {type(denoiser.network).__name__} has functions that were not inlined")
-    if denoiser.guidance is not None:
-        add_guidance(model, denoiser.guidance)
-    return model
+    return program.model_proto
 
 
 def add_guidance(model: onnx.ModelProto, guidance: Guidance) -> None:

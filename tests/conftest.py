@@ -27,7 +27,7 @@ def build_scheduler() -> Any:
     )
 
 
-def build_student(folder: Path, *, classes: int | None = 10, channels_out: int = 4, **unet: Any) -> Path:
+def build_student(folder: Path, *, classes: int | None = 10, channels_out: int = 4, seed: int = 0, **unet: Any) -> Path:
     """A student with random weights: 4 x 14 x 14 latents, grey 28 x 28 pictures, tables of 2 steps and 3 (eta 1)."""
     import torch
     from diffusers import UNet2DModel
@@ -35,7 +35,7 @@ def build_student(folder: Path, *, classes: int | None = 10, channels_out: int =
     from redif_sdk.manifest import Condition, Latents, Manifest, Network, Postprocess, write_manifest
     from redif_sdk.steps import StepTable
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "sample_size": 14,
         "in_channels": 4,

@@ -13,11 +13,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import SMALL, build_student
 
 from redif_sdk import FastPipeline, StepTable
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
 from redif_sdk.export import build as build_module
 from redif_sdk.export import export, verify
+from redif_sdk.export import onnx as onnx_module
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
 from redif_sdk.files import list_files
@@ -318,3 +320,25 @@ def test_golden_files_that_cannot_be_used(tiny_student: Path, copy_of: Copy) -> 
     resign(folder)
     with pytest.raises(ManifestError, match=r"golden/steps-2-batch-1\.npz"):
         verify(folder)
+
+
+def test_a_second_network_of_the_same_kind_is_traced_once_and_exported_alike(tmp_path: Path, monkeypatch: Any) -> None:
+    """Tracing is reused with other weights in place; the graph is the one that a fresh trace would give."""
+    folders = [build_student(tmp_path / f"seed-{seed}", seed=seed, **SMALL) for seed in (1, 2)]
+    traces = []
+    real = onnx_module._torch_export
+
+    def counted(*args: Any) -> onnx.ModelProto:
+        traces.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(onnx_module, "_torch_export", counted)
+    monkeypatch.setattr(onnx_module, "_traced", {})
+    for folder in folders:
+        export(folder)
+    assert len(traces) == 1
+    reused = (folders[1] / "onnx" / "denoiser.fp32.onnx").read_bytes()
+    assert reused != (folders[0] / "onnx" / "denoiser.fp32.onnx").read_bytes()
+    onnx_module._traced.clear()
+    export(folders[1])
+    assert (folders[1] / "onnx" / "denoiser.fp32.onnx").read_bytes() == reused

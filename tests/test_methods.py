@@ -18,7 +18,7 @@ from redif_sdk.distill.methods.groups import TrajectoryGroups, check_drift, scor
 from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.rewards import Advantage, PixelReward, make_rewards, reward_names
+from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names
 from redif_sdk.distill.schedule_policy import learn_times, times_of
 from redif_sdk.distill.teacher import Teacher, check_deterministic
 from redif_sdk.distill.trainer import Trainer
@@ -173,7 +173,7 @@ def test_rewards_see_what_a_user_sees(teacher: Teacher, pairs: pool.Pairs) -> No
 
 
 def test_unknown_reward_is_named() -> None:
-    with pytest.raises(InvalidRequest, match="unknown reward 'beauty'; known: feature, pixel"):
+    with pytest.raises(InvalidRequest, match="unknown reward 'beauty'; known: feature, pixel, texture"):
         reward_names("pixel+beauty")
 
 
@@ -226,6 +226,85 @@ def test_same_state_groups_raise_the_reward(
     before = run.check()["reward"]
     run.run()
     assert run.check()["reward"] > before
+
+
+def test_a_map_credits_each_place_for_what_happened_there() -> None:
+    """With a reward by place the direction is far nearer to the gradient than with the image's mean, at equal draws."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(4, 1, 12, 12, generator=generator)
+    xi = Exploration.white(144).antithetic(16, (4, 1, 12, 12), generator)
+
+    def places(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        return (images * w.repeat(len(images) // 4, 1, 1, 1))[:, 0]
+
+    advantage = Advantage([(places, 1.0)], lambda latents: latents)
+    actions, target = 0.01 * xi, torch.zeros(4, 1, 12, 12)
+    cosines = [
+        torch.nn.functional.cosine_similarity(score_direction(a, xi).flatten(), w.flatten(), dim=0)
+        for a in (advantage(actions, target, None, by_place=True), advantage(actions, target, None))
+    ]
+    assert cosines[0] > 0.9
+    assert cosines[1] < 0.5
+
+
+def test_a_scalar_and_a_map_make_one_advantage() -> None:
+    def scalar(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    advantage = Advantage([(scalar, 1.0), (TextureReward(), 2.0)], lambda latents: latents)
+    actions = 0.1 * torch.randn(6, 3, 1, 12, 12)
+    target = torch.rand(3, 1, 12, 12)
+    assert advantage(actions, target, None, by_place=True).shape == (6, 3, 12, 12)
+    assert advantage(actions, target, None).shape == (6, 3)
+
+
+def test_texture_is_blind_to_form_and_sees_blur() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sharp, other = torch.rand(2, 8, 1, 16, 16, generator=generator) * 2 - 1
+    blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
+    reward = TextureReward()
+    assert reward(sharp, sharp, None).abs().max() == 0
+    same_kind, blur = (float(reward(images, sharp, None).mean()) for images in (other, blurred))
+    assert blur < 3 * same_kind < 0
+
+
+def test_a_far_pixel_does_not_change_the_map() -> None:
+    """What ``reach`` promises."""
+    images = torch.rand(1, 1, 24, 24)
+    changed = images.clone()
+    changed[..., 12, 12] += 0.5
+    reward, target = TextureReward(), torch.zeros(1, 1, 24, 24)
+    rows, columns = (reward(images, target, None) != reward(changed, target, None))[0].nonzero().T
+    stride = 2
+    centres = torch.stack([rows, columns]) * stride + 2  # of a window of 5
+    assert int((centres - 12).abs().max()) <= reward.reach
+
+
+def test_the_pathwise_step_is_the_gradient_s(teacher: Teacher, pairs: pool.Pairs) -> None:
+    made = context(teacher, pairs, estimator="pathwise", warm_start=0.0, step_delta=0.3)
+    output = made.policy.sample(pairs[:8].noise, None).detach()
+    gradient = made.advantage.gradient(output, pairs[:8].target, None)
+    wanted = pairs[:8].target - output  # the pixel reward's gradient points at the target
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), wanted.flatten(), dim=0) > 0.999
+    assert float(gradient.pow(2).mean().sqrt()) == pytest.approx(1, abs=1e-3)
+
+
+def test_pathwise_training_raises_the_reward(teacher: Teacher, pairs: pool.Pairs) -> None:
+    run = trainer(
+        teacher, pairs, estimator="pathwise", updates=60, warm_start=0.0, anchor=0.0, learning_rate=3e-3, ema_decay=0.0
+    )
+    before = run.check()["reward"]
+    run.run()
+    assert run.check()["reward"] > before
+
+
+def test_a_black_box_reward_has_no_path(teacher: Teacher, pairs: pool.Pairs) -> None:
+    def black_box(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.as_tensor(-((images.detach() - targets) ** 2).numpy().mean((1, 2, 3)))
+
+    run = trainer(teacher, pairs, reward=black_box, estimator="pathwise", updates=1, warm_start=0.0)
+    with pytest.raises(InvalidRequest, match="same-state"):
+        run.run()
 
 
 # -- trajectory groups ------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The two estimators of ReDiF's reinforcement phase.
+"""The estimators of ReDiF's reinforcement phase.
 
 *Same-state groups*: one network call at a state, G antithetic actions from it, each finished deterministically and
-rewarded; the score direction moves the mean. *Trajectory groups*: G whole noisy trajectories from one start, clipped
-ratios at every row (PPO, Schulman et al. 2017; group baseline as in GRPO, Shao et al. 2024).
+rewarded; the score direction moves the mean. *Pathwise*: the same step along the reward's own gradient, where it has
+one. *Trajectory groups*: G whole noisy trajectories from one start, clipped ratios at every row (PPO, Schulman et al.
+2017; group baseline as in GRPO, Shao et al. 2024).
 """
 
 from __future__ import annotations
@@ -36,8 +37,13 @@ def check_drift(before: Tensor, after: Tensor, trust_region: float) -> None:
 
 
 def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
-    """g = (1/G) sum_g A_g xi_g, the score-function estimate of Sigma times the reward's gradient: (B, C, H, W)."""
-    return torch.einsum("gb,gbchw->bchw", advantage, xi) / len(xi)
+    """g = (1/G) sum_g A_g xi_g, the score-function estimate of Sigma times the reward's gradient: (B, C, H, W).
+
+    ``advantage`` is (G, B), or (G, B, H, W): then every place has its own.
+    """
+    if advantage.dim() == 2:
+        return torch.einsum("gb,gbchw->bchw", advantage, xi) / len(xi)
+    return torch.einsum("gbhw,gbchw->bchw", advantage, xi) / len(xi)
 
 
 @dataclass
@@ -49,7 +55,8 @@ class SameStateGroups:
         """One loss: -2 <d, mu> + anchor |mu - teacher|^2; d is the score direction at an rms of ``step_delta``."""
         policy, config = self.context.policy, self.context.config
         rows = policy.num_inference_steps
-        last = rows == 1 or float(torch.rand((), generator=generator)) >= config.earlier_rows
+        pathwise = config.estimator == "pathwise"
+        last = rows == 1 or pathwise or float(torch.rand((), generator=generator)) >= config.earlier_rows
         if last:
             mean = output = policy.sample(batch.noise, batch.condition)  # gradients flow through the whole rollout
             row, state = rows - 1, batch.noise
@@ -74,18 +81,23 @@ class SameStateGroups:
         self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         policy, config = self.context.policy, self.context.config
-        advantage_of = self.context.advantage
+        advantage_of, last = self.context.advantage, row == self.context.policy.num_inference_steps - 1
+        if config.estimator == "pathwise":
+            return self._step(advantage_of.gradient(mean, batch.target, batch.condition), {})
         xi = self.exploration.antithetic(config.group_size, tuple(mean.shape), generator)
         actions = mean + config.exploration * xi
-        if row < policy.num_inference_steps - 1:
+        if not last:
             with torch.no_grad():
                 actions = torch.stack([policy.finish(row, state, action, batch.condition) for action in actions])
         before = advantage_of.dropped, advantage_of.groups
-        advantage = advantage_of(actions, batch.target, batch.condition)
-        direction = score_direction(advantage, xi)
-        rms = direction.pow(2).mean().sqrt().clamp_min(1e-12)
+        advantage = advantage_of(actions, batch.target, batch.condition, by_place=last)
         dropped = (advantage_of.dropped - before[0]) / max(1, advantage_of.groups - before[1])
-        return config.step_delta * direction / rms, {"direction_rms": rms.item(), "dropped_groups": dropped}
+        return self._step(score_direction(advantage, xi), {"dropped_groups": dropped})
+
+    def _step(self, direction: Tensor, figures: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """The direction at the length of the trust region, an rms of ``step_delta`` over the batch."""
+        rms = direction.pow(2).mean().sqrt().clamp_min(1e-12)
+        return self.context.config.step_delta * direction / rms, {"direction_rms": rms.item(), **figures}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """ReDiF (arXiv 2512.22802): the student's denoising trajectory is a policy, the reward its agreement with the teacher.
 
 Three phases: the *schedule policy* learns the step table's times with the network frozen; *regression* through the
-rollout warms the network up; *reinforcement* follows the reward, with one of two estimators (``groups.py``).
+rollout warms the network up; *reinforcement* follows the reward, with one of the estimators (``groups.py``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ReDiF:
         if first:
             self._begin(context)
         assert self.exploration is not None
-        if context.config.estimator == "same-state":
+        if context.config.estimator != "trajectory":
             yield from SameStateGroups(context, self.exploration).losses(batch, generator, check=first)
         else:
             yield from TrajectoryGroups(context, self.exploration, self.reference).losses(batch, generator, check=first)

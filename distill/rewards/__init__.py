@@ -6,24 +6,41 @@ has a file of its own; this one holds the protocol, the registry and the advanta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.rewards.pixel import PixelReward
+from redif_sdk.distill.rewards.texture import TextureReward
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
 
-__all__ = ["REWARDS", "Advantage", "FeatureReward", "PixelReward", "Reward", "make_rewards", "reward_names"]
+__all__ = [
+    "REWARDS",
+    "Advantage",
+    "FeatureReward",
+    "PixelReward",
+    "Reward",
+    "TextureReward",
+    "make_rewards",
+    "reward_names",
+]
 
 
 class Reward(Protocol):
-    """``images`` and ``targets`` (B, C, H, W) float32 in [-1, 1], ``condition`` (B,) int64 or None -> (B,) float32."""
+    """``images`` and ``targets`` (B, C, H, W) float32 in [-1, 1], ``condition`` (B,) int64 or None -> (B,) float32.
+
+    It may give a map (B, h, w) of any size instead, whose mean is the reward: then same-state groups credit each place
+    for the actions around it, which is a far better estimate. Its attribute ``reach`` (0 if absent) says how far from a
+    changed pixel the map can change, in pixels.
+    """
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor: ...
 
@@ -32,6 +49,7 @@ Factory = Callable[[Teacher, Pairs, int], Reward]
 REWARDS: dict[str, Factory] = {
     "pixel": lambda teacher, pairs, seed: PixelReward(),
     "feature": FeatureReward.fit,
+    "texture": lambda teacher, pairs, seed: TextureReward(),
 }
 
 RewardSpec = str | Reward | Sequence["str | Reward"] | Mapping["str | Reward", float]
@@ -79,7 +97,7 @@ def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) ->
 
 @dataclass
 class Advantage:
-    """Rewards of a group of G outputs for each of B states -> advantages (G, B).
+    """Rewards of a group of G outputs for each of B states -> advantages (G, B), or (G, B, h, w) by place.
 
     Each reward is normalised over its group before the weighted sum (a raw sum lets one dominate), the sum again, and
     clipped to +-``clip``. A group without spread says nothing: its advantage is 0, and it is counted in ``dropped``.
@@ -97,13 +115,15 @@ class Advantage:
 
     @torch.no_grad()
     def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Tensor]:
-        """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) each."""
-        images, wanted = self.images(outputs), self.images(targets)
+        """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) or (N, h, w) each."""
+        return self._of_images(self.images(outputs), self.images(targets), condition)
+
+    def _of_images(self, images: Tensor, wanted: Tensor, condition: Tensor | None) -> list[Tensor]:
         values = [reward(images, wanted, condition).float() for reward, _ in self.rewards]
         for value, (reward, _) in zip(values, self.rewards, strict=True):
             name = name_of(reward)
-            if value.shape != (len(outputs),):
-                raise InvalidRequest(f"the reward {name} gave shape {tuple(value.shape)} for {len(outputs)} images")
+            if value.dim() not in (1, 3) or len(value) != len(images):
+                raise InvalidRequest(f"the reward {name} gave shape {tuple(value.shape)} for {len(images)} images")
             if not torch.isfinite(value).all():
                 raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
         return values
@@ -113,16 +133,25 @@ class Advantage:
         values = self.values(outputs, targets, condition)
         return float(sum(w * v.mean().item() for v, (_, w) in zip(values, self.rewards, strict=True)))
 
-    def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        """``outputs`` (G, B, C, H, W), ``targets`` (B, C, H, W) -> (G, B)."""
+    def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None, *, by_place: bool = False) -> Tensor:
+        """``outputs`` (G, B, C, H, W), ``targets`` (B, C, H, W) -> (G, B).
+
+        ``by_place``: (G, B, H, W) where a reward gives a map, each place's advantage being that of the map around it.
+        """
         group, batch = outputs.shape[:2]
         wanted = targets.expand(group, *targets.shape).flatten(0, 1)
         labels = None if condition is None else condition.repeat(group)
-        total = torch.zeros(group, batch)
-        for value, (_, weight) in zip(self.values(outputs.flatten(0, 1), wanted, labels), self.rewards, strict=True):
-            total += weight * _normalise(value.view(group, batch))
+        values = self.values(outputs.flatten(0, 1), wanted, labels)
+        by_place = by_place and any(value.dim() == 3 for value in values)
+        total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()))
+        pixels = self.images(targets[:1]).shape[-2] if by_place else 0
+        for value, (reward, weight) in zip(values, self.rewards, strict=True):
+            if value.dim() == 3:
+                value = _around(value, outputs, pixels, getattr(reward, "reach", 0)) if by_place else value.mean((1, 2))
+            advantage = _normalise(value.unflatten(0, (group, batch)))
+            total = total + weight * (advantage[..., None, None] if by_place and advantage.dim() == 2 else advantage)
         advantage = _normalise(total) if len(self.rewards) > 1 else total
-        flat = (advantage == 0).all(0)
+        flat = (advantage == 0).transpose(0, 1).flatten(1).all(1)
         self.dropped += int(flat.sum())
         self.groups += batch
         if flat.all():
@@ -131,10 +160,43 @@ class Advantage:
             )
         return advantage.clamp(-self.clip, self.clip)
 
+    def gradient(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        """The rewards' gradient at ``outputs`` (B, C, H, W), each at an rms of 1 over the batch, and then weighted.
+
+        A clamp at the range of the images passes gradients, so that a pixel beyond it can come back.
+
+        Raises:
+            InvalidRequest: a reward that is not differentiable.
+        """
+        variable = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            images = self.to_images(variable)
+            images = images + (images.clamp(-1, 1) - images).detach()
+            values = self._of_images(images, self.images(targets), condition)
+            total = torch.zeros_like(outputs)
+            for value, (reward, weight) in zip(values, self.rewards, strict=True):
+                if not value.requires_grad:
+                    raise InvalidRequest(
+                        f"the reward {name_of(reward)} has no gradient; use the estimator same-state, which needs none"
+                    )
+                (gradient,) = torch.autograd.grad(value.sum(), variable, retain_graph=True)
+                total += weight * gradient / gradient.pow(2).mean().sqrt().clamp_min(1e-12)
+        return total
+
+
+def _around(maps: Tensor, outputs: Tensor, pixels: int, reach: int) -> Tensor:
+    """Maps (N, h', w') at the places of the latents (N, h, w): the mean of what lies within ``reach`` pixels."""
+    height, width = outputs.shape[-2:]
+    placed = F.interpolate(maps[:, None], size=(height, width), mode="area")
+    radius = math.ceil(reach * height / pixels)
+    return F.avg_pool2d(placed, 2 * radius + 1, 1, radius)[:, 0]
+
 
 def _normalise(values: Tensor) -> Tensor:
-    """(G, B): minus the group's mean, over its std; groups without spread become 0."""
+    """(G, B, ...): minus the group's mean at each place, over the group's std; groups without spread become 0."""
     centred = values - values.mean(0)
-    std = centred.std(0)
-    spread = std > 1e-6 * values.abs().amax(0).clamp_min(1e-12)
+    dims = (0, *range(2, values.dim()))
+    degrees = (len(values) - 1) * centred[0, 0].numel()
+    std = (centred.pow(2).sum(dims, keepdim=True) / degrees).sqrt()
+    spread = std > 1e-6 * values.abs().amax(dims, keepdim=True).clamp_min(1e-12)
     return torch.where(spread, centred / std.clamp_min(1e-30), torch.zeros_like(centred))

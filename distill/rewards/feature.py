@@ -82,17 +82,16 @@ class FeatureReward:
         """(B, C, H, W) -> (B, 96) pooled features, for the recall that training logs."""
         return self.network.features(images)[-1].mean((2, 3))
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
         distance = self.pixel_weight * ((images - targets) ** 2).mean((1, 2, 3))
-        period = _period(targets)  # in a group the targets repeat: their features are computed once
-        for ours, theirs in zip(self.network.features(images), self.network.features(targets[:period]), strict=True):
-            wanted = F.normalize(theirs, dim=1, eps=1e-6).repeat(len(images) // period, 1, 1, 1)
+        repeats = period(targets)  # in a group the targets repeat: their features are computed once
+        for ours, theirs in zip(self.network.features(images), self.network.features(targets[:repeats]), strict=True):
+            wanted = F.normalize(theirs, dim=1, eps=1e-6).repeat(len(images) // repeats, 1, 1, 1)
             distance = distance + ((F.normalize(ours, dim=1, eps=1e-6) - wanted) ** 2).sum(1).mean((1, 2))
         return -distance
 
 
-def _period(images: Tensor) -> int:
+def period(images: Tensor) -> int:
     """The smallest p such that the batch repeats its first p images (a group's targets do), else its length."""
     again = (images == images[0]).flatten(1).all(1).nonzero().flatten()
     period = int(again[1]) if len(again) > 1 else len(images)

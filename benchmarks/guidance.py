@@ -1,0 +1,42 @@
+"""Which guidance for the shipped teacher? Class agreement and distance to real images, for several scales.
+
+``python benchmarks/guidance.py`` (Debian's ``dataset-fashion-mnist``; about ten minutes on two cores). Its noises
+neither train nor judge a student, and its distances are to real *training* images: the scale is not chosen on what
+judges.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from redif_sdk.distill import data, pairs
+from redif_sdk.distill.evaluate import Statistics, frechet_distance
+from redif_sdk.distill.features import embed
+from redif_sdk.distill.publish_teacher import classify, train_classifier
+from redif_sdk.distill.teacher import Teacher
+
+NAME, SAMPLES, STEPS, SEED, REAL = "fashion-mnist", 1000, 25, 3, 6000
+SCALES = (1.0, 1.5, 2.0, 3.0)
+
+
+def main() -> None:
+    train, test = data.load(NAME, "train"), data.load(NAME, "test")
+    classifier, accuracy = train_classifier(train, test, seed=11)
+    print(f"the classifier is right on {100 * accuracy:.1f} % of the real test set")
+    real = Statistics.of(embed(torch.tensor(train.images[:REAL]).float() / 127.5 - 1))
+    noise = pairs.pool_noise(Teacher.load(NAME).shape, SAMPLES, "train", SEED)
+    print("| guidance scale | asked class seen | FD to real |\n|---|---|---|")
+    for scale in SCALES:
+        teacher = Teacher.load(NAME).guided(scale)
+        labels = torch.arange(SAMPLES) % len(train.class_names)
+        parts = zip(noise.split(125), labels.split(125), strict=True)
+        images = teacher.images(torch.cat([teacher.sample(x, y, STEPS) for x, y in parts])).clamp(-1, 1)
+        seen = float((classify(classifier, images) == labels).float().mean())
+        print(
+            f"| {scale:g} | {100 * seen:.1f} % | {frechet_distance(Statistics.of(embed(images)), real):.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

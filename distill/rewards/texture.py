@@ -1,0 +1,44 @@
+"""A paired reward for texture: does every place hold as much detail, whatever its exact form, as the teacher's image?
+
+Few-step students blur, and a squared error forgives it. Detail is counted here as local energy: the root of the local
+mean of squared differences between neighbours, in four directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from redif_sdk.distill.rewards.feature import period
+
+#: Differences along x, along y, to the four neighbours' mean, along a diagonal: (4, 1, 3, 3).
+STENCILS = [
+    [[0, 0, 0], [-1, 0, 1], [0, 0, 0]],
+    [[0, -1, 0], [0, 0, 0], [0, 1, 0]],
+    [[0, -1, 0], [-1, 4, -1], [0, -1, 0]],
+    [[1, 0, -1], [0, 0, 0], [-1, 0, 1]],
+]
+WINDOW = 5  # pixels of the local mean
+FLOOR = 1e-3  # added under the root: an energy of less is no detail that is seen
+
+
+def energy(images: Tensor) -> Tensor:
+    """(B, C, H, W) in [-1, 1] -> local energies (B, 4, h, w), h about H / 2; channels are averaged."""
+    batch, channels = images.shape[:2]
+    stencils = torch.tensor(STENCILS, dtype=images.dtype, device=images.device)[:, None] / 2
+    flat = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    squares = F.conv2d(flat, stencils) ** 2
+    return (F.avg_pool2d(squares.unflatten(0, (batch, channels)).mean(1), WINDOW, 2) + FLOOR).sqrt()
+
+
+class TextureReward:
+    """Minus the squared difference of local energies, as a map (B, h, w): each place is credited by itself."""
+
+    name = "texture"
+    reach = 1 + WINDOW // 2
+
+    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        repeats = period(targets)
+        wanted = energy(targets[:repeats]).repeat(len(images) // repeats, 1, 1, 1)
+        return -((energy(images) - wanted) ** 2).mean(1)

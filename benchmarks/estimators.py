@@ -2,9 +2,9 @@
 
 ``python benchmarks/estimators.py [--updates 400] [--seeds 0 1] [-o FILE]``: one-step students of the shipped teacher,
 from the same start, for the same number of updates (and so of gradient samples): plain regression, and ReDiF with the
-texture reward after the same warm start, its direction estimated from one number an image, from the reward's map, and by
-its gradient. Judged on noises that neither train nor judge the quickstart's students. Forward-equivalents and seconds
-are given: the rewards' own cost is in the seconds alone.
+texture reward after the same warm start, its direction estimated from one number an image, from the reward's map, and
+by its gradient. Judged on noises that neither train nor judge the quickstart's students. Forward-equivalents and
+seconds are given: the rewards' own cost is in the seconds alone.
 """
 
 from __future__ import annotations

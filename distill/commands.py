@@ -185,7 +185,7 @@ def quickstart_command(
         "build/quickstart"
     ),
     steps: Annotated[list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4.")] = None,
-    minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.2,
+    minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.4,
     updates: Annotated[int | None, typer.Option(help="Updates a student, instead of the preset's.")] = None,
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,

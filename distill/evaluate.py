@@ -46,7 +46,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6), through symmetric eigenvalues."""
     cross = np.linalg.eigvalsh(b.root @ a.covariance @ b.root)
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross.clip(0)).sum()
-    return float(((a.mean - b.mean) ** 2).sum() + trace)
+    return max(0.0, float(((a.mean - b.mean) ** 2).sum() + trace))  # rounding can make it negative
 
 
 def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
@@ -55,7 +55,7 @@ def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
     mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
     a, b = (a - a.mean(0)) / (len(a) - 1) ** 0.5, (b - b.mean(0)) / (len(b) - 1) ** 0.5
     nuclear = torch.linalg.svdvals(a @ b.T).sum()  # tr (C1 C2)^(1/2) is the nuclear norm of A B'
-    return float(mean + (a**2).sum() + (b**2).sum() - 2 * nuclear)
+    return max(0.0, float(mean + (a**2).sum() + (b**2).sum() - 2 * nuclear))
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:

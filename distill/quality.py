@@ -152,24 +152,27 @@ def evaluate_folder(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{rows[0]['num_samples']} samples, features {rows[0]['features']}")
+    title = f"{rows[0]['num_samples']} samples, features {rows[0]['features']}; FD: to the teacher's images"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     columns = {
         "method": "method",
         "num_inference_steps": "steps",
         "network_calls": "calls",
-        "fd_teacher": "FD to teacher",
-        "fd_teacher_gain": "after best gain",
-        "fd_teacher_std": "after std match",
+        "fd_teacher": "FD",
+        "fd_teacher_gain": "best gain",
+        "fd_teacher_std": "std match",
         "fd_real": "FD to real",
         "mse": "paired MSE",
-        "precision": "precision",
+        "precision": "prec.",
         "recall": "recall",
     }
     for title in columns.values():
-        table.add_column(title, justify="left" if title == "method" else "right")
+        first = title == "method"
+        table.add_column(title, justify="left" if first else "right", no_wrap=first)
     digits = {"mse": 4, "precision": 2, "recall": 2}
     for row in rows:
         cells = []

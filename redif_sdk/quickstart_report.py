@@ -20,8 +20,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
 .lead { font-size: 1.15rem }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .4rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left } tr.student td { font-weight: 600 }
 figure { margin: 1rem 0 } figcaption { font-size: .9rem; opacity: .8 }
 .strip { display: grid; grid-template-columns: 10rem 1fr; gap: .2rem .8rem; align-items: center; }
@@ -144,7 +144,7 @@ def _chart(rows: list[dict[str, Any]]) -> str:
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for (x, y), row in places:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-            parts.append(f'<text x="{x + 7:.1f}" y="{y - 6:.1f}">{row["fd_teacher"]:.0f}</text>')
+            parts.append(f'<text x="{x + 7:.1f}" y="{y - 6:.1f}">{row["fd_teacher"]:.1f}</text>')
         parts.append(f'<circle cx="{width - 150}" cy="{20 + 18 * index}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{width - 140}" y="{24 + 18 * index}">{name}</text>')
     for calls in sorted({row["network_calls"] for row in points}):
@@ -189,7 +189,7 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
 <p class="lead">A {teacher_row["network_calls"]}-call diffusion teacher ({html.escape(rows[0]["teacher"])}),
 distilled into students of {", ".join(str(row["network_calls"]) for row in students)} network call(s):
 up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s on
-{html.escape(str(machine["processor"]))}, {machine["cores"]} cores, {results["date"]}.</p>
+{html.escape(str(machine["processor"]))}, {machine["cores"]} cores, {results["date"][:10]}.</p>
 <h2>The same noise, three ways</h2>
 <p>{calls_note}Every column starts from the same noise and class. All pictures came out of the exported ONNX graphs.</p>
 {"".join(_strips(sheet) for sheet in sheets)}

@@ -58,7 +58,7 @@ FOUR = {
     "schedule_updates": 10,
 }
 PRESETS = {
-    1: Preset(650, 0.45, {"learning_rate": 2.5e-3, "warm_start": 0.42, "step_delta": 5.0}),
+    1: Preset(650, 0.45, {"learning_rate": 2e-3, "warm_start": 0.42, "step_delta": 5.0}),
     2: Preset(270, 0.38, {"learning_rate": 2e-3, "warm_start": 0.6, "step_delta": 3.0}),
     4: Preset(50, 0.17, FOUR, chained=False),
 }

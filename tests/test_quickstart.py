@@ -64,7 +64,7 @@ def test_the_shipped_teacher_is_small_and_has_what_the_main_job_needs() -> None:
     figures = json.loads((teacher.folder / "figures.json").read_text())
     assert figures["samples"] >= 1_000_000
     assert figures["classifier_accuracy"] >= 0.90
-    assert figures["class_agreement"] >= 0.85  # .90 was asked: docs/results/teacher.md
+    assert figures["class_agreement"] >= 0.90
 
 
 def test_a_broken_bank_is_named(tmp_path: Path) -> None:
@@ -88,13 +88,14 @@ def test_the_results_hold_every_field_and_contender(finished: Path) -> None:
         ("ddim", 1),
         ("ddim", 2),
         ("ddim", 4),
-        ("ddim", 8),
         ("redif", 1),
         ("redif", 2),
     ]
     for row in results["rows"]:
         assert set(row) >= QUALITY
     assert results["rows"][0]["fd_teacher"] == pytest.approx(0, abs=1e-3)
+    calls = {(row["method"], row["num_inference_steps"]): row["network_calls"] for row in results["rows"]}
+    assert (calls["teacher", 50], calls["ddim", 2], calls["redif", 2]) == (100, 4, 2)  # guidance doubles the teacher's
     assert {row["contender"] for row in results["speed"]} == {"teacher", "student-1", "student-2"}
 
 
@@ -128,7 +129,7 @@ def test_the_exported_student_is_the_judged_one(finished: Path) -> None:
 
 def test_eval_judges_a_folder(finished: Path) -> None:
     rows = evaluate_folder(finished / "student-1", "fashion-mnist", 24)
-    assert [(row["method"], row["network_calls"]) for row in rows] == [("teacher", 50), ("ddim", 1), ("redif", 1)]
+    assert [(row["method"], row["network_calls"]) for row in rows] == [("teacher", 100), ("ddim", 2), ("redif", 1)]
     assert all(row["fd_real"] > 0 for row in rows)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redif_sdk.distill.commands import distill_command, eval_command, import_command, quickstart_command
-from redif_sdk.errors import IntegrityError, InvalidRequest, ParityError, RedifError, TrainingDiverged
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, ParityError, RedifError, TrainingDiverged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,10 +149,13 @@ def verify_command(
     The hashes come first: an altered, missing or additional file is named, and nothing of the student is run.
     """
     from redif_sdk.export.verify import summary, verify
+    from redif_sdk.manifest import MANIFEST_NAME
 
     try:
         rows = verify(folder, runtime)
-    except IntegrityError as error:
+    except ManifestError as error:
+        if not isinstance(error, IntegrityError) and not (folder / MANIFEST_NAME).is_file():
+            raise  # this is no student; an altered manifest may be one that cannot even be read
         _fail(str(error), GATE_FAILED)
     _write_json(json, "verify", rows)
     console = _console(json, quiet)

@@ -74,14 +74,16 @@ def test_flipping_one_byte_of_any_file_fails_naming_the_file(
     folder = copy_of(tiny_student)
     for relative in list_files(folder):
         original = (folder / relative).read_bytes()
-        altered = bytearray(original)
-        altered[len(altered) // 3] ^= 0x01
-        (folder / relative).write_bytes(altered)
-        result = redif("verify", folder, "--quiet")
-        if relative == "README.md":
-            assert result.code == 0
-        else:
-            assert_one_line(result, 1, relative)
+        places = 24 if relative == "redif.json" else 1  # there a byte may make it another manifest, or none at all
+        for place in range(places):
+            altered = bytearray(original)
+            altered[len(altered) * (2 * place + 1) // (2 * places + 1)] ^= 0x01
+            (folder / relative).write_bytes(altered)
+            result = redif("verify", folder, "--quiet")
+            if relative == "README.md":
+                assert result.code == 0
+            else:
+                assert_one_line(result, 1, relative)
         (folder / relative).write_bytes(original)
 
 

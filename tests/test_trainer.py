@@ -212,7 +212,7 @@ def test_a_pipeline_object_is_a_teacher(teacher_folder: Path) -> None:
     teacher = Teacher.load(pipeline)
     assert (teacher.shape, teacher.prediction_type) == ((4, 8, 8), "v_prediction")
     assert teacher.condition is not None
-    assert teacher.condition.num_classes == 3
+    assert teacher.condition.num_classes == 4  # nothing tells which entry means 'no class'
     assert isinstance(distill(teacher, config(updates=1)), Student)
 
 

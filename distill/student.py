@@ -32,6 +32,7 @@ from redif_sdk.manifest import (
     StudentFolder,
     TeacherInfo,
     atomic_folder,
+    calls_per_step,
     write_manifest,
 )
 from redif_sdk.steps import StepTable
@@ -57,7 +58,7 @@ class Student:
 
     @property
     def calls_per_step(self) -> int:
-        return 2 if self.guidance else 1
+        return calls_per_step(self.guidance)
 
     @property
     def inner(self) -> Any:
@@ -135,6 +136,7 @@ class Student:
             else "Its weights are the teacher's own; nothing was trained."
         )
         call = "class_labels=[0]" if teacher.condition else ""
+        guided = f" of two calls, guidance {teacher.guidance.scale:g}" if teacher.guidance else ""
         return f"""---
 library_name: redif-sdk
 license: {teacher.licence.lower()}
@@ -142,8 +144,8 @@ tags: [diffusion, few-step, redif]
 ---
 # {name}
 
-A few-step diffusion student of `{teacher.name}` ({teacher.num_inference_steps} steps): {steps} network call(s) an
-image. {made}
+A few-step diffusion student of `{teacher.name}` ({teacher.num_inference_steps} steps{guided}): {steps} step(s) of
+{self.calls_per_step} network call(s) an image. {made}
 
 ```python
 from redif_sdk import FastPipeline
@@ -164,6 +166,11 @@ Licence of the teacher's weights: {teacher.licence}.
         shuffle = teacher.postprocess.pixel_shuffle
         decode = f"torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "x"
         label = ", class_labels=torch.tensor([0])" if teacher.condition else ""
+        predict = f"f = unet(x, t{label}).sample"
+        if self.guidance:
+            unasked = f"unet(x, t, class_labels=torch.tensor([{self.guidance.null_class}])).sample"
+            predict = f"asked, unasked = unet(x, t{label}).sample, {unasked}"
+            predict += f"\n        f = unasked + {self.guidance.scale:g} * (asked - unasked)"
         return f"""With plain diffusers:
 
 ```python
@@ -176,7 +183,7 @@ scheduler.set_timesteps(timesteps={times})
 x = torch.randn(1, {channels}, {height}, {width})
 for t in scheduler.timesteps:
     with torch.no_grad():
-        f = unet(x, t{label}).sample
+        {predict}
     x = scheduler.step(f, t, x).prev_sample
 images = {decode}.clamp(-1, 1)
 ```"""

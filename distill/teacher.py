@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
-from redif_sdk.manifest import Condition, Guidance, Latents, Postprocess
+from redif_sdk.manifest import Condition, Guidance, Latents, Postprocess, calls_per_step
 from redif_sdk.steps import NoiseSchedule, StepTable
 
 SHIPPED = Path(__file__).parent / "teachers"
@@ -100,7 +100,7 @@ class Teacher:
     @property
     def calls_per_step(self) -> int:
         """Network calls on one image for each step: two with guidance."""
-        return 2 if self.guidance else 1
+        return calls_per_step(self.guidance)
 
     @property
     def identity(self) -> str:

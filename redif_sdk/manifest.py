@@ -143,6 +143,11 @@ class Guidance(_Part):
     null_class: Count
 
 
+def calls_per_step(guidance: Guidance | None) -> int:
+    """Network calls on one image for each step."""
+    return 2 if guidance else 1
+
+
 class Network(_Part):
     """The class that loads the network for training, and its folder. A deployer never imports it.
 
@@ -156,8 +161,7 @@ class Network(_Part):
 
     @property
     def calls_per_step(self) -> int:
-        """Network calls on one image for each step."""
-        return 2 if self.guidance else 1
+        return calls_per_step(self.guidance)
 
 
 class TensorSpec(_Part):

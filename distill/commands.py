@@ -49,6 +49,10 @@ def distill_command(
     estimator: Annotated[str, typer.Option(help="redif: same-state, pathwise or trajectory.")] = "same-state",
     guidance_scale: GuidanceScale = None,
     warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
+    step_delta: Annotated[float, typer.Option(help="redif: rms step of the output along the reward's rise.")] = 0.15,
+    exploration: Annotated[float, typer.Option(help="redif: standard deviation of an action.")] = 0.1,
+    exploration_rank: Annotated[int, typer.Option(help="redif: principal components of it; 0: white.")] = 40,
+    group_size: Annotated[int, typer.Option(help="redif: actions a state, or trajectories a start.")] = 16,
     start: Annotated[
         Path | None, typer.Option(help="Begin with this student's weights instead of the teacher's.")
     ] = None,
@@ -88,6 +92,10 @@ def distill_command(
         learning_rate=learning_rate,
         estimator=estimator,
         warm_start=warm_start,
+        step_delta=step_delta,
+        exploration=exploration,
+        exploration_rank=exploration_rank,
+        group_size=group_size,
         seed=seed,
         checkpoint_seconds=checkpoint_seconds,
     )

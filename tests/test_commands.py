@@ -43,6 +43,10 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["distill", "{teacher}", "-o", "{out}", "--reward", "beauty"], "unknown reward 'beauty'"),
         (["distill", "{teacher}", "-o", "{out}", "--steps", "0"], "num_inference_steps"),
         (["distill", "{teacher}", "-o", "{out}", "--updates", "0"], "updates"),
+        (["distill", "{teacher}", "-o", "{out}", "--group-size", "3"], "must be even"),
+        (["distill", "{teacher}", "-o", "{out}", "--step-delta", "0"], "step_delta"),
+        (["distill", "{teacher}", "-o", "{out}", "--guidance-scale", "-1"], "guidance_scale"),
+        (["import", "{teacher}", "-o", "{out}", "--steps", "2", "--guidance-scale", "0"], "guidance_scale"),
         (["distill", "{teacher}", "-o", "{out}", "--teacher-calls", "3"], "fewer than one batch"),
         (["distill", "{teacher}", "-o", "{empty}"], "exists already"),
         (["distill", "{broken}", "-o", "{out}"], "cannot be read"),
@@ -119,3 +123,24 @@ def test_distil_import_and_resume_from_the_command_line(
     code, errors = run(base, monkeypatch, capsys)
     assert code == 2
     assert "--resume" in errors
+
+
+def test_a_guided_teacher_from_the_command_line(
+    teacher_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The student makes one call a step; an import keeps both, and its manifest says so."""
+    guided = ["--guidance-scale", "2"]
+    distilled, imported = tmp_path / "student", tmp_path / "imported"
+    arguments = ["distill", str(teacher_folder), "-o", str(distilled), "--steps", "1", *SMALL, *guided]
+    assert run([*arguments, "--reward", "texture", "--estimator", "pathwise"], monkeypatch, capsys) == (0, "")
+    manifest = json.loads((distilled / "redif.json").read_text())
+    assert manifest["distillation"]["budget"]["teacher_calls"] == 16 * 6 * 2
+    assert manifest["teacher"]["guidance_scale"] == 2
+    assert manifest["network"]["guidance"] is None
+    assert (
+        run(["import", str(teacher_folder), "-o", str(imported), "--steps", "2", *guided], monkeypatch, capsys)[0] == 0
+    )
+    assert json.loads((imported / "redif.json").read_text())["network"]["guidance"] == {"scale": 2.0, "null_class": 3}

@@ -68,7 +68,7 @@ def main() -> None:
             }
             config = DistillConfig.checked(**{**fixed, "reward": "texture", "warm_start": 0.5, **settings})
             policy = Trainer(teacher, config, pool).run()
-            quality = judge.quality(teacher.images(outputs(policy, held)))
+            quality = judge.quality(teacher.images(outputs(policy.sample, held)))
             spent = {"forward_equivalents": policy.meter.forward_equivalents, "seconds": policy.meter.seconds}
             rows.append({"contender": name, "seed": seed, "updates": asked.updates, **quality.row(), **spent})
             print(json.dumps(rows[-1]), flush=True)

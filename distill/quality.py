@@ -19,21 +19,20 @@ from redif_sdk.distill.data import load
 from redif_sdk.distill.evaluate import Judge, Statistics, frechet_distance_of
 from redif_sdk.distill.features import NAME as FEATURES
 from redif_sdk.distill.features import embed
-from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.publish_teacher import read_reference
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest
 
 OnProgress = Callable[[float, str], object]
-BATCH = 100
+Sampler = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @torch.no_grad()
-def outputs(policy: StudentPolicy, pairs: pool.Pairs, batch_size: int = BATCH) -> Tensor:
-    """The policy's latents for every pair's noise: (N, C, H, W)."""
+def outputs(sample: Sampler, pairs: pool.Pairs, batch_size: int = 100) -> Tensor:
+    """What ``sample``, a policy's or a teacher's, makes of every pair's noise: latents (N, C, H, W)."""
     parts = [pairs[low : low + batch_size] for low in range(0, len(pairs), batch_size)]
-    return torch.cat([policy.sample(part.noise, part.condition) for part in parts])
+    return torch.cat([sample(part.noise, part.condition) for part in parts])
 
 
 @dataclass
@@ -97,12 +96,7 @@ class Arena:
 
     def ddim_row(self, steps: int) -> dict[str, Any]:
         """The teacher itself, its guidance included, with DDIM at ``steps``: untrained."""
-        latents = torch.cat(
-            [
-                self.teacher.sample(part.noise, part.condition, steps)
-                for part in (self.pairs[low : low + BATCH] for low in range(0, len(self.pairs), BATCH))
-            ]
-        )
+        latents = outputs(partial(self.teacher.sample, num_inference_steps=steps), self.pairs)
         return self.row("ddim", steps, latents, calls_per_step=self.teacher.calls_per_step)
 
     def student_row(self, student: Student, steps: int) -> dict[str, Any]:
@@ -110,7 +104,7 @@ class Arena:
         return self.row(
             made.method if made else "ddim",
             steps,
-            outputs(student.policy(steps), self.pairs),
+            outputs(student.policy(steps).sample, self.pairs),
             calls_per_step=student.calls_per_step,
             seed=made.seed if made else None,
             budget=made.budget.model_dump() if made else None,

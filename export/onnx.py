@@ -139,14 +139,12 @@ def _trace(network: Denoiser, inputs: dict[str, torch.Tensor]) -> onnx.ModelProt
         if key is None or not _holds(model, weights):
             return model
         for tensor in model.graph.initializer:
-            if tensor.name in weights:
-                tensor.ClearField("raw_data")
+            tensor.ClearField("raw_data")
         _traced[key] = model
     model = onnx.ModelProto()
     model.CopyFrom(_traced[key])
     for tensor in model.graph.initializer:
-        if tensor.name in weights:
-            tensor.raw_data = weights[tensor.name].tobytes()
+        tensor.raw_data = weights[tensor.name].tobytes()
     return model
 
 

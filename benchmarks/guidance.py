@@ -7,6 +7,8 @@ judges.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from redif_sdk.distill import data, pairs
@@ -24,14 +26,12 @@ def main() -> None:
     classifier, accuracy = train_classifier(train, test, seed=11)
     print(f"the classifier is right on {100 * accuracy:.1f} % of the real test set")
     real = Statistics.of(embed(torch.tensor(train.images[:REAL]).float() / 127.5 - 1))
-    noise = pairs.pool_noise(Teacher.load(NAME).shape, SAMPLES, "train", SEED)
     print("| guidance scale | asked class seen | FD to real |\n|---|---|---|")
     for scale in SCALES:
-        teacher = Teacher.load(NAME).guided(scale)
-        labels = torch.arange(SAMPLES) % len(train.class_names)
-        parts = zip(noise.split(125), labels.split(125), strict=True)
-        images = teacher.images(torch.cat([teacher.sample(x, y, STEPS) for x, y in parts])).clamp(-1, 1)
-        seen = float((classify(classifier, images) == labels).float().mean())
+        teacher = replace(Teacher.load(NAME).guided(scale), num_inference_steps=STEPS)
+        made = pairs.compute(teacher, SAMPLES, "train", seed=SEED)
+        images = teacher.images(made.target).clamp(-1, 1)
+        seen = float((classify(classifier, images) == made.condition).float().mean())
         print(
             f"| {scale:g} | {100 * seen:.1f} % | {frechet_distance(Statistics.of(embed(images)), real):.2f} |",
             flush=True,

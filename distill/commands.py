@@ -142,7 +142,7 @@ def distill_command(
 def import_command(
     pipeline: Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
-    steps: Annotated[list[int], typer.Option("--steps", help="Network calls an image; may be given several times.")],
+    steps: Annotated[list[int], typer.Option("--steps", help="DDIM steps an image; may be given several times.")],
     guidance_scale: GuidanceScale = None,
     json: Json = None,
     quiet: Quiet = False,

@@ -39,7 +39,8 @@ def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, co
         return predict(x, t, condition)
     null = torch.full_like(condition, guidance.null_class)
     asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
-    return unasked + guidance.scale * (asked - unasked)
+    mixed: Tensor = guidance.mix(asked, unasked)
+    return mixed
 
 
 class Denoiser(nn.Module):

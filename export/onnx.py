@@ -54,7 +54,8 @@ class Denoiser(torch.nn.Module):
             return self._call(sample, timestep, class_labels)
         null = torch.full_like(class_labels, self.guidance.null_class)
         asked, unasked = self._call(sample, timestep, class_labels), self._call(sample, timestep, null)
-        return unasked + self.guidance.scale * (asked - unasked)
+        mixed: torch.Tensor = self.guidance.mix(asked, unasked)
+        return mixed
 
     def _call(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         condition = {} if class_labels is None else {"class_labels": class_labels}

@@ -142,6 +142,10 @@ class Guidance(_Part):
     scale: Annotated[float, Field(gt=0)]
     null_class: Count
 
+    def mix(self, asked: Any, unasked: Any) -> Any:
+        """f of the network's two outputs, arrays or tensors of one shape."""
+        return unasked + self.scale * (asked - unasked)
+
 
 def calls_per_step(guidance: Guidance | None) -> int:
     """Network calls on one image for each step."""

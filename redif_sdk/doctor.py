@@ -5,18 +5,19 @@ It changes nothing and imports no engine but by asking it to run a graph of one 
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from typing import Any
 
 from redif_sdk.errors import RuntimeUnavailable
-from redif_sdk.runtimes import PREFERENCE, RUNTIMES, installed
+from redif_sdk.runtimes import RUNTIMES, installed
+from redif_sdk.runtimes.base import cores, nvidia_driver
 
 __all__ = ["examine"]
 
-EXTRAS = ("cpu", "gpu", "export", "distill", "demo", "serve")
+EXTRAS = ("cpu", "gpu", "openvino", "tensorrt-rtx", "export", "distill", "demo", "serve")
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*(?:;.*extra\s*==\s*['\"]([^'\"]+)['\"])?")
 
@@ -25,6 +26,7 @@ def examine() -> list[dict[str, Any]]:
     """One row a finding: subject, status ("ok", "missing": not there, "problem": there, but will fail), detail."""
     return [
         _row("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        _row("processor", "ok", f"{cores()} cores to use"),
         _row("redif-sdk", "ok", version("redif-sdk")),
         *_engines(),
         _shadowing(),
@@ -39,22 +41,49 @@ def _row(subject: str, status: str, detail: str) -> dict[str, Any]:
 
 def _engines() -> list[dict[str, Any]]:
     """Each engine on each device: does it run a graph?"""
+    there = installed()
     rows = []
-    for name in PREFERENCE:
-        if name not in installed():
-            rows.append(_row(name, "missing", f'pip install "redif-sdk[{RUNTIMES[name].extra}]"'))
+    for name, engine in RUNTIMES.items():
+        if engine.module is None:
+            continue
+        if name not in there:
+            rows.append(_row(name, "missing", f'pip install "redif-sdk[{engine.extra}]"'))
             continue
         try:
-            from redif_sdk.runtimes import ort
+            rows += {"onnxruntime": _onnxruntime, "openvino": _openvino}.get(name, _tensorrt)(name)
         except RuntimeUnavailable as error:
             rows.append(_row(name, "problem", str(error)))
-            continue
-        for provider, device in ort.DEVICES.items():
-            reason = ort.usable(provider)
-            broken = "problem" if device == "cpu" else "missing"
-            status = "ok" if reason is None else broken
-            rows.append(_row(f"{name} on {device}", status, reason or f"{ort.VERSION}, {provider}"))
     return rows
+
+
+def _onnxruntime(name: str) -> list[dict[str, Any]]:
+    from redif_sdk.runtimes import ort
+
+    rows = []
+    for provider, (device, _) in ort.PROVIDERS.items():
+        if device in ("dml", "coreml") and provider not in ort.available():
+            continue  # of another operating system
+        reason = ort.usable(provider)
+        broken = "problem" if device == "cpu" else "missing"
+        label = f"{name} on {device}" + (" by TensorRT" if provider == ort.TENSORRT else "")
+        rows.append(_row(label, "ok" if reason is None else broken, reason or f"{ort.VERSION}, {provider}"))
+    return rows
+
+
+def _openvino(name: str) -> list[dict[str, Any]]:
+    from redif_sdk.runtimes import ov
+
+    return [
+        _row(f"{name} on {device.lower()}", "ok", f"{ov.VERSION}, computes in {', '.join(ov.capabilities(device))}")
+        for device in ov.devices()
+    ]
+
+
+def _tensorrt(name: str) -> list[dict[str, Any]]:
+    module = import_module(RUNTIMES[name].module or name)
+    if nvidia_driver() is None:
+        return [_row(name, "missing", f"{module.__version__} builds engines for named targets; runs none: no GPU")]
+    return [_row(name, "ok", f"{module.__version__}")]
 
 
 def _shadowing() -> dict[str, Any]:
@@ -72,13 +101,8 @@ def _shadowing() -> dict[str, Any]:
 
 
 def _driver() -> dict[str, Any]:
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        return _row("NVIDIA driver", "ok", library)
-    return _row("NVIDIA driver", "missing", "no GPU can be used")
+    library = nvidia_driver()
+    return _row("NVIDIA driver", "missing" if library is None else "ok", library or "no GPU can be used")
 
 
 def _extras() -> list[dict[str, Any]]:

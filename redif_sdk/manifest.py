@@ -48,14 +48,15 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 MANIFEST_NAME = "redif.json"
 MANIFEST_LIMIT = 8 << 20  # bytes; ours have some ten thousand
 UNHASHED = frozenset({MANIFEST_NAME, "README.md", ".gitattributes"})  # the Hub edits the last two by itself
 
 SafePath = Annotated[str, AfterValidator(check_relative)]
 Positive = Annotated[int, Field(ge=1)]
-Extent = Annotated[int, Field(ge=1, le=65536)]
+LARGEST_EXTENT = 65536
+Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
 Count = Annotated[int, Field(ge=0)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -96,12 +97,34 @@ class Distillation(_Part):
 
 
 class Latents(_Part):
-    """The network's own input, one image: (channels, height, width). `dynamic` names the axes that may differ."""
+    """The network's own input, one image: (channels, height, width). `dynamic` names the axes that may differ.
+
+    They differ by whole multiples of `multiple`: a network that halves its input n times needs 2^n.
+    """
 
     channels: Extent
     height: Extent
     width: Extent
     dynamic: list[Literal["height", "width"]] = []
+    multiple: Extent = 1
+
+    def size(self, height: int | None, width: int | None, scale: int = 1) -> tuple[int, int]:
+        """(height, width) of latents for a picture of that size, `scale` pixels a latent; None: the student's own.
+
+        Raises InvalidRequest, naming what there could be.
+        """
+        return self._extent("height", height, scale), self._extent("width", width, scale)
+
+    def _extent(self, axis: Literal["height", "width"], pixels: int | None, scale: int) -> int:
+        own: int = getattr(self, axis)
+        if pixels is None or pixels == own * scale:
+            return own
+        if axis not in self.dynamic:
+            raise InvalidRequest(f"{axis} is {pixels}; this student makes pictures of {axis} {own * scale} alone")
+        unit = self.multiple * scale
+        if pixels < unit or pixels % unit or pixels // scale > LARGEST_EXTENT:
+            raise InvalidRequest(f"{axis} is {pixels}; give a multiple of {unit} up to {LARGEST_EXTENT * scale}")
+        return pixels // scale
 
 
 class Condition(_Part):
@@ -189,11 +212,16 @@ class Graph(_Part):
 
 
 class Golden(_Part):
-    """Inputs and torch outputs recorded at export (``.npz``; the arrays are described in `redif_sdk.export.golden`)."""
+    """Inputs and torch outputs recorded at export (``.npz``; the arrays are described in `redif_sdk.export.golden`).
+
+    `height` and `width` are of its latents; None: the student's own.
+    """
 
     file: SafePath
     num_inference_steps: Positive
     batch: Positive
+    height: Extent | None = None
+    width: Extent | None = None
 
 
 class FileEntry(_Part):
@@ -390,6 +418,13 @@ class StudentFolder:
         if entry is None:
             raise IntegrityError(f"{relative} is not in the list of files of {self.path}, so it is not read")
         return read_checked(self.path, relative, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+
+    def sha256(self, relative: str) -> str:
+        """The hash that a listed file has, or is refused. IntegrityError if it is not listed."""
+        entry = self._entries.get(relative)
+        if entry is None:
+            raise IntegrityError(f"{relative} is not in the list of files of {self.path}")
+        return entry.sha256
 
     def files(self, folder: str) -> list[str]:
         """The listed files below `folder`."""

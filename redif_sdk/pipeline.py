@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,7 +22,7 @@ from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, Runt
 from redif_sdk.images import to_pil, to_uint8
 from redif_sdk.manifest import MANIFEST_NAME, Manifest, StudentFolder, atomic_folder
 from redif_sdk.request import OUTPUT_TYPES, Labels, Seeds, check_labels, check_latents, check_noise, check_request
-from redif_sdk.runtimes import Runtime
+from redif_sdk.runtimes import Runtime, RuntimeOptions
 from redif_sdk.steps import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
@@ -59,22 +59,22 @@ class FastPipeline:
         device: str = "auto",
         precision: str = "auto",
         num_threads: int | None = None,
+        provider: str | None = None,
+        engine_dir: str | Path | None = None,
     ) -> None:
         if student.manifest.task == "text-to-image":
             raise UnsupportedModel(f"{student.path} takes prompts, which this release does not; update redif-sdk")
         self._student = student
-        self._runtime = runtimes.resolve(runtime)
-        self._options: dict[str, Any] = {"device": device, "num_threads": num_threads}
-        self._generator_graph = runtimes.pick_graph(student, "generator", precision)
-        self._denoiser_graph = runtimes.pick_graph(student, "denoiser", precision)
+        self._options = RuntimeOptions(
+            device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)
+        )
         self._complete: Callable[[], Path] | None = None  # gets the files that were not downloaded
         self._lock = Lock()
-        self._generator: Runtime | None = None
-        self._denoiser: Runtime | None = None
-        if self._generator_graph is not None:
-            self._generator = runtimes.load(self._runtime, student, self._generator_graph, **self._options)
-        else:
-            self._get_denoiser()
+        engine, self._choice = runtimes.choose(student, "generator", runtime, precision, self._options)
+        fused = engine.info.component == "generator"
+        self._generator: Runtime | None = engine if fused else None
+        self._denoiser: Runtime | None = None if fused else engine
+        self._device = engine.info.device
 
     @classmethod
     def from_pretrained(
@@ -85,21 +85,31 @@ class FastPipeline:
         device: str = "auto",
         precision: str = "auto",
         num_threads: int | None = None,
+        provider: str | None = None,
+        engine_dir: str | Path | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> FastPipeline:
         """Load a student from a folder, or from the Hub by its id ("org/name"): only the files that are needed.
 
-        `runtime`: "auto", "onnxruntime" or "fake"; `device`: "auto", "cpu", "cuda" or "cuda:N"; `precision`: "auto" or
-        "fp32"; `num_threads`: of the CPU, None for the engine's default. `revision`, `token`, `cache_dir`: of the Hub.
-        Raises ManifestError for what is no student, IntegrityError if it was altered, RuntimeUnavailable, HubError.
+        `runtime`: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto", the fastest as measured of those
+        installed; `device`: "auto", "cpu", "cuda[:N]", "dml[:N]", "coreml", "gpu[:N]", "npu"; `precision`: "fp32",
+        "fp16", "bf16", "int8", or "auto": bf16 where the processor has it and the student's gate passed, else fp32;
+        `num_threads`: of the CPU, None for all that the process may use. `provider`: an execution provider of ONNX
+        Runtime by its own name, or the package of a plugin one. `engine_dir`: where TensorRT engines lie, in place of
+        the cache. `revision`, `token`, `cache_dir`: of the Hub.
+
+        What was taken stands in `runtime_info` and in the log. Raises ManifestError for what is no student,
+        IntegrityError if it was altered, RuntimeUnavailable, HubError.
         """
         options: dict[str, Any] = {
             "runtime": runtime,
             "device": device,
             "precision": precision,
             "num_threads": num_threads,
+            "provider": provider,
+            "engine_dir": engine_dir,
         }
         if Path(source).is_dir():
             return cls(StudentFolder(source), **options)
@@ -112,7 +122,8 @@ class FastPipeline:
         folder = fetch([MANIFEST_NAME], revision)
         commit = folder.name  # both downloads must be of one commit, also if somebody pushes between them
         manifest = StudentFolder(folder).manifest
-        wanted = [graph for graph in manifest.graphs if precision in ("auto", graph.precision)]
+        tried = {choice.precision for choice in runtimes.candidates(manifest, runtime, precision)}
+        wanted = [graph for graph in manifest.graphs if graph.precision in tried]
         folder = fetch([MANIFEST_NAME, *(path for graph in wanted for path in (graph.file, *graph.data))], commit)
         pipeline = cls(StudentFolder(folder), **options)
         everything = [MANIFEST_NAME, "README.md", *(entry.path for entry in manifest.files)]
@@ -126,8 +137,14 @@ class FastPipeline:
 
     @property
     def runtime_info(self) -> dict[str, Any]:
-        """What computes a plain call: runtime, version, provider, device, precision, component, file, num_threads."""
-        return asdict((self._generator or self._get_denoiser()).info)
+        """What computes a plain call: runtime, version, provider, device, precision, component, file, num_threads.
+
+        `choice` says why that engine and precision were taken.
+        """
+        return self._info(self._generator or self._get_denoiser())
+
+    def _info(self, engine: Runtime) -> dict[str, Any]:
+        return asdict(engine.info) | {"choice": self._choice.reason}
 
     # ------------------------------------------------------------------ generation
 
@@ -140,6 +157,8 @@ class FastPipeline:
         num_inference_steps: int | None = None,
         seed: Seeds = None,
         latents: ArrayLike | None = None,
+        height: int | None = None,
+        width: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
     ) -> PipelineOutput:
@@ -150,6 +169,7 @@ class FastPipeline:
 
         `seed`: one int, and picture i has the noise (seed, i); or one int or (seed, index) a picture; or None, drawn
         from the operating system. `latents` (B, C, H, W), standard normal, replace the starting noise.
+        `height` and `width`, in pixels, of a student that was exported with free sizes; default: its own.
         `output_type`: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
         `callback_on_step_end(pipe, step, timestep, {"latents": x})` is called after every step, and may return
         {"latents": other}, which go on from there.
@@ -160,7 +180,15 @@ class FastPipeline:
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         request = check_request(
-            self.manifest, prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents
+            self.manifest,
+            prompt,
+            class_labels,
+            num_images_per_prompt,
+            num_inference_steps,
+            seed,
+            latents,
+            height,
+            width,
         )
         noise = request.noise(self.manifest)
         ready = time.perf_counter()
@@ -174,7 +202,7 @@ class FastPipeline:
         end = time.perf_counter()
         timings = {"noise": ready - start, "network": done - ready, "output": end - done, "total": end - start}
         used = self._generator if callback_on_step_end is None else None
-        return PipelineOutput(result, request.seeds, timings, asdict((used or self._get_denoiser()).info))
+        return PipelineOutput(result, request.seeds, timings, self._info(used or self._get_denoiser()))
 
     def stream(
         self,
@@ -184,12 +212,16 @@ class FastPipeline:
         num_inference_steps: int | None = None,
         seed: Seeds = None,
         latents: ArrayLike | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Iterator[Image.Image]:
         """One picture, as it forms: after each step, the clean-image estimate x0; the last one is the picture.
 
         The request is checked at once, and the steps are computed as they are asked for.
         """
-        request = check_request(self.manifest, prompt, class_labels, 1, num_inference_steps, seed, latents)
+        request = check_request(
+            self.manifest, prompt, class_labels, 1, num_inference_steps, seed, latents, height, width
+        )
         if len(request.seeds) != 1:
             raise InvalidRequest(f"stream makes one picture, not {len(request.seeds)}; ask for one class")
         self._get_denoiser()
@@ -222,7 +254,7 @@ class FastPipeline:
             for k, x, _ in self._steps(noise, labels, table):
                 returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
                 if returned is not None and "latents" in returned:
-                    x[...] = check_latents(self.manifest, returned["latents"], len(x))
+                    x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
             return to_uint8(x, self.manifest.postprocess)
         inputs: dict[str, NDArray[Any]] = {
             "noise": noise,
@@ -262,11 +294,14 @@ class FastPipeline:
         """The denoiser, loaded when it is first needed: plain calls with a fused graph never do."""
         with self._lock:
             if self._denoiser is None:
-                if self._denoiser_graph is None:
+                graph = self.manifest.graph("denoiser", self._choice.precision)
+                if graph is None:
                     raise RuntimeUnavailable(
-                        f"{self._student.path} has no compiled network; run redif export {self._student.path}"
+                        f"{self._student.path} has no graph of its network in {self._choice.precision}, which single "
+                        f"steps need; run redif export {self._student.path}"
                     )
-                self._denoiser = runtimes.load(self._runtime, self._student, self._denoiser_graph, **self._options)
+                options = replace(self._options, device=self._device)
+                self._denoiser = runtimes.load(self._choice.runtime, self._student, graph, options)
             return self._denoiser
 
     # ------------------------------------------------------------------ saving

@@ -28,6 +28,7 @@ __all__ = [
     "check_latents",
     "check_noise",
     "check_request",
+    "check_size",
 ]
 
 OUTPUT_TYPES = ("pil", "np", "uint8")
@@ -47,10 +48,11 @@ class Request:
     labels: NDArray[np.int64] | None  # (B,)
     seeds: list[tuple[int, int]]  # (seed, image index), B of them
     latents: NDArray[np.float32] | None  # (B, C, H, W)
+    size: tuple[int, int]  # (H, W)
 
     def noise(self, manifest: Manifest) -> NDArray[np.float32]:
         """The noise (N, B, C, H, W), with the given latents as its first slice."""
-        shape = (manifest.latents.channels, manifest.latents.height, manifest.latents.width)
+        shape = (manifest.latents.channels, *self.size)
         if self.latents is None:
             return draw(self.seeds, shape, slices=self.table.noise_slices)
         if self.table.noise_slices == 1:
@@ -67,8 +69,11 @@ def check_request(
     num_inference_steps: int | None,
     seed: Seeds,
     latents: ArrayLike | None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Request:
     """The request, or InvalidRequest."""
+    size = check_size(manifest, height, width, latents)
     per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, minimum=1)
     if num_inference_steps is not None:
         num_inference_steps = _integer("num_inference_steps", num_inference_steps, minimum=1)
@@ -84,8 +89,22 @@ def check_request(
     else:
         labels = np.repeat(np.array(_labels(manifest, asked), dtype=np.int64), per_prompt)
         count = len(labels)
-    starts = None if latents is None else check_latents(manifest, latents, count)
-    return Request(table, labels, _seeds(seed, count), starts)
+    starts = None if latents is None else check_latents(manifest, latents, count, size)
+    return Request(table, labels, _seeds(seed, count), starts, size)
+
+
+def check_size(
+    manifest: Manifest, height: int | None, width: int | None, latents: ArrayLike | None = None
+) -> tuple[int, int]:
+    """(H, W) of the latents for pictures of that height and width in pixels; by default the given latents' own."""
+    scale = manifest.postprocess.pixel_shuffle
+    if latents is not None and height is None and width is None and np.ndim(latents) == 4:
+        height, width = (extent * scale for extent in np.shape(latents)[2:])
+    if height is not None:
+        height = _integer("height", height, minimum=1)
+    if width is not None:
+        width = _integer("width", width, minimum=1)
+    return manifest.latents.size(height, width, scale)
 
 
 def check_labels(manifest: Manifest, class_labels: Any, batch: int) -> NDArray[np.int64] | None:
@@ -100,12 +119,15 @@ def check_labels(manifest: Manifest, class_labels: Any, batch: int) -> NDArray[n
     return labels
 
 
-def check_latents(manifest: Manifest, latents: ArrayLike, batch: int) -> NDArray[np.float32]:
-    """Latents (batch, C, H, W) as finite float32 of the student's shape."""
+def check_latents(
+    manifest: Manifest, latents: ArrayLike, batch: int, size: tuple[int, int] | None = None
+) -> NDArray[np.float32]:
+    """Latents (batch, C, H, W) as finite float32 of the student's shape, or of `size`."""
     array = np.asarray(latents)
     if array.dtype.kind not in "fiu":
         raise InvalidRequest(f"latents have dtype {array.dtype}; give an array of floating-point numbers")
-    expected = (batch, manifest.latents.channels, manifest.latents.height, manifest.latents.width)
+    height, width = size or (manifest.latents.height, manifest.latents.width)
+    expected = (batch, manifest.latents.channels, height, width)
     if array.shape != expected:
         raise InvalidRequest(f"latents have shape {array.shape}; give {expected}")
     with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as such
@@ -123,7 +145,7 @@ def check_noise(manifest: Manifest, noise: ArrayLike, table: StepTable) -> NDArr
         raise InvalidRequest(f"noise has shape {array.shape}; give {shape}")
     array = array[: table.noise_slices]
     flat = array.reshape(-1, *array.shape[2:])
-    return check_latents(manifest, flat, len(flat)).reshape(array.shape)
+    return check_latents(manifest, flat, len(flat), check_size(manifest, None, None, flat)).reshape(array.shape)
 
 
 def _integer(name: str, value: Any, *, minimum: int, limit: int | None = None) -> int:

@@ -14,6 +14,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What engines compile goes into a folder of this run."""
+    os.environ["REDIF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def build_scheduler() -> Any:
     """The noise schedule of every model here, as the shipped teacher has it."""
     from diffusers import DDIMScheduler
@@ -101,6 +107,16 @@ def plain_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = build_student(tmp_path_factory.mktemp("plain") / "plain", classes=None, channels_out=8, **SMALL)
     export(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional student exported in every precision, with free sizes. Read only: shared by the session."""
+    from redif_sdk.export import export
+
+    folder = build_student(tmp_path_factory.mktemp("full") / "full", **SMALL)
+    export(folder, precisions=["fp32", "fp16", "bf16", "int8"], sizes=[(28, 28), (36, 28)])
     return folder
 
 

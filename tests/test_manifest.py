@@ -271,9 +271,10 @@ def test_versions(folder: Path) -> None:
     rewrite(folder, lambda document: document.update(format_version="2.0"))
     with pytest.raises(ManifestError, match="update redif-sdk"):
         StudentFolder(folder)
-    rewrite(folder, lambda document: document.update(format_version="1.1"))
-    assert StudentFolder(folder).manifest.format_version == "1.1"
-    rewrite(folder, lambda document: document.update(format_version="1.1", novelty=1))
+    for minor in ("1.0", "1.9"):
+        rewrite(folder, lambda document, minor=minor: document.update(format_version=minor))
+        assert StudentFolder(folder).manifest.format_version == minor
+    rewrite(folder, lambda document: document.update(format_version="1.9", novelty=1))
     with pytest.raises(ManifestError, match=r"novelty.*update redif-sdk"):
         StudentFolder(folder)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.manifest import Graph, Manifest, StudentFolder
-from redif_sdk.runtimes.base import RuntimeInfo, parse_device
+from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, parse_device
 from redif_sdk.steps import StepTable, sample
 
 __all__ = ["FakeRuntime", "network"]
@@ -37,11 +37,13 @@ class FakeRuntime:
         self.info = info
 
     @classmethod
-    def load(cls, student: StudentFolder, graph: Graph, *, device: str, num_threads: int | None) -> Self:
-        if parse_device(device)[0] == "cuda":
-            raise RuntimeUnavailable('runtime fake has no GPU; use device="cpu"')
+    def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        if parse_device(options.device)[0] not in ("auto", "cpu"):
+            raise RuntimeUnavailable(f'runtime fake has no device {options.device}, and no GPU; use device="cpu"')
         student.read(graph.file)
-        info = RuntimeInfo("fake", "1", "numpy", "cpu", graph.precision, graph.component, graph.file, num_threads)
+        info = RuntimeInfo(
+            "fake", "1", "numpy", "cpu", graph.precision, graph.component, graph.file, options.num_threads
+        )
         return cls(student.manifest, info)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -54,9 +54,11 @@ def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.Model
     The weights are initialisers inside the loop's body: in the outer graph, engines would not fold constants into them.
     """
     latents = manifest.latents
+    size = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
     height, width, channels = manifest.image_shape
+    picture = [f"image_{axis}" if axis in latents.dynamic else n for axis, n in (("height", height), ("width", width))]
     inputs = [
-        _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, latents.height, latents.width]),
+        _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, *size]),
         _tensor("table", TensorProto.FLOAT, ["steps", len(COLUMNS)]),
         _tensor("init_scale", TensorProto.FLOAT, []),
     ]
@@ -78,7 +80,7 @@ def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.Model
         outer.nodes,
         "generator",
         inputs,
-        [_tensor("images", TensorProto.UINT8, ["batch", height, width, channels])],
+        [_tensor("images", TensorProto.UINT8, ["batch", *picture, channels])],
         initializer=outer.constants,
     )
     _check_names(graph, denoiser.graph)
@@ -149,8 +151,8 @@ def _postprocess(outer: _Builder, x: str, manifest: Manifest) -> None:
     x = outer.add("Add", [x, outer.constant("offset", offset, np.float32)], "shifted")
     low, high = outer.constant("low", 0, np.float32), outer.constant("high", 255, np.float32)
     x = outer.add("Round", [outer.add("Clip", [x, low, high], "clipped")], "rounded")
-    x = outer.add("Cast", [x], "levels", to=TensorProto.UINT8)
-    outer.add("Transpose", [x], "images", perm=[0, 2, 3, 1])
+    x = outer.add("Transpose", [x], "transposed", perm=[0, 2, 3, 1])
+    outer.add("Cast", [x], "images", to=TensorProto.UINT8)  # last: TensorRT has uint8 for outputs alone
 
 
 def _check_names(graph: onnx.GraphProto, network: onnx.GraphProto) -> None:

@@ -7,6 +7,7 @@ the network's input and output there, and ``images`` (B, H', W', C') uint8. The 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,35 +18,47 @@ from redif_sdk.manifest import Golden, Manifest
 from redif_sdk.noise import noise as draw
 from redif_sdk.steps import StepTable
 
-__all__ = ["BATCHES", "FOLDER", "record"]
+__all__ = ["BATCHES", "FOLDER", "Size", "record"]
 
 BATCHES = (1, 8)
 FOLDER = "golden"
 SEED = 0
 MOST_ROWS = 4  # of a long table, so that the files stay small
 
+Size = tuple[int, int]  # height and width of latents
 
-def record(denoiser: Denoiser, manifest: Manifest, folder: Path) -> list[Golden]:
-    """Write the golden files of every table and batch into `folder`, and return their entries."""
+
+def record(
+    denoiser: Denoiser,
+    manifest: Manifest,
+    folder: Path,
+    batches: Sequence[int] = BATCHES,
+    sizes: Sequence[Size] = (),
+) -> list[Golden]:
+    """Write the golden files of every table, batch and further size into `folder`, and return their entries."""
     (folder / FOLDER).mkdir()
+    own = (manifest.latents.height, manifest.latents.width)
     entries = []
     for steps in manifest.supported_steps:
         first = 0
-        for batch in BATCHES:
-            file = f"{FOLDER}/steps-{steps}-batch-{batch}.npz"
-            arrays = _run(denoiser, manifest, manifest.step_table(steps), range(first, first + batch))
-            np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type]
-            entries.append(Golden(file=file, num_inference_steps=steps, batch=batch))
-            first += batch
+        for size in dict.fromkeys((own, *sizes)):
+            for batch in batches:
+                place = "" if size == own else f"-{size[0]}x{size[1]}"
+                file = f"{FOLDER}/steps-{steps}-batch-{batch}{place}.npz"
+                arrays = _run(denoiser, manifest, manifest.step_table(steps), range(first, first + batch), size)
+                np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type]
+                other = {} if size == own else {"height": size[0], "width": size[1]}
+                entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
+                first += batch
     return entries
 
 
 @torch.no_grad()
-def _run(denoiser: Denoiser, manifest: Manifest, table: StepTable, indices: range) -> dict[str, np.ndarray]:
+def _run(denoiser: Denoiser, manifest: Manifest, table: StepTable, indices: range, size: Size) -> dict[str, np.ndarray]:
     """The arrays of one file: pictures `indices` of `SEED`, in torch from the noise to the uint8 images."""
-    latents, shuffle = manifest.latents, manifest.postprocess.pixel_shuffle
+    shape, shuffle = (manifest.latents.channels, *size), manifest.postprocess.pixel_shuffle
     seeds = [(SEED, index) for index in indices]
-    noise = torch.from_numpy(draw(seeds, (latents.channels, latents.height, latents.width), slices=table.noise_slices))
+    noise = torch.from_numpy(draw(seeds, shape, slices=table.noise_slices))
     labels = None
     if manifest.condition is not None:
         labels = torch.tensor([index % manifest.condition.num_classes for index in indices])

@@ -6,11 +6,12 @@ denoiser is assembled in `fuse.py`, at ONNX level; files are written by `build.p
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from redif_sdk.errors import ExportError, UnsupportedModel
+from redif_sdk.export.precision import DTYPES, declare_bf16, int8_model
 from redif_sdk.manifest import Guidance, Manifest, StudentFolder
 
-__all__ = ["OPSET", "Denoiser", "clean_model", "denoiser_model", "load_network"]
+__all__ = ["OPSET", "Denoiser", "clean_model", "denoiser_model", "load_network", "size_multiple"]
 
 #: 18 to 20 decompose GroupNorm and attention, which ONNX Runtime runs fastest and every TensorRT parses.
 OPSET = 20
 
+_AXES = ("height", "width")
 _EXAMPLE_BATCH = 2  # torch.export would take 1 for a constant
 
 
@@ -38,14 +41,21 @@ class Denoiser(torch.nn.Module):
     `network` is called as diffusers' are, ``network(sample, timestep, class_labels=...)`` (without the labels where it
     has no condition), and returns a tensor, a tuple, or an object with ``.sample``. Networks that learn their variance
     return 2C channels: f is the first C. With `guidance` the network sees every image twice, with the asked class and
-    with none, and f is the guided mix.
+    with none, and f is the guided mix. A network in another `dtype` than float32 is given, and gives, float32.
     """
 
-    def __init__(self, network: torch.nn.Module, channels: int, guidance: Guidance | None = None) -> None:
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        channels: int,
+        guidance: Guidance | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.network = network
         self.channels = channels
         self.guidance = guidance
+        self.dtype = dtype
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
@@ -59,10 +69,10 @@ class Denoiser(torch.nn.Module):
 
     def _call(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         condition = {} if class_labels is None else {"class_labels": class_labels}
-        output = self.network(sample, timestep, **condition)
+        output = self.network(sample.to(self.dtype), timestep, **condition)
         if not isinstance(output, torch.Tensor):
             output = output.sample if hasattr(output, "sample") else output[0]
-        return output[:, : self.channels]
+        return output[:, : self.channels].float()
 
 
 def load_network(student: StudentFolder) -> torch.nn.Module:
@@ -98,6 +108,20 @@ def load_network(student: StudentFolder) -> torch.nn.Module:
     return network.float().eval().requires_grad_(False)
 
 
+def size_multiple(network: torch.nn.Module) -> int:
+    """What height and width of the network's input must be multiples of: 2 for each time that it halves them.
+
+    Raises UnsupportedModel for a network of which that is not known.
+    """
+    blocks = getattr(network, "down_blocks", None)
+    if blocks is None:
+        raise UnsupportedModel(
+            f"{type(network).__name__} has no down_blocks, so the sizes that it takes are not known; "
+            f"set latents.multiple in the manifest"
+        )
+    return 2 ** sum(getattr(block, "downsamplers", None) is not None for block in blocks)
+
+
 def example_inputs(manifest: Manifest, batch: int) -> dict[str, torch.Tensor]:
     """Inputs of the denoiser's signature: zeros, and the first row's time."""
     latents = manifest.latents
@@ -110,10 +134,17 @@ def example_inputs(manifest: Manifest, batch: int) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
-    """The denoiser in ONNX with a free batch axis: sample, timestep[, class_labels] -> f. Raises ExportError."""
-    network = Denoiser(denoiser.network, denoiser.channels).eval()
-    traced = _trace(network, example_inputs(manifest, _EXAMPLE_BATCH))
+def denoiser_model(denoiser: Denoiser, manifest: Manifest, precision: str = "fp32") -> onnx.ModelProto:
+    """The denoiser in ONNX with a free batch axis: sample, timestep[, class_labels] -> f. Raises ExportError.
+
+    The inputs and f are float32 in every precision; fp16 and bf16 are the network's own dtype between them.
+    """
+    if precision == "int8":
+        return int8_model(denoiser_model(denoiser, manifest), manifest)
+    dtype = DTYPES[precision]
+    inner = denoiser.network if dtype == torch.float32 else _in_dtype(denoiser.network, dtype)
+    network = Denoiser(inner, denoiser.channels, dtype=dtype).eval()
+    traced = _trace(network, example_inputs(manifest, _EXAMPLE_BATCH), manifest.latents.dynamic)
     signature = list(traced.graph.input)
     model = _slim(onnxscript.optimizer.optimize(traced))
     model.graph.ClearField("input")  # a network may ignore an input, and the optimiser then drops it
@@ -121,9 +152,16 @@ def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
     clean_model(model)
     if model.functions:
         raise ExportError(f"the graph of {type(denoiser.network).__name__} has functions that were not inlined")
+    if precision == "bf16":
+        declare_bf16(model)
     if denoiser.guidance is not None:
         add_guidance(model, denoiser.guidance)
     return model
+
+
+def _in_dtype(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of the network. Not by its own ``to``: diffusers' warns of what it then does not do."""
+    return torch.nn.Module.to(copy.deepcopy(network), dtype)
 
 
 #: Graphs of networks that were traced by this process, without their weights: students of one teacher differ in these
@@ -131,12 +169,12 @@ def denoiser_model(denoiser: Denoiser, manifest: Manifest) -> onnx.ModelProto:
 _traced: dict[str, onnx.ModelProto] = {}
 
 
-def _trace(network: Denoiser, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+def _trace(network: Denoiser, inputs: dict[str, torch.Tensor], dynamic: Sequence[str]) -> onnx.ModelProto:
     """The graph as torch's exporter writes it, with the network's weights as initializers under their own names."""
-    weights = {name: value.detach().cpu().numpy() for name, value in network.state_dict().items()}
-    key = _structure(network, inputs, weights)
+    weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    key = _structure(network, inputs, weights, dynamic)
     if key is None or key not in _traced:
-        model = _torch_export(network, inputs)
+        model = _torch_export(network, inputs, dynamic)
         if key is None or not _holds(model, weights):
             return model
         for tensor in model.graph.initializer:
@@ -145,11 +183,19 @@ def _trace(network: Denoiser, inputs: dict[str, torch.Tensor]) -> onnx.ModelProt
     model = onnx.ModelProto()
     model.CopyFrom(_traced[key])
     for tensor in model.graph.initializer:
-        tensor.raw_data = weights[tensor.name].tobytes()
+        tensor.raw_data = _bytes(weights[tensor.name])
     return model
 
 
-def _structure(network: Denoiser, inputs: dict[str, torch.Tensor], weights: dict[str, np.ndarray]) -> str | None:
+def _bytes(value: torch.Tensor) -> bytes:
+    """A tensor as ONNX stores it; numpy has no bfloat16."""
+    plain = value.contiguous()
+    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy().tobytes()
+
+
+def _structure(
+    network: Denoiser, inputs: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], dynamic: Sequence[str]
+) -> str | None:
     """All that a traced graph depends on, weights apart; None for a network without a diffusers config."""
     config = getattr(network.network, "config", None)
     if not type(network.network).__module__.startswith("diffusers.") or config is None:
@@ -157,20 +203,21 @@ def _structure(network: Denoiser, inputs: dict[str, torch.Tensor], weights: dict
     kind = f"{type(network.network).__module__}.{type(network.network).__qualname__}"
     shapes = {name: [str(value.dtype), *value.shape] for name, value in weights.items()}
     given = {name: [str(value.dtype), *value.shape] for name, value in inputs.items()}
-    facts = [kind, network.channels, dict(config), shapes, given]
+    facts = [kind, network.channels, dict(config), shapes, given, *dynamic]
     return json.dumps(facts, sort_keys=True, default=str)
 
 
-def _holds(model: onnx.ModelProto, weights: dict[str, np.ndarray]) -> bool:
+def _holds(model: onnx.ModelProto, weights: dict[str, torch.Tensor]) -> bool:
     """Whether the graph's initializers are weights by name and by bytes, so that others can take their place."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     return set(stored) <= set(weights) and all(
-        tensor.raw_data == weights[name].tobytes() for name, tensor in stored.items()
+        tensor.raw_data == _bytes(weights[name]) for name, tensor in stored.items()
     )
 
 
-def _torch_export(network: Denoiser, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+def _torch_export(network: Denoiser, inputs: dict[str, torch.Tensor], dynamic: Sequence[str]) -> onnx.ModelProto:
     axes: dict[str, Any] = {name: {0: torch.export.Dim("batch")} for name in inputs}
+    axes["sample"] |= {2 + _AXES.index(axis): torch.export.Dim(axis) for axis in dynamic}
     with _quiet_exporter(), torch.no_grad():
         try:
             program = torch.onnx.export(

@@ -12,19 +12,19 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.errors import ManifestError
+from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Golden, Manifest, StudentFolder
+from redif_sdk.manifest import Golden, Graph, Manifest, StudentFolder
 from redif_sdk.noise import noise as draw
-from redif_sdk.runtimes import Runtime, RuntimeInfo, installed, load, resolve
+from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, resolve, runnable, steps_alone
 from redif_sdk.steps import StepTable, sample
 
-__all__ = ["THRESHOLDS", "Threshold", "summary", "verify"]
+__all__ = ["THRESHOLDS", "Threshold", "absent", "summary", "verify"]
 
 Measure = Literal["relative_rmse", "max_abs", "psnr"]
 
@@ -50,35 +50,136 @@ THRESHOLDS: Mapping[str, tuple[Threshold, Threshold]] = {
 }
 NOISE = Threshold("max_abs", 0)
 
+#: Of a row, in order.
+FIELDS = (
+    *("component", "precision", "runtime", "device", "num_inference_steps", "batch", "size"),
+    *("max_abs", "mean_abs", "relative_rmse", "psnr", "nonfinite", "measure", "threshold", "passed", "reason"),
+)
 
-def verify(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Check every hash, then every graph in every engine (default: the installed ones) against the golden outputs.
+
+def verify(
+    folder: str | Path,
+    runtimes: Sequence[str] | None = None,
+    *,
+    precisions: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Check every hash, then every graph in every engine (default: those that run here) against the golden outputs.
 
     Returns one row a check: component ("noise", drawn anew; "denoiser", the network's output at each recorded row;
     "loop", the pictures of the denoiser stepped in numpy; "generator", those of the fused graph), precision, runtime,
     device, num_inference_steps, batch, size, max_abs, mean_abs, relative_rmse, psnr (dB), nonfinite (values), measure
-    and threshold (what was asked of it), passed. An undefined figure, such as the psnr of equal pictures, is None.
+    and threshold (what was asked of it), passed. An undefined figure, such as the psnr of equal pictures, is None. An
+    engine that cannot be had for a precision gives one row with the `reason`, and None for the rest: it is not passed.
+    A bf16 graph that no engine here computes is checked by emulation (runtime "emulated", see `emulate.py`).
+
+    `precisions`, `batches` and `sizes` (height, width in pixels) restrict the checks to some of what was recorded.
 
     Raises IntegrityError for an altered, missing or additional file, ManifestError for a student that was not exported,
-    RuntimeUnavailable without an engine. A failed check is no error here: see ``passed``.
+    InvalidRequest for a restriction that leaves nothing, RuntimeUnavailable without an engine. A failed check is no
+    error here: see ``passed``.
     """
     student = StudentFolder(folder)
     student.check_all()
     manifest = student.manifest
     if not manifest.graphs or not manifest.golden:
         raise ManifestError(f"{folder} has no graphs to verify; run redif export {folder}")
-    engines = [resolve(name) for name in runtimes] if runtimes is not None else installed() or [resolve("auto")]
-    records = [_read(student, golden) for golden in manifest.golden]
+    engines = [resolve(name) for name in runtimes] if runtimes is not None else runnable()
+    records = _records(student, batches, sizes)
+    graphs = _graphs(manifest, precisions)
     rows = [_check_noise(record) for record in records]
-    for engine in engines:
-        for graph in manifest.graphs:
-            runtime = load(engine, student, graph)
-            for record in records:
-                if graph.component == "denoiser":
-                    rows += [_check_denoiser(runtime, record), _check_loop(runtime, record)]
-                else:
-                    rows.append(_check_generator(runtime, record))
+    for precision in dict.fromkeys(graph.precision for graph in graphs):
+        rows += _check_precision(student, engines, [g for g in graphs if g.precision == precision], records)
     return rows
+
+
+def _records(
+    student: StudentFolder, batches: Sequence[int] | None, sizes: Sequence[tuple[int, int]] | None
+) -> list[_Record]:
+    records = [_read(student, golden) for golden in student.manifest.golden]
+    found = [
+        record
+        for record in records
+        if (batches is None or len(record.seeds) in batches) and (sizes is None or record.images.shape[1:3] in sizes)
+    ]
+    if not found:
+        have = sorted({f"{len(r.seeds)} of {r.images.shape[1]}x{r.images.shape[2]}" for r in records})
+        raise InvalidRequest(
+            f"{student.path} has golden outputs for batches of {', '.join(have)}; ask for some of these"
+        )
+    return found
+
+
+def _graphs(manifest: Manifest, precisions: Sequence[str] | None) -> list[Graph]:
+    graphs = [graph for graph in manifest.graphs if precisions is None or graph.precision in precisions]
+    if not graphs:
+        have = ", ".join(sorted({graph.precision for graph in manifest.graphs}))
+        raise InvalidRequest(f"{manifest.name} has graphs in {have}; ask for some of these")
+    return graphs
+
+
+def _check_precision(
+    student: StudentFolder, engines: Sequence[str], graphs: Sequence[Graph], records: Sequence[_Record]
+) -> list[dict[str, Any]]:
+    """The rows of one precision's graphs in every engine."""
+    rows: list[dict[str, Any]] = []
+    absent: list[dict[str, Any]] = []
+    for engine in engines:
+        try:
+            for graph in graphs:
+                if graph.component == "denoiser" or not steps_alone(engine, graph.precision):
+                    rows += _check_graph(load(engine, student, graph), records)
+        except RuntimeUnavailable as error:
+            absent.append(_absent(engine, graphs[0].precision, str(error)))
+    if not rows and graphs[0].precision == "bf16":
+        rows = [
+            row for graph in graphs for row in _check_graph(Emulated.load(student, graph, RuntimeOptions()), records)
+        ]
+    return rows + absent
+
+
+def _check_graph(runtime: Runtime, records: Sequence[_Record]) -> list[dict[str, Any]]:
+    if runtime.info.component == "generator":
+        return [_check_generator(runtime, record) for record in records]
+    return [check(runtime, record) for record in records for check in (_check_denoiser, _check_loop)]
+
+
+def _absent(engine: str, precision: str, reason: str) -> dict[str, Any]:
+    return dict.fromkeys(FIELDS) | {"precision": precision, "runtime": engine, "reason": reason}
+
+
+class Emulated:
+    """A bfloat16 graph as `emulate` writes it, in ONNX Runtime on the CPU."""
+
+    def __init__(self, session: Any, info: RuntimeInfo) -> None:
+        self._session = session
+        self.info = info
+
+    @classmethod
+    def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        try:
+            import onnx
+            import onnxruntime
+
+            from redif_sdk.export.emulate import emulate
+        except ImportError as error:
+            raise RuntimeUnavailable(
+                f'no engine here computes bf16, and to emulate it needs {error.name}; pip install "redif-sdk[cpu]"'
+            ) from error
+        if graph.data:
+            raise RuntimeUnavailable(f"no engine here computes bf16, and {graph.file} is too large to be emulated")
+        model = emulate(onnx.ModelProto.FromString(student.read(graph.file)))
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 4
+        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        version = onnxruntime.__version__
+        info = RuntimeInfo("emulated", version, "onnxruntime", "cpu", "bf16", graph.component, graph.file, None)
+        return cls(session, info)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -88,8 +189,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{row['batch']}: {row['measure']} {_text(row[row['measure']])}, threshold {row['threshold']:g}"
         + (f", {row['nonfinite']} values not finite" if row["nonfinite"] else "")
         for row in rows
-        if not row["passed"]
+        if row["passed"] is False
     )
+
+
+def absent(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What could not be checked here, in one line."""
+    return "; ".join(f"{row['precision']} on {row['runtime']}: {row['reason']}" for row in rows if row["reason"])
 
 
 def _text(value: float | None) -> str:
@@ -110,9 +216,7 @@ class _Record:
     images: NDArray[np.uint8]
 
     def noise(self) -> NDArray[np.float32]:
-        latents = self.manifest.latents
-        shape = (latents.channels, latents.height, latents.width)
-        return draw(self.seeds, shape, slices=self.table.noise_slices)
+        return draw(self.seeds, self.x.shape[2:], slices=self.table.noise_slices)
 
     def condition(self) -> dict[str, NDArray[np.int64]]:
         return {} if self.labels is None else {"class_labels": self.labels}
@@ -121,7 +225,8 @@ class _Record:
 def _read(student: StudentFolder, golden: Golden) -> _Record:
     """Parse a golden file. ManifestError if it is not what the manifest says."""
     manifest, batch = student.manifest, golden.batch
-    latents = manifest.latents
+    latents, factor = manifest.latents, manifest.postprocess.pixel_shuffle
+    height, width = golden.height or latents.height, golden.width or latents.width
     try:
         with np.load(io.BytesIO(student.read(golden.file)), allow_pickle=False) as arrays:
             record = _Record(
@@ -138,10 +243,11 @@ def _read(student: StudentFolder, golden: Golden) -> _Record:
         raise ManifestError(
             f"{golden.file} in {student.path} cannot be read: {error}; export the student again"
         ) from error
-    states = (len(record.rows), batch, latents.channels, latents.height, latents.width)
+    states = (len(record.rows), batch, latents.channels, height, width)
+    pictures = (batch, height * factor, width * factor, latents.channels // factor**2)
     labels = batch if record.labels is None else len(record.labels)
     shapes = (record.x.shape, record.f.shape, record.images.shape, len(record.seeds), labels, record.rows[:1])
-    if shapes != (states, states, (batch, *manifest.image_shape), batch, batch, [0]):
+    if shapes != (states, states, pictures, batch, batch, [0]):
         raise ManifestError(f"{golden.file} in {student.path} has arrays of other shapes; export the student again")
     return record
 
@@ -203,7 +309,7 @@ def _row(
         "relative_rmse": error / scale if scale else error,
         "psnr": (20.0 * math.log10(255.0 / error) if error else math.inf) if pictures else math.nan,
     }
-    height, width, _ = record.manifest.image_shape
+    height, width = record.images.shape[1:3]
     nonfinite = int(measured.size - np.isfinite(measured).sum())
     return {
         "component": component,
@@ -218,6 +324,7 @@ def _row(
         "measure": threshold.measure,
         "threshold": threshold.bound,
         "passed": threshold.passed(figures[threshold.measure]) and nonfinite == 0,
+        "reason": None,
     }
 
 

@@ -1,0 +1,161 @@
+"""Graphs in less than fp32: fp16 and bf16 by the dtype of the network, int8 by quantising its convolutions.
+
+Engines compute in the types that the graph has, so a precision is a property of the file and no engine's option. The
+sampler's arithmetic around the network stays fp32 in all of them (`fuse.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from redif_sdk.errors import ExportError
+from redif_sdk.manifest import Manifest
+from redif_sdk.noise import noise as draw
+
+__all__ = ["DTYPES", "declare_bf16", "int8_model"]
+
+#: Precisions that are the network's own dtype.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+BF16_OPSET = 22
+
+CALIBRATION_SEED = 1
+CALIBRATION_SLOT = 1 << 16  # training's noise, which no evaluation uses
+CALIBRATION_IMAGES = 64  # a step table
+PIECE = 8
+
+#: Activations beyond this share of all are clipped: a fifth less error than with the whole range (docs/performance.md).
+PERCENTILE = 99.99
+
+
+def declare_bf16(model: onnx.ModelProto) -> None:
+    """Make a graph of bfloat16 a valid one: convolutions and norms take the type from opset 22 on, all else alike.
+
+    Constants that the exporter left to be cast in the graph (its folding knows no bfloat16) are cast here.
+    """
+    for opset in model.opset_import:
+        if not opset.domain:
+            opset.version = max(opset.version, BF16_OPSET)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "CastLike" and node.input[0] in constants:
+            value = numpy_helper.to_array(constants[node.input[0]]).astype(ml_dtypes.bfloat16)
+            model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+        else:
+            nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    for field, values in (("node", nodes), ("initializer", initializers)):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(values)
+
+
+def int8_model(fp32: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+    """The denoiser with int8 convolutions: static, symmetric, weights by channel, for ONNX Runtime and TensorRT alike.
+
+    The first and the last convolution, which see the picture itself, stay fp32, and biases too (TensorRT takes no int32
+    ones). Weights take seven of the eight bits: processors without VNNI add two products in 16 bits, and would saturate
+    (relative error .27 instead of .05 with a UNet of 6.5 M). The ranges are those of the student's own trajectories, on
+    noise that only training uses. Raises ExportError.
+    """
+    try:
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    except ImportError as error:
+        raise ExportError(f'int8 needs onnxruntime ({error}); pip install "redif-sdk[export]"') from error
+    convolutions = [node.name for node in fp32.graph.node if node.op_type == "Conv"]
+    if len(convolutions) < 3:
+        raise ExportError(
+            f"{manifest.name} has {len(convolutions)} convolutions, and int8 quantises all but the first and the last: "
+            f"there is nothing to gain; leave int8 out"
+        )
+    with tempfile.TemporaryDirectory(prefix="redif-int8-") as folder, _quiet():
+        target = Path(folder) / "int8.onnx"
+        quantize_static(
+            onnx.ModelProto.FromString(fp32.SerializeToString()),
+            target,
+            _Feeds(trajectories(fp32, manifest)),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_exclude=[convolutions[0], convolutions[-1]],
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            reduce_range=True,
+            calibrate_method=CalibrationMethod.Percentile,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "CalibPercentile": PERCENTILE,
+            },
+        )
+        model = onnx.load(target)
+    model.graph.name = fp32.graph.name
+    model.producer_name, model.producer_version = fp32.producer_name, fp32.producer_version
+    model.ir_version = fp32.ir_version
+    model.ClearField("metadata_props")
+    return model
+
+
+def trajectories(denoiser: onnx.ModelProto, manifest: Manifest) -> Iterator[dict[str, np.ndarray]]:
+    """The denoiser's inputs at every row of every step table, for `CALIBRATION_IMAGES` noises each."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(denoiser.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    latents = manifest.latents
+    shape = (latents.channels, latents.height, latents.width)
+    for steps in manifest.supported_steps:
+        table = manifest.step_table(steps)
+        for first in range(0, CALIBRATION_IMAGES, PIECE):
+            indices = range(first, first + PIECE)
+            seeds = [(CALIBRATION_SEED, index) for index in indices]
+            noise = draw(seeds, shape, slices=table.noise_slices, first_slot=CALIBRATION_SLOT)
+            x = noise[0] * np.float32(table.init_scale)
+            for k in range(steps):
+                feed = {"sample": x, "timestep": np.full((PIECE,), table.timesteps[k], np.float32)}
+                if manifest.condition is not None:
+                    feed["class_labels"] = np.array([index % manifest.condition.num_classes for index in indices])
+                yield feed
+                x0 = table.clean(k, x, session.run(["f"], feed)[0])
+                x = table.advance(k, x, x0, noise[min(k + 1, len(noise) - 1)])
+
+
+class _Feeds:
+    """The inputs, one at a time, as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, feeds: Iterator[dict[str, np.ndarray]]) -> None:
+        self._feeds = feeds
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice on the root logger, and its remarks on standard output."""
+    import contextlib
+    import io
+
+    root = logging.getLogger()
+    silent = logging.Filter()
+    silent.filter = lambda record: "quantiz" not in record.getMessage()  # type: ignore[method-assign]
+    root.addFilter(silent)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.removeFilter(silent)

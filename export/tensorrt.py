@@ -1,0 +1,404 @@
+"""ONNX graphs to TensorRT engines: one builder for both flavours, Enterprise (``tensorrt``) and RTX (``tensorrt-rtx``).
+
+Their Python API is one. What differs is said where it does: RTX builds for named compute capabilities, with or without
+a GPU; Enterprise builds on the GPU that will run the engine, and keeps a cache of timings. Precision is in the graph
+(dtypes, Q/DQ). Engines are kept by `redif_sdk.engines`, never in the student's folder, and run by
+`redif_sdk.runtimes.trt`. Needs no torch. RTX was run without a GPU; Enterprise was not run by this project yet.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any, NamedTuple
+
+import onnx
+from pydantic import ValidationError
+
+from redif_sdk.engines import FLAVOURS, Built, EngineCache, EngineKey, EngineRecord, Flavour, Settings, graph_digest
+from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
+from redif_sdk.export.tensorrt_graph import refuse_external, refuse_opset, refuse_rtx
+from redif_sdk.files import atomic_write
+from redif_sdk.manifest import Graph, Manifest, StudentFolder, TensorSpec
+from redif_sdk.runtimes.base import RuntimeOptions
+from redif_sdk.runtimes.cuda import Gpu, find_gpu
+from redif_sdk.runtimes.trt import library, load_weights, logger
+
+__all__ = ["LEVELS", "build_engines"]
+
+Range = tuple[int, int, int]
+Size = tuple[int, int]
+
+#: Names of builder_optimization_level, 0 to 5.
+LEVELS = {"fast": 1, "default": 3, "best": 5}
+
+#: Names of hardware_compatibility_level.
+COMPATIBILITY = {"none": "NONE", "ampere-plus": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+_building = Lock()  # TensorRT has one logger in a process, and its errors are to be those of one build
+
+
+def build_engines(
+    folder: str | Path,
+    *,
+    flavour: Flavour = "tensorrt-rtx",
+    precisions: Sequence[str] | None = None,
+    components: Sequence[str] | None = None,
+    sm: Sequence[int] = (),
+    engine_dir: str | Path | None = None,
+    batches: Range = (1, 4, 8),
+    sizes: tuple[Size, Size, Size] | None = None,
+    max_steps: int | None = None,
+    level: str = "default",
+    workspace_mb: int | None = None,
+    hardware_compatibility: str = "none",
+    strip_weights: bool = False,
+    timing_cache: bool = True,
+) -> list[dict[str, Any]]:
+    """An engine of each graph of the student (`components` and `precisions` choose some), built or found in the cache.
+
+    `sm`: compute capabilities to build for, 89 for 8.9; RTX only, and by default that of the GPU here. `engine_dir`:
+    where engines go in place of the cache, which is for this machine's GPU alone. `batches`: (smallest, best, largest);
+    `sizes`: the same of the pictures' (height, width), for students whose sizes are free. `max_steps`: most rows of a
+    step table, by default those of the student's longest. `level`: "fast", "default" or "best", how long the builder
+    searches. `workspace_mb`: most memory for one layer. `hardware_compatibility`: "none", "ampere-plus" or "same-cc",
+    the GPUs that an Enterprise engine runs on beside its own kind. `strip_weights`: leave out what the student's graph
+    holds. `timing_cache`: keep what Enterprise's builder has timed; RTX times nothing.
+
+    Returns a row for each engine: component, precision, flavour, version, targets, device, file, bytes, seconds (of the
+    build), cache ("hit", or "miss: " and the reason), inputs, outputs, profile.
+
+    Raises InvalidRequest for what contradicts itself, RuntimeUnavailable without the library or the GPU that this
+    takes, ExportError, naming the node, for what TensorRT cannot build.
+    """
+    settings = _settings(flavour, level, workspace_mb, hardware_compatibility, strip_weights)
+    options = RuntimeOptions(engine_dir=None if engine_dir is None else Path(engine_dir))
+    student = StudentFolder(folder)
+    graphs = _graphs(student, components, precisions)
+    axes = _axes(student.manifest, batches, sizes, max_steps)
+    engines = EngineCache(options)
+    trt = library(flavour)
+    targets, gpu = _targets(trt, flavour, sorted(set(sm)), own_folder=engine_dir is not None)
+    if strip_weights and gpu is None:
+        raise RuntimeUnavailable("an engine without weights can be built on a GPU only; leave strip_weights out")
+    rows = []
+    for graph in graphs:
+        key = EngineKey(
+            graph=graph_digest(student, graph),
+            component=graph.component,
+            precision=graph.precision,
+            flavour=flavour,
+            version=trt.__version__,
+            targets=targets,
+            device=None if gpu is None else gpu.name,
+            profile=_profile(graph, axes),
+            settings=settings,
+        )
+        timings = None
+        if timing_cache and flavour == "tensorrt" and gpu is not None:
+            timings = engines.folder / f"{flavour}-{key.version}.{re.sub(r'[^0-9A-Za-z]+', '-', gpu.name)}.timings"
+        job = _Job(trt, student, graph, key, timings)
+        record, reason = engines.build_once(key, job.build)
+        rows.append(_row(engines, record, reason))
+    return rows
+
+
+def _row(engines: EngineCache, record: EngineRecord, reason: str) -> dict[str, Any]:
+    key = record.key.model_dump(
+        mode="json", include={"component", "precision", "flavour", "version", "targets", "device"}
+    )
+    built = record.model_dump(mode="json", include={"bytes", "seconds", "inputs", "outputs"})
+    file = str(engines.folder / record.file)
+    return {**key, "file": file, "cache": reason, **built, "profile": record.key.model_dump(mode="json")["profile"]}
+
+
+# ---------------------------------------------------------------------- what was asked for
+
+
+def _settings(
+    flavour: str, level: str, workspace_mb: int | None, hardware_compatibility: str, strip_weights: bool
+) -> Settings:
+    if flavour not in FLAVOURS:
+        raise InvalidRequest(f"flavour {flavour!r} is unknown; use {' or '.join(FLAVOURS)}")
+    if flavour == "tensorrt-rtx" and hardware_compatibility != "none":
+        raise InvalidRequest(
+            "hardware_compatibility is for tensorrt; a tensorrt-rtx engine runs on all GPUs that sm names"
+        )
+    try:
+        return Settings.model_validate(
+            {
+                "level": level,
+                "workspace_mb": workspace_mb,
+                "hardware_compatibility": hardware_compatibility,
+                "strip_weights": strip_weights,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+
+
+def _graphs(student: StudentFolder, components: Sequence[str] | None, precisions: Sequence[str] | None) -> list[Graph]:
+    """The graphs that were asked for. InvalidRequest for one that is not there."""
+    present = student.manifest.graphs
+    if not present:
+        raise InvalidRequest(f"{student.path} has no graphs to build engines of; run redif export {student.path}")
+    for what, asked, known in (
+        ("component", components, [graph.component for graph in present]),
+        ("precision", precisions, [graph.precision for graph in present]),
+    ):
+        for choice in asked or ():
+            if choice not in known:
+                have = ", ".join(dict.fromkeys(known))
+                raise InvalidRequest(
+                    f"{student.path} has no graph of {what} {choice!r} (it has {have}); export it first"
+                )
+    chosen = [
+        graph
+        for graph in present
+        if graph.component in (components or [graph.component]) and graph.precision in (precisions or [graph.precision])
+    ]
+    if not chosen:
+        raise InvalidRequest(f"{student.path} has no {', '.join(components or ())} in {', '.join(precisions or ())}")
+    return chosen
+
+
+def _axes(
+    manifest: Manifest, batches: Range, sizes: tuple[Size, Size, Size] | None, max_steps: int | None
+) -> dict[str, Range]:
+    """The range of each free axis, by its name in the graphs."""
+    tables = [manifest.step_table(steps) for steps in manifest.supported_steps]
+    longest = max(manifest.supported_steps)
+    most = longest if max_steps is None else max_steps
+    if most < longest:
+        raise InvalidRequest(
+            f"max_steps is {most}, and {manifest.name} has a table of {longest} steps; give at least that"
+        )
+    slices = [table.noise_slices for table in tables]
+    most_slices = most + 1 if any(table.stochastic for table in tables) else 1
+    latents, scale = manifest.latents, manifest.postprocess.pixel_shuffle
+    extents = [latents.size(height, width, scale) for height, width in sizes or [(None, None)] * 3]
+    return {
+        "batch": _range("batches", batches),
+        "steps": (min(manifest.supported_steps), tables[0].num_inference_steps, most),
+        "slices": (min(slices), slices[0], most_slices),
+        "height": _range("sizes", [height for height, _ in extents]),
+        "width": _range("sizes", [width for _, width in extents]),
+    }
+
+
+def _range(what: str, values: Sequence[int]) -> Range:
+    if len(values) != 3 or values[0] < 1 or list(values) != sorted(values):
+        raise InvalidRequest(f"{what} are {tuple(values)}; give smallest, best and largest, at least 1 and rising")
+    return values[0], values[1], values[2]
+
+
+def _profile(graph: Graph, axes: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The smallest, best and largest shape of every input that has a free axis."""
+    profile = {}
+    for spec in graph.inputs:
+        free = [size for size in spec.shape if isinstance(size, str)]
+        unknown = [name for name in free if name not in axes]
+        if unknown:
+            raise ExportError(
+                f"{spec.name} of {graph.file} has the free axis {unknown[0]!r}, of which no range is known"
+            )
+        if free:
+            profile[spec.name] = tuple(
+                tuple(axes[size][which] if isinstance(size, str) else size for size in spec.shape) for which in range(3)
+            )
+    return profile
+
+
+def _targets(trt: Any, flavour: Flavour, sm: list[int], *, own_folder: bool) -> tuple[list[int], Gpu | None]:
+    """The compute capabilities to build for, and the GPU that is part of the engine's key, if there is to be one."""
+    gpu = find_gpu()
+    if flavour == "tensorrt":
+        if sm:
+            raise InvalidRequest("tensorrt builds for the GPU that it runs on; sm is for tensorrt-rtx")
+        if isinstance(gpu, str):
+            raise RuntimeUnavailable(
+                f"tensorrt builds engines on the GPU that they are for, and none was found ({gpu}); use tensorrt-rtx, "
+                f"which builds for named targets"
+            )
+        return [gpu.sm], gpu
+    known = sorted(int(name[2:]) for name in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name))
+    for target in sm:
+        if target not in known:
+            have = ", ".join(map(str, known))
+            raise InvalidRequest(f"sm {target} is no target of tensorrt-rtx {trt.__version__}; it has {have}")
+    if isinstance(gpu, str):
+        if not sm:
+            raise RuntimeUnavailable(
+                f"no GPU was found ({gpu}), so the targets have to be named: --sm 89, of {', '.join(map(str, known))}"
+            )
+        if not own_folder:
+            raise InvalidRequest(
+                "an engine that is built without a GPU cannot enter the cache, which is for this machine's own; name a "
+                "folder for it: --engine-dir"
+            )
+        return sm, None
+    if sm and not own_folder and gpu.sm not in sm:
+        raise InvalidRequest(
+            f"the cache is for this machine's GPU, {gpu.name}, which is sm {gpu.sm}; add that to --sm, or name another "
+            f"folder: --engine-dir"
+        )
+    return sm or [gpu.sm], None if sm and own_folder else gpu
+
+
+# ---------------------------------------------------------------------- the build
+
+
+class _Source(NamedTuple):
+    """A graph as TensorRT gets it: its bytes were checked, and stay in memory."""
+
+    model: onnx.ModelProto
+    data: bytes
+    blobs: dict[str, bytes]  # the files of large weights, by their names in the graph
+
+
+class _Job(NamedTuple):
+    """One engine to build."""
+
+    trt: Any
+    student: StudentFolder
+    graph: Graph
+    key: EngineKey
+    timings: Path | None
+
+    def build(self) -> Built:
+        """Refuse what cannot work, parse, build. Raises ExportError."""
+        source = _read(self.student, self.graph)
+        refuse_opset(source.model, self.graph.file)
+        refuse_external(source.model, self.graph.file, source.blobs)
+        if self.key.flavour == "tensorrt-rtx":
+            refuse_rtx(source.model, self.graph.file, self.key.targets)
+        with _building:
+            start = time.perf_counter()
+            log = logger(self.key.flavour)
+            log.take_errors()
+            builder = self.trt.Builder(log)
+            network = builder.create_network(_network_flags(self.trt))
+            parser = self.trt.OnnxParser(network, log)
+            held = _parse(parser, source, self.graph)
+            inputs = self._check(network.num_inputs, network.get_input, self.graph.inputs)
+            outputs = self._check(network.num_outputs, network.get_output, self.graph.outputs)
+            config = self._config(builder)
+            plan = builder.build_serialized_network(network, config)
+            del held
+            if plan is None:
+                raise ExportError(f"{self.key.flavour} cannot build {self.graph.file}: {log.take_errors()}")
+            self._keep_timings(config)
+            return Built(bytes(plan), time.perf_counter() - start, inputs, outputs)
+
+    def _check(self, number: int, tensor: Any, described: list[TensorSpec]) -> list[TensorSpec]:
+        """The network's inputs or outputs, which must be those that the manifest describes."""
+        found = {tensor(index).name: tensor(index) for index in range(number)}
+        if set(found) != {spec.name for spec in described}:
+            names = ", ".join(spec.name for spec in described)
+            raise ExportError(f"{self.graph.file} has {', '.join(found)} for TensorRT, and {names} in the manifest")
+        for spec in described:
+            dtype = _DTYPES.get(found[spec.name].dtype.name, found[spec.name].dtype.name)
+            shape = tuple(found[spec.name].shape)
+            asked = tuple(-1 if isinstance(size, str) else size for size in spec.shape)
+            # The parser may not know the size of an output that it computes.
+            if (
+                dtype != spec.dtype
+                or len(shape) != len(asked)
+                or any(have not in (-1, want) for have, want in zip(shape, asked, strict=True))
+            ):
+                raise ExportError(
+                    f"{spec.name} of {self.graph.file} is {dtype} {shape} for TensorRT, and {spec.dtype} {asked} in "
+                    f"the manifest; export the student again"
+                )
+        return described
+
+    def _config(self, builder: Any) -> Any:
+        trt, key = self.trt, self.key
+        config = builder.create_builder_config()
+        config.builder_optimization_level = LEVELS[key.settings.level]
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if key.settings.workspace_mb is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.settings.workspace_mb << 20)
+        if key.settings.strip_weights:
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        if key.flavour == "tensorrt-rtx":
+            self._name_targets(config)
+        else:
+            config.hardware_compatibility_level = getattr(
+                trt.HardwareCompatibilityLevel, COMPATIBILITY[key.settings.hardware_compatibility]
+            )
+        if self.timings is not None:
+            kept = self.timings.read_bytes() if self.timings.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(kept), False)
+        self._name_shapes(config, builder.create_optimization_profile())
+        return config
+
+    def _name_targets(self, config: Any) -> None:
+        known = self.trt.ComputeCapability
+        config.num_compute_capabilities = len(self.key.targets)
+        for index, target in enumerate(self.key.targets):
+            if not config.set_compute_capability(getattr(known, f"SM{target}", known.CURRENT), index):
+                raise ExportError(f"tensorrt-rtx does not take the target sm {target}")
+
+    def _name_shapes(self, config: Any, profile: Any) -> None:
+        for name, shapes in self.key.profile.items():
+            profile.set_shape(name, *shapes)
+            if [tuple(shape) for shape in profile.get_shape(name)] != [tuple(shape) for shape in shapes]:
+                raise ExportError(f"TensorRT does not take the shapes {shapes} of {name}")
+        if self.key.profile and config.add_optimization_profile(profile) < 0:
+            reason = logger(self.key.flavour).take_errors()
+            raise ExportError(f"TensorRT does not take the shapes of {self.graph.file}: {reason}")
+
+    def _keep_timings(self, config: Any) -> None:
+        """Write what the builder has timed, for later builds on this GPU."""
+        if self.timings is not None:
+            atomic_write(self.timings, bytes(config.get_timing_cache().serialize()))
+
+
+def _network_flags(trt: Any) -> int:
+    """Types are the graph's own: to be asked for in TensorRT 10, and the only way since 11 and in RTX."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _read(student: StudentFolder, graph: Graph) -> _Source:
+    data = student.read(graph.file)
+    blobs = {PurePosixPath(path).name: student.read(path) for path in graph.data}
+    return _Source(onnx.load_model_from_string(data), data, blobs)
+
+
+def _parse(parser: Any, source: _Source, graph: Graph) -> list[Any]:
+    """Parse a graph; what is returned holds its weights, and has to live until the engine is built."""
+    if not source.blobs:
+        held: list[Any] = [source.data]
+        done = parser.parse(source.data)
+    else:
+        done = parser.load_model_proto(source.data)
+        held = load_weights(parser, source.model, source.blobs) if done else []
+        done = done and parser.parse_model_proto()
+    if not done:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise ExportError(
+            f"TensorRT cannot read {graph.file}: {'; '.join(map(_parse_error, errors)) or 'no reason given'}"
+        )
+    return held
+
+
+def _parse_error(error: Any) -> str:
+    reason = " ".join(error.desc().split())
+    if not error.node_operator():
+        return reason
+    return f"node {error.node_name() or error.node()} ({error.node_operator()}): {reason}"

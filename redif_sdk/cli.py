@@ -9,23 +9,32 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redif_sdk.bench_command import bench_command
 from redif_sdk.distill.commands import distill_command, eval_command, import_command, quickstart_command
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, ParityError, RedifError, TrainingDiverged
+from redif_sdk.errors import InvalidRequest, ParityError, RedifError, TrainingDiverged
+from redif_sdk.export.commands import export_command, verify_command
+from redif_sdk.terminal import (
+    BAD_INPUT,
+    GATE_FAILED,
+    INTERRUPTED,
+    Json,
+    Quiet,
+    console_for,
+    fail,
+    print_rows,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import Console
 
 __all__ = ["app", "main"]
-
-GATE_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # What typer raises for bad usage: click's class in older releases, its own copy in newer ones.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -38,10 +47,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Student = Annotated[Path, typer.Argument(metavar="DIR", help="A student's folder.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-
 
 def main() -> None:
     """The entry point: run the command, and turn what it raises into one line and an exit code."""
@@ -50,119 +55,21 @@ def main() -> None:
         code = app(arguments, prog_name="redif", standalone_mode=False)
     except _UsageError as error:
         usage: Any = error
-        _fail(f"{usage.format_message()} (redif --help says more)", BAD_INPUT)
+        fail(f"{usage.format_message()} (redif --help says more)", BAD_INPUT)
     except (ParityError, TrainingDiverged) as error:
-        _fail(str(error), GATE_FAILED)
+        fail(str(error), GATE_FAILED)
     except (RedifError, OSError) as error:
-        _fail(str(error), BAD_INPUT)
+        fail(str(error), BAD_INPUT)
     except ModuleNotFoundError as error:
-        _fail(f'{error.name} is not installed; pip install "redif-sdk[distill,export]" to train and export', BAD_INPUT)
+        fail(f'{error.name} is not installed; pip install "redif-sdk[distill,export]" to train and export', BAD_INPUT)
     except MemoryError as error:
-        _fail(f"there is not enough memory: {error}", BAD_INPUT)
+        fail(f"there is not enough memory: {error}", BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", INTERRUPTED)
+        fail("interrupted", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    print("redif:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
-
-
-def _console(json: str | None, quiet: bool) -> Console:
-    """Where tables go: standard output, unless JSON goes there."""
-    from rich.console import Console
-
-    return Console(stderr=json == "-", quiet=quiet, highlight=False, markup=False)
-
-
-def _table(console: Console, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print `rows`; `columns` are their keys with the heads to show."""
-    from rich.table import Table
-
-    table = Table(*columns.values(), box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return "" if value is None else str(value)
-
-
-def _write_json(target: str | None, command: str, rows: Sequence[Mapping[str, Any]], device: str = "cpu") -> None:
-    if target is not None:
-        from redif_sdk.report import document, write_json
-
-        write_json(target, document(command, rows, device=device))
-
-
 FINDINGS = {"subject": "subject", "status": "status", "detail": "detail"}
-PARITY = {
-    "component": "component",
-    "runtime": "runtime",
-    "precision": "prec",
-    "num_inference_steps": "steps",
-    "batch": "batch",
-    "max_abs": "max_abs",
-    "relative_rmse": "rel_rmse",
-    "psnr": "psnr",
-    "threshold": "threshold",
-    "passed": "passed",
-}
-
-
-@app.command("export")
-def export_command(
-    folder: Student,
-    target: Annotated[
-        list[str] | None, typer.Option(help="What to compile to; may be repeated. Default: onnx.")
-    ] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="Of graphs; may be repeated. Default: fp32.")] = None,
-    json: Json = None,
-    quiet: Quiet = False,
-) -> None:
-    """Compile a student to ONNX: the network, and the fused generator; checked against torch."""
-    from redif_sdk.export import export
-
-    console = _console(json, quiet)
-    with console.status("compiling") if console.is_terminal else nullcontext():
-        manifest = export(folder, target or ["onnx"], precision or ["fp32"])
-    _write_json(json, "export", manifest.verification)
-    _table(console, PARITY, manifest.verification)
-    console.print(f"{folder}: {', '.join(graph.file for graph in manifest.graphs)}", soft_wrap=True)
-
-
-@app.command("verify")
-def verify_command(
-    folder: Student,
-    runtime: Annotated[list[str] | None, typer.Option(help="Engines to check; default: those installed.")] = None,
-    json: Json = None,
-    quiet: Quiet = False,
-) -> None:
-    """Check every file's hash, and every graph against the recorded torch outputs. Writes nothing; exits 1 if it fails.
-
-    The hashes come first: an altered, missing or additional file is named, and nothing of the student is run.
-    """
-    from redif_sdk.export.verify import summary, verify
-    from redif_sdk.manifest import MANIFEST_NAME
-
-    try:
-        rows = verify(folder, runtime)
-    except ManifestError as error:
-        if not isinstance(error, IntegrityError) and not (folder / MANIFEST_NAME).is_file():
-            raise  # this is no student; an altered manifest may be one that cannot even be read
-        _fail(str(error), GATE_FAILED)
-    _write_json(json, "verify", rows)
-    console = _console(json, quiet)
-    _table(console, PARITY, rows)
-    if failed := summary(rows):
-        raise ParityError(f"{folder} failed: {failed}")
-    console.print(f"{folder}: every file is unaltered, and all {len(rows)} checks passed", soft_wrap=True)
 
 
 @app.command("generate")
@@ -176,10 +83,16 @@ def generate_command(
     output: Annotated[
         str, typer.Option("-o", "--output", help="A file for all pictures, or a folder (DIR/) for one file each.")
     ] = "out.png",
-    runtime: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto or fp32.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: the engine's.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, of a student with free sizes.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, of a student with free sizes.")] = None,
+    runtime: Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16 or int8.")] = "auto",
+    provider: Annotated[
+        str | None, typer.Option(help="ONNX Runtime's execution provider, or the package of a plugin one.")
+    ] = None,
+    engine_dir: Annotated[Path | None, typer.Option(help="Where TensorRT engines lie; default: the cache.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -188,7 +101,13 @@ def generate_command(
 
     labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
     pipe = FastPipeline.from_pretrained(
-        student, runtime=runtime, device=device, precision=precision, num_threads=threads
+        student,
+        runtime=runtime,
+        device=device,
+        precision=precision,
+        num_threads=threads,
+        provider=provider,
+        engine_dir=engine_dir,
     )
     out = pipe(
         prompt,
@@ -196,6 +115,8 @@ def generate_command(
         num_images_per_prompt=number,
         num_inference_steps=steps,
         seed=seed,
+        height=height,
+        width=width,
     )
     files = _save(out.images, output)
     used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
@@ -204,8 +125,8 @@ def generate_command(
         {"file": file, "seed": number, "index": index, "seconds": seconds, **used}
         for file, (number, index) in zip(files, out.seeds, strict=True)
     ]
-    _write_json(json, "generate", rows, device=out.runtime_info["device"])
-    _console(json, quiet).print(
+    write_rows(json, "generate", rows, device=out.runtime_info["device"])
+    console_for(json, quiet).print(
         f"{', '.join(dict.fromkeys(files))}: {len(files)} picture(s), seed {out.seeds[0][0]}, "
         f"{out.timings['total']:.3f} s on {out.runtime_info['device']}",
         soft_wrap=True,
@@ -247,12 +168,15 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
     from redif_sdk.doctor import examine
 
     rows = examine()
-    _write_json(json, "doctor", rows)
-    _table(_console(json, quiet), FINDINGS, rows)
+    write_rows(json, "doctor", rows)
+    print_rows(console_for(json, quiet), FINDINGS, rows)
     if broken := [row["subject"] for row in rows if row["status"] == "problem"]:
-        _fail(f"there are problems with {', '.join(broken)}", GATE_FAILED)
+        fail(f"there are problems with {', '.join(broken)}", GATE_FAILED)
 
 
+app.command("export")(export_command)
+app.command("verify")(verify_command)
+app.command("bench")(bench_command)
 app.command("distill")(distill_command)
 app.command("import")(import_command)
 app.command("eval")(eval_command)

@@ -55,9 +55,14 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
 
 
 def test_verify(redif: Callable[..., Result], tiny_student: Path) -> None:
-    result = redif("verify", tiny_student)
+    result = redif("verify", tiny_student, "--runtime", "onnxruntime")
     assert (result.code, result.err) == (0, "")
     assert "all 16 checks passed" in result.out
+    result = redif("verify", tiny_student, "--runtime", "onnxruntime", "--batches", "8", "--sizes", "28x28")
+    assert "all 8 checks passed" in result.out
+    assert_one_line(redif("verify", tiny_student, "--batches", "3"), 2, "batches of 1 of 28x28, 8 of 28x28")
+    assert_one_line(redif("verify", tiny_student, "--sizes", "3"), 2, "--sizes is '3'", "28x28,56x28")
+    assert_one_line(redif("verify", tiny_student, "--precision", "int8"), 2, "has graphs in fp32")
     assert redif("verify", tiny_student, "--quiet") == (0, "", "")
     result = redif("verify", tiny_student, "--json", "-")
     document = json.loads(result.out)  # nothing else on standard output

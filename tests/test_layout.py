@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "demo": {"redif_sdk"},
 }
 # These join the rooms, inside functions only. The command line also collects the other rooms' commands when it starts.
-JOINING = {"redif_sdk/cli.py", "redif_sdk/quickstart.py"}
+JOINING = {"redif_sdk/cli.py", "redif_sdk/quickstart.py", "redif_sdk/bench_command.py"}
 COMMANDS = ("redif_sdk/cli.py", re.compile(r"redif_sdk\.\w+\.commands(\.\w+)?"))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.files import (
@@ -267,17 +267,25 @@ class Manifest(_Part):
             raise ValueError("a file is listed twice")
         return self
 
+    _parsed: tuple[list[dict[str, Any]], list[StepTable]] | None = PrivateAttr(default=None)
+
+    @property
+    def tables(self) -> list[StepTable]:
+        """The step tables, parsed once."""
+        if self._parsed is None or self._parsed[0] is not self.step_tables:  # a copy may have been given others
+            self._parsed = self.step_tables, [StepTable.from_dict(table) for table in self.step_tables]
+        return self._parsed[1]
+
     @property
     def supported_steps(self) -> list[int]:
         """The numbers of steps that there is a table for, in the manifest's order: the first is the default."""
-        return [StepTable.from_dict(table).num_inference_steps for table in self.step_tables]
+        return [table.num_inference_steps for table in self.tables]
 
     def step_table(self, num_inference_steps: int | None = None) -> StepTable:
         """The table with that many rows; the first one for None. Raises InvalidRequest, naming those that there are."""
-        tables = [StepTable.from_dict(table) for table in self.step_tables]
         if num_inference_steps is None:
-            return tables[0]
-        for table in tables:
+            return self.tables[0]
+        for table in self.tables:
             if table.num_inference_steps == num_inference_steps:
                 return table
         have = ", ".join(str(steps) for steps in self.supported_steps)

@@ -33,10 +33,9 @@ __all__ = ["TRAINING_SLOT", "noise", "normals", "philox4x32"]
 TRAINING_SLOT = 1 << 16
 """Slots from here on are training's; deployment and evaluation use 0 up to here."""
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint32)
 _ROUNDS = 10
-_LOW_WORD = np.uint64(0xFFFFFFFF)
 _HIGH_SHIFT = np.uint64(32)
 
 _LN2 = math.log(2.0)  # 0x1.62e42fefa39efp-1
@@ -58,8 +57,8 @@ def philox4x32(counter: Words, key: Words) -> Words:
     leading = counter.shape[:-1]
     keys = np.broadcast_to(key.astype(np.uint32, copy=False), (*leading, 2)).reshape(-1, 2)
     words = counter.astype(np.uint32, copy=False).reshape(-1, 4)
-    mixed = _philox((words[:, 0], words[:, 1], words[:, 2], words[:, 3]), (keys[:, 0], keys[:, 1]))
-    return np.stack(mixed, axis=-1).reshape(*leading, 4)
+    even, odd = _philox(words[:, ::2].T, words[:, 1::2].T, keys.T)
+    return np.stack([even[0], odd[0], even[1], odd[1]], axis=-1).reshape(*leading, 4)
 
 
 def normals(seed: int, index: int, slot: int, count: int) -> NDArray[np.float32]:
@@ -105,27 +104,24 @@ def _draw(seeds: Sequence[tuple[int, int]], slots: Words, count: int) -> NDArray
         stream, block = np.divmod(lane, blocks)
         slot, image = np.divmod(stream, len(images))
         key_low, key_high, index_low, index_high = images[image].T
-        words = _philox((block.astype(np.uint32), slots[slot], index_low, index_high), (key_low, key_high))
-        for pair in (0, 2):
-            first, second = _box_muller(words[pair], words[pair + 1])
-            numbers[start : start + _CHUNK, pair] = first
-            numbers[start : start + _CHUNK, pair + 1] = second
+        even = np.stack([block.astype(np.uint32), index_low])
+        odd = np.stack([slots[slot], index_high])
+        first, second = _box_muller(*_philox(even, odd, np.stack([key_low, key_high])))
+        numbers[start : start + _CHUNK, ::2] = first.T
+        numbers[start : start + _CHUNK, 1::2] = second.T
     return np.ascontiguousarray(numbers.reshape(len(slots), len(images), blocks * 4)[:, :, :count])
 
 
-def _philox(words: tuple[Words, ...], key: tuple[Words, Words]) -> tuple[Words, ...]:
-    """Ten rounds on four arrays of counter words and two of key words, all of one shape."""
-    c0, c1, c2, c3 = words
-    k0, k1 = key
+def _philox(even: Words, odd: Words, key: Words) -> tuple[Words, Words]:
+    """Ten rounds on counter words 0 and 2 (`even`), 1 and 3 (`odd`), and two key words, each of shape (2, ...)."""
+    multipliers = _MULTIPLIERS.reshape(2, *[1] * (even.ndim - 1))
+    weyl = _WEYL.reshape(multipliers.shape)
     for _ in range(_ROUNDS):
-        product0 = c0.astype(np.uint64) * _MULTIPLIERS[0]
-        product1 = c2.astype(np.uint64) * _MULTIPLIERS[1]
-        c0 = (product1 >> _HIGH_SHIFT).astype(np.uint32) ^ c1 ^ k0
-        c1 = (product1 & _LOW_WORD).astype(np.uint32)
-        c2 = (product0 >> _HIGH_SHIFT).astype(np.uint32) ^ c3 ^ k1
-        c3 = (product0 & _LOW_WORD).astype(np.uint32)
-        k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]  # modulo 2^32
-    return c0, c1, c2, c3
+        product = even * multipliers  # 64 bits
+        even = (product >> _HIGH_SHIFT).astype(np.uint32)[::-1] ^ odd ^ key
+        odd = product.astype(np.uint32)[::-1]  # the low words
+        key = key + weyl  # modulo 2^32
+    return even, odd
 
 
 def _box_muller(u: Words, v: Words) -> tuple[Floats, Floats]:

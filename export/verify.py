@@ -165,7 +165,7 @@ class Emulated:
             from redif_sdk.export.emulate import emulate
         except ImportError as error:
             raise RuntimeUnavailable(
-                f'no engine here computes bf16, and to emulate it needs {error.name}; pip install "redif-sdk[cpu]"'
+                f"no engine here computes bf16, and to emulate it needs {error.name}; pip install onnx onnxruntime"
             ) from error
         if graph.data:
             raise RuntimeUnavailable(f"no engine here computes bf16, and {graph.file} is too large to be emulated")

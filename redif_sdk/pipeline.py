@@ -70,6 +70,7 @@ class FastPipeline:
         )
         self._complete: Callable[[], Path] | None = None  # gets the files that were not downloaded
         self._lock = Lock()
+        self._tables: dict[int | None, StepTable] = {t.num_inference_steps: t for t in student.manifest.tables}
         engine, self._choice = runtimes.choose(student, "generator", runtime, precision, self._options)
         fused = engine.info.component == "generator"
         self._generator: Runtime | None = engine if fused else None
@@ -237,7 +238,7 @@ class FastPipeline:
 
         N is at least the table's `noise_slices`. Raises InvalidRequest for other shapes and for bad labels.
         """
-        table = self.manifest.step_table(num_inference_steps)
+        table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
         return self._images(checked, check_labels(self.manifest, class_labels, checked.shape[1]), table)
 

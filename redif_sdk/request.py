@@ -5,6 +5,7 @@ Every refusal is an InvalidRequest that names what would have been accepted. No 
 
 from __future__ import annotations
 
+import math
 import operator
 import secrets
 from collections.abc import Sequence
@@ -144,6 +145,11 @@ def check_noise(manifest: Manifest, noise: ArrayLike, table: StepTable) -> NDArr
         shape = f"({table.noise_slices}, B, {manifest.latents.channels}, H, W)"
         raise InvalidRequest(f"noise has shape {array.shape}; give {shape}")
     array = array[: table.noise_slices]
+    latents = manifest.latents
+    own = (latents.channels, latents.height, latents.width)
+    usual = array.dtype == np.float32 and array.shape[2:] == own and array.flags.c_contiguous
+    if usual and math.isfinite(np.vdot(array, array)):  # then every number is
+        return array  # in a fraction of the time
     flat = array.reshape(-1, *array.shape[2:])
     return check_latents(manifest, flat, len(flat), check_size(manifest, None, None, flat)).reshape(array.shape)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,12 +108,12 @@ class StepTable:
         """What the network is fed as time, float32 (K,)."""
         return self.rows[:, 0]
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any row adds noise."""
         return bool(np.any(self.rows[:, 5] != 0.0))
 
-    @property
+    @cached_property
     def noise_slices(self) -> int:
         """How many slices of noise :func:`sample` reads: the start alone, or the start and one a row."""
         return self.num_inference_steps + 1 if self.stochastic else 1

@@ -43,11 +43,12 @@ class Batches:
 
     def __init__(self, graph: Graph) -> None:
         self._axes = {spec.name: spec.shape.index("batch") for spec in graph.inputs if "batch" in spec.shape}
+        self._first, self._first_axis = next(iter(self._axes.items()))
         self._outputs = {spec.name: spec.shape.index("batch") for spec in graph.outputs if "batch" in spec.shape}
 
     def size(self, inputs: Mapping[str, NDArray[Any]]) -> int:
         """The number of pictures that `inputs` ask for."""
-        return next(int(inputs[name].shape[axis]) for name, axis in self._axes.items() if name in inputs)
+        return int(inputs[self._first].shape[self._first_axis])
 
     def cut(self, inputs: Mapping[str, NDArray[Any]], sizes: list[int]) -> list[Arrays]:
         """The inputs of each piece, contiguous; what has no batch axis goes to all."""
@@ -87,7 +88,7 @@ class Workers:
         self,
         batches: Batches,
         inputs: Mapping[str, NDArray[Any]],
-        wide: Callable[[Arrays], Arrays],
+        wide: Callable[[Mapping[str, NDArray[Any]]], Arrays],
         narrow: Callable[[Arrays], Arrays],
     ) -> Arrays:
         """Compute `inputs`: by `wide`, all cores at once, if they are few and nobody else asks; else by `narrow`.
@@ -100,7 +101,7 @@ class Workers:
         try:
             batch = batches.size(inputs)
             if alone and batch < self.number:
-                return wide(dict(inputs))
+                return wide(inputs)
             cut = batches.cut(inputs, pieces(batch, self.number))
             if self.number == 1:
                 return batches.join([narrow(piece) for piece in cut])

@@ -259,18 +259,21 @@ class OnnxRuntime:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         try:
             if self._workers is None:
-                return self._call(self._wide, dict(inputs))
-            return self._workers.run(self._batches, inputs, lambda feed: self._call(self._wide, feed), self._piece)
+                return self._whole(inputs)
+            return self._workers.run(self._batches, inputs, self._whole, self._piece)
         except ENGINE_ERRORS as error:
             reason = " ".join(str(error).split())
             raise RuntimeUnavailable(
                 f"onnxruntime failed in {self.info.file} on {self.info.device}: {reason}"
             ) from error
 
+    def _whole(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        return self._call(self._wide, feed)
+
     def _piece(self, feed: Arrays) -> Arrays:
         with self._lock:
             session = self._narrow
         return self._call(session, feed)
 
-    def _call(self, session: Any, feed: Arrays) -> Arrays:
+    def _call(self, session: Any, feed: Mapping[str, NDArray[Any]]) -> Arrays:
         return dict(zip(self._outputs, session.run(self._outputs, feed), strict=True))

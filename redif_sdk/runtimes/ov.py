@@ -162,14 +162,14 @@ class OpenVino:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         try:
             if self._workers is None:
-                return self._call(dict(inputs), {})
+                return self._call(inputs, {})
             return self._workers.run(self._batches, inputs, self._wide, self._narrow)
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(
                 f"openvino failed in {self.info.file} on {self.info.device}: {_line(error)}"
             ) from error
 
-    def _wide(self, feed: Arrays) -> Arrays:
+    def _wide(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
         """One request on all threads."""
         return self._call(feed, {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.info.num_threads})
 
@@ -178,7 +178,7 @@ class OpenVino:
         number = self.info.num_threads
         return self._call(feed, {"NUM_STREAMS": str(number), "INFERENCE_NUM_THREADS": number})
 
-    def _call(self, feed: Arrays, threads: dict[str, Any]) -> Arrays:
+    def _call(self, feed: Mapping[str, NDArray[Any]], threads: dict[str, Any]) -> Arrays:
         arrays = {name: np.ascontiguousarray(value) for name, value in feed.items()}
         return self._compiled(arrays, threads).run(arrays, self._outputs)
 

@@ -1,0 +1,135 @@
+"""One pipeline under many threads, and what ONNX Runtime's memory settings are worth (docs/performance.md).
+
+    python benchmarks/concurrency.py build/quickstart/student-2 [--json FILE]
+
+Rounds take turns; figures are medians. Exits 1 if eight threads make other pictures than one, or fewer a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from redif_sdk import FastPipeline
+from redif_sdk.manifest import StudentFolder
+from redif_sdk.noise import noise
+from redif_sdk.report import document, write_json
+
+CALLS = 32
+THREADS = 8
+
+
+def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each job."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):  # the first warms up
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def callers(folder: Path, runtime: str, rounds: int) -> list[dict[str, Any]]:
+    """The same 32 calls from one thread and from eight."""
+    pipe = FastPipeline.from_pretrained(folder, runtime=runtime)
+    pool = ThreadPoolExecutor(THREADS)
+    conditional = pipe.manifest.condition is not None
+    kept: dict[str, list[Any]] = {}
+
+    def call(seed: int) -> Any:
+        labels = {"class_labels": 0} if conditional else {}
+        return pipe(seed=seed, output_type="uint8", **labels).images
+
+    def one() -> None:
+        kept["one"] = [call(seed) for seed in range(CALLS)]
+
+    def many() -> None:
+        kept["many"] = list(pool.map(call, range(CALLS)))
+
+    seconds = interleaved({"1 thread": one, f"{THREADS} threads": many}, rounds)
+    same = all(np.array_equal(a, b) for a, b in zip(kept["one"], kept["many"], strict=True))
+    return [
+        {"what": name, "runtime": runtime, "batch": 1, "images_per_second": CALLS / value, "same_pictures": same}
+        for name, value in seconds.items()
+    ]
+
+
+def session(model: bytes, *, arena: bool) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = arena
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def memory(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """One thread of ONNX Runtime with and without its memory arena, and with outputs bound beforehand."""
+    student = StudentFolder(folder)
+    manifest = student.manifest
+    graph = manifest.graph("generator", "fp32")
+    assert graph is not None
+    model, table, latents = student.read(graph.file), manifest.step_table(), manifest.latents
+    shape = (latents.channels, latents.height, latents.width)
+    feed: dict[str, Any] = {
+        "noise": noise([(0, index) for index in range(batch)], shape, slices=table.noise_slices),
+        "table": table.rows,
+        "init_scale": np.asarray(table.init_scale, np.float32),
+    }
+    if manifest.condition is not None:
+        feed["class_labels"] = np.zeros(batch, np.int64)
+    plain, bare = session(model, arena=True), session(model, arena=False)
+    bound = plain.io_binding()
+    for name, value in feed.items():
+        bound.bind_cpu_input(name, value)
+    images = onnxruntime.OrtValue.ortvalue_from_numpy(plain.run(None, feed)[0])
+    bound.bind_ortvalue_output("images", images)
+    jobs: dict[str, Callable[[], object]] = {
+        "arena (default)": lambda: plain.run(None, feed),
+        "no arena": lambda: bare.run(None, feed),
+        "arena, bound buffers": lambda: plain.run_with_iobinding(bound),
+    }
+    rows = []
+    for name, value in interleaved(jobs, 20 * rounds).items():
+        rows.append({"what": name, "runtime": "onnxruntime", "batch": batch, "images_per_second": batch / value})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--runtime", action="append", choices=["onnxruntime", "openvino"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", default=None)
+    asked = parser.parse_args(arguments)
+    rows = [
+        row
+        for name in asked.runtime or ["onnxruntime", "openvino"]
+        for row in callers(asked.folder, name, asked.rounds)
+    ]
+    kept = all(
+        many["same_pictures"] and many["images_per_second"] >= one["images_per_second"]
+        for one, many in zip(rows[::2], rows[1::2], strict=True)
+    )
+    rows += [row for batch in (1, 4) for row in memory(asked.folder, batch, asked.rounds)]
+    print("| what | runtime | batch | images a second | the same pictures |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        same = {True: "yes", False: "NO", None: ""}[row.get("same_pictures")]
+        print(f"| {row['what']} | {row['runtime']} | {row['batch']} | {row['images_per_second']:.0f} | {same} |")
+    if asked.json:
+        write_json(asked.json, document("benchmarks/concurrency.py", rows))
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

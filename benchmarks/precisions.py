@@ -1,0 +1,140 @@
+"""What a precision costs in quality, and gives in speed, on trained students: the table of docs/results/precisions.md.
+
+    python benchmarks/precisions.py build/quickstart/student-1 build/quickstart/student-2 [--json FILE]
+
+Students have to be exported in the precisions to look at (``redif export --precision ...``). Frechet distances are
+those of `redif eval`: to the teacher's images for 2,000 held-out noises. A precision that no engine computes here (bf16
+on most processors) is emulated, which tells its quality and nothing of its speed. Rounds of the timing take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from redif_sdk import FastPipeline
+from redif_sdk.distill import Teacher
+from redif_sdk.distill.quality import Arena
+from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.export.verify import Emulated
+from redif_sdk.manifest import StudentFolder
+from redif_sdk.report import document, write_json
+from redif_sdk.runtimes import RuntimeOptions
+
+PIECE = 40
+Draw = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+
+
+def artist(folder: Path, precision: str) -> tuple[Draw, str]:
+    """What draws uint8 pictures in `precision` for noise (1, B, C, H, W) and labels, and its name."""
+    student = StudentFolder(folder)
+    table = student.manifest.step_table()
+    try:
+        pipe = FastPipeline.from_pretrained(folder, precision=precision)
+    except RuntimeUnavailable:
+        graph = student.manifest.graph("generator", precision)
+        assert graph is not None
+        engine = Emulated.load(student, graph, RuntimeOptions())
+    else:
+        return pipe.generate_array, pipe.runtime_info["runtime"]
+
+    def emulated(noise: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+        scale = np.asarray(table.init_scale, np.float32)
+        condition = {} if labels is None else {"class_labels": labels}
+        return engine.run({"noise": noise, "table": table.rows, "init_scale": scale, **condition})["images"]
+
+    return emulated, "emulated"
+
+
+def pictures(draw: Draw, arena: Arena) -> np.ndarray:
+    """The pictures of every held-out pair, uint8 (N, H, W, C)."""
+    parts = []
+    for low in range(0, len(arena.pairs), PIECE):
+        part = arena.pairs[low : low + PIECE]
+        labels = None if part.condition is None else part.condition.numpy()
+        parts.append(draw(part.noise.numpy()[None], labels))
+    return np.concatenate(parts)
+
+
+def seconds(draws: dict[str, Draw], arena: Arena, batch: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a call on `batch` pictures."""
+    part = arena.pairs[:batch]
+    noise, labels = part.noise.numpy()[None], None if part.condition is None else part.condition.numpy()
+    found: dict[str, list[float]] = {name: [] for name in draws}
+    for number in range(rounds + 2):
+        for name, draw in draws.items():
+            start = time.perf_counter()
+            draw(noise, labels)
+            if number > 1:
+                found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def measure(folder: Path, arena: Arena, rounds: int) -> list[dict[str, Any]]:
+    manifest = StudentFolder(folder).manifest
+    precisions = list(dict.fromkeys(graph.precision for graph in manifest.graphs))
+    artists = {precision: artist(folder, precision) for precision in precisions}
+    drawn = {precision: pictures(draw, arena) for precision, (draw, _) in artists.items()}
+    timed = {precision: draw for precision, (draw, name) in artists.items() if name != "emulated"}
+    speed = {batch: seconds(timed, arena, batch, rounds) for batch in (1, 8)}
+    rows = []
+    for precision, images in drawn.items():
+        scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        error = np.mean((images.astype(np.float64) - drawn["fp32"]) ** 2)
+        row: dict[str, Any] = {
+            "student": folder.name,
+            "num_inference_steps": manifest.step_table().num_inference_steps,
+            "graph_precision": precision,  # "precision" is of the distribution, beside "recall"
+            "runtime": artists[precision][1],
+            "psnr_to_fp32": 10 * math.log10(255**2 / error) if error else None,
+            "megabytes": (folder / f"onnx/generator.{precision}.onnx").stat().st_size / 1e6,
+            **arena.judge.quality(scaled).row(),
+        }
+        for batch, found in speed.items():
+            row[f"speedup_batch_{batch}"] = found["fp32"] / found[precision] if precision in found else None
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| student | precision | computed by | PSNR to fp32, dB | FD to teacher | best gain | paired MSE | recall | MB "
+        "| times as fast as fp32, batch 1 | batch 8 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        psnr = "" if row["psnr_to_fp32"] is None else f"{row['psnr_to_fp32']:.1f}"
+        fast = ["" if row[f"speedup_batch_{b}"] is None else f"{row[f'speedup_batch_{b}']:.2f}" for b in (1, 8)]
+        lines.append(
+            f"| {row['student']} | {row['graph_precision']} | {row['runtime']} | {psnr} | {row['fd_teacher']:.2f} "
+            f"| {row['fd_teacher_gain']:.2f} | {row['mse']:.4f} | {row['recall']:.2f} | {row['megabytes']:.1f} "
+            f"| {fast[0]} | {fast[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--teacher", default="fashion-mnist")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--json", default=None)
+    asked = parser.parse_args()
+    arena = Arena.of(Teacher.load(asked.teacher), asked.samples)
+    rows = [row for folder in asked.folders for row in measure(folder, arena, asked.rounds)]
+    print(table(rows))
+    if asked.json:
+        write_json(asked.json, document("benchmarks/precisions.py", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -281,7 +281,7 @@ def _check_generator(runtime: Runtime, record: _Record) -> dict[str, Any]:
     inputs: dict[str, NDArray[Any]] = {
         "noise": record.noise(),
         "table": record.table.rows,
-        "init_scale": np.asarray(record.table.init_scale, dtype=np.float32),
+        "init_scale": record.table.scale,
         **record.condition(),
     }
     images = runtime.run(inputs)["images"]

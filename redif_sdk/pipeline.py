@@ -260,7 +260,7 @@ class FastPipeline:
         inputs: dict[str, NDArray[Any]] = {
             "noise": noise,
             "table": table.rows,
-            "init_scale": np.asarray(table.init_scale, dtype=np.float32),
+            "init_scale": table.scale,
         }
         if labels is not None:
             inputs["class_labels"] = labels

@@ -109,6 +109,11 @@ class StepTable:
         return self.rows[:, 0]
 
     @cached_property
+    def scale(self) -> NDArray[np.float32]:
+        """`init_scale` as graphs take it, float32 ()."""
+        return np.asarray(self.init_scale, dtype=np.float32)
+
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any row adds noise."""
         return bool(np.any(self.rows[:, 5] != 0.0))

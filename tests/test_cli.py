@@ -234,6 +234,38 @@ def test_export_of_what_is_no_student(redif: Callable[..., Result], tmp_path: Pa
     assert_one_line(redif("export", bare_student, "--precision", "fp7"), 2, "fp7", "fp32")
 
 
+def test_engines_are_built_for_named_targets_and_found_again(
+    redif: Callable[..., Result], plain_student: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    build = ("export", plain_student, "--target", "tensorrt-rtx", "--component", "generator", "--sm", "89")
+    for cache in ("miss: no engine for this student", "hit"):
+        result = redif(*build, "--engine-dir", tmp_path / "engines", "--batches", "1,2,4", "--json", "-")
+        assert result.code == 0
+        (row,) = json.loads(result.out)["rows"]
+        assert (row["cache"], row["targets"], row["precision"]) == (cache, [89], "fp32")
+        assert Path(row["file"]).stat().st_size == row["bytes"]
+    assert "hit" in redif(*build, "--engine-dir", tmp_path / "engines", "--batches", "1,2,4").out
+    assert_one_line(redif(*build), 2, "--engine-dir")
+    assert_one_line(redif(*build, "--engine-dir", tmp_path, "--batches", "1,8"), 2, "SMALLEST,BEST,LARGEST")
+    assert_one_line(redif(*build, "--engine-dir", tmp_path, "--sm", "9x"), 2, "--sm is '9x'")
+    assert_one_line(redif(*build[:-2], "--engine-dir", tmp_path), 2, "--sm 89")
+
+
+def test_what_needs_a_gpu_says_so(redif: Callable[..., Result], plain_student: Path, tmp_path: Path) -> None:
+    from redif_sdk.runtimes.base import nvidia_driver
+
+    if nvidia_driver() is not None:
+        pytest.skip("there is a GPU")
+    file = tmp_path / "no.png"
+    assert_one_line(redif("generate", plain_student, "--device", "cuda", "-o", file), 2, "no CUDAExecutionProvider")
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        result = redif("generate", plain_student, "--runtime", runtime, "-o", file)
+        assert_one_line(result, 2, runtime)
+        assert "not installed" in result.err or "NVIDIA GPU" in result.err
+    assert not file.exists()
+
+
 def test_a_failed_gate_exits_with_1(
     redif: Callable[..., Result], bare_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +331,7 @@ finally:
         )
         assert (result.returncode, result.stderr) == (0, "")
         if arguments in ([], ["--help"]):
-            for name in ["export", "verify", "generate", "doctor", "distill", "import", "eval", "quickstart"]:
+            for name in ["export", "verify", "generate", "bench", "doctor", "distill", "import", "eval", "quickstart"]:
                 assert f"  {name} " in result.stdout
 
 

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable
+from redif_sdk.terminal import Json, Quiet, StudentFolderArgument, console_for, print_rows
 
 __all__ = ["Request", "bench_command", "measure"]
 
-FILE_WIDTH = 130  # of the table where it goes to no terminal
 TORCH_NAMES = ("torch-eager", "torch-compile", "diffusers-eager", "diffusers-pipeline")
 
 COLUMNS = {
@@ -58,7 +58,7 @@ class Request:
 
 
 def bench_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A student's folder, exported.")],
+    folder: StudentFolderArgument,
     against: Annotated[str | None, typer.Option(help="Its teacher, at its own steps: a name or a folder.")] = None,
     contender: Annotated[list[str] | None, typer.Option(help="By name; may be repeated. Default: all.")] = None,
     runtime: Annotated[list[str] | None, typer.Option(help="Engines; may be repeated. Default: those here.")] = None,
@@ -70,17 +70,13 @@ def bench_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, ...")] = "cpu",
     cold_start: Annotated[bool, typer.Option(help="Also memory and the first picture, in fresh processes.")] = True,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the bars as SVG.")] = None,
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; -: stdout.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a student side by side: FastPipeline, bare engines, torch.compile and diffusers. Take the ratios.
 
     All contenders compute the same pictures; one that does not is not timed, and the command exits 1.
     """
-    from rich.console import Console
-
     from redif_sdk.bench import disagreeing
     from redif_sdk.report import write_json
 
@@ -97,9 +93,7 @@ def bench_command(
         device,
         cold_start=cold_start,
     )
-    console = Console(stderr=json == "-", quiet=quiet, highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = console_for(json, quiet)
     with console.status("starting") if console.is_terminal else nullcontext() as status:
         result = measure(request, status.update if status is not None else lambda message: None)
     if json is not None:
@@ -311,14 +305,7 @@ def _operations(entry: dict[str, Any], gflop: float | None, peaks: Mapping[str, 
 
 
 def _print(console: Any, result: Mapping[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(*COLUMNS.values(), box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for entry in result["rows"]:
-        if entry["skipped"] is None:
-            shown = _shown(entry)
-            table.add_row(*(_cell(shown.get(column)) for column in COLUMNS))
-    console.print(table)
+    print_rows(console, COLUMNS, [_shown(entry) for entry in result["rows"] if entry["skipped"] is None])
     reference = next((entry["ratio_to"] for entry in result["rows"] if entry["ratio_to"]), None)
     if reference is not None:
         console.print(f"ratio: times faster than {reference}, median of the rounds and their 10-90 % spread")
@@ -349,12 +336,6 @@ def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
         "spread": f"{entry['ratio_low']:.2f}-{entry['ratio_high']:.2f}",
         "share_of_peak": None if share is None else f"{100 * share:.0f} %",
     }
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return "" if value is None else str(value)
 
 
 def _plot(file: Path, result: Mapping[str, Any]) -> None:

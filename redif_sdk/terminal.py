@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 GATE_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-WIDE = 140  # columns
+WIDE = 160  # columns
 
 StudentFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A student's folder.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
@@ -91,7 +91,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import onnxruntime
 
 from redif_sdk import FastPipeline
+from redif_sdk.bench import interleave
 from redif_sdk.manifest import StudentFolder
 from redif_sdk.noise import noise
 from redif_sdk.report import document, write_json
@@ -28,16 +28,10 @@ CALLS = 32
 THREADS = 8
 
 
-def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each job."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):  # the first warms up
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def medians(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each job, in turns."""
+    turns = interleave(jobs, rounds)
+    return {name: statistics.median(time for turn in times for time in turn) for name, times in turns.items()}
 
 
 def callers(folder: Path, runtime: str, rounds: int) -> list[dict[str, Any]]:
@@ -57,7 +51,7 @@ def callers(folder: Path, runtime: str, rounds: int) -> list[dict[str, Any]]:
     def many() -> None:
         kept["many"] = list(pool.map(call, range(CALLS)))
 
-    seconds = interleaved({"1 thread": one, f"{THREADS} threads": many}, rounds)
+    seconds = medians({"1 thread": one, f"{THREADS} threads": many}, rounds)
     same = all(np.array_equal(a, b) for a, b in zip(kept["one"], kept["many"], strict=True))
     return [
         {"what": name, "runtime": runtime, "batch": 1, "images_per_second": CALLS / value, "same_pictures": same}
@@ -99,7 +93,7 @@ def memory(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
         "arena, bound buffers": lambda: plain.run_with_iobinding(bound),
     }
     rows = []
-    for name, value in interleaved(jobs, 20 * rounds).items():
+    for name, value in medians(jobs, rounds).items():
         rows.append({"what": name, "runtime": "onnxruntime", "batch": batch, "images_per_second": batch / value})
     return rows
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from redif_sdk import FastPipeline
+from redif_sdk.bench import interleave
 from redif_sdk.distill import Teacher
 from redif_sdk.distill.quality import Arena
 from redif_sdk.errors import RuntimeUnavailable
@@ -68,14 +69,8 @@ def seconds(draws: dict[str, Draw], arena: Arena, batch: int, rounds: int) -> di
     """Median seconds of a call on `batch` pictures."""
     part = arena.pairs[:batch]
     noise, labels = part.noise.numpy()[None], None if part.condition is None else part.condition.numpy()
-    found: dict[str, list[float]] = {name: [] for name in draws}
-    for number in range(rounds + 2):
-        for name, draw in draws.items():
-            start = time.perf_counter()
-            draw(noise, labels)
-            if number > 1:
-                found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in found.items()}
+    turns = interleave({name: partial(draw, noise, labels) for name, draw in draws.items()}, rounds)
+    return {name: statistics.median(time for turn in times for time in turn) for name, times in turns.items()}
 
 
 def measure(folder: Path, arena: Arena, rounds: int) -> list[dict[str, Any]]:
@@ -126,7 +121,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--teacher", default="fashion-mnist")
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", default=None)
     asked = parser.parse_args()
     arena = Arena.of(Teacher.load(asked.teacher), asked.samples)

@@ -30,6 +30,7 @@ def export(
     *,
     batches: Sequence[int] = (1, 8),
     sizes: Sequence[tuple[int, int]] = (),
+    runtimes: Sequence[str] | None = None,
     sm: Sequence[int] = (),
     engine_dir: str | Path | None = None,
     network: torch.nn.Module | None = None,
@@ -41,9 +42,9 @@ def export(
     into `engine_dir` or this machine's cache; `build_engines` has more settings for them.
 
     `precisions`: of "fp32", "fp16", "bf16", "int8". `batches` and `sizes` (height, width in pixels) are what the gate
-    looks at; an axis on which `sizes` differ from the student's own becomes free, in the graphs and in requests.
-    `network` takes the place of the one in the folder, for classes that are not diffusers'; it must compute what the
-    folder's weights compute. Returns the new manifest.
+    looks at, in `runtimes` (default: those that run here); an axis on which `sizes` differ from the student's own
+    becomes free, in the graphs and in requests. `network` takes the place of the one in the folder, for classes that
+    are not diffusers'; it must compute what the folder's weights compute. Returns the new manifest.
 
     Raises IntegrityError if the folder was altered (or holds files of which its manifest does not know, which would be
     lost), UnsupportedModel or ExportError if the network cannot be compiled, ParityError if a graph does not compute
@@ -59,7 +60,7 @@ def export(
             from redif_sdk.export.build import build_graphs
         except ModuleNotFoundError as error:
             raise RuntimeUnavailable(f'export needs {error.name}; pip install "redif-sdk[export]"') from error
-        build_graphs(folder, precisions, batches=batches, sizes=sizes, network=network)
+        build_graphs(folder, precisions, batches=batches, sizes=sizes, runtimes=runtimes, network=network)
     for flavour in targets:
         if flavour in ENGINE_TARGETS:
             build_engines(folder, flavour=flavour, precisions=precisions, sm=sm, engine_dir=engine_dir)

@@ -40,6 +40,7 @@ def build_graphs(
     *,
     batches: Sequence[int] = golden.BATCHES,
     sizes: Sequence[tuple[int, int]] = (),
+    runtimes: Sequence[str] | None = None,
     network: torch.nn.Module | None = None,
 ) -> Manifest:
     """The ONNX part of `redif_sdk.export.export`, where the arguments are described. Returns the new manifest."""
@@ -58,7 +59,7 @@ def build_graphs(
         graphs = [graph for precision in precisions for graph in _graphs(denoiser, manifest, new, precision)]
         manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
         write_manifest(new, manifest)
-        rows = verify(new)
+        rows = verify(new, runtimes)
         if failed := summary(rows):
             raise ParityError(f"the graphs of {folder} do not compute what torch computes: {failed}")
         checked = [row for row in rows if row["passed"] is not None]

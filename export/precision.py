@@ -6,10 +6,11 @@ sampler's arithmetic around the network stays fp32 in all of them (`fuse.py`).
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import ml_dtypes
@@ -147,15 +148,14 @@ class _Feeds:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the quantiser's advice on the root logger, and its remarks on standard output."""
-    import contextlib
-    import io
-
     root = logging.getLogger()
-    silent = logging.Filter()
-    silent.filter = lambda record: "quantiz" not in record.getMessage()  # type: ignore[method-assign]
-    root.addFilter(silent)
+    root.addFilter(_no_advice)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             yield
     finally:
-        root.removeFilter(silent)
+        root.removeFilter(_no_advice)
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return "quantiz" not in record.getMessage()

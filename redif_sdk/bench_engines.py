@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,9 @@ from redif_sdk import runtimes
 from redif_sdk.bench import Contender, Fresh, Generate, Prepared, Workload, interleave
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Graph, StudentFolder
+from redif_sdk.manifest import Graph
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.runtimes import Runtime, RuntimeOptions
+from redif_sdk.runtimes import Runtime
 
 __all__ = ["ENGINES", "NAMES", "contenders", "overhead"]
 
@@ -274,10 +274,6 @@ class _AtOnce:
         self.info = engine.info
         self._answer = engine.run(inputs)
 
-    @classmethod
-    def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> _AtOnce:
-        raise NotImplementedError
-
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return self._answer
 
@@ -286,9 +282,9 @@ def _without_engine(pipe: FastPipeline, work: Workload) -> float:
     """Seconds of a call of a pipeline whose engine takes none."""
     other = copy.copy(pipe)
     if pipe._generator is not None:
-        other._generator = _AtOnce(pipe._generator, work.inputs(work.noise, work.labels))
+        other._generator = cast(Runtime, _AtOnce(pipe._generator, work.inputs(work.noise, work.labels)))
     else:
-        other._denoiser = _AtOnce(pipe._get_denoiser(), _steps(work)[0])
+        other._denoiser = cast(Runtime, _AtOnce(pipe._get_denoiser(), _steps(work)[0]))
     calls = {"alone": lambda: other.generate_array(work.noise, work.labels, work.steps)}
     times = interleave(calls, OVERHEAD_PAIRS[1], min_seconds=0.0, settle=False)
     return statistics.median(turn[0] for turn in times["alone"])

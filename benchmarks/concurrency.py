@@ -20,7 +20,7 @@ import onnxruntime
 
 from redif_sdk import FastPipeline
 from redif_sdk.bench import interleave
-from redif_sdk.manifest import StudentFolder
+from redif_sdk.folder import StudentFolder
 from redif_sdk.noise import noise
 from redif_sdk.report import document, write_json
 

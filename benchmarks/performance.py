@@ -110,7 +110,8 @@ def build_unet(folder: Path, heads: int) -> None:
     from diffusers import DDIMScheduler, UNet2DModel
 
     from redif_sdk.export import export
-    from redif_sdk.manifest import Latents, Manifest, Network, write_manifest
+    from redif_sdk.folder import write_manifest
+    from redif_sdk.manifest import Latents, Manifest, Network
     from redif_sdk.steps import StepTable
 
     torch.manual_seed(0)

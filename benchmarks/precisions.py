@@ -26,7 +26,7 @@ from redif_sdk.distill import Teacher
 from redif_sdk.distill.quality import Arena
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.export.verify import Emulated
-from redif_sdk.manifest import StudentFolder
+from redif_sdk.folder import StudentFolder
 from redif_sdk.report import document, write_json
 from redif_sdk.runtimes import RuntimeOptions
 

@@ -25,7 +25,7 @@ from redif_sdk.distill.evaluate import Statistics, frechet_distance, precision_r
 from redif_sdk.distill.features import NAME as FEATURES
 from redif_sdk.distill.features import embed
 from redif_sdk.distill.teacher import TEACHER_FILE, Teacher
-from redif_sdk.manifest import atomic_folder
+from redif_sdk.files import atomic_folder
 
 REFERENCE_FILE = "reference.npz"
 CARD_IMAGE = "samples.png"

@@ -23,18 +23,9 @@ from redif_sdk.distill.rewards import reward_names
 from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
 from redif_sdk.distill.trainer import Progress, Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
-from redif_sdk.manifest import (
-    Budget,
-    Distillation,
-    Guidance,
-    Manifest,
-    Network,
-    StudentFolder,
-    TeacherInfo,
-    atomic_folder,
-    calls_per_step,
-    write_manifest,
-)
+from redif_sdk.files import atomic_folder
+from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.manifest import Budget, Distillation, Guidance, Manifest, Network, TeacherInfo, calls_per_step
 from redif_sdk.steps import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")

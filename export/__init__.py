@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.export.verify import verify
-from redif_sdk.manifest import Manifest, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,8 @@ from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.onnx import Denoiser, denoiser_model, load_network, size_multiple
 from redif_sdk.export.verify import absent, summary, verify
 from redif_sdk.files import atomic_folder
-from redif_sdk.manifest import Graph, Latents, Manifest, StudentFolder, TensorSpec, write_manifest
+from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.manifest import Graph, Latents, Manifest, TensorSpec
 from redif_sdk.runtimes import PRECISIONS
 
 __all__ = ["build_graphs"]

@@ -24,7 +24,8 @@ from safetensors.torch import load as load_safetensors
 
 from redif_sdk.errors import ExportError, UnsupportedModel
 from redif_sdk.export.precision import DTYPES, declare_bf16, int8_model
-from redif_sdk.manifest import Guidance, Manifest, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Guidance, Manifest
 
 __all__ = ["OPSET", "Denoiser", "clean_model", "denoiser_model", "load_network", "size_multiple"]
 

@@ -22,7 +22,8 @@ from redif_sdk.engines import FLAVOURS, Built, EngineCache, EngineKey, EngineRec
 from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export.tensorrt_graph import refuse_external, refuse_opset, refuse_rtx
 from redif_sdk.files import atomic_write
-from redif_sdk.manifest import Graph, Manifest, StudentFolder, TensorSpec
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Graph, Manifest, TensorSpec
 from redif_sdk.runtimes.base import RuntimeOptions
 from redif_sdk.runtimes.cuda import Gpu, find_gpu
 from redif_sdk.runtimes.trt import library, load_weights, logger

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
+from redif_sdk.folder import StudentFolder
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Golden, Graph, Manifest, StudentFolder
+from redif_sdk.manifest import Golden, Graph, Manifest
 from redif_sdk.noise import noise as draw
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, resolve, runnable, steps_alone
 from redif_sdk.steps import StepTable, sample

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.errors import RuntimeUnavailable
-from redif_sdk.manifest import Manifest, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Manifest
 from redif_sdk.noise import noise as draw
 from redif_sdk.steps import StepTable
 

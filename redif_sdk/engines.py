@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redif_sdk.errors import InvalidRequest, ManifestError
 from redif_sdk.files import atomic_write, read_checked
-from redif_sdk.manifest import MANIFEST_NAME, Graph, Precision, StudentFolder, TensorSpec
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import MANIFEST_NAME, Graph, Precision, TensorSpec
 from redif_sdk.runtimes.base import RuntimeOptions, cache_folder
 from redif_sdk.runtimes.cuda import Gpu
 

@@ -19,8 +19,10 @@ from PIL import Image
 
 from redif_sdk import hub, runtimes
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable, UnsupportedModel
+from redif_sdk.files import atomic_folder
+from redif_sdk.folder import StudentFolder
 from redif_sdk.images import to_pil, to_uint8
-from redif_sdk.manifest import MANIFEST_NAME, Manifest, StudentFolder, atomic_folder
+from redif_sdk.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.request import OUTPUT_TYPES, Labels, Seeds, check_labels, check_latents, check_noise, check_request
 from redif_sdk.runtimes import Runtime, RuntimeOptions
 from redif_sdk.steps import StepTable

@@ -17,7 +17,7 @@ from PIL import Image
 
 from redif_sdk import cli, doctor
 from redif_sdk.files import list_files
-from redif_sdk.manifest import StudentFolder, write_manifest
+from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.pipeline import FastPipeline
 
 Copy = Callable[[Path], Path]

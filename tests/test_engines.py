@@ -18,7 +18,8 @@ import pytest
 from redif_sdk import engines as engines_module
 from redif_sdk.engines import Built, EngineCache, EngineKey, Settings, graph_digest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.manifest import Graph, StudentFolder, TensorSpec, write_manifest
+from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.manifest import Graph, TensorSpec
 from redif_sdk.runtimes.base import RuntimeOptions
 from redif_sdk.runtimes.cuda import Gpu
 

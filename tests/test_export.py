@@ -23,8 +23,9 @@ from redif_sdk.export import onnx as onnx_module
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
 from redif_sdk.files import list_files
+from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Latents, Manifest, Network, Postprocess, StudentFolder, write_manifest
+from redif_sdk.manifest import Latents, Manifest, Network, Postprocess
 from redif_sdk.runtimes import runnable
 
 Copy = Callable[[Path], Path]

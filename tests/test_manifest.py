@@ -16,18 +16,9 @@ from hypothesis import strategies as st
 
 from redif_sdk import files
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
-from redif_sdk.manifest import (
-    Condition,
-    Golden,
-    Graph,
-    Latents,
-    Manifest,
-    Network,
-    Postprocess,
-    StudentFolder,
-    atomic_folder,
-    write_manifest,
-)
+from redif_sdk.files import atomic_folder
+from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.manifest import Condition, Golden, Graph, Latents, Manifest, Network, Postprocess
 from redif_sdk.steps import StepTable
 
 

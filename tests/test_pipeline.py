@@ -19,7 +19,7 @@ from PIL import Image
 import redif_sdk
 from redif_sdk import FastPipeline
 from redif_sdk.errors import HubError, IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable
-from redif_sdk.manifest import StudentFolder
+from redif_sdk.folder import StudentFolder
 from redif_sdk.noise import noise
 
 Copy = Callable[[Path], Path]

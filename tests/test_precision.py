@@ -22,7 +22,7 @@ from redif_sdk.export import export, precision, verify
 from redif_sdk.export.emulate import emulate
 from redif_sdk.export.onnx import Denoiser, load_network
 from redif_sdk.export.verify import absent, summary
-from redif_sdk.manifest import StudentFolder
+from redif_sdk.folder import StudentFolder
 
 Copy = Callable[[Path], Path]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -16,7 +16,7 @@ import pytest
 
 from redif_sdk import FastPipeline, runtimes
 from redif_sdk.errors import IntegrityError, InvalidRequest, RuntimeUnavailable
-from redif_sdk.manifest import StudentFolder, write_manifest
+from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.runtimes import RUNTIMES, Engine, RuntimeOptions, ort
 
 needs_no_gpu = pytest.mark.skipif(

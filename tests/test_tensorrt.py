@@ -23,7 +23,8 @@ from redif_sdk import FastPipeline
 from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export import tensorrt as builder
 from redif_sdk.export.tensorrt import build_engines
-from redif_sdk.manifest import Graph, StudentFolder, TensorSpec, write_manifest
+from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.manifest import Graph, TensorSpec
 from redif_sdk.runtimes import trt
 from redif_sdk.runtimes.base import nvidia_driver
 from redif_sdk.runtimes.cuda import Gpu

@@ -23,7 +23,7 @@ from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.student import pool_size, training_folder
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
-from redif_sdk.manifest import StudentFolder
+from redif_sdk.folder import StudentFolder
 
 SMALL = {"pool_size": 32, "batch_size": 8, "group_size": 4}
 

@@ -22,7 +22,8 @@ import pytest
 from redif_sdk import FastPipeline, runtimes
 from redif_sdk.engines import Built, EngineCache, EngineKey, graph_digest
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.manifest import Graph, StudentFolder, TensorSpec, write_manifest
+from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.manifest import Graph, TensorSpec
 from redif_sdk.runtimes import cuda, trt
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, nvidia_driver
 from redif_sdk.runtimes.cuda import Gpu

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from redif_sdk import FastPipeline
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, RuntimeUnavailable
 from redif_sdk.export import verify
-from redif_sdk.manifest import StudentFolder
+from redif_sdk.folder import StudentFolder
 from redif_sdk.noise import noise as draw
 from redif_sdk.report import document, write_json
 from redif_sdk.runtimes.cuda import find_gpu

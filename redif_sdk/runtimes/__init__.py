@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from typing import NamedTuple, get_args
 
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.manifest import Graph, Manifest, Precision, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Graph, Manifest, Precision
 from redif_sdk.runtimes.base import Runtime, RuntimeInfo, RuntimeOptions, nvidia_driver, parse_device
 
 __all__ = [

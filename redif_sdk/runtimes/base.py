@@ -17,7 +17,8 @@ from typing import Any, Protocol, Self
 from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.manifest import Graph, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Graph
 
 __all__ = [
     "DEVICES",

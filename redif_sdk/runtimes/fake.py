@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.folder import StudentFolder
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Graph, Manifest, StudentFolder
+from redif_sdk.manifest import Graph, Manifest
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, parse_device
 from redif_sdk.steps import StepTable, sample
 

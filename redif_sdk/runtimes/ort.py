@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.manifest import Graph, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Graph
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device
 from redif_sdk.runtimes.batching import Arrays, Batches, Workers
 

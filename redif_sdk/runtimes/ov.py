@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.manifest import Graph, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Graph
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device
 from redif_sdk.runtimes.batching import Arrays, Batches, Workers
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from redif_sdk.engines import EngineCache, EngineRecord, Flavour, graph_digest
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.files import atomic_write
-from redif_sdk.manifest import Graph, StudentFolder
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Graph
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, cache_folder, parse_device
 from redif_sdk.runtimes.batching import Arrays, Batches
 from redif_sdk.runtimes.cuda import Buffer, Cuda, Gpu, find_gpu

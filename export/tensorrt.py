@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from redif_sdk.engines import FLAVOURS, Built, EngineCache, EngineKey, EngineRecord, Flavour, Settings, graph_digest
 from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
-from redif_sdk.export.tensorrt_graph import refuse_external, refuse_opset, refuse_rtx
+from redif_sdk.export.tensorrt_graph import refuse_opset, refuse_rtx
 from redif_sdk.files import atomic_write
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import Graph, Manifest, TensorSpec
@@ -283,7 +283,6 @@ class _Job(NamedTuple):
         """Refuse what cannot work, parse, build. Raises ExportError."""
         source = _read(self.student, self.graph)
         refuse_opset(source.model, self.graph.file)
-        refuse_external(source.model, self.graph.file, source.blobs)
         if self.key.flavour == "tensorrt-rtx":
             refuse_rtx(source.model, self.graph.file, self.key.targets)
         with _building:
@@ -376,8 +375,7 @@ def _network_flags(trt: Any) -> int:
 
 
 def _read(student: StudentFolder, graph: Graph) -> _Source:
-    data = student.read(graph.file)
-    blobs = {PurePosixPath(path).name: student.read(path) for path in graph.data}
+    data, blobs = student.read_graph(graph)
     return _Source(onnx.load_model_from_string(data), data, blobs)
 
 

@@ -6,7 +6,7 @@ What is refused was tried with TensorRT-RTX 1.7. Nothing here needs TensorRT.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from redif_sdk.errors import ExportError
 
-__all__ = ["OPSETS", "refuse_external", "refuse_opset", "refuse_rtx"]
+__all__ = ["OPSETS", "refuse_opset", "refuse_rtx"]
 
 #: The opsets that TensorRT's parser is documented for.
 OPSETS = range(9, 26)
@@ -31,30 +31,6 @@ def refuse_opset(model: onnx.ModelProto, file: str) -> None:
         raise ExportError(
             f"{file} is of opset {opset}; TensorRT reads {OPSETS[0]} to {OPSETS[-1]}: export the student again"
         )
-
-
-def refuse_external(model: onnx.ModelProto, file: str, given: Collection[str]) -> None:
-    """Raise ExportError for weights in a file that is none of `given`, or of an inner graph: nobody checked them."""
-    outer = {tensor.name for tensor in model.graph.initializer}
-    for tensor in _tensors(model.graph):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        if location not in given or tensor.name not in outer:
-            raise ExportError(
-                f"{file} keeps the weights {tensor.name} in {location!r}, which the manifest does not list as its "
-                f"data; export the student again"
-            )
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every constant of a graph and of those in its loops and branches."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
 
 
 def refuse_rtx(model: onnx.ModelProto, file: str, targets: Sequence[int]) -> None:

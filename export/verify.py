@@ -6,9 +6,7 @@ thresholds stand in one table, `THRESHOLDS`.
 
 from __future__ import annotations
 
-import io
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk.contents import npz_arrays
 from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.folder import StudentFolder
 from redif_sdk.images import to_uint8
@@ -170,7 +169,7 @@ class Emulated:
             ) from error
         if graph.data:
             raise RuntimeUnavailable(f"no engine here computes bf16, and {graph.file} is too large to be emulated")
-        model = emulate(onnx.ModelProto.FromString(student.read(graph.file)))
+        model = emulate(onnx.ModelProto.FromString(student.read_graph(graph)[0]))
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
@@ -229,18 +228,18 @@ def _read(student: StudentFolder, golden: Golden) -> _Record:
     latents, factor = manifest.latents, manifest.postprocess.pixel_shuffle
     height, width = golden.height or latents.height, golden.width or latents.width
     try:
-        with np.load(io.BytesIO(student.read(golden.file)), allow_pickle=False) as arrays:
-            record = _Record(
-                manifest,
-                manifest.step_table(golden.num_inference_steps),
-                [(int(seed), int(index)) for seed, index in arrays["seeds"]],
-                arrays["class_labels"].astype(np.int64) if manifest.condition is not None else None,
-                [int(row) for row in arrays["rows"]],
-                arrays["x"].astype(np.float32),
-                arrays["f"].astype(np.float32),
-                arrays["images"].astype(np.uint8),
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        arrays = npz_arrays(student.read(golden.file), golden.file)
+        record = _Record(
+            manifest,
+            manifest.step_table(golden.num_inference_steps),
+            [(int(seed), int(index)) for seed, index in arrays["seeds"]],
+            arrays["class_labels"].astype(np.int64) if manifest.condition is not None else None,
+            [int(row) for row in arrays["rows"]],
+            arrays["x"].astype(np.float32),
+            arrays["f"].astype(np.float32),
+            arrays["images"].astype(np.uint8),
+        )
+    except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(
             f"{golden.file} in {student.path} cannot be read: {error}; export the student again"
         ) from error

@@ -99,7 +99,7 @@ def _onnxruntime(precision: str) -> Contender:
         if work.num_threads is not None:
             options.intra_op_num_threads = work.num_threads
         try:
-            session = onnxruntime.InferenceSession(work.student.read(graph.file), options, providers=[provider])
+            session = onnxruntime.InferenceSession(work.student.read_graph(graph)[0], options, providers=[provider])
         except _engine_errors() as error:
             raise RuntimeUnavailable(f"onnxruntime cannot run {graph.file}: {_line(error)}") from error
         if session.get_providers()[0] != provider:
@@ -179,7 +179,7 @@ def _compiled(work: Workload, component: str, precision: str, shapes: dict[str, 
         settings["INFERENCE_NUM_THREADS"] = work.num_threads
     try:
         core = openvino.Core()
-        model = core.read_model(work.student.read(graph.file))
+        model = core.read_model(work.student.read_graph(graph)[0])
         model.reshape(shapes)
         request = core.compile_model(model, _openvino_device(work.device), settings).create_infer_request()
     except _ENGINE_ERRORS as error:

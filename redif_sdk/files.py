@@ -19,18 +19,32 @@ from pathlib import Path, PurePosixPath
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 
 __all__ = [
+    "MOST_FILES",
     "PICKLE_SUFFIXES",
     "atomic_folder",
     "atomic_write",
+    "check_kind",
+    "check_name",
+    "check_pickle",
     "check_relative",
     "hash_file",
     "list_files",
     "locate",
     "read_checked",
+    "read_start",
 ]
 
 #: Formats that run code when they are loaded. No student holds one, and no reader opens one.
-PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".dill"})
+PICKLE_SUFFIXES = frozenset(
+    {".pkl", ".pickle", ".pt", ".pt2", ".pth", ".bin", ".ckpt", ".joblib", ".dill", ".npy", ".h5", ".keras", ".mar"}
+)
+#: What an engine compiles for one machine. It runs unchecked code there, so it is built where it is used.
+ENGINE_SUFFIXES = frozenset({".engine", ".plan", ".trt", ".rtx", ".timing", ".blob", ".so", ".dll", ".dylib"})
+#: All that a student is made of: weights, graphs, recorded outputs, configurations, pictures and text.
+SUFFIXES = frozenset(
+    {".safetensors", ".onnx", ".data", ".npz", ".json", ".txt", ".model", ".md", ".png", ".jpg", ".jpeg", ".webp"}
+)
+LICENCES = frozenset({"LICENSE", "LICENCE", "NOTICE"})
 
 #: What version control and the Hub's client leave beside the files. Never read, never hashed.
 FOREIGN_FOLDERS = (".git", ".cache/huggingface")
@@ -38,7 +52,13 @@ FOREIGN_FOLDERS = (".git", ".cache/huggingface")
 #: A folder that `atomic_folder` may replace holds one of these: a slip of the keyboard must not delete a home folder.
 REPLACEABLE = ("redif.json", "model_index.json")
 
+#: Most files of a student's folder; a folder that holds more is not walked to its end.
+MOST_FILES = 10_000
+
 _CHUNK = 1 << 20
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,127}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_DEEPEST = 8
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 
@@ -60,8 +80,44 @@ def check_relative(path: str) -> str:
         raise ManifestError(
             f"unsafe path {path!r} in the manifest: only plain relative paths inside the folder are read"
         )
-    if PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES:
+    check_pickle(path)
+    return path
+
+
+def check_pickle(path: str) -> None:
+    """Raise ManifestError for the suffix of a pickle, wherever in the name: a loader may look at any of them."""
+    if not PICKLE_SUFFIXES.isdisjoint(PurePosixPath(path.lower()).suffixes):
         raise ManifestError(f"{path}: files of this kind can hold a pickle, which runs code; convert it to safetensors")
+
+
+def check_name(path: str) -> str:
+    """Return `path` if every file system, and every reader, takes it for the same thing.
+
+    Raises ManifestError for what `check_relative` refuses, and for all but ASCII letters, digits and ``_.+=@-``: a
+    letter of another script may look like one of these, and ``*`` or ``:`` means something to the Hub or to Windows.
+    """
+    check_relative(path)
+    parts = path.split("/")
+    if len(parts) > _DEEPEST or any(
+        _PART.fullmatch(part) is None or part.endswith(".") or _DEVICE.fullmatch(part) for part in parts
+    ):
+        raise ManifestError(
+            f"{path!r:.200} is no name for a student's file; use ASCII letters, digits and _.+=@- (no device name of "
+            f"Windows), at most {_DEEPEST} folders deep"
+        )
+    return path
+
+
+def check_kind(path: str) -> str:
+    """Return `path` if it names a file of a kind that a student is made of (`SUFFIXES`). Raises ManifestError."""
+    check_name(path)
+    name = PurePosixPath(path)
+    if name.suffix.lower() in ENGINE_SUFFIXES:
+        raise ManifestError(f"{path}: compiled engines never travel with a student; build them where they are used")
+    if name.suffix.lower() not in SUFFIXES and name.name not in LICENCES:
+        raise ManifestError(
+            f"{path}: files of this kind are no part of a student (its kinds: {', '.join(sorted(SUFFIXES))}); remove it"
+        )
     return path
 
 
@@ -120,8 +176,9 @@ def read_checked(root: Path, relative: str, *, limit: int, size: int | None = No
     Raises IntegrityError, naming the file, when it is missing, too large or altered.
     """
     with os.fdopen(_open_regular(root, relative), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit and size is None:
+        present = os.fstat(file.fileno()).st_size
+        data = file.read(limit + 1) if present <= limit and size in (None, present) else b""
+    if (present > limit or len(data) > limit) and size is None:
         raise IntegrityError(f"{relative} in {root} has more than {limit} bytes, which none of ours has")
     if size is not None and len(data) != size:
         raise IntegrityError(f"{relative} in {root} was altered: it should have {size} bytes; fetch or export it again")
@@ -132,10 +189,22 @@ def read_checked(root: Path, relative: str, *, limit: int, size: int | None = No
     return data
 
 
-def hash_file(root: Path, relative: str, copy_to: Path | None = None) -> tuple[int, str]:
-    """(bytes, sha256) of a file of any size, read in chunks; written to `copy_to` on the way where given."""
-    digest, size = hashlib.sha256(), 0
+def read_start(root: Path, relative: str, size: int) -> bytes:
+    """The first `size` bytes of a file, or all where it has fewer. Raises IntegrityError."""
+    with os.fdopen(_open_regular(root, relative), "rb") as file:
+        return file.read(size)
+
+
+def hash_file(root: Path, relative: str, copy_to: Path | None = None, *, size: int | None = None) -> tuple[int, str]:
+    """(bytes, sha256) of a file of any size, read in chunks; written to `copy_to` on the way where given.
+
+    A file that has not the `size` that it should have is not read: its hash is then empty.
+    """
+    digest, done = hashlib.sha256(), 0
     with os.fdopen(_open_regular(root, relative), "rb") as source:
+        present = os.fstat(source.fileno()).st_size
+        if size not in (None, present):
+            return present, ""
         target = None
         if copy_to is not None:
             copy_to.parent.mkdir(parents=True, exist_ok=True)
@@ -143,18 +212,22 @@ def hash_file(root: Path, relative: str, copy_to: Path | None = None) -> tuple[i
         try:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
-                size += len(chunk)
+                done += len(chunk)
                 if target is not None:
                     target.write(chunk)
         finally:
             if target is not None:
                 target.close()
-    return size, digest.hexdigest()
+    return done, digest.hexdigest()
 
 
 def list_files(root: Path) -> list[str]:
-    """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file, `FOREIGN_FOLDERS` do not."""
+    """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file, `FOREIGN_FOLDERS` do not.
+
+    Raises ManifestError for more than `MOST_FILES`.
+    """
     found: list[str] = []
+    entries = 0
     for folder, subfolders, names in os.walk(root, followlinks=False):
         here = Path(folder)
         relative = here.relative_to(root)
@@ -163,6 +236,9 @@ def list_files(root: Path) -> list[str]:
             name for name in subfolders if name not in links and (relative / name).as_posix() not in FOREIGN_FOLDERS
         ]
         found += [(relative / name).as_posix() for name in (*names, *links)]
+        entries += len(names) + len(links) + len(subfolders)
+        if entries > MOST_FILES:
+            raise ManifestError(f"{root} holds more than {MOST_FILES} files, so it is no student; give another folder")
     return sorted(found)
 
 

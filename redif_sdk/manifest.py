@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
+from redif_sdk import strict_json
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
-from redif_sdk.files import check_relative
-from redif_sdk.steps import StepTable
+from redif_sdk.files import MOST_FILES, check_kind, check_name
+from redif_sdk.steps import COLUMNS, MAX_ROWS, PREDICTION_TYPES, StepTable
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,12 +45,31 @@ __all__ = [
 
 FORMAT_VERSION = "1.1"
 MANIFEST_NAME = "redif.json"
+UNLISTED = frozenset({MANIFEST_NAME, "readme.md", ".gitattributes"})  # in lower case
 
-SafePath = Annotated[str, AfterValidator(check_relative)]
-Positive = Annotated[int, Field(ge=1)]
 LARGEST_EXTENT = 65536
+#: Values in the latents of one picture, and in all that one golden file is computed from: what a reader may allocate.
+LARGEST_LATENTS = 1 << 26
+LARGEST_GOLDEN = 1 << 28
+_LARGEST_COUNT = (1 << 63) - 1
+
+#: What a terminal, an editor or a page takes for a command, or for another order of the letters.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def _check_text(text: str) -> str:
+    if found := _UNPRINTABLE.search(text):
+        raise ValueError(f"it holds the character U+{ord(found[0]):04X}, which no name or text may")
+    return text
+
+
+_PATH = {"type": "string", "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.+=@-]*(/[A-Za-z0-9_][A-Za-z0-9_.+=@-]*){0,7}$"}
+SafePath = Annotated[str, AfterValidator(check_kind), WithJsonSchema(_PATH)]
+SafeFolder = Annotated[str, AfterValidator(check_name), WithJsonSchema(_PATH)]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_check_text)]
+Positive = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
@@ -51,9 +80,9 @@ class _Part(BaseModel):
 class TeacherInfo(_Part):
     """Where the student was distilled from, and how its teacher samples."""
 
-    id: str
-    revision: str | None = None
-    hash: str | None = None  # of the teacher's weights
+    id: Text
+    revision: Text | None = None
+    hash: Text | None = None  # of the teacher's weights
     num_inference_steps: Positive
     guidance_scale: float = 1.0
 
@@ -72,11 +101,11 @@ class Budget(_Part):
 class Distillation(_Part):
     """How the student was made."""
 
-    method: str
-    rewards: list[str] = []
+    method: Text
+    rewards: Annotated[list[Text], Field(max_length=100)] = []
     seed: int
     budget: Budget
-    versions: dict[str, str] = {}  # package -> version
+    versions: dict[Text, Text] = {}  # package -> version
 
 
 class Latents(_Part):
@@ -114,8 +143,8 @@ class Condition(_Part):
     """What an image is asked for by: a class from 0 to ``num_classes - 1``, which may have a name."""
 
     kind: Literal["class"] = "class"
-    num_classes: Positive
-    class_names: list[str] | None = None
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
+    class_names: Annotated[list[Text], Field(max_length=100_000)] | None = None
 
     @model_validator(mode="after")
     def _one_name_a_class(self) -> Condition:
@@ -129,7 +158,7 @@ class Condition(_Part):
 class Postprocess(_Part):
     """Latents to pictures: torch's pixel shuffle, then `value_range` to 0..255, clipped and rounded half to even."""
 
-    pixel_shuffle: Positive = 1
+    pixel_shuffle: Annotated[int, Field(ge=1, le=256)] = 1
     value_range: tuple[float, float] = (-1.0, 1.0)
 
     @model_validator(mode="after")
@@ -165,8 +194,8 @@ class Network(_Part):
     students need none).
     """
 
-    class_path: str  # e.g. "diffusers.UNet2DModel"
-    folder: SafePath
+    class_path: Text  # e.g. "diffusers.UNet2DModel"
+    folder: SafeFolder
     guidance: Guidance | None = None
 
     @property
@@ -177,9 +206,9 @@ class Network(_Part):
 class TensorSpec(_Part):
     """A graph's input or output; an axis is a number, or the name of what it runs over."""
 
-    name: str
-    dtype: str
-    shape: list[int | str]
+    name: Text
+    dtype: Text
+    shape: Annotated[list[Count | Text], Field(max_length=16)]
 
 
 class Graph(_Part):
@@ -188,10 +217,10 @@ class Graph(_Part):
     component: Literal["denoiser", "generator"]
     precision: Precision
     file: SafePath
-    data: list[SafePath] = []
+    data: Annotated[list[SafePath], Field(max_length=64)] = []
     opset: Positive
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
+    inputs: Annotated[list[TensorSpec], Field(max_length=64)]
+    outputs: Annotated[list[TensorSpec], Field(max_length=64)]
 
 
 class Golden(_Part):
@@ -213,23 +242,48 @@ class FileEntry(_Part):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+_NUMBER = {"type": "number"}
+_TABLE = {
+    "type": "object",
+    "description": "One sampler: K rows of coefficients (redif_sdk.steps.StepTable).",
+    "properties": {
+        "sampler": {"type": "string", "maxLength": 100},
+        "prediction_type": {"enum": list(PREDICTION_TYPES)},
+        "init_scale": _NUMBER,
+        "columns": {"const": list(COLUMNS)},
+        "rows": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_ROWS,
+            "items": {"type": "array", "minItems": len(COLUMNS), "maxItems": len(COLUMNS), "items": _NUMBER},
+        },
+    },
+    "required": ["sampler", "prediction_type", "init_scale", "columns", "rows"],
+    "additionalProperties": False,
+}
+
+
 class Manifest(_Part):
     """The whole of ``redif.json``. `files` and `digest` are filled in by `write_manifest`."""
 
-    format_version: str = FORMAT_VERSION
-    name: str
-    licence: str
+    format_version: Annotated[str, Field(pattern=r"^1\.\d{1,4}$")] = FORMAT_VERSION
+    name: Text
+    licence: Text
     task: Literal["unconditional", "class-conditional", "text-to-image"]
     teacher: TeacherInfo | None = None
     distillation: Distillation | None = None
-    step_tables: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    step_tables: Annotated[
+        list[dict[str, Any]],
+        Field(min_length=1, max_length=64),
+        WithJsonSchema({"type": "array", "minItems": 1, "maxItems": 64, "items": _TABLE}),
+    ]
     latents: Latents
     condition: Condition | None = None
     postprocess: Postprocess = Postprocess()
     network: Network
-    graphs: list[Graph] = []
-    golden: list[Golden] = []
-    files: list[FileEntry] = []
+    graphs: Annotated[list[Graph], Field(max_length=64)] = []
+    golden: Annotated[list[Golden], Field(max_length=1000)] = []
+    files: Annotated[list[FileEntry], Field(max_length=MOST_FILES)] = []
     metrics: list[dict[str, Any]] = []
     verification: list[dict[str, Any]] = []
     digest: str = ""
@@ -248,6 +302,19 @@ class Manifest(_Part):
         paths = [entry.path.casefold() for entry in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
+        if not UNLISTED.isdisjoint(paths):
+            raise ValueError(f"{', '.join(sorted(UNLISTED & set(paths)))} cannot be listed: it is not hashed")
+        kinds = [(graph.component, graph.precision) for graph in self.graphs]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("two graphs are of the same component and precision")
+        latents = self.latents.channels * self.latents.height * self.latents.width
+        if latents > LARGEST_LATENTS:
+            raise ValueError(f"the latents of a picture have {latents} values; at most {LARGEST_LATENTS} are read")
+        most = max(table.noise_slices for table in self.tables)
+        for golden in self.golden:
+            extents = (golden.height or self.latents.height) * (golden.width or self.latents.width)
+            if most * golden.batch * self.latents.channels * extents > LARGEST_GOLDEN:
+                raise ValueError(f"{golden.file} is of more than {LARGEST_GOLDEN} values of noise")
         return self
 
     _parsed: tuple[list[dict[str, Any]], list[StepTable]] | None = PrivateAttr(default=None)
@@ -304,7 +371,7 @@ class Manifest(_Part):
         Raises ManifestError for anything that is no manifest of a version that we read, IntegrityError for one that was
         altered.
         """
-        document = _parse(data, where)
+        document = strict_json.parse(data, where)
         version = document.get("format_version")
         major, _, _ = version.partition(".") if isinstance(version, str) else ("", "", "")
         if major != FORMAT_VERSION.partition(".")[0]:
@@ -321,27 +388,6 @@ class Manifest(_Part):
             field = ".".join(str(part) for part in first["loc"])
             newer = "" if version == FORMAT_VERSION else f" (it is of format {version}: update redif-sdk)"
             raise ManifestError(f"{where} is no valid manifest: {field}: {first['msg']}{newer}") from error
-
-
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {key!r} comes twice")
-            result[key] = value
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where} is no JSON that we read: {error}") from error
-    if not isinstance(document, dict):
-        raise ManifestError(f"{where} is not a JSON object")
-    return document
 
 
 def _encode(document: dict[str, Any]) -> bytes:

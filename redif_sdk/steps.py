@@ -40,6 +40,7 @@ __all__ = [
 
 COLUMNS = ("t", "p", "q", "r", "s", "c")
 MAX_ROWS = 1000
+LONGEST_NAME = 100
 _LARGEST = float(np.finfo(np.float32).max)
 _KEYS = ("sampler", "prediction_type", "init_scale", "columns", "rows")
 
@@ -84,6 +85,8 @@ class StepTable:
             raise InvalidRequest(
                 f"prediction type {self.prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}"
             )
+        if not self.sampler.isprintable() or len(self.sampler) > LONGEST_NAME:
+            raise InvalidRequest(f"a step table's sampler is {self.sampler!r:.100}; give a short printable name")
         rows.setflags(write=False)
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "init_scale", init_scale)
@@ -378,9 +381,9 @@ class StepTable:
         """The table that :meth:`to_dict` described. Raises ManifestError for anything else."""
         if not isinstance(data, Mapping) or set(data) != set(_KEYS):
             found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
-            raise ManifestError(f"a step table has the fields {found}; it must have exactly {sorted(_KEYS)}")
+            raise ManifestError(f"a step table has the fields {found!s:.200}; it must have exactly {sorted(_KEYS)}")
         if data["columns"] != list(COLUMNS):
-            raise ManifestError(f"a step table has the columns {data['columns']!r}; it must have {list(COLUMNS)}")
+            raise ManifestError(f"a step table has the columns {data['columns']!r:.100}; it must have {list(COLUMNS)}")
         rows, init_scale = data["rows"], data["init_scale"]
         if not all(isinstance(data[key], str) for key in ("sampler", "prediction_type")):
             raise ManifestError("a step table's sampler and prediction_type must be strings")

@@ -9,11 +9,12 @@ and refuse loudly where they cannot be had; they were not run on a GPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Self
 
@@ -34,6 +35,9 @@ except ImportError as error:  # not installed, or one of the two packages remove
     ) from error
 
 __all__ = ["PROBE", "PROVIDERS", "VERSION", "OnnxRuntime", "available", "usable"]
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # as `redif_sdk` sets it; Windows, and whoever came first, need this
+    onnxruntime.disable_telemetry_events()
 
 VERSION: str = onnxruntime.__version__
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -224,7 +228,7 @@ class OnnxRuntime:
         target = _target(options, f"redif-{student.sha256(graph.file)[:16]}")
         if graph.precision == "bf16" and target.provider == CPU:
             raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
-        data = {PurePosixPath(path).name: student.read(path) for path in graph.data}
+        model, data = student.read_graph(graph)
         info = RuntimeInfo(
             runtime="onnxruntime",
             version=VERSION,
@@ -235,7 +239,7 @@ class OnnxRuntime:
             file=graph.file,
             num_threads=options.num_threads or cores() if target.device == "cpu" else None,
         )
-        return cls(student.read(graph.file), data, target, info, graph)
+        return cls(model, data, target, info, graph)
 
     def _new_session(self, num_threads: int | None) -> Any:
         assert self._model is not None

@@ -145,7 +145,7 @@ class OpenVino:
                 f'itself, unchecked; use runtime="onnxruntime"'
             )
         try:
-            model = _core().read_model(student.read(graph.file))
+            model = _core().read_model(student.read_graph(graph)[0])
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(f"openvino cannot read {graph.file}: {_line(error)}") from error
         info = RuntimeInfo(

@@ -391,8 +391,7 @@ def _refit(trt: Any, flavour: Flavour, engine: Any, student: StudentFolder, grap
 
     refitter = trt.Refitter(engine, logger(flavour))
     parser = trt.OnnxParserRefitter(refitter, logger(flavour))
-    data = student.read(graph.file)
-    blobs = {Path(path).name: student.read(path) for path in graph.data}
+    data, blobs = student.read_graph(graph)
     _need(parser.load_model_proto(data), "read the graph")
     held = load_weights(parser, onnx.load_model_from_string(data), blobs)
     _need(

@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format build clean clean-venv
+.PHONY: help quickstart test lint format schema build clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
 	@echo "make test        lint, then the tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the sources"
+	@echo "make schema      write docs/schema/redif-1.json anew from the code"
 	@echo "make build       wheel and sdist, in dist/"
 	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
 
@@ -38,6 +39,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(READY)
+	$(BIN)/python -m redif_sdk.schema > docs/schema/redif-1.json.new
+	mv docs/schema/redif-1.json.new docs/schema/redif-1.json
 
 # The wheel is made from the sdist, so that nothing that an earlier build left behind gets into it.
 build: $(READY)

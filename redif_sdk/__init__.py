@@ -7,6 +7,7 @@ Only `redif_sdk.distill` and `redif_sdk.export` import torch, diffusers or trans
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from redif_sdk.errors import (
@@ -45,6 +46,12 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
 ]
+
+# No telemetry, neither ours nor of what we use: ONNX Runtime (from 1.29 on) sends what it runs to its makers, and gives
+# the machine a number; the Hub's client tells which packages are installed. Both read this when first imported. Whoever
+# wants it sets the variables to 0.
+for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_variable, "1")
 
 _LAZY = {"FastPipeline": "pipeline", "Manifest": "manifest", "StepTable": "steps"}
 

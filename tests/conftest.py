@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime before redif_sdk
 
 
 @pytest.fixture(scope="session", autouse=True)

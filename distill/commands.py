@@ -165,13 +165,19 @@ def eval_command(
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
     data: Annotated[str | None, typer.Option(help="Take the real images from this data set: fashion-mnist.")] = None,
     baselines: Annotated[bool, typer.Option(help="Also judge untrained DDIM at the same steps.")] = True,
+    save: Annotated[
+        bool, typer.Option("--save", help="Record the figures in the student's manifest and card.")
+    ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Frechet distances, controls, paired error, precision and recall, in features that gave no reward."""
     from redif_sdk.distill.quality import evaluate_folder, print_table
+    from redif_sdk.metrics import check_recordable, quality_rows, record
     from redif_sdk.report import document, write_json
 
+    if save:
+        check_recordable(student)
     with _progress(quiet) as progress:
         task = progress.add_task("evaluating", total=1.0, note="")
         rows = evaluate_folder(
@@ -182,6 +188,8 @@ def eval_command(
             baselines=baselines,
             on_progress=lambda done, note: progress.update(task, completed=done, note=note),
         )
+    if save:
+        record(student, quality_rows(rows))
     if json:
         write_json(json, document("eval", rows))
     if not quiet and json != "-":

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from redif_sdk.card import CARD_NAME, is_generated, read_card, render_over, user_sections
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
@@ -23,7 +24,7 @@ from redif_sdk.distill.rewards import reward_names
 from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
 from redif_sdk.distill.trainer import Progress, Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
-from redif_sdk.files import atomic_folder
+from redif_sdk.files import atomic_folder, atomic_write
 from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.manifest import Budget, Distillation, Guidance, Manifest, Network, TeacherInfo, calls_per_step
 from redif_sdk.steps import StepTable
@@ -71,6 +72,7 @@ class Student:
             task="unconditional" if teacher.condition is None else "class-conditional",
             teacher=TeacherInfo(
                 id=teacher.name,
+                revision=teacher.revision,
                 hash=teacher.fingerprint or None,
                 num_inference_steps=teacher.num_inference_steps,
                 guidance_scale=teacher.guidance.scale if teacher.guidance else 1.0,
@@ -87,10 +89,11 @@ class Student:
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
         """Write the student folder: diffusers' network and scheduler in safetensors, ``redif.json``, the card.
 
-        It appears whole or not at all. Graphs are added by ``redif_sdk.export.export``.
+        It appears whole or not at all. Graphs are added by ``redif_sdk.export.export``. The user's sections in the card
+        of a folder that is overwritten stay.
 
         Raises:
-            InvalidRequest: the folder exists already and ``overwrite`` is off.
+            InvalidRequest: the folder exists already and ``overwrite`` is off, or its card has malformed sections.
             UnsupportedModel: the network is no diffusers model, so it cannot be saved as a diffusers folder.
         """
         folder = Path(folder)
@@ -99,6 +102,10 @@ class Student:
             raise UnsupportedModel(
                 f"{type(inner).__name__} has no save_pretrained; give the student as a diffusers model to save it"
             )
+        old = read_card(folder) if overwrite else None
+        if old is not None and not is_generated(old):
+            old = None
+        user_sections(old or "")  # malformed ones are refused before anything is written
         with atomic_folder(folder, overwrite=overwrite) as staging:
             try:
                 inner.save_pretrained(staging / "unet", safe_serialization=True)
@@ -113,71 +120,18 @@ class Student:
                 "unet": ["diffusers", type(inner).__name__],
             }
             (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-            (staging / "README.md").write_text(self._card(folder.name))
-            return write_manifest(staging, self.manifest(folder.name))
+            for config in ("unet/config.json", "scheduler/scheduler_config.json"):
+                _forget_origin(staging / config)
+            manifest = write_manifest(staging, self.manifest(folder.name))
+            atomic_write(staging / CARD_NAME, render_over(manifest, old).encode())
+            return manifest
 
-    def _card(self, name: str) -> str:
-        teacher, spent = self.teacher, self.distillation
-        steps = ", ".join(str(t.num_inference_steps) for t in self.tables)
-        made = (
-            f"Made by `{spent.method}` (rewards: {', '.join(spent.rewards) or 'none'}) with seed {spent.seed}: "
-            f"{spent.budget.updates} updates, {spent.budget.forward_equivalents:.0f} forward-equivalents, "
-            f"{spent.budget.seconds:.0f} s."
-            if spent
-            else "Its weights are the teacher's own; nothing was trained."
-        )
-        call = "class_labels=[0]" if teacher.condition else ""
-        guided = f" of two calls, guidance {teacher.guidance.scale:g}" if teacher.guidance else ""
-        return f"""---
-library_name: redif-sdk
-license: {teacher.licence.lower()}
-tags: [diffusion, few-step, redif]
----
-# {name}
 
-A few-step diffusion student of `{teacher.name}` ({teacher.num_inference_steps} steps{guided}): {steps} step(s) of
-{self.calls_per_step} network call(s) an image. {made}
-
-```python
-from redif_sdk import FastPipeline
-image = FastPipeline.from_pretrained("{name}")({call}).images[0]
-```
-
-{self._plain_diffusers(name)}
-
-Licence of the teacher's weights: {teacher.licence}.
-"""
-
-    def _plain_diffusers(self, name: str) -> str:
-        """The card's lines that sample the first table with stock classes."""
-        teacher, table = self.teacher, self.tables[0]
-        if table.prediction_type == "score":
-            return "Its network predicts the score, which no stock diffusers scheduler takes."
-        times, (channels, height, width) = [round(float(t)) for t in table.timesteps], teacher.shape
-        shuffle = teacher.postprocess.pixel_shuffle
-        decode = f"torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "x"
-        label = ", class_labels=torch.tensor([0])" if teacher.condition else ""
-        predict = f"f = unet(x, t{label}).sample"
-        if self.guidance:
-            unasked = f"unet(x, t, class_labels=torch.tensor([{self.guidance.null_class}])).sample"
-            predict = f"asked, unasked = unet(x, t{label}).sample, {unasked}"
-            predict += f"\n        f = unasked + {self.guidance.scale:g} * (asked - unasked)"
-        return f"""With plain diffusers:
-
-```python
-import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-
-unet = UNet2DModel.from_pretrained("{name}/unet")
-scheduler = DPMSolverMultistepScheduler.from_pretrained("{name}/scheduler")
-scheduler.set_timesteps(timesteps={times})
-x = torch.randn(1, {channels}, {height}, {width})
-for t in scheduler.timesteps:
-    with torch.no_grad():
-        {predict}
-    x = scheduler.step(f, t, x).prev_sample
-images = {decode}.clamp(-1, 1)
-```"""
+def _forget_origin(config: Path) -> None:
+    """Take the path that the model was loaded from out of diffusers' configuration: it names a machine's folders."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _class_path(module: nn.Module) -> str:

@@ -89,6 +89,7 @@ class Teacher:
     make_student: Callable[[], nn.Module]
     network_folder: str | None = "unet"
     licence: str = "unknown"
+    revision: str | None = None  # the commit, of a teacher from the Hub
     folder: Path | None = None
     fingerprint: str = ""
     guidance: Guidance | None = None
@@ -180,7 +181,8 @@ class Teacher:
         if (SHIPPED / str(source) / TEACHER_FILE).is_file():
             return cls.from_diffusers(SHIPPED / str(source))
         if not Path(source).exists() and is_hub_id(str(source)):
-            return cls.from_diffusers(fetch(str(source), HUB_FILES))
+            folder = fetch(str(source), HUB_FILES)
+            return replace(cls.from_diffusers(folder), name=str(source), revision=folder.name)
         return cls.from_diffusers(Path(source))
 
     @classmethod

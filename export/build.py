@@ -1,7 +1,7 @@
 """`export`: the graphs of a student, checked against torch, added to its folder in one piece.
 
-It puts together what `onnx.py`, `precision.py`, `fuse.py`, `golden.py` and `verify.py` do, and writes the files. The
-folder is replaced only when everything has passed; a failed export leaves it as it was.
+It puts together what `onnx.py`, `precision.py`, `fuse.py`, `golden.py` and `verify.py` do, and writes the files, with
+samples and the card. The folder is replaced only when everything has passed; a failed export leaves it as it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from redif_sdk import samples
+from redif_sdk.card import read_card, user_sections, write_card
 from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.export import golden
 from redif_sdk.export.fuse import generator_model
@@ -50,11 +52,12 @@ def build_graphs(
         raise InvalidRequest(f"batches are {list(batches)}; give at least one, of at least 1")
     student = StudentFolder(folder)
     student.check_all()
+    user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
     loaded = load_network(student) if network is None else network.eval()
     manifest, further = _with_sizes(student.manifest, loaded, sizes)
     denoiser = Denoiser(loaded, manifest.latents.channels, manifest.network.guidance)
     with atomic_folder(student.path, overwrite=True) as new:
-        student.copy_to(new, without=(FOLDER, golden.FOLDER))
+        student.copy_to(new, without=(FOLDER, golden.FOLDER, samples.FOLDER))
         student.keep_foreign(new)
         entries = golden.record(denoiser, manifest, new, batches, further)
         graphs = [graph for precision in precisions for graph in _graphs(denoiser, manifest, new, precision)]
@@ -67,7 +70,10 @@ def build_graphs(
         seen = {row["precision"] for row in checked if row["runtime"] != "numpy"}
         if missing := [precision for precision in precisions if precision not in seen]:
             raise RuntimeUnavailable(f"nothing here can check {', '.join(missing)}: {absent(rows)}")
-        return write_manifest(new, manifest.model_copy(update={"verification": checked}))
+        samples.write_samples(new)
+        manifest = write_manifest(new, manifest.model_copy(update={"verification": checked}))
+        write_card(new)
+        return manifest
 
 
 def _check_precisions(asked: Sequence[str]) -> None:

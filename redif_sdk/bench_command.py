@@ -70,6 +70,9 @@ def bench_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, ...")] = "cpu",
     cold_start: Annotated[bool, typer.Option(help="Also memory and the first picture, in fresh processes.")] = True,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the bars as SVG.")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Record the figures in the student's manifest and card.")
+    ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -78,6 +81,7 @@ def bench_command(
     All contenders compute the same pictures; one that does not is not timed, and the command exits 1.
     """
     from redif_sdk.bench import disagreeing
+    from redif_sdk.metrics import check_recordable, record, speed_rows
     from redif_sdk.report import write_json
 
     request = Request(
@@ -93,6 +97,8 @@ def bench_command(
         device,
         cold_start=cold_start,
     )
+    if save:
+        check_recordable(folder)
     console = console_for(json, quiet)
     with console.status("starting") if console.is_terminal else nullcontext() as status:
         result = measure(request, status.update if status is not None else lambda message: None)
@@ -103,6 +109,8 @@ def bench_command(
     _print(console, result)
     if wrong := disagreeing(result["rows"]):
         raise ParityError(f"these contenders compute other pictures: {wrong}")
+    if save:
+        record(folder, speed_rows(result["rows"]))
 
 
 def measure(request: Request, say: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
@@ -285,7 +293,7 @@ def _count(work: Any) -> float | None:
     if graph is None or graph.data or importlib.util.find_spec("onnx") is None:
         return None
     try:
-        return count_flops(work.student.read(graph.file), {"batch": work.batch}) / 1e9
+        return count_flops(work.student.read_graph(graph)[0], {"batch": work.batch}) / 1e9
     except UnsupportedModel:
         return None
 

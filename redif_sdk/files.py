@@ -32,6 +32,7 @@ __all__ = [
     "locate",
     "read_checked",
     "read_start",
+    "shown",
 ]
 
 #: Formats that run code when they are loaded. No student holds one, and no reader opens one.
@@ -78,16 +79,23 @@ def check_relative(path: str) -> str:
         or any(ord(character) < 32 for character in path)
     ):
         raise ManifestError(
-            f"unsafe path {path!r} in the manifest: only plain relative paths inside the folder are read"
+            f"unsafe path {path!r:.200} in the manifest: only plain relative paths inside the folder are read"
         )
     check_pickle(path)
     return path
 
 
+def shown(path: str) -> str:
+    """`path` as a message may hold it: quoted, escaped and cut where it is no plain name."""
+    return path if path.isprintable() and len(path) <= 200 else f"{path!r:.200}"
+
+
 def check_pickle(path: str) -> None:
     """Raise ManifestError for the suffix of a pickle, wherever in the name: a loader may look at any of them."""
     if not PICKLE_SUFFIXES.isdisjoint(PurePosixPath(path.lower()).suffixes):
-        raise ManifestError(f"{path}: files of this kind can hold a pickle, which runs code; convert it to safetensors")
+        raise ManifestError(
+            f"{shown(path)}: files of this kind can hold a pickle, which runs code; convert it to safetensors"
+        )
 
 
 def check_name(path: str) -> str:
@@ -162,7 +170,10 @@ def _open_regular(root: Path, relative: str) -> int:
     target = locate(root, relative)
     # NOFOLLOW: links were resolved above; one that appeared since is refused. NONBLOCK: a pipe must not hang us.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(target, flags)
+    try:
+        descriptor = os.open(target, flags)
+    except OSError as error:  # a socket, a file that may not be read, a link that appeared
+        raise IntegrityError(f"{relative} in {root} cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise IntegrityError(f"{relative} in {root} is not a regular file")
@@ -224,21 +235,23 @@ def hash_file(root: Path, relative: str, copy_to: Path | None = None, *, size: i
 def list_files(root: Path) -> list[str]:
     """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file, `FOREIGN_FOLDERS` do not.
 
-    Raises ManifestError for more than `MOST_FILES`.
+    Raises ManifestError for more than `MOST_FILES`, or folders nested deeper than any of ours.
     """
     found: list[str] = []
-    entries = 0
-    for folder, subfolders, names in os.walk(root, followlinks=False):
-        here = Path(folder)
-        relative = here.relative_to(root)
-        links = [name for name in subfolders if (here / name).is_symlink()]
-        subfolders[:] = [
-            name for name in subfolders if name not in links and (relative / name).as_posix() not in FOREIGN_FOLDERS
-        ]
-        found += [(relative / name).as_posix() for name in (*names, *links)]
-        entries += len(names) + len(links) + len(subfolders)
-        if entries > MOST_FILES:
-            raise ManifestError(f"{root} holds more than {MOST_FILES} files, so it is no student; give another folder")
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        if folder.count("/") > _DEEPEST:
+            raise ManifestError(f"{root} has folders more than {_DEEPEST} deep, so it is no student; give another one")
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                path = folder + entry.name
+                if not entry.is_dir(follow_symlinks=False):
+                    found.append(path)
+                elif path not in FOREIGN_FOLDERS:
+                    waiting.append(f"{path}/")
+                if len(found) + len(waiting) > MOST_FILES:
+                    raise ManifestError(f"{root} holds more than {MOST_FILES} files, so it is no student")
     return sorted(found)
 
 

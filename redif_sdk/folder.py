@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from redif_sdk import contents
+from redif_sdk.card_text import CARD_LIMIT, check_active
 from redif_sdk.errors import IntegrityError, ManifestError
 from redif_sdk.files import (
     FOREIGN_FOLDERS,
@@ -23,14 +24,15 @@ from redif_sdk.files import (
     locate,
     read_checked,
     read_start,
+    shown,
 )
-from redif_sdk.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Graph, Manifest
+from redif_sdk.manifest import CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, FileEntry, Graph, Manifest
 from redif_sdk.onnx_check import check_graph
 
 __all__ = ["StudentFolder", "write_manifest"]
 
 MANIFEST_LIMIT = 4 << 20  # bytes; ours have some ten thousand
-UNHASHED = frozenset({MANIFEST_NAME, "README.md", ".gitattributes"})  # the Hub edits the last two by itself
+UNHASHED = frozenset({MANIFEST_NAME, CARD_NAME, ".gitattributes"})  # the Hub edits the last two by itself
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -153,8 +155,10 @@ class StudentFolder:
         for path in list_files(self.path):
             if path not in self._entries and path not in UNHASHED:
                 raise IntegrityError(
-                    f"{path} in {self.path} is not in the list of files; remove it, or make the student again"
+                    f"{shown(path)} in {self.path} is not in the list of files; remove it, or make the student again"
                 )
+        if (self.path / CARD_NAME).exists():
+            check_active(read_checked(self.path, CARD_NAME, limit=CARD_LIMIT).decode(errors="replace"), CARD_NAME)
         graphs = {graph.file: graph for graph in self.manifest.graphs}
         data = {file for graph in self.manifest.graphs for file in graph.data}
         for entry in self.manifest.files:
@@ -190,7 +194,7 @@ class StudentFolder:
                 raise self._altered(entry.path)
         for name in sorted(UNHASHED - {MANIFEST_NAME}):
             if (self.path / name).exists():
-                hash_file(self.path, name, copy_to=target / name)
+                (target / name).write_bytes(read_checked(self.path, name, limit=CARD_LIMIT))
         if not without:
             atomic_write(target / MANIFEST_NAME, self.manifest.to_bytes())
 

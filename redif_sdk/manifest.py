@@ -27,6 +27,7 @@ from redif_sdk.files import MOST_FILES, check_kind, check_name
 from redif_sdk.steps import COLUMNS, MAX_ROWS, PREDICTION_TYPES, StepTable
 
 __all__ = [
+    "CARD_NAME",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "Budget",
@@ -45,16 +46,22 @@ __all__ = [
 
 FORMAT_VERSION = "1.1"
 MANIFEST_NAME = "redif.json"
-UNLISTED = frozenset({MANIFEST_NAME, "readme.md", ".gitattributes"})  # in lower case
+CARD_NAME = "README.md"
+UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
 LARGEST_EXTENT = 65536
-#: Values in the latents of one picture, and in all that one golden file is computed from: what a reader may allocate.
+#: What a reader may have to allocate, in values: the latents of one picture, its noise over all steps, and the noise of
+#: all golden files together.
 LARGEST_LATENTS = 1 << 26
-LARGEST_GOLDEN = 1 << 28
+LARGEST_NOISE = 1 << 28
+LARGEST_GOLDEN = 1 << 25
 _LARGEST_COUNT = (1 << 63) - 1
 
 #: What a terminal, an editor or a page takes for a command, or for another order of the letters.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]"
+)
 
 
 def _check_text(text: str) -> str:
@@ -311,10 +318,17 @@ class Manifest(_Part):
         if latents > LARGEST_LATENTS:
             raise ValueError(f"the latents of a picture have {latents} values; at most {LARGEST_LATENTS} are read")
         most = max(table.noise_slices for table in self.tables)
-        for golden in self.golden:
-            extents = (golden.height or self.latents.height) * (golden.width or self.latents.width)
-            if most * golden.batch * self.latents.channels * extents > LARGEST_GOLDEN:
-                raise ValueError(f"{golden.file} is of more than {LARGEST_GOLDEN} values of noise")
+        if most * latents > LARGEST_NOISE:
+            raise ValueError(f"a picture takes {most * latents} values of noise; at most {LARGEST_NOISE} are drawn")
+        recorded = [golden.file for golden in self.golden]
+        if len(set(recorded)) != len(recorded):
+            raise ValueError("a golden file is named twice")
+        values = sum(
+            golden.batch * (golden.height or self.latents.height) * (golden.width or self.latents.width)
+            for golden in self.golden
+        )
+        if most * self.latents.channels * values > LARGEST_GOLDEN:
+            raise ValueError(f"the golden files are of more than {LARGEST_GOLDEN} values of noise")
         return self
 
     _parsed: tuple[list[dict[str, Any]], list[StepTable]] | None = PrivateAttr(default=None)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk.card import read_card, user_sections
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
+from redif_sdk.metrics import quality_rows, record, speed_rows
 from redif_sdk.noise import noise
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.quickstart_report import Sheet, poster, render, strip
@@ -130,6 +132,8 @@ def quickstart(
     if minutes <= 0:
         raise InvalidRequest(f"minutes must be above 0, not {minutes:g}")
     steps = sorted(set(steps))
+    for count in steps:
+        user_sections(read_card(output / f"student-{count}") or "")  # malformed ones are refused before the work
     report, began = Reporter(quiet), time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     teacher = Teacher.load(TEACHER)
@@ -155,6 +159,9 @@ def quickstart(
         for count, pipe in pipelines.items():
             pictures = pipe(class_labels=list(range(10)), seed=seed, output_type="uint8").images
             strip(pictures).save(output / f"student-{count}.png")
+    for count in steps:
+        own = [row for row in speed if row["contender"] in ("teacher", f"student-{count}")]
+        record(output / f"student-{count}", [*quality_rows(rows, count), *speed_rows(own)])
     seconds = round(time.monotonic() - began, 1)
     results = document(
         "quickstart",

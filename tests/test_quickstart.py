@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from redif_sdk import FastPipeline
+from redif_sdk.card import read_card, render_over
 from redif_sdk.distill import Teacher, load_student
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.publish_teacher import read_reference
 from redif_sdk.distill.quality import evaluate_folder
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export.verify import summary, verify
+from redif_sdk.folder import StudentFolder
 from redif_sdk.quickstart import quickstart
 
 # the quality row of docs/design.md
@@ -113,6 +115,19 @@ def test_the_students_verify_and_run(finished: Path) -> None:
         out = pipe("Dress", seed=3)
         assert out.images[0].size == (28, 28)
         assert (finished / f"student-{steps}.png").is_file()
+
+
+def test_the_students_hold_their_own_figures(finished: Path) -> None:
+    """Quality and speed of that student, beside the teacher and untrained DDIM; the card is up to date."""
+    for steps in (1, 2):
+        manifest = StudentFolder(finished / f"student-{steps}").manifest
+        figures = [row.get("method") or row["contender"] for row in manifest.metrics]
+        assert figures == ["teacher", *["ddim"] * 3, "redif", *["teacher", f"student-{steps}"] * 2]
+        assert manifest.metrics[4]["num_inference_steps"] == steps
+        assert all(row["machine"] for row in manifest.metrics[5:])
+        text = read_card(finished / f"student-{steps}") or ""
+        assert f"| **this student (redif)** | {steps} | {steps} |" in text
+        assert text == render_over(manifest, text)
 
 
 def test_the_exported_student_is_the_judged_one(finished: Path) -> None:

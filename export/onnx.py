@@ -101,12 +101,22 @@ def load_network(student: StudentFolder) -> torch.nn.Module:
         except SafetensorError as error:
             raise ExportError(f"{shard} in {student.path} is not a whole safetensors file: {error}") from error
     try:
-        network: torch.nn.Module = kind.from_config(json.loads(student.read(f"{folder}/config.json")))
-        network.load_state_dict(weights)
+        network = _fill(kind, json.loads(student.read(f"{folder}/config.json")), weights)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportError(f"the weights and config.json in {student.path}/{folder} make no {name}: {reason}") from error
     return network.float().eval().requires_grad_(False)
+
+
+def _fill(kind: Any, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The network of `config` with `weights`. Its own are never allocated: a configuration may ask for any number."""
+    with torch.device("meta"):
+        network: torch.nn.Module = kind.from_config(config)
+    network.load_state_dict(weights, assign=True)  # RuntimeError unless names and shapes are those of the weights
+    if any(buffer.is_meta for buffer in network.buffers()):  # such as are computed and not saved
+        network = kind.from_config(config)
+        network.load_state_dict(weights)
+    return network
 
 
 def size_multiple(network: torch.nn.Module) -> int:

@@ -56,6 +56,11 @@ _NPY_HEADER = re.compile(
     rb"\{'descr': '([<|][biuf][1248])', 'fortran_order': False, 'shape': \(((?:\d{1,12},? ?){0,8})\), \} *\n"
 )
 
+#: Of a network's configuration: layers one after another, any number, and numbers in one setting.
+DEEPEST = 256
+LARGEST_SETTING = 1 << 24
+LONGEST_LIST = 10_000
+
 #: Of a tokenizer: parts that rewrite the text, and the longest text that one of them may put in or search for.
 MOST_REWRITERS = 64
 LONGEST_REWRITE = 64
@@ -80,6 +85,8 @@ def check(path: str, data: bytes, where: str) -> None:
         document = strict_json.parse(data, where, finite=False)
         if name.name == "tokenizer.json":
             check_tokenizer(document, where)
+        elif name.name == "config.json":
+            check_config(document, where)
 
 
 # ---------------------------------------------------------------------- safetensors
@@ -173,7 +180,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDAr
         zipfile.ZIP_DEFLATED,
     ):
         raise ValueError(f"the member {member.filename!r:.100} is no array of numpy's")
-    raw = archive.read(member)
+    with archive.open(member) as file:
+        raw = file.read(member.file_size + 1)  # bounded: what it says of its size may be a lie
+    if len(raw) != member.file_size:
+        raise ValueError(f"{member.filename} has not the size that it says")
     # magic, version 1.0, length of the header, header: numpy.lib.format. numpy's own reader evaluates the header.
     start = 10 + int.from_bytes(raw[8:10], "little")
     header = _NPY_HEADER.fullmatch(raw[10:start]) if raw[:8] == b"\x93NUMPY\x01\x00" else None
@@ -186,6 +196,30 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDAr
     if len(raw) - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{member.filename} has {len(raw) - start} bytes, which are not of its shape {shape!s:.100}")
     return member.filename.removesuffix(".npy"), np.frombuffer(raw, dtype, offset=start).reshape(shape)
+
+
+# ---------------------------------------------------------------------- configurations of networks
+
+
+def check_config(document: dict[str, Any], where: str) -> None:
+    """Raise IntegrityError for a network's ``config.json`` that would keep its class busy before any weight is read."""
+    for part in _parts(document):
+        for key, value in part.items():
+            most = DEEPEST if re.search("layers|depth|blocks", key) else LARGEST_SETTING
+            numbers = [number for number in _flat(value) if isinstance(number, int | float)]
+            if len(numbers) > LONGEST_LIST or any(abs(number) > most for number in numbers):
+                raise IntegrityError(f"{where}: {key!r:.100} is {value!r:.100}; do not use it")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """A value, or what a list and the lists in it hold."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        else:
+            yield one
 
 
 # ---------------------------------------------------------------------- tokenizers

@@ -184,6 +184,22 @@ def test_tokenizers_that_explode_are_refused(document: dict[str, Any], reason: s
         contents.check("tokenizer/tokenizer.json", json.dumps(document).encode(), "tokenizer.json")
 
 
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"in_channels": 1 << 40},
+        {"layers_per_block": 10**6},
+        {"transformer_layers_per_block": [1, [2, 10**6]]},
+        {"deeper": {"num_hidden_layers": 10**4}},
+        {"block_out_channels": [32] * 20_000},
+        {"norm_eps": float("inf")},
+    ],
+)
+def test_configurations_that_ask_for_too_much_are_refused(document: dict[str, Any]) -> None:
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        contents.check("unet/config.json", json.dumps(document).encode(), "unet/config.json")
+
+
 def test_a_tokenizer_as_clip_has_it_is_read() -> None:
     document = {
         "added_tokens": [{"id": 49406, "content": "<|startoftext|>"}],

@@ -513,6 +513,8 @@ def test_an_engine_without_weights_gets_the_students(described_student: Path, mo
         external.external_data.add(key=key, value=value)
     model = onnx.ModelProto(graph=onnx.GraphProto(initializer=[external, onnx.TensorProto(name="inside")]))
     monkeypatch.setattr(onnx, "load_model_from_string", lambda data: model)
+    blobs = {"denoiser.fp16.onnx": student.read_bytes("onnx/denoiser.fp16.onnx")}
+    monkeypatch.setattr(StudentFolder, "read_graph", lambda self, graph: (self.read_bytes(graph.file), blobs))
     monkeypatch.setattr(trt, "logger", lambda flavour: None)
     seen["engine"] = "the engine"
     graph = student.manifest.graphs[0].model_copy(update={"data": ["onnx/denoiser.fp16.onnx"]})

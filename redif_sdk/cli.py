@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redif_sdk.bench_command import bench_command
+from redif_sdk.card_command import card_command
 from redif_sdk.distill.commands import distill_command, eval_command, import_command, quickstart_command
 from redif_sdk.errors import InvalidRequest, ParityError, RedifError, TrainingDiverged
 from redif_sdk.export.commands import export_command, verify_command
+from redif_sdk.hub.commands import pull_command, push_command
 from redif_sdk.terminal import (
     BAD_INPUT,
     GATE_FAILED,
@@ -93,6 +95,7 @@ def generate_command(
     ] = None,
     engine_dir: Annotated[Path | None, typer.Option(help="Where TensorRT engines lie; default: the cache.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a student on the Hub: a branch, a tag or a commit.")] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -108,6 +111,7 @@ def generate_command(
         num_threads=threads,
         provider=provider,
         engine_dir=engine_dir,
+        revision=revision,
     )
     out = pipe(
         prompt,
@@ -162,6 +166,9 @@ def _format(file: Path) -> str:
     return Image.registered_extensions()[file.suffix.lower()]
 
 
+app.command("card")(card_command)
+
+
 @app.command("doctor")
 def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
     """Say what is installed, what shadows what, and what each engine can do here. Exits 1 if something is broken."""
@@ -177,6 +184,8 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 app.command("distill")(distill_command)
 app.command("import")(import_command)
 app.command("eval")(eval_command)

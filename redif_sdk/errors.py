@@ -9,7 +9,7 @@
     ├── RuntimeUnavailable   the engine, device or precision that was asked for cannot be had
     ├── ExportError          a graph could not be built
     ├── ParityError          a graph does not compute what its source computes
-    ├── HubError             the Hub refused, or could not be reached
+    ├── HubError             the Hub refused, or could not be reached; `kind` says which
     ├── TrainingDiverged     an in-training check failed
     └── InvalidRequest       an argument is wrong; also a ValueError
 
@@ -61,7 +61,19 @@ class ParityError(RedifError):
 
 
 class HubError(RedifError):
-    """The Hub refused a request, or could not be reached."""
+    """The Hub refused a request, or could not be reached.
+
+    `kind`, for programs: "not-found" (no such repository), "private" (no such repository, or a private one, and no
+    token was given), "gated", "revision" (no such branch, tag or commit), "token" (it is not valid), "forbidden",
+    "rate-limit", "conflict" (somebody else changed the repository, or it holds something else), "network", "offline"
+    (downloads are switched off, and the cache does not have it), "server" (the Hub failed), "altered" (what arrived is
+    not what was sent), "other". `retry_after`: seconds until the Hub wants to be asked again, where it said so.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after = retry_after
 
 
 class TrainingDiverged(RedifError):

@@ -70,7 +70,7 @@ class FastPipeline:
         self._options = RuntimeOptions(
             device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)
         )
-        self._complete: Callable[[], Path] | None = None  # gets the files that were not downloaded
+        self._remote: hub.Remote | None = None  # where the files come from that were not downloaded
         self._lock = Lock()
         self._tables: dict[int | None, StepTable] = {t.num_inference_steps: t for t in student.manifest.tables}
         engine, self._choice = runtimes.choose(student, "generator", runtime, precision, self._options)
@@ -93,6 +93,7 @@ class FastPipeline:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> FastPipeline:
         """Load a student from a folder, or from the Hub by its id ("org/name"): only the files that are needed.
 
@@ -101,10 +102,11 @@ class FastPipeline:
         "fp16", "bf16", "int8", or "auto": bf16 where the processor has it and the student's gate passed, else fp32;
         `num_threads`: of the CPU, None for all that the process may use. `provider`: an execution provider of ONNX
         Runtime by its own name, or the package of a plugin one. `engine_dir`: where TensorRT engines lie, in place of
-        the cache. `revision`, `token`, `cache_dir`: of the Hub.
+        the cache. Of the Hub: `revision`, a branch, a tag or a commit; `token`; `cache_dir`; `local_files_only`, take
+        what is in the cache, as ``HF_HUB_OFFLINE`` does.
 
-        What was taken stands in `runtime_info` and in the log. Raises ManifestError for what is no student,
-        IntegrityError if it was altered, RuntimeUnavailable, HubError.
+        What was taken stands in `runtime_info` and in the log, and the commit in `origin`. Raises ManifestError for
+        what is no student, IntegrityError if it was altered, RuntimeUnavailable, HubError.
         """
         options: dict[str, Any] = {
             "runtime": runtime,
@@ -118,25 +120,25 @@ class FastPipeline:
             return cls(StudentFolder(source), **options)
         if not hub.is_hub_id(str(source)):
             raise ManifestError(f"{source} is neither a folder nor the id of a student on the Hub (org/name)")
-
-        def fetch(patterns: Sequence[str], revision: str | None) -> Path:
-            return hub.fetch(str(source), patterns, revision=revision, token=token, cache_dir=cache_dir)
-
-        folder = fetch([MANIFEST_NAME], revision)
-        commit = folder.name  # both downloads must be of one commit, also if somebody pushes between them
-        manifest = StudentFolder(folder).manifest
-        tried = {choice.precision for choice in runtimes.candidates(manifest, runtime, precision)}
-        wanted = [graph for graph in manifest.graphs if graph.precision in tried]
-        folder = fetch([MANIFEST_NAME, *(path for graph in wanted for path in (graph.file, *graph.data))], commit)
-        pipeline = cls(StudentFolder(folder), **options)
-        everything = [MANIFEST_NAME, "README.md", *(entry.path for entry in manifest.files)]
-        pipeline._complete = lambda: fetch(everything, commit)
+        remote = hub.Remote(
+            str(source), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        tried = {choice.precision for choice in runtimes.candidates(remote.manifest, runtime, precision)}
+        wanted = [graph for graph in remote.manifest.graphs if graph.precision in tried]
+        student = remote.student(path for graph in wanted for path in (graph.file, *graph.data))
+        pipeline = cls(student, **options)
+        pipeline._remote = remote
         return pipeline
 
     @property
     def manifest(self) -> Manifest:
         """The student's ``redif.json``."""
         return self._student.manifest
+
+    @property
+    def origin(self) -> hub.Origin | None:
+        """Of a student from the Hub: repo_id, the revision that was asked for, and the commit that it stood for."""
+        return self._remote.origin if self._remote is not None else None
 
     @property
     def runtime_info(self) -> dict[str, Any]:
@@ -315,10 +317,48 @@ class FastPipeline:
         A student from the Hub is first downloaded whole. Raises InvalidRequest if `folder` is there already, not empty,
         and not to be overwritten.
         """
-        student = self._student if self._complete is None else StudentFolder(self._complete())
+        student = self._whole()
         if Path(folder).resolve().is_relative_to(student.path.resolve()):
             raise InvalidRequest(f"{folder} is inside the student's own folder; give another one")
-        if student.manifest.digest != self.manifest.digest:
-            raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         with atomic_folder(Path(folder), overwrite=overwrite) as new:
             student.copy_to(new)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        tags: Sequence[str] = (),
+        git_tag: str | None = None,
+        token: str | bool | None = None,
+        allow_unverified: bool = False,
+        dry_run: bool = False,
+    ) -> hub.Pushed:
+        """Send the student to the Hub as ``org/name``; see `redif_sdk.hub.push`, which has the same arguments.
+
+        Raises ParityError for a student that did not pass its gate, unless `allow_unverified`, and HubError.
+        """
+        return hub.push(
+            self._whole(),
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            tags=tags,
+            git_tag=git_tag,
+            token=token,
+            allow_unverified=allow_unverified,
+            dry_run=dry_run,
+        )
+
+    def _whole(self) -> StudentFolder:
+        """The student with every file. IntegrityError if it is not the one that was loaded."""
+        student = self._student if self._remote is None else self._remote.whole()
+        current = StudentFolder(student.path)
+        if current.manifest.digest != self.manifest.digest:
+            raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
+        return student

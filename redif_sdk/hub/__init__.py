@@ -1,0 +1,13 @@
+"""Students on the Hugging Face Hub: `Remote` and `pull` get them, `push` puts them there.
+
+`client.py` holds what both share: names, the client, and what its errors mean. huggingface_hub is imported when it is
+first needed. What a student's files mean is `manifest.py`'s business, and whether they are harmless `folder.py`'s.
+"""
+
+from __future__ import annotations
+
+from redif_sdk.hub.client import is_hub_id
+from redif_sdk.hub.pull import Origin, Remote, fetch, pull
+from redif_sdk.hub.push import Pushed, push
+
+__all__ = ["Origin", "Pushed", "Remote", "fetch", "is_hub_id", "pull", "push"]

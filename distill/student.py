@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.rewards import reward_names
 from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
 from redif_sdk.distill.trainer import Progress, Trainer
-from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
 from redif_sdk.files import atomic_folder, atomic_write
 from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.manifest import Budget, Distillation, Guidance, Manifest, Network, TeacherInfo, calls_per_step
@@ -145,8 +146,8 @@ def _scheduler(teacher: Teacher, table: StepTable) -> Any:
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    if teacher.folder is not None:
-        config = json.loads((teacher.folder / "scheduler" / "scheduler_config.json").read_text())
+    if teacher.scheduler_config is not None:
+        config = teacher.scheduler_config
         wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         betas = {key: config[key] for key in wanted if config.get(key) is not None}
     else:
@@ -253,17 +254,25 @@ def _with_student(teacher: Teacher, network: nn.Module) -> Teacher:
 
 
 def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
-    """A student folder back into torch, its files checked against the manifest first.
+    """A student folder back into torch, from a checked copy of its files: what was hashed is what is read.
 
     Raises:
-        ManifestError, IntegrityError: the folder is no student, or was altered.
+        ManifestError, IntegrityError: the folder is no student, was altered, or holds no network that diffusers makes.
     """
     checked = StudentFolder(Path(folder))
     manifest = checked.manifest
-    for entry in manifest.files:
-        if entry.path.startswith(("unet/", "scheduler/")):
-            checked.read(entry.path)
-    source = Teacher.from_diffusers(Path(folder))
+    others = {entry.path.partition("/")[0] for entry in manifest.files} - {"unet", "scheduler"}
+    for part in ("unet", "scheduler"):
+        for path in checked.files(part):
+            checked.read(path)
+    with TemporaryDirectory(prefix="redif-") as copy:
+        checked.copy_to(Path(copy), without=(*others, ""))
+        try:
+            source = replace(Teacher.from_diffusers(Path(copy)), folder=None)
+        except RedifError as error:
+            raise ManifestError(str(error).replace(copy, str(folder))) from error
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise ManifestError(f"{folder} holds no network that diffusers makes: {error!s:.300}") from error
     inner = source.make_student()
     if isinstance(inner, Denoiser):
         inner.guidance = manifest.network.guidance

@@ -91,6 +91,7 @@ class Teacher:
     licence: str = "unknown"
     revision: str | None = None  # the commit, of a teacher from the Hub
     folder: Path | None = None
+    scheduler_config: dict[str, Any] | None = None  # as the folder has it
     fingerprint: str = ""
     guidance: Guidance | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -238,6 +239,7 @@ class Teacher:
             make_student=lambda: Denoiser(copy.deepcopy(network).requires_grad_(True), diffusers_call=True),
             licence=about.get("licence", "unknown"),
             folder=folder,
+            scheduler_config=scheduler_config if folder is not None else None,
             fingerprint=_fingerprint(network, scheduler_config),
             extra=about,
         )

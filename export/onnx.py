@@ -102,7 +102,7 @@ def load_network(student: StudentFolder) -> torch.nn.Module:
             raise ExportError(f"{shard} in {student.path} is not a whole safetensors file: {error}") from error
     try:
         network = _fill(kind, json.loads(student.read(f"{folder}/config.json")), weights)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportError(f"the weights and config.json in {student.path}/{folder} make no {name}: {reason}") from error
     return network.float().eval().requires_grad_(False)

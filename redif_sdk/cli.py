@@ -30,6 +30,7 @@ from redif_sdk.terminal import (
     console_for,
     fail,
     print_rows,
+    show_transfers,
     write_rows,
 )
 
@@ -100,8 +101,11 @@ def generate_command(
     quiet: Quiet = False,
 ) -> None:
     """Generate pictures."""
+    from redif_sdk.hub import is_hub_id
     from redif_sdk.pipeline import FastPipeline
 
+    if is_hub_id(student) and not Path(student).is_dir():
+        show_transfers(json, quiet)
     labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
     pipe = FastPipeline.from_pretrained(
         student,

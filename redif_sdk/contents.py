@@ -58,6 +58,7 @@ _NPY_HEADER = re.compile(
 
 #: Of a network's configuration: layers one after another, any number, and numbers in one setting.
 DEEPEST = 256
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.safetensors")
 LARGEST_SETTING = 1 << 24
 LONGEST_LIST = 10_000
 
@@ -85,8 +86,10 @@ def check(path: str, data: bytes, where: str) -> None:
         document = strict_json.parse(data, where, finite=False)
         if name.name == "tokenizer.json":
             check_tokenizer(document, where)
-        elif name.name == "config.json":
+        elif name.name in ("config.json", "scheduler_config.json"):
             check_config(document, where)
+        elif name.name.endswith(".index.json"):
+            check_index(document, where)
 
 
 # ---------------------------------------------------------------------- safetensors
@@ -202,13 +205,27 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDAr
 
 
 def check_config(document: dict[str, Any], where: str) -> None:
-    """Raise IntegrityError for a network's ``config.json`` that would keep its class busy before any weight is read."""
+    """Raise IntegrityError for a network's ``config.json`` that would keep its class busy before any weight is read.
+
+    And for one that chooses code to load the weights with.
+    """
+    if "quantization_config" in document:
+        raise IntegrityError(f"{where} names a quantiser of its own, which this release does not take; do not use it")
     for part in _parts(document):
         for key, value in part.items():
             most = DEEPEST if re.search("layers|depth|blocks", key) else LARGEST_SETTING
             numbers = [number for number in _flat(value) if isinstance(number, int | float)]
-            if len(numbers) > LONGEST_LIST or any(abs(number) > most for number in numbers):
+            if len(numbers) > LONGEST_LIST or any(most < abs(number) < math.inf for number in numbers):
                 raise IntegrityError(f"{where}: {key!r:.100} is {value!r:.100}; do not use it")
+
+
+def check_index(document: dict[str, Any], where: str) -> None:
+    """Raise IntegrityError for an index of shards that names anything but safetensors files beside it."""
+    shards = document.get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(shard, str) and _SHARD.fullmatch(shard) for shard in shards.values()
+    ):
+        raise IntegrityError(f"{where} names shards that are no safetensors files beside it; do not use it")
 
 
 def _flat(value: Any) -> Iterator[Any]:

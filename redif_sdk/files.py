@@ -188,7 +188,10 @@ def read_checked(root: Path, relative: str, *, limit: int, size: int | None = No
     """
     with os.fdopen(_open_regular(root, relative), "rb") as file:
         present = os.fstat(file.fileno()).st_size
-        data = file.read(limit + 1) if present <= limit and size in (None, present) else b""
+        try:
+            data = file.read(limit + 1) if present <= limit and size in (None, present) else b""
+        except MemoryError as error:
+            raise IntegrityError(f"{relative} in {root} has {present} bytes: there is no memory for them") from error
     if (present > limit or len(data) > limit) and size is None:
         raise IntegrityError(f"{relative} in {root} has more than {limit} bytes, which none of ours has")
     if size is not None and len(data) != size:

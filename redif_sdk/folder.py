@@ -101,6 +101,7 @@ class StudentFolder:
 
         Raises IntegrityError, naming the file.
         """
+        self._check_header(self._entry(relative))
         data = self.read_bytes(relative)
         contents.check(relative, data, f"{relative} in {self.path}")
         return data
@@ -171,13 +172,17 @@ class StudentFolder:
             else:
                 self._check_large(entry)
 
-    def _check_large(self, entry: FileEntry) -> None:
-        """Hash a file piece by piece. Of safetensors, look at the header first."""
-        where = f"{entry.path} in {self.path}"
+    def _check_header(self, entry: FileEntry) -> None:
+        """Of a safetensors file, look at the header before all of it is read."""
         if entry.path.endswith(".safetensors"):
+            where = f"{entry.path} in {self.path}"
             size = contents.safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
             header = read_start(self.path, entry.path, 8 + size)[8:]
             contents.safetensors_header(header, entry.bytes - 8 - size, where)
+
+    def _check_large(self, entry: FileEntry) -> None:
+        """Hash a file piece by piece."""
+        self._check_header(entry)
         if hash_file(self.path, entry.path, size=entry.bytes) != (entry.bytes, entry.sha256):
             raise self._altered(entry.path)
 

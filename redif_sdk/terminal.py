@@ -29,6 +29,7 @@ __all__ = [
     "fail",
     "numbers",
     "print_rows",
+    "show_transfers",
     "sizes_of",
     "write_rows",
 ]
@@ -75,6 +76,14 @@ def console_for(json: str | None, quiet: bool) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, WIDE)  # a file or a pipe has no edge
     return console
+
+
+def show_transfers(json: str | None, quiet: bool) -> None:
+    """Let the Hub's client draw its bars on a terminal, unless the output is for a program, or none is wanted."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if quiet or json == "-" or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def print_rows(console: Console, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:

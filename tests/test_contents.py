@@ -192,12 +192,21 @@ def test_tokenizers_that_explode_are_refused(document: dict[str, Any], reason: s
         {"transformer_layers_per_block": [1, [2, 10**6]]},
         {"deeper": {"num_hidden_layers": 10**4}},
         {"block_out_channels": [32] * 20_000},
-        {"norm_eps": float("inf")},
+        {"num_train_timesteps": 1e12},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
     ],
 )
 def test_configurations_that_ask_for_too_much_are_refused(document: dict[str, Any]) -> None:
     with pytest.raises(IntegrityError, match=r"config\.json"):
         contents.check("unet/config.json", json.dumps(document).encode(), "unet/config.json")
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin", 3])
+def test_an_index_may_name_shards_beside_it_alone(shard: Any) -> None:
+    name = "unet/diffusion_pytorch_model.safetensors.index.json"
+    contents.check(name, json.dumps({"weight_map": {"w": "a-00001-of-00002.safetensors"}}).encode(), name)
+    with pytest.raises(IntegrityError, match="names shards"):
+        contents.check(name, json.dumps({"weight_map": {"w": shard}}).encode(), name)
 
 
 def test_a_tokenizer_as_clip_has_it_is_read() -> None:

@@ -10,7 +10,15 @@ from typing import Annotated
 
 import typer
 
-from redif_sdk.terminal import Json, Quiet, StudentFolderArgument, console_for, print_rows, write_rows
+from redif_sdk.terminal import (
+    Json,
+    Quiet,
+    StudentFolderArgument,
+    console_for,
+    print_rows,
+    show_transfers,
+    write_rows,
+)
 
 __all__ = ["pull_command", "push_command"]
 
@@ -45,7 +53,7 @@ def push_command(
     """
     from redif_sdk.hub import push
 
-    _progress(json, quiet)
+    show_transfers(json, quiet)
     pushed = push(
         folder,
         repo_id,
@@ -87,7 +95,7 @@ def pull_command(
     """
     from redif_sdk.hub import pull
 
-    _progress(json, quiet)
+    show_transfers(json, quiet)
     student, origin = pull(repo_id, output, revision=revision, local_files_only=local_files_only, overwrite=overwrite)
     rows = [{"path": entry.path, "bytes": entry.bytes, "commit": origin.commit} for entry in student.manifest.files]
     write_rows(json, "pull", rows)
@@ -96,11 +104,3 @@ def pull_command(
         f"{output}: {len(rows)} files, {megabytes:.1f} MB, of {repo_id} at {origin.commit}; all are unaltered",
         soft_wrap=True,
     )
-
-
-def _progress(json: str | None, quiet: bool) -> None:
-    """No bars where the output is for a program, or none is wanted."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if quiet or json == "-":
-        disable_progress_bars()

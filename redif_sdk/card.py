@@ -14,7 +14,7 @@ from typing import Any
 
 from redif_sdk import card_measured
 from redif_sdk.card_measured import MOST, listed
-from redif_sdk.card_metadata import front_matter, hub_licence, is_hub_teacher, licence_url
+from redif_sdk.card_metadata import KEPT_KEYS, front_matter, hub_licence, is_hub_teacher, licence_url
 from redif_sdk.card_text import (
     CARD_LIMIT,
     check_active,
@@ -45,6 +45,7 @@ __all__ = [
     "read_card",
     "render",
     "render_over",
+    "user_keys",
     "user_sections",
     "user_tags",
     "write_card",
@@ -65,12 +66,14 @@ def render(
     *,
     repo_id: str | None = None,
     tags: Sequence[str] = (),
+    keys: Mapping[str, Any] | None = None,
     user_sections: Mapping[str, str] | None = None,
 ) -> str:
     """The whole ``README.md``. The same manifest gives the same text.
 
     `repo_id`: where it will stand on the Hub, so that its lines work against it; None: they take a folder of the
-    manifest's name. `tags` go beside ours. `user_sections`: text by name, as `user_sections` reads it from a card.
+    manifest's name. `tags` go beside ours, and `keys` of `KEPT_KEYS` into the front matter. `user_sections`: text by
+    name, as the function `user_sections` reads it from a card.
     Raises InvalidRequest for a section that cannot be written back.
     """
     sections = dict(user_sections or {})
@@ -97,12 +100,12 @@ def render(
         *(marked(section, text) for section, text in sections.items()),
         end,
     ]
-    head = front_matter(manifest, name=name, plain_diffusers=bool(plain), tags=tags)
+    head = front_matter(manifest, name=name, plain_diffusers=bool(plain), tags=tags, keys=keys or {})
     return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def render_over(manifest: Manifest, old: str | None, *, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:
-    """The card that replaces `old`: with its user's sections and tags.
+    """The card that replaces `old`: with its user's sections, tags and keys.
 
     A text that is no card of ours and has no sections is kept whole, in the section ``about``. Raises InvalidRequest
     for malformed sections.
@@ -112,13 +115,20 @@ def render_over(manifest: Manifest, old: str | None, *, repo_id: str | None = No
     sections = user_sections(old)
     if not is_generated(old) and body(old).strip():
         sections = {"about": body(old).strip("\n")}
-    return render(manifest, repo_id=repo_id, tags=[*user_tags(old), *tags], user_sections=sections)
+    kept = [*user_tags(old), *tags]
+    return render(manifest, repo_id=repo_id, tags=kept, keys=user_keys(old), user_sections=sections)
 
 
 def user_tags(text: str) -> list[str]:
     """The tags of a card that are not ours."""
     found = _parse(split_front_matter(text.replace("\r\n", "\n"))[0]).get("tags")
     return [tag for tag in found if isinstance(tag, str) and tag not in _OWN_TAGS] if isinstance(found, list) else []
+
+
+def user_keys(text: str) -> dict[str, Any]:
+    """What a card's front matter says that only its user can know: `KEPT_KEYS`, such as the words of a gate."""
+    found = _parse(split_front_matter(text.replace("\r\n", "\n"))[0])
+    return {key: value for key, value in found.items() if key in KEPT_KEYS}
 
 
 def is_foreign(text: str) -> bool:

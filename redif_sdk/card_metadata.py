@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from redif_sdk.card_text import metadata
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BASELINES",
     "FEATURES",
+    "KEPT_KEYS",
     "PIPELINE_TAGS",
     "front_matter",
     "hub_licence",
@@ -37,6 +39,25 @@ PIPELINE_TAGS = {
 
 #: Methods of quality rows that are not a trained student.
 BASELINES = frozenset({"teacher", "ddim", "dpm-solver++"})
+
+#: The Hub's own keys that the manifest knows nothing of: a user's, kept when a card is made anew.
+KEPT_KEYS = frozenset(
+    [
+        "co2_eq_emissions",
+        "datasets",
+        "extra_gated_button_content",
+        "extra_gated_description",
+        "extra_gated_eu_disallowed",
+        "extra_gated_fields",
+        "extra_gated_heading",
+        "extra_gated_prompt",
+        "inference",
+        "language",
+        "new_version",
+        "thumbnail",
+        "widget",
+    ]
+)
 
 MOST_ROWS = 100  # of a student's own that are told to the Hub
 
@@ -137,7 +158,14 @@ def own_rows(manifest: Manifest) -> list[dict[str, Any]]:
     return [found[steps] for steps in sorted(found)[:MOST_ROWS]]
 
 
-def front_matter(manifest: Manifest, *, name: str, plain_diffusers: bool, tags: Sequence[str]) -> str:
+def front_matter(
+    manifest: Manifest,
+    *,
+    name: str,
+    plain_diffusers: bool,
+    tags: Sequence[str],
+    keys: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """The YAML between a card's ``---`` lines, without them."""
     from huggingface_hub import ModelCardData
 
@@ -150,21 +178,22 @@ def front_matter(manifest: Manifest, *, name: str, plain_diffusers: bool, tags: 
         own.append("diffusers")
     if manifest.task == "class-conditional":
         own.append("class-conditional")
-    keys: dict[str, Any] = hub_licence(manifest.licence)
+    ours: dict[str, Any] = hub_licence(manifest.licence)
     if manifest.teacher is not None and is_hub_teacher(manifest.teacher.id):
-        keys["base_model"] = manifest.teacher.id
+        ours["base_model"] = manifest.teacher.id
         if manifest.distillation is not None:
-            keys["base_model_relation"] = "finetune"
+            ours["base_model_relation"] = "finetune"
         elif any(graph.precision == "int8" for graph in manifest.graphs):
-            keys["base_model_relation"] = "quantized"  # unset otherwise: the Hub knows no relation for a conversion
+            ours["base_model_relation"] = "quantized"  # unset otherwise: the Hub knows no relation for a conversion
     results = [result for row in own_rows(manifest) for result in _results(manifest, row)]
     if results:
-        keys |= {"eval_results": results, "model_name": metadata(name)}
+        ours |= {"eval_results": results, "model_name": metadata(name)}
     data = ModelCardData(
         library_name="redif-sdk",
         pipeline_tag=PIPELINE_TAGS[manifest.task],
         tags=list(dict.fromkeys([*own, *map(metadata, tags)])),
-        **keys,
+        **ours,
+        **{key: value for key, value in keys.items() if key in KEPT_KEYS},
     )
     return data.to_yaml()
 

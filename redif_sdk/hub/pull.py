@@ -78,7 +78,9 @@ class Remote:
             try:
                 with translated(self._repo_id, revision, doing="get", token=self._token):
                     info, self._files = remote_files(client(self._token), self._repo_id, revision)
-                return str(info.sha)
+                if _COMMIT.fullmatch(str(info.sha)):  # it becomes the name of a folder
+                    return str(info.sha)
+                raise HubError(f"the Hub names {info.sha!r:.100} as a commit of {self._repo_id}, which is none")
             except HubError as error:
                 if error.kind not in ("network", "server", "rate-limit") or not (found := self._cached(revision)):
                     raise
@@ -140,8 +142,10 @@ class Remote:
 
     def _check_listed(self) -> None:
         """IntegrityError unless what the repository says of its files is what the manifest lists."""
-        for entry in self.manifest.files if self._files is not None else ():
-            present = self._files[entry.path] if self._files and entry.path in self._files else None
+        if self._files is None:
+            return
+        for entry in self.manifest.files:
+            present = self._files.get(entry.path)
             if present is None:
                 raise IntegrityError(f"{entry.path} is missing from {self._repo_id}; ask its owner to push it again")
             if present.size not in (None, entry.bytes) or present.sha256 not in (None, entry.sha256):

@@ -163,6 +163,7 @@ def _card(student: StudentFolder, repo_id: str, tags: Sequence[str], there: str 
         student.manifest,
         repo_id=repo_id,
         tags=[*card.user_tags(mine), *card.user_tags(theirs)],
+        keys=card.user_keys(theirs) | card.user_keys(mine),
         user_sections=card.merge(card.user_sections(theirs), card.user_sections(mine)),
     )
 

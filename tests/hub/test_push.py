@@ -151,13 +151,17 @@ def test_the_users_text_stays_in_the_card(hub: HubStandIn, tiny_student: Path, t
     push(local, REPO, tags=["grey"])
     there = hub.files(REPO)["README.md"].decode()
     end = there.index("<!-- user:end end")
-    edited = (there[:end] + "\nWritten on the Hub.\n\n" + there[end:]).replace("- grey\n", "- grey\n- of-the-hub\n")
+    edited = there[:end] + "\nWritten on the Hub.\n\n" + there[end:]
+    edited = edited.replace("- grey\n", "- grey\n- of-the-hub\n").replace(
+        "---\n", "---\nextra_gated_prompt: Be kind.\n", 1
+    )
     hub.put(REPO, {"README.md": edited.encode()})
     push(altered(local, tmp_path / "next"), REPO)
     card = hub.files(REPO)["README.md"].decode()
     assert "Written on the Hub." in card
     assert "- grey\n" in card
     assert "- of-the-hub\n" in card
+    assert "extra_gated_prompt: Be kind.\n" in card
     assert "unet/more.json" in hub.files(REPO)
 
 

@@ -36,7 +36,11 @@ def refuse_opset(model: onnx.ModelProto, file: str) -> None:
 def refuse_rtx(model: onnx.ModelProto, file: str, targets: Sequence[int]) -> None:
     """Raise ExportError, naming the node, for what TensorRT-RTX has no kernels for on `targets`."""
     turing = _TURING in targets
-    for node, values in _walk(onnx.shape_inference.infer_shapes(model).graph, {}):
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"{file} contradicts itself: {' '.join(str(error).split())}; export it again") from error
+    for node, values in _walk(inferred, {}):
         types = [values[name].elem_type for name in node.input if name in values]
         reason = None
         if turing and node.op_type in _PRODUCTS and TensorProto.FLOAT in types:

@@ -167,6 +167,7 @@ def front_matter(
     keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The YAML between a card's ``---`` lines, without them."""
+    import yaml  # type: ignore[import-untyped]
     from huggingface_hub import ModelCardData
 
     own = ["diffusion", "few-step", "distillation", "redif"]
@@ -195,7 +196,9 @@ def front_matter(
         **ours,
         **{key: value for key, value in keys.items() if key in KEPT_KEYS},
     )
-    return data.to_yaml()
+    # On one line each: where a long string is folded, a line of it may begin with the dashes that end the front matter.
+    entries: Any = data
+    return str(yaml.safe_dump(entries.to_dict(), sort_keys=False, allow_unicode=True, width=math.inf)).strip()
 
 
 #: Of a quality row: the metric's type, and its name without the circumstances.

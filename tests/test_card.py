@@ -437,7 +437,7 @@ def assert_harmless(text: str, name: str) -> None:
         compile(block, "card", "exec")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(name=strings, classes=st.tuples(strings, strings), licence=strings, teacher=strings, row=strings)
 def test_no_string_of_a_manifest_breaks_out(
     manifest: Manifest, name: str, classes: tuple[str, str], licence: str, teacher: str, row: str

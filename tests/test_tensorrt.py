@@ -367,7 +367,8 @@ def test_the_cache_is_for_the_gpu_that_is_here(
 
 ATTENTION = helper.make_node("Attention", ["x", "y", "z"], ["f"], name="attend")
 PRODUCT = helper.make_node("MatMul", ["x", "y"], ["f"], name="product")
-ODD = helper.make_node("Swish", ["x"], ["f"], name="the_odd_one")
+ODD = helper.make_node("CumSum", ["x", "y"], ["f"], name="the_odd_one")
+WRONG = helper.make_node("DynamicQuantizeLinear", ["x"], ["f"], name="half")
 
 
 @needs_rtx
@@ -379,7 +380,8 @@ ODD = helper.make_node("Swish", ["x"], ["f"], name="the_odd_one")
         (PRODUCT, TensorProto.FLOAT, 4, 20, 75, r"node product \(MatMul\) multiplies matrices in fp32 and sm 75"),
         (PRODUCT, TensorProto.BFLOAT16, 4, 22, 75, r"node product \(MatMul\) computes in bf16 and sm 75 cannot"),
         (PRODUCT, TensorProto.FLOAT, 4, 26, 89, r"is of opset 26; TensorRT reads 9 to 25"),
-        (ODD, TensorProto.FLOAT, 4, 20, 89, r"cannot read onnx/denoiser\.fp32\.onnx: node the_odd_one \(Swish\): "),
+        (ODD, TensorProto.FLOAT, 4, 20, 89, r"cannot read onnx/denoiser\.fp32\.onnx: node the_odd_one \(CumSum\): "),
+        (WRONG, TensorProto.FLOAT, 4, 20, 89, r"denoiser\.fp32\.onnx contradicts itself: .* half"),
     ],
 )
 def test_graphs_that_cannot_be_built_are_refused_by_node(

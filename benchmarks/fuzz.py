@@ -1,6 +1,6 @@
 """Fuzzing of everything that reads what a stranger wrote: anything but a RedifError or a normal return is a finding.
 
-    python benchmarks/fuzz.py --seconds 300 [--seed 0] [--engine atheris|plain] [--json docs/results/fuzz.json]
+    python benchmarks/fuzz.py --seconds 300 [--seed 0] [--engine atheris|plain] [--target NAME]... [--json FILE]
 
 The engine "atheris" is guided by coverage (``python -m venv build/fuzz-venv && build/fuzz-venv/bin/pip install -c
 constraints.txt -e . atheris onnx``; run this file by that Python); "plain" mutates known inputs by their structure and
@@ -543,10 +543,11 @@ def atheris_here(target: str, seconds: float, seed: int, report: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def fuzz(seconds: float, seed: int = 0, engine: str = "plain") -> list[Fuzzed]:
-    """Every target for its share of `seconds`."""
-    share = seconds / len(TARGETS)
-    return [(atheris if engine == "atheris" else plain)(target, share, seed) for target in TARGETS]
+def fuzz(seconds: float, seed: int = 0, engine: str = "plain", targets: Sequence[str] | None = None) -> list[Fuzzed]:
+    """Every target (default: all) for its share of `seconds`."""
+    chosen = targets or list(TARGETS)
+    share = seconds / len(chosen)
+    return [(atheris if engine == "atheris" else plain)(target, share, seed) for target in chosen]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -554,6 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=300, help="of every engine, for all targets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=["atheris", "plain"], action="append", help="default: those that are there")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--json", default=None)
     parser.add_argument("--reproduce", type=Path, metavar="FILE")
     parser.add_argument("--one", choices=TARGETS, help=argparse.SUPPRESS)
@@ -571,7 +573,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engines = asked.engine or ["atheris", "plain"]
     except ImportError:
         engines = asked.engine or ["plain"]
-    done = [one for engine in engines for one in fuzz(asked.seconds, asked.seed, engine)]
+    done = [one for engine in engines for one in fuzz(asked.seconds, asked.seed, engine, asked.target)]
     print("| target | engine | inputs | inputs a second | taken | slowest, ms | findings |")
     print("|---|---|---|---|---|---|---|")
     rows = []

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redif_sdk import card_measured
+from redif_sdk import card_measured, strict_json
 from redif_sdk.card_measured import MOST, listed
 from redif_sdk.card_metadata import KEPT_KEYS, front_matter, hub_licence, is_hub_teacher, licence_url
 from redif_sdk.card_text import (
@@ -29,7 +29,7 @@ from redif_sdk.card_text import (
     user_sections,
 )
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.files import atomic_write, read_checked
+from redif_sdk.files import ORIGIN, atomic_write, read_checked
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import CARD_NAME, Manifest
 
@@ -42,8 +42,10 @@ __all__ = [
     "is_foreign",
     "is_generated",
     "merge",
+    "origin",
     "read_card",
     "render",
+    "render_folder",
     "render_over",
     "user_keys",
     "user_sections",
@@ -171,6 +173,19 @@ def read_card(folder: str | Path) -> str | None:
         raise InvalidRequest(f"{folder / CARD_NAME} is not UTF-8 text; put it right, or remove it") from error
 
 
+def render_folder(folder: Path, manifest: Manifest, *, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:
+    """The card that the student in `folder` should have: over the one that it has, for where it came from."""
+    return render_over(manifest, read_card(folder), repo_id=repo_id or origin(folder), tags=tags)
+
+
+def origin(folder: Path) -> str | None:
+    """The repository that a pulled student's folder notes to be a copy of, if there is such a note."""
+    if not (folder / ORIGIN).is_file():
+        return None
+    noted = strict_json.parse(read_checked(folder, ORIGIN, limit=1 << 16), ORIGIN).get("repo_id")
+    return noted if isinstance(noted, str) and is_hub_teacher(noted) else None
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raise InvalidRequest where `name` is a link: the Hub's cache must not be written into."""
     if (folder / name).is_symlink():
@@ -186,7 +201,7 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, tags: Sequence
     """
     student = StudentFolder(folder)
     check_writable(student.path, CARD_NAME)
-    text = render_over(student.manifest, read_card(student.path), repo_id=repo_id, tags=tags)
+    text = render_folder(student.path, student.manifest, repo_id=repo_id, tags=tags)
     atomic_write(student.path / CARD_NAME, text.encode())
     return text
 

@@ -19,12 +19,12 @@ def card_command(
     quiet: Quiet = False,
 ) -> None:
     """Make README.md, the model card, anew from the manifest. Your marked sections and your tags stay."""
-    from redif_sdk.card import CARD_NAME, read_card, render_over, write_card
+    from redif_sdk.card import CARD_NAME, read_card, render_folder, write_card
     from redif_sdk.folder import StudentFolder
 
     student = StudentFolder(folder)
     old = read_card(folder)
-    new = render_over(student.manifest, old)
+    new = render_folder(folder, student.manifest)
     current = old is not None and old.replace("\r\n", "\n") == new
     if not check and not current:
         write_card(folder)

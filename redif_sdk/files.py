@@ -20,6 +20,7 @@ from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 
 __all__ = [
     "MOST_FILES",
+    "ORIGIN",
     "PICKLE_SUFFIXES",
     "atomic_folder",
     "atomic_write",
@@ -49,6 +50,9 @@ LICENCES = frozenset({"LICENSE", "LICENCE", "NOTICE"})
 
 #: What version control and the Hub's client leave beside the files. Never read, never hashed.
 FOREIGN_FOLDERS = (".git", ".cache/huggingface")
+
+#: Where a pulled student notes what it is a copy of.
+ORIGIN = ".cache/huggingface/redif-origin.json"
 
 #: A folder that `atomic_folder` may replace holds one of these: a slip of the keyboard must not delete a home folder.
 REPLACEABLE = ("redif.json", "model_index.json")

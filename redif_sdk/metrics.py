@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from redif_sdk.card import CARD_NAME, check_writable, read_card, render_over
+from redif_sdk.card import CARD_NAME, check_writable, render_folder
 from redif_sdk.card_metadata import BASELINES
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
@@ -59,7 +59,7 @@ def check_recordable(folder: str | Path) -> None:
     student = StudentFolder(folder)
     for name in (MANIFEST_NAME, CARD_NAME):
         check_writable(student.path, name)
-    render_over(student.manifest, read_card(student.path))
+    render_folder(student.path, student.manifest)
 
 
 def record(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Manifest:
@@ -81,7 +81,7 @@ def record(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Manifest:
     manifest = student.manifest.model_copy(update=update).digested()
     data = manifest.to_bytes()
     Manifest.from_bytes(data)  # what no reader would take is not written
-    card = render_over(manifest, read_card(student.path))
+    card = render_folder(student.path, manifest)
     atomic_write(student.path / MANIFEST_NAME, data)
     atomic_write(student.path / CARD_NAME, card.encode())
     return manifest

@@ -15,14 +15,13 @@ from pathlib import Path
 
 from redif_sdk.card_text import CARD_LIMIT
 from redif_sdk.errors import HubError, IntegrityError, ManifestError
-from redif_sdk.files import atomic_folder, atomic_write, check_pickle, hash_file
+from redif_sdk.files import ORIGIN, atomic_folder, atomic_write, check_pickle, hash_file
 from redif_sdk.folder import MANIFEST_LIMIT, StudentFolder
 from redif_sdk.hub.client import RemoteFile, check_id, client, not_cached, offline, place, remote_files, translated
 from redif_sdk.manifest import CARD_NAME, MANIFEST_NAME, FileEntry, Manifest
 
 __all__ = ["Origin", "Remote", "fetch", "pull"]
 
-ORIGIN = ".cache/huggingface/redif-origin.json"  # where the Hub's client keeps its own notes
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _log = logging.getLogger(__name__)

@@ -78,6 +78,7 @@ def test_redif_push_and_pull_and_generate(hub: HubStandIn, tiny_student: Path, t
     pulled = run(hub, "redif", "pull", REPO, "-o", str(tmp_path / "pulled"))
     assert f"of {REPO} at {hub.head(REPO)}; all are unaltered" in pulled.stdout
     run(hub, "redif", "verify", str(tmp_path / "pulled"), "--runtime", "onnxruntime")
+    run(hub, "redif", "card", str(tmp_path / "pulled"), "--check")  # it knows where it came from
     run(hub, "redif", "generate", REPO, "--revision", "main", "--class-label", "1", "-o", str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").is_file()
 

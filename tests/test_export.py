@@ -139,9 +139,20 @@ def test_the_graphs_are_what_the_manifest_says(tiny_student: Path) -> None:
 
 
 def test_exporting_twice_gives_the_same_bytes(plain_student: Path, copy_of: Copy) -> None:
+    """All but what the gate measured: how an engine rounds depends on how its threads share the work at that moment."""
     again = copy_of(plain_student)
     export(again)
-    assert contents(again) == contents(plain_student)
+    reported = ("redif.json", "README.md")
+    first, second = ({k: v for k, v in contents(f).items() if k not in reported} for f in (plain_student, again))
+    assert first == second
+    before, after = StudentFolder(plain_student).manifest, StudentFolder(again).manifest
+    measured = ("max_abs", "mean_abs", "relative_rmse", "psnr")
+    for one, other in zip(before.verification, after.verification, strict=True):
+        assert {k: v for k, v in one.items() if k not in measured} == {
+            k: v for k, v in other.items() if k not in measured
+        }
+    unmeasured = {"verification": [], "digest": ""}
+    assert before.model_copy(update=unmeasured) == after.model_copy(update=unmeasured)
 
 
 def test_only_the_first_channels_of_a_learned_variance_network_are_used(plain_student: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,21 +139,12 @@ def test_the_graphs_are_what_the_manifest_says(tiny_student: Path) -> None:
     assert manifest.graphs[1].outputs[0].shape == ["batch", 28, 28, 1]
 
 
-def test_exporting_twice_gives_the_same_bytes(plain_student: Path, copy_of: Copy) -> None:
-    """All but what the gate measured: how an engine rounds depends on how its threads share the work at that moment."""
-    again = copy_of(plain_student)
-    export(again)
-    reported = ("redif.json", "README.md")
-    first, second = ({k: v for k, v in contents(f).items() if k not in reported} for f in (plain_student, again))
-    assert first == second
-    before, after = StudentFolder(plain_student).manifest, StudentFolder(again).manifest
-    measured = ("max_abs", "mean_abs", "relative_rmse", "psnr")
-    for one, other in zip(before.verification, after.verification, strict=True):
-        assert {k: v for k, v in one.items() if k not in measured} == {
-            k: v for k, v in other.items() if k not in measured
-        }
-    unmeasured = {"verification": [], "digest": ""}
-    assert before.model_copy(update=unmeasured) == after.model_copy(update=unmeasured)
+def test_exporting_twice_gives_the_same_bytes(plain_student: Path, tmp_path: Path) -> None:
+    """Twice here: torch rounds otherwise with another number of threads, which tests before this one may have set."""
+    first, second = (Path(shutil.copytree(plain_student, tmp_path / name / "plain")) for name in ("first", "second"))
+    export(first)
+    export(second)
+    assert contents(first) == contents(second)
 
 
 def test_only_the_first_channels_of_a_learned_variance_network_are_used(plain_student: Path) -> None:

@@ -1,1 +1,1 @@
-"""Hostile students, each of which must be refused: `cases.py` makes them, `harness.py` has them read."""
+"""Hostile students, each of which must be refused: `cases/` makes them, `harness.py` has them read."""

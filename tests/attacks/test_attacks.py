@@ -1,6 +1,6 @@
 """Every hostile student is refused, and nothing is done on the way; the good one is taken.
 
-The cases are in `cases.py`; `harness.py` runs them all once, each in a watched process of its own.
+The cases are in `cases/`; `harness.py` runs them all once, each in a watched process of its own.
 """
 
 from __future__ import annotations

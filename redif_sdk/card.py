@@ -150,7 +150,7 @@ def body(text: str) -> str:
 
 
 def _parse(front: str) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     if len(front) > LARGEST_FRONT_MATTER:
         raise InvalidRequest(f"the front matter of {CARD_NAME} has more than {LARGEST_FRONT_MATTER} characters")

@@ -167,7 +167,7 @@ def front_matter(
     keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The YAML between a card's ``---`` lines, without them."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from huggingface_hub import ModelCardData
 
     own = ["diffusion", "few-step", "distillation", "redif"]

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from redif_sdk.errors import InvalidRequest, ManifestError
+from redif_sdk.manifest import CARD_LIMIT
 
 __all__ = [
     "CARD_LIMIT",
@@ -27,7 +28,6 @@ __all__ = [
     "user_sections",
 ]
 
-CARD_LIMIT = 1 << 20  # bytes of a README.md that we read
 LONGEST = 200  # characters of a manifest's string that a card shows
 
 # ---------------------------------------------------------------- strings into Markdown, Python and YAML

@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from redif_sdk import contents
-from redif_sdk.card_text import CARD_LIMIT, check_active
 from redif_sdk.errors import IntegrityError, ManifestError
 from redif_sdk.files import (
     FOREIGN_FOLDERS,
@@ -26,7 +25,7 @@ from redif_sdk.files import (
     read_start,
     shown,
 )
-from redif_sdk.manifest import CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, FileEntry, Graph, Manifest
+from redif_sdk.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, FileEntry, Graph, Manifest
 from redif_sdk.onnx_check import check_graph
 
 __all__ = ["StudentFolder", "write_manifest"]
@@ -159,6 +158,8 @@ class StudentFolder:
                     f"{shown(path)} in {self.path} is not in the list of files; remove it, or make the student again"
                 )
         if (self.path / CARD_NAME).exists():
+            from redif_sdk.card_text import check_active  # whoever loads a student reads no card
+
             check_active(read_checked(self.path, CARD_NAME, limit=CARD_LIMIT).decode(errors="replace"), CARD_NAME)
         graphs = {graph.file: graph for graph in self.manifest.graphs}
         data = {file for graph in self.manifest.graphs for file in graph.data}

@@ -27,6 +27,7 @@ from redif_sdk.files import MOST_FILES, check_kind, check_name
 from redif_sdk.steps import COLUMNS, MAX_ROWS, PREDICTION_TYPES, StepTable
 
 __all__ = [
+    "CARD_LIMIT",
     "CARD_NAME",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
@@ -47,6 +48,7 @@ __all__ = [
 FORMAT_VERSION = "1.1"
 MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
+CARD_LIMIT = 1 << 20  # bytes of it that we read
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
 LARGEST_EXTENT = 65536

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redif_sdk import card
-from redif_sdk.card_text import CARD_LIMIT
 from redif_sdk.errors import HubError, InvalidRequest, ParityError
 from redif_sdk.files import locate
 from redif_sdk.folder import UNHASHED, StudentFolder
 from redif_sdk.hub.client import RemoteFile, check_id, client, offline, remote_files, translated
-from redif_sdk.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME, Manifest
 from redif_sdk.runtimes import gate_passed
 
 __all__ = ["Pushed", "push", "ungated"]
@@ -151,6 +149,8 @@ def _card(student: StudentFolder, repo_id: str, tags: Sequence[str], there: str 
 
     A whole card that somebody wrote by hand, metadata and all, stays as it is.
     """
+    from redif_sdk import card  # whoever loads a pipeline imports this module, and makes no card
+
     here = card.read_card(student.path)
     for text in (here, there):
         if text is not None and card.is_foreign(text):

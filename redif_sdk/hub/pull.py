@@ -162,18 +162,19 @@ class Remote:
         """The student with every file, each of them hashed, and the card."""
         entries = list(self._entries)
         card = [CARD_NAME] if self._files is None or CARD_NAME in self._files else []
-        self.fetch(entries, also=card)
-        for path in entries:
-            self._ensure(self._entries[path])
+        self.fetch(entries, also=card, every=True)
         return self.student([])
 
-    def fetch(self, paths: Iterable[str], *, also: Sequence[str] = ()) -> Path:
-        """The folder of the snapshot, with the listed files `paths`; what is new is hashed. Raises IntegrityError."""
+    def fetch(self, paths: Iterable[str], *, also: Sequence[str] = (), every: bool = False) -> Path:
+        """The folder of the snapshot, with the listed files `paths`; what is new, or `every` one, is hashed.
+
+        Raises IntegrityError.
+        """
         wanted = list(dict.fromkeys(paths))
         new = [path for path in wanted if not (self._folder / path).exists()]
         if new or also:
             self._download([*wanted, *also])
-        for path in new:
+        for path in wanted if every else new:
             self._ensure(self._entries[path])
         return self._folder
 

@@ -21,6 +21,7 @@ from redif_sdk.distill.commands import distill_command, eval_command, import_com
 from redif_sdk.errors import InvalidRequest, ParityError, RedifError, TrainingDiverged
 from redif_sdk.export.commands import export_command, verify_command
 from redif_sdk.hub.commands import pull_command, push_command
+from redif_sdk.serving.commands import serve_command
 from redif_sdk.terminal import (
     BAD_INPUT,
     GATE_FAILED,
@@ -188,6 +189,7 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
+app.command("serve")(serve_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)
 app.command("distill")(distill_command)

@@ -1,0 +1,105 @@
+"""What requests and answers look like: OpenAI's images API, and the few fields that we add. No picture is made here."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.manifest import Manifest
+from redif_sdk.request import check_request
+from redif_sdk.serving.backend import Picture
+
+__all__ = ["ImageRequest", "model_card", "pictures_of"]
+
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_CREATED = 0  # of models: a student does not say when it was made
+
+SeedPair = tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)]]
+
+
+class ImageRequest(BaseModel):
+    """The body of ``POST /v1/images/generations``.
+
+    As in OpenAI's API, but: `prompt` names a class of a class-conditional student, and is empty for an unconditional
+    one; `seed` (one number, or one number or [seed, index] a picture), `num_inference_steps` and `class_label` are
+    ours (``extra_body`` in OpenAI's client). `quality`, `style`, `moderation` and `user` change nothing; a transparent
+    background is refused, and so is every field that is not listed here.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | None = Field(None, max_length=1000)
+    model: str | None = Field(None, max_length=200)
+    n: Annotated[int, Field(ge=1, strict=True)] | None = None
+    size: str | None = Field(None, max_length=20)
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "webp", "jpeg"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100, strict=True)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3, strict=True)] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    quality: str | None = Field(None, max_length=20)
+    style: str | None = Field(None, max_length=20)
+    moderation: str | None = Field(None, max_length=20)
+    user: str | None = Field(None, max_length=1000)
+    seed: Annotated[int, Field(strict=True)] | Annotated[list[SeedPair | int], Field(max_length=1000)] | None = None
+    num_inference_steps: Annotated[int, Field(strict=True)] | None = None
+    class_label: Annotated[int, Field(strict=True)] | str | None = None
+
+
+def pictures_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int) -> list[Picture]:
+    """The pictures that are asked for, of the student `name`. InvalidRequest says what the student can do instead."""
+    n = 1 if request.n is None else request.n
+    if n > most:
+        raise InvalidRequest(f"n is {n}; this server makes at most {most} pictures a request")
+    height, width = _size(request.size)
+    label = request.class_label if request.class_label is not None else request.prompt or None
+    if request.class_label is not None and request.prompt and request.prompt != str(request.class_label):
+        raise InvalidRequest("prompt and class_label both name the class; leave the prompt empty, or class_label out")
+    if manifest.condition is None and request.class_label is not None:
+        raise InvalidRequest(f"{manifest.name} is unconditional; it takes no class_label")
+    prompt, labels = (label, None) if isinstance(label, str) else (None, label)
+    checked = check_request(manifest, prompt, labels, n, request.num_inference_steps, request.seed, None, height, width)
+    scale = manifest.postprocess.pixel_shuffle
+    height, width = (extent * scale for extent in checked.size)
+    if height * width > pixels:
+        raise InvalidRequest(f"size is {width}x{height}; this server makes pictures of at most {pixels} pixels")
+    steps = checked.table.num_inference_steps
+    classes: list[Any] = [None] * n if checked.labels is None else checked.labels.tolist()
+    return [
+        Picture(name, label, seed, index, steps, height, width)
+        for label, (seed, index) in zip(classes, checked.seeds, strict=True)
+    ]
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    """(height, width) of "WIDTHxHEIGHT"; None of "auto"."""
+    if size in (None, "auto"):
+        return None, None
+    match = _SIZE.fullmatch(size or "")
+    if match is None:
+        raise InvalidRequest(f"size is {size!r:.50}; give auto, or WIDTHxHEIGHT as in 28x28")
+    return int(match[2]), int(match[1])
+
+
+def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
+    """A student as ``/v1/models`` lists it: OpenAI's fields, and what it can be asked for."""
+    height, width, _ = manifest.image_shape
+    classes = manifest.condition
+    return {
+        "id": name,
+        "object": "model",
+        "created": _CREATED,
+        "owned_by": "redif-sdk",
+        "task": manifest.task,
+        "licence": manifest.licence,
+        "digest": manifest.digest,
+        "num_inference_steps": manifest.supported_steps,
+        "size": f"{width}x{height}",
+        "free_sizes": bool(manifest.latents.dynamic),
+        "num_classes": classes.num_classes if classes else None,
+        "class_names": classes.class_names if classes else None,
+    }

@@ -1,0 +1,292 @@
+"""The HTTP application: OpenAI's images API before any `Backend`, with health, metrics and a page that says how to ask.
+
+It knows nothing of engines, threads or replicas; batching is the backend's, and what a request may say is in `api.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
+
+import redif_sdk
+from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
+from redif_sdk.manifest import Manifest
+from redif_sdk.serving.admission import Admission, Busy
+from redif_sdk.serving.api import ImageRequest, model_card, pictures_of
+from redif_sdk.serving.backend import Backend, Picture
+from redif_sdk.serving.encode import KeptFiles, encode
+from redif_sdk.serving.events import EventStream, gone_client, partial_event
+from redif_sdk.serving.gate import Gate, error_body
+from redif_sdk.serving.metrics import Metrics
+from redif_sdk.serving.page import page
+from redif_sdk.serving.settings import ServeSettings
+
+__all__ = ["create_app"]
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class _Gone(Exception):  # noqa: N818
+    """The client closed the connection."""
+
+
+def create_app(backend: Backend, settings: ServeSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
+    """The application. It starts and stops `backend` with itself."""
+    settings = settings or ServeSettings()
+    metrics = metrics or Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await backend.start()
+        try:
+            yield
+        finally:
+            await backend.stop()
+
+    app = FastAPI(
+        title="redif-sdk",
+        version=redif_sdk.__version__,
+        summary="Pictures from few-step diffusion students, by OpenAI's images API.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_errors(app)
+    _Images(backend, settings, metrics).add_to(app)
+    _add_health(app, backend, metrics)
+    # The last that is added is the first that sees a request: a preflight carries no key.
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape; what went wrong inside is logged, and not told."""
+
+    @app.exception_handler(InvalidRequest)
+    async def _invalid(request: Request, error: InvalidRequest) -> Response:
+        return JSONResponse(error_body(400, str(error)), 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def _malformed(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:2])
+        message = f"{where or 'the body'}: {first['msg']}"
+        return JSONResponse(error_body(400, message, param=where or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def _refused(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(Busy)
+    async def _busy(request: Request, error: Busy) -> Response:
+        return JSONResponse(
+            error_body(429, str(error), code="queue_full"), 429, {"Retry-After": str(error.retry_after)}
+        )
+
+    @app.exception_handler(RuntimeUnavailable)
+    async def _unavailable(request: Request, error: RuntimeUnavailable) -> Response:
+        return JSONResponse(error_body(503, str(error)), 503, {"Retry-After": "1"})
+
+    @app.exception_handler(RedifError)
+    async def _failed(request: Request, error: RedifError) -> Response:
+        _log.error("request failed", exc_info=error)
+        return JSONResponse(error_body(500, "the picture could not be made; the server's log says why"), 500)
+
+    @app.exception_handler(TimeoutError)
+    async def _late(request: Request, error: TimeoutError) -> Response:
+        return JSONResponse(error_body(504, "the pictures were not ready in time; ask for fewer, or later"), 504)
+
+    @app.exception_handler(_Gone)
+    async def _gone(request: Request, error: _Gone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def _broken(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
+
+
+def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"])
+    async def readyz() -> Response:
+        """Whether pictures can be made: 200, or 503."""
+        ready = backend.ready()
+        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    @app.get("/metrics", tags=["health"])
+    async def prometheus() -> Response:
+        """Counts and latencies in Prometheus' text format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(page(app.openapi(), backend.manifests))
+
+
+class _Images:
+    """The routes below ``/v1``."""
+
+    def __init__(self, backend: Backend, settings: ServeSettings, metrics: Metrics) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._metrics = metrics
+        self._admission = Admission(settings.max_queue, metrics)
+        self._files = KeptFiles(settings.kept_bytes, settings.kept_s)
+
+    def add_to(self, app: FastAPI) -> None:
+        app.get("/v1/models", tags=["models"])(self.models)
+        app.get("/v1/models/{name:path}", tags=["models"])(self.model)
+        app.post("/v1/images/generations", tags=["images"])(self.generations)
+        app.get("/v1/images/files/{name}", tags=["images"], name="picture")(self.file)
+
+    async def models(self) -> dict[str, Any]:
+        """The students that this server runs."""
+        cards = [model_card(name, manifest) for name, manifest in self._backend.manifests.items()]
+        return {"object": "list", "data": cards}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        return model_card(*self._student(name))
+
+    def _student(self, name: str | None) -> tuple[str, Manifest]:
+        manifests = self._backend.manifests
+        if name is None:
+            return next(iter(manifests.items()))
+        if name not in manifests:
+            raise HTTPException(404, f"there is no model {name!r:.100}; this server has {', '.join(manifests)}")
+        return name, manifests[name]
+
+    async def file(self, name: str) -> Response:
+        """A picture that was asked for as a URL, as long as it is kept."""
+        found = self._files.get(name)
+        if found is None:
+            raise HTTPException(404, "there is no such picture, or it was kept long enough")
+        return Response(found[0], media_type=found[1], headers={"Cache-Control": "private, immutable, max-age=3600"})
+
+    async def generations(self, body: ImageRequest, request: Request) -> Response:
+        """Make pictures.
+
+        `data` has one entry a picture; `seeds` has (seed, index) of each, which as `seed` give the same pictures again.
+        With ``stream``, server-sent events: up to `partial_images` previews, and then the picture, which must be one.
+        """
+        name, manifest = self._student(body.model)
+        limits = self._settings
+        pictures = pictures_of(body, name, manifest, most=limits.max_images, pixels=limits.max_pixels)
+        if body.stream and len(pictures) != 1:
+            raise InvalidRequest(f"a stream shows one picture, not {len(pictures)}; leave n out")
+        request.state.log = {"model": name, "pictures": len(pictures)}
+        self._admission.enter(len(pictures))
+        if body.stream:
+            return EventStream(self._events(body, pictures[0]), lambda: self._admission.leave(1))
+        try:
+            work = self._generate(pictures)
+            images = await self._while_there(request, work)
+        finally:
+            self._admission.leave(len(pictures))
+        self._metrics.pictures.labels(name).inc(len(images))
+        data = [await self._entry(body, request, image) for image in images]
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "data": data,
+                "background": "opaque",
+                "output_format": body.output_format or "png",
+                "size": f"{pictures[0].width}x{pictures[0].height}",
+                "model": name,
+                "num_inference_steps": pictures[0].num_inference_steps,
+                "seeds": [[picture.seed, picture.index] for picture in pictures],
+            }
+        )
+
+    async def _generate(self, pictures: list[Picture]) -> list[NDArray[np.uint8]]:
+        async with asyncio.timeout(self._settings.timeout_s):
+            tasks = [asyncio.ensure_future(self._backend.generate(picture)) for picture in pictures]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:  # where one failed, nobody waits for the others
+                    task.cancel()
+
+    async def _while_there(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+        """What `work` gives; it is cancelled if the client goes away."""
+        task, gone = asyncio.create_task(work), asyncio.create_task(gone_client(request.receive))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._metrics.cancelled.inc()
+                raise _Gone
+            return task.result()
+        finally:
+            for one in (task, gone):
+                one.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _entry(self, body: ImageRequest, request: Request, image: NDArray[np.uint8]) -> dict[str, str]:
+        output = body.output_format or "png"
+        data = await _encoded(image, output, body.output_compression)
+        if body.response_format == "url":
+            return {"url": str(request.url_for("picture", name=self._files.keep(data, output)))}
+        return {"b64_json": b64encode(data).decode()}
+
+    async def _events(self, body: ImageRequest, picture: Picture) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream. Errors are events too: the status was sent before."""
+        wanted = body.partial_images or 0
+        output = body.output_format or "png"
+        last = picture.num_inference_steps - 1
+        shown = 0
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                if not wanted:
+                    image = await self._backend.generate(picture)
+                else:
+                    step = 0
+                    async for image in self._backend.stream(picture):
+                        if last - wanted <= step < last:
+                            data = await _encoded(image, output, body.output_compression)
+                            yield partial_event(picture, data, output, shown)
+                            shown += 1
+                        step += 1
+                data = await _encoded(image, output, body.output_compression)
+        except (RedifError, TimeoutError) as error:
+            late = isinstance(error, TimeoutError)
+            _log.error("stream failed", exc_info=error)
+            status, reason = (504, "the picture was not ready in time") if late else (500, "the picture was not made")
+            yield {"type": "error", **error_body(status, reason)}
+            return
+        self._metrics.pictures.labels(picture.model).inc()
+        yield partial_event(picture, data, output, None)
+
+
+async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None) -> bytes:
+    """The file; a large picture is encoded in a thread, since it takes long, and a small one takes less than that."""
+    if image.size <= 1 << 16:
+        return encode(image, output, compression)
+    return await asyncio.to_thread(encode, image, output, compression)

@@ -1,0 +1,76 @@
+"""The server's process: uvicorn around the application, from the first byte to a clean end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import uvicorn
+
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.pipeline import FastPipeline
+from redif_sdk.serving.app import create_app
+from redif_sdk.serving.local import LocalBackend
+from redif_sdk.serving.metrics import Metrics
+from redif_sdk.serving.settings import ServeSettings
+
+__all__ = ["serve"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which says where it listens once it does."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+
+def serve(
+    pipelines: Mapping[str, FastPipeline],
+    settings: ServeSettings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
+    started: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was accepted and return. `port` 0 takes a free one.
+
+    `started` is called with the address once requests are taken. Raises InvalidRequest where the address cannot be had.
+    """
+    metrics = Metrics()
+    backend = LocalBackend(pipelines, settings, metrics.batch)
+    config = uvicorn.Config(
+        create_app(backend, settings, metrics),
+        host=host,
+        port=port,
+        access_log=False,  # the application writes its own
+        log_config=None,
+        log_level=log_level,
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=20,
+        timeout_graceful_shutdown=int(settings.timeout_s) + 5,
+    )
+    server = _Server(config, started)
+    # uvicorn raises the signal again after its own clean end; that the process was asked to stop is no failure.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's way to say that it could not bind; it logged why
+        raise InvalidRequest(f"cannot listen on {host}:{port}; is the port in use? give another --port") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not server.started:
+        raise InvalidRequest(f"cannot listen on {host}:{port}; is the port in use? give another --port")

@@ -1,0 +1,1 @@
+"""The HTTP server: its batches, its answers, and the clients that people use."""

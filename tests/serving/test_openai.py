@@ -1,0 +1,61 @@
+"""OpenAI's own client against our server, and the example of the documentation."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from redif_sdk import FastPipeline
+from redif_sdk.serving.settings import ServeSettings
+from tests.serving.conftest import running
+from tests.serving.test_http import expected, pixels
+
+
+def client(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+
+def test_it_generates(address: str, pipeline: FastPipeline) -> None:
+    answer = client(address).images.generate(
+        model="tiny", prompt="d", n=2, size="28x28", response_format="b64_json", extra_body={"seed": 4}
+    )
+    got = [pixels(b64decode(image.b64_json)) for image in answer.data]
+    assert np.array_equal(got, expected(pipeline, "d", 4, 2))
+    url = client(address).images.generate(prompt="d", response_format="url", extra_body={"seed": 4}).data[0].url
+    assert np.array_equal(pixels(httpx.get(url).content), expected(pipeline, "d", 4)[0])
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3])
+def test_it_streams_previews_and_then_the_same_picture(address: str, pipeline: FastPipeline, wanted: int) -> None:
+    events = list(
+        client(address).images.generate(
+            prompt="e", stream=True, partial_images=wanted, extra_body={"seed": 5, "num_inference_steps": 3}
+        )
+    )
+    kinds = [event.type for event in events]
+    assert kinds == ["image_generation.partial_image"] * min(wanted, 2) + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:-1]] == list(range(min(wanted, 2)))
+    assert np.array_equal(pixels(b64decode(events[-1].b64_json)), expected(pipeline, "e", 5, steps=3)[0])
+    previews = [np.asarray(image) for image in pipeline.stream("e", seed=5, num_inference_steps=3)][:-1]
+    for event, preview in zip(events[:-1], previews[2 - min(wanted, 2) :], strict=True):
+        assert np.array_equal(pixels(b64decode(event.b64_json)), preview)
+
+
+def test_it_lists_the_models(address: str) -> None:
+    assert [model.id for model in client(address).models.list()] == ["tiny", "plain"]
+    assert client(address).models.retrieve("plain").owned_by == "redif-sdk"
+
+
+def test_it_raises_its_own_errors(address: str, pipeline: FastPipeline) -> None:
+    with pytest.raises(openai.BadRequestError, match="is no class of tiny"):
+        client(address).images.generate(prompt="zebra")
+    with pytest.raises(openai.NotFoundError):
+        client(address).images.generate(prompt="a", model="dall-e-3")
+    with running({"tiny": pipeline}, ServeSettings(api_keys=("key-one-1",))) as locked:
+        with pytest.raises(openai.AuthenticationError):
+            client(locked).images.generate(prompt="a")
+        assert client(locked, "key-one-1").images.generate(prompt="a").data

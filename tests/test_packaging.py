@@ -53,7 +53,7 @@ def names_in(wheel: Path) -> list[str]:
 def sources(root: Path) -> set[str]:
     """What a wheel must hold of the checkout: every module, the type marker, and all that lies beside the teachers."""
     found = {f"redif_sdk/{path.name}" for path in (root / "redif_sdk").glob("*.py")} | {"redif_sdk/py.typed"}
-    for package in ("hub", "runtimes"):
+    for package in ("hub", "runtimes", "serving"):
         found |= {path.relative_to(root).as_posix() for path in (root / "redif_sdk" / package).rglob("*.py")}
     for folder, inside in FOLDERS.items():
         found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}

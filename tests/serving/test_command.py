@@ -1,4 +1,4 @@
-"""`redif serve` as a process: it says where it is, finishes what it accepted when it is told to stop, and fails in one line."""
+"""`redif serve` as a process: told to stop, it finishes what it accepted; what it cannot do is one line."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from base64 import b64decode
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -13,6 +15,8 @@ from redif_sdk import FastPipeline
 from redif_sdk.serving.settings import ServeSettings
 from tests.serving.conftest import running
 from tests.serving.test_http import expected, pixels
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def client(address: str, key: str = "none") -> openai.OpenAI:
@@ -59,3 +63,12 @@ def test_it_raises_its_own_errors(address: str, pipeline: FastPipeline) -> None:
         with pytest.raises(openai.AuthenticationError):
             client(locked).images.generate(prompt="a")
         assert client(locked, "key-one-1").images.generate(prompt="a").data
+
+
+def test_the_documentation_s_example_runs(address: str) -> None:
+    blocks = (ROOT / "docs/serving.md").read_text(encoding="utf-8").split("```python\n")
+    (example,) = [block.partition("```")[0] for block in blocks if block.startswith("# openai\n")]
+    assert "http://127.0.0.1:8000" in example
+    names: dict[str, Any] = {}
+    exec(example.replace("http://127.0.0.1:8000", address), names)
+    assert len(names["pictures"]) == 2

@@ -1,0 +1,233 @@
+"""The server under load: every accepted request answered once, with the right pictures, in flat memory; and its batches.
+
+    python benchmarks/serving_load.py build/quickstart/student-2 --json docs/results/serving.json
+
+Starts `redif serve` as a process on the loopback, with clients in this one: both share the machine's cores. The mix, drawn
+with a fixed seed: single pictures and some of up to four, cancelled requests, bad ones. Exits 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image
+
+from redif_sdk import FastPipeline
+from redif_sdk.report import document, write_json
+
+PATH = "/v1/images/generations"
+CANCELLED, BAD = 0.08, 0.08
+BATCH = 8
+ROUNDS = 5
+BAD_BODIES = [
+    b"{",
+    b'{"prompt": "no such class"}',
+    b'{"class_label": 0, "n": 0}',
+    b'{"model": "other"}',
+    b"x" * (1 << 17),
+]
+
+
+@contextmanager
+def server(student: str, max_batch: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of `student` on a free port; told to stop afterwards, which must be no failure."""
+    script = "from redif_sdk.cli import main; main()"
+    options = ["--port", "0", "--runtime", "onnxruntime", "--max-batch", str(max_batch), "--log-level", "error"]
+    command = [sys.executable, "-c", script, "serve", student, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        if found is None:
+            raise SystemExit("the server did not start")
+        yield process, found[0]
+        process.send_signal(signal.SIGTERM)
+        if process.wait(60) != 0:
+            raise SystemExit(f"the server ended with {process.returncode}")
+
+
+def plan(requests: int, classes: int | None) -> list[dict[str, Any]]:
+    """What to ask for: {"kind": good, cancelled or bad, "body", "after": seconds until a cancelled client leaves}."""
+    drawn = random.Random(0)
+    asked = []
+    for _ in range(requests):
+        body: dict[str, Any] = {"seed": drawn.randrange(2**64), "n": drawn.choices([1, 2, 4], [8, 1, 1])[0]}
+        if classes is not None:
+            body["class_label"] = drawn.randrange(classes)
+        kind = drawn.choices(["good", "cancelled", "bad"], [1 - CANCELLED - BAD, CANCELLED, BAD])[0]
+        data = drawn.choice(BAD_BODIES) if kind == "bad" else json.dumps(body).encode()
+        asked.append({"kind": kind, "body": body, "data": data, "after": drawn.uniform(0.0, 0.2)})
+    return asked
+
+
+async def load(address: str, asked: list[dict[str, Any]], concurrency: int, process: int) -> dict[str, Any]:
+    """Ask for all of it. Each entry gets "status", "answer" and "seconds"; the rest is of the whole."""
+    waiting = iter(asked)
+    memory: list[int] = []
+    retries = 0
+
+    async def one(client: httpx.AsyncClient, entry: dict[str, Any]) -> None:
+        nonlocal retries
+        while True:
+            begun = time.perf_counter()
+            request = client.post(PATH, content=entry["data"], headers={"content-type": "application/json"})
+            try:
+                limit = entry["after"] if entry["kind"] == "cancelled" else 120
+                answer = await asyncio.wait_for(request, limit)
+            except TimeoutError:
+                entry["status"] = "cancelled" if entry["kind"] == "cancelled" else "lost"
+                return
+            if answer.status_code == 429:
+                retries += 1
+                await asyncio.sleep(float(answer.headers["retry-after"]))
+                continue
+            entry |= {"status": answer.status_code, "answer": answer.content, "seconds": time.perf_counter() - begun}
+            return
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        for entry in waiting:
+            await one(client, entry)
+
+    async def watch() -> None:
+        while True:
+            memory.append(psutil.Process(process).memory_info().rss)
+            await asyncio.sleep(0.1)
+
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
+        watching = asyncio.create_task(watch())
+        begun = time.perf_counter()
+        await asyncio.gather(*(client_loop(client) for _ in range(concurrency)))
+        seconds = time.perf_counter() - begun
+        watching.cancel()
+        metrics = (await client.get("/metrics")).text
+    return {"seconds": seconds, "memory": memory, "retries": retries, "metrics": metrics}
+
+
+def wrong(pipeline: FastPipeline, asked: list[dict[str, Any]]) -> Counter[str]:
+    """What was answered, by kind and status; "wrong" where a picture is not that of its seed."""
+    found: Counter[str] = Counter()
+    for entry in asked:
+        found[f"{entry['kind']}: {entry['status']}"] += 1
+        if entry["kind"] == "bad" or entry["status"] != 200:
+            continue
+        body = entry["body"]
+        labels = {"class_labels": body["class_label"]} if "class_label" in body else {}
+        expected = pipeline(**labels, num_images_per_prompt=body["n"], seed=body["seed"], output_type="uint8").images
+        data = json.loads(entry["answer"])["data"]
+        got = [np.asarray(Image.open(io.BytesIO(b64decode(image["b64_json"])))) for image in data]
+        if len(got) != len(expected) or not all(
+            map(np.array_equal, got, expected.squeeze(-1) if expected.shape[3] == 1 else expected)
+        ):
+            found["wrong"] += 1
+    return found
+
+
+def metric(text: str, name: str) -> float:
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+def engine_rates(pipeline: FastPipeline, classes: int | None) -> tuple[float, float]:
+    """Pictures a second of the engine alone, one by one and in batches; medians of interleaved rounds."""
+    rates: dict[int, list[float]] = {1: [], BATCH: []}
+    for _ in range(ROUNDS):
+        for batch in rates:
+            labels = {} if classes is None else {"class_labels": [0] * batch}
+            count = 1 if labels else batch
+            begun = time.perf_counter()
+            for seed in range(128 // batch):
+                pipeline(**labels, num_images_per_prompt=count, seed=seed, output_type="uint8")
+            rates[batch].append(128 / (time.perf_counter() - begun))
+    return statistics.median(rates[1]), statistics.median(rates[BATCH])
+
+
+def served_rate(student: str, classes: int | None, max_batch: int, concurrency: int) -> tuple[float, float]:
+    """(pictures a second that clients see, pictures a second of engine time) of a server with that `max_batch`."""
+    asked = [entry for entry in plan(500, classes) if entry["kind"] == "good"]
+    for entry in asked:
+        entry["body"]["n"] = 1
+        entry["data"] = json.dumps(entry["body"]).encode()
+    with server(student, max_batch) as (process, address):
+        out = asyncio.run(load(address, asked, concurrency, process.pid))
+    engine = metric(out["metrics"], "redif_batch_pictures_sum") / metric(out["metrics"], "redif_batch_seconds_sum")
+    return len(asked) / out["seconds"], engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--json", default=None, metavar="FILE")
+    options = parser.parse_args()
+    pipeline = FastPipeline.from_pretrained(options.student, runtime="onnxruntime")
+    condition = pipeline.manifest.condition
+    classes = condition.num_classes if condition else None
+    asked = plan(options.requests, classes)
+    with server(options.student, BATCH) as (process, address):
+        out = asyncio.run(load(address, asked, options.concurrency, process.pid))
+    counts = wrong(pipeline, asked)
+    seconds = sorted(entry["seconds"] for entry in asked if entry["kind"] == "good" and entry["status"] == 200)
+    half = out["memory"][len(out["memory"]) // 2 :]
+    rates = [(served_rate(options.student, classes, size, options.concurrency)) for size in (1, BATCH)]
+    one, many = engine_rates(pipeline, classes)
+    good = sum(entry["kind"] == "good" for entry in asked)
+    row = {
+        "contender": "redif serve",
+        "requests": len(asked),
+        "concurrency": options.concurrency,
+        "answers": dict(counts),
+        "retries_429": out["retries"],
+        "lost": counts["good: lost"],
+        "wrong": counts["wrong"],
+        "seconds": out["seconds"],
+        "requests_per_second": len(asked) / out["seconds"],
+        "p50_ms": 1000 * seconds[len(seconds) // 2],
+        "p95_ms": 1000 * seconds[int(0.95 * len(seconds))],
+        "p99_ms": 1000 * seconds[int(0.99 * len(seconds))],
+        "memory_mb": out["memory"][-1] / 1e6,
+        "memory_growth_second_half": max(half) / half[0] - 1,
+        "mean_batch": metric(out["metrics"], "redif_batch_pictures_sum")
+        / metric(out["metrics"], "redif_batch_pictures_count"),
+        "engine_images_per_second": {"batch_1": one, f"batch_{BATCH}": many},
+        "engine_gain": many / one,
+        "served_images_per_second": {"max_batch_1": rates[0][0], f"max_batch_{BATCH}": rates[1][0]},
+        "served_gain": rates[1][0] / rates[0][0],
+        "served_engine_gain": rates[1][1] / rates[0][1],
+        "load_average": os.getloadavg()[0],
+    }
+    print(json.dumps(row, indent=1))
+    if options.json:
+        write_json(options.json, document("serving_load", [row]))
+    bounds = {
+        "every good request answered with 200": counts["good: 200"] == good,
+        "every picture that of its seed": counts["wrong"] == 0,
+        "every bad request refused": all(key[5] == "4" for key in counts if key.startswith("bad: ")),
+        "memory grows by less than 5 % over the second half": row["memory_growth_second_half"] < 0.05,
+        "batching keeps 90 % of the engine's gain": row["served_gain"] >= 0.9 * row["engine_gain"],
+    }
+    for bound, kept in bounds.items():
+        print("kept  " if kept else "MISSED", bound)
+    sys.exit(0 if all(bounds.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,9 @@
 
     python benchmarks/serving_load.py build/quickstart/student-2 --json docs/results/serving.json
 
-And what batching brings, beside what it brings the engine alone. Starts `redif serve` as a process on the loopback, with
-the clients in this one: both share the machine's cores. The mix, drawn with a fixed seed: single pictures and some of up
-to four, cancelled requests, bad ones. Exits 1 where a bound is missed.
+And what batching brings, beside what it brings the engine alone. Starts `redif serve` as a process on the loopback,
+with the clients in this one: both share the machine's cores. The mix, drawn with a fixed seed: single pictures and some
+of up to four, cancelled requests, bad ones. Exits 1 where a bound is missed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,32 @@ from tests.serving.test_http import expected, pixels
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def client(address: str, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+@contextmanager
+def client(address: str, key: str = "none") -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as one:
+        yield one
 
 
-def test_it_generates(address: str, pipeline: FastPipeline) -> None:
-    answer = client(address).images.generate(
+@pytest.fixture
+def images(address: str) -> Iterator[Any]:
+    with client(address) as one:
+        yield one.images
+
+
+def test_it_generates(images: Any, pipeline: FastPipeline) -> None:
+    answer = images.generate(
         model="tiny", prompt="d", n=2, size="28x28", response_format="b64_json", extra_body={"seed": 4}
     )
     got = [pixels(b64decode(image.b64_json)) for image in answer.data]
     assert np.array_equal(got, expected(pipeline, "d", 4, 2))
-    url = client(address).images.generate(prompt="d", response_format="url", extra_body={"seed": 4}).data[0].url
+    url = images.generate(prompt="d", response_format="url", extra_body={"seed": 4}).data[0].url
     assert np.array_equal(pixels(httpx.get(url).content), expected(pipeline, "d", 4)[0])
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2, 3])
-def test_it_streams_previews_and_then_the_same_picture(address: str, pipeline: FastPipeline, wanted: int) -> None:
+def test_it_streams_previews_and_then_the_same_picture(images: Any, pipeline: FastPipeline, wanted: int) -> None:
     events = list(
-        client(address).images.generate(
+        images.generate(
             prompt="e", stream=True, partial_images=wanted, extra_body={"seed": 5, "num_inference_steps": 3}
         )
     )
@@ -50,19 +60,21 @@ def test_it_streams_previews_and_then_the_same_picture(address: str, pipeline: F
 
 
 def test_it_lists_the_models(address: str) -> None:
-    assert [model.id for model in client(address).models.list()] == ["tiny", "plain"]
-    assert client(address).models.retrieve("plain").owned_by == "redif-sdk"
+    with client(address) as one:
+        assert [model.id for model in one.models.list()] == ["tiny", "plain"]
+        assert one.models.retrieve("plain").owned_by == "redif-sdk"
 
 
-def test_it_raises_its_own_errors(address: str, pipeline: FastPipeline) -> None:
+def test_it_raises_its_own_errors(images: Any, pipeline: FastPipeline) -> None:
     with pytest.raises(openai.BadRequestError, match="is no class of tiny"):
-        client(address).images.generate(prompt="zebra")
+        images.generate(prompt="zebra")
     with pytest.raises(openai.NotFoundError):
-        client(address).images.generate(prompt="a", model="dall-e-3")
+        images.generate(prompt="a", model="dall-e-3")
     with running({"tiny": pipeline}, ServeSettings(api_keys=("key-one-1",))) as locked:
-        with pytest.raises(openai.AuthenticationError):
-            client(locked).images.generate(prompt="a")
-        assert client(locked, "key-one-1").images.generate(prompt="a").data
+        with client(locked) as stranger, pytest.raises(openai.AuthenticationError):
+            stranger.images.generate(prompt="a")
+        with client(locked, "key-one-1") as known:
+            assert known.images.generate(prompt="a").data
 
 
 def test_the_documentation_s_example_runs(address: str) -> None:
@@ -71,4 +83,5 @@ def test_the_documentation_s_example_runs(address: str) -> None:
     assert "http://127.0.0.1:8000" in example
     names: dict[str, Any] = {}
     exec(example.replace("http://127.0.0.1:8000", address), names)
+    names["client"].close()
     assert len(names["pictures"]) == 2

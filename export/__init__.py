@@ -1,7 +1,7 @@
 """Compile a student's network to graphs and engines, and check graphs against their source.
 
 `verify` needs numpy and an inference engine only, so that a deployer can run it; torch is imported when `export` makes
-ONNX graphs, and TensorRT when it builds engines of them.
+ONNX graphs, and TensorRT when it builds engines of them. A page for browsers is made of the graphs that are there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from redif_sdk.manifest import Manifest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ENGINE_TARGETS", "TARGETS", "build_engines", "export", "verify"]
+__all__ = ["ENGINE_TARGETS", "PAGE_TARGET", "TARGETS", "build_engines", "build_page", "export", "verify"]
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
-TARGETS = ("onnx", *ENGINE_TARGETS)
+PAGE_TARGET = "web"
+TARGETS = ("onnx", *ENGINE_TARGETS, PAGE_TARGET)
 
 
 def export(
@@ -34,13 +35,15 @@ def export(
     runtimes: Sequence[str] | None = None,
     sm: Sequence[int] = (),
     engine_dir: str | Path | None = None,
+    web_dir: str | Path | None = None,
     network: torch.nn.Module | None = None,
 ) -> Manifest:
     """Compile the student in `folder`: its ONNX graphs, checked and added to the folder, and engines built of these.
 
     "onnx" records golden outputs and passes the parity gate; graphs and golden files that were there are replaced.
     "tensorrt-rtx" and "tensorrt" build engines of the graphs that are then there, for the compute capabilities `sm`,
-    into `engine_dir` or this machine's cache; `build_engines` has more settings for them.
+    into `engine_dir` or this machine's cache; `build_engines` has more settings for them. "web" writes a static page
+    that runs the first of `precisions` in the visitor's browser, into `web_dir` or beside the folder: see `build_page`.
 
     `precisions`: of "fp32", "fp16", "bf16", "int8". `batches` and `sizes` (height, width in pixels) are what the gate
     looks at, in `runtimes` (default: those that run here); an axis on which `sizes` differ from the student's own
@@ -65,6 +68,8 @@ def export(
     for flavour in targets:
         if flavour in ENGINE_TARGETS:
             build_engines(folder, flavour=flavour, precisions=precisions, sm=sm, engine_dir=engine_dir)
+    if PAGE_TARGET in targets:
+        build_page(folder, web_dir, precision=precisions[0] if precisions else "fp32")
     return StudentFolder(folder).manifest
 
 
@@ -77,3 +82,10 @@ def build_engines(folder: str | Path, **settings: Any) -> list[dict[str, Any]]:
             f'to build engines needs {error.name}; pip install "redif-sdk[tensorrt-rtx]" or "redif-sdk[tensorrt]"'
         ) from error
     return tensorrt.build_engines(folder, **settings)
+
+
+def build_page(folder: str | Path, output: str | Path | None = None, **settings: Any) -> Path:
+    """A static page that runs the student in browsers; see `redif_sdk.export.web.build_page`. Needs no torch."""
+    from redif_sdk.export import web
+
+    return web.build_page(folder, output, **settings)

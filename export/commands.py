@@ -56,7 +56,7 @@ ENGINES = {
 def export_command(
     folder: StudentFolderArgument,
     target: Annotated[
-        list[str] | None, typer.Option(help="onnx, tensorrt-rtx, tensorrt; may be repeated. Default: onnx.")
+        list[str] | None, typer.Option(help="onnx, tensorrt-rtx, tensorrt, web; may be repeated. Default: onnx.")
     ] = None,
     precision: Annotated[
         list[str] | None,
@@ -91,20 +91,32 @@ def export_command(
     strip_weights: Annotated[
         bool, typer.Option("--strip-weights", help="Engines: without the weights, which the student has.")
     ] = False,
+    web_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Web: the page's folder; default: the student's name with -web.")
+    ] = None,
+    web_engine: Annotated[
+        list[str] | None, typer.Option(help="Web: wasm, webgpu; may be repeated. Default: both.")
+    ] = None,
     timing_cache: Annotated[bool, typer.Option(help="Engines of tensorrt: keep what was timed.")] = True,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compile a student: to ONNX, checked against torch, and from there to TensorRT engines.
+    """Compile a student: to ONNX, checked against torch, and from there to TensorRT engines or a page for browsers.
 
     The ONNX graphs that were there are replaced: name every precision that the student shall have. Engines are built of
-    the graphs that are there, without torch, and never lie in the student's folder.
+    the graphs that are there, without torch, and never lie in the student's folder; so is the page of the target web,
+    which needs npm for the browser's engine.
     """
-    from redif_sdk.export import ENGINE_TARGETS, build_engines, export
+    from redif_sdk.export import ENGINE_TARGETS, PAGE_TARGET, build_engines, build_page, export
 
     console = console_for(json, quiet)
     targets = target or ["onnx"]
-    graphs = [name for name in targets if name not in ENGINE_TARGETS]
+    graphs = [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]
+    if PAGE_TARGET in targets and len(precision or []) > 1 and set(targets) <= {PAGE_TARGET}:
+        raise InvalidRequest(f"a page runs one precision; {', '.join(precision or [])} were given")
+    for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine)):
+        if given and PAGE_TARGET not in targets:
+            raise InvalidRequest(f"{option} is for --target web, which was not asked for")
     rows: list[dict[str, Any]] = []
     if graphs:
         if batches is not None and len(targets) > len(graphs):
@@ -138,6 +150,21 @@ def export_command(
             print_rows(console, ENGINES, [_shown(row) for row in built])
             for row in built:
                 console.print(row["file"], soft_wrap=True)
+    if PAGE_TARGET in targets:
+        with console.status("making the page") if console.is_terminal else nullcontext():
+            page = build_page(
+                folder,
+                web_dir,
+                precision=(precision or ["fp32"])[0],
+                engines=tuple(dict.fromkeys(web_engine)) if web_engine else ("wasm", "webgpu"),
+            )
+        size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
+        rows.append({"target": PAGE_TARGET, "folder": str(page), "bytes": size})
+        console.print(
+            f"{page}: {size / 1e6:.1f} MB; try it with python -m http.server -d {page}, publish it on any host of "
+            f"static files",
+            soft_wrap=True,
+        )
     write_rows(json, "export", rows)
 
 

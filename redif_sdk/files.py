@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -276,7 +276,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def _check_free(path: Path, overwrite: bool, replaceable: Sequence[str]) -> None:
     """Raise InvalidRequest unless `path` is free, an empty folder, or a folder of ours that may be overwritten."""
     if not os.path.lexists(path):
         return
@@ -286,25 +286,26 @@ def _check_free(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InvalidRequest(f"{path} is there already and not empty; give another folder, or ask to overwrite it")
-    if not any((path / name).is_file() for name in REPLACEABLE):
-        raise InvalidRequest(f"{path} is not a student's folder, so it is not overwritten; give another folder")
+    if not any((path / name).is_file() for name in replaceable):
+        names = " or ".join(replaceable)
+        raise InvalidRequest(f"{path} is no folder of ours ({names}), so it is not overwritten; give another folder")
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool = False, replaceable: Sequence[str] = REPLACEABLE) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write into; swap it in at the end, or remove it on any error.
 
     An empty folder at `path` counts as none. Raises InvalidRequest when something else is there and `overwrite` is
     false, or when it is not a folder of ours. The sibling is on the same file system, so the swap is a rename.
     """
     path = Path(path).resolve()
-    _check_free(path, overwrite)
+    _check_free(path, overwrite, replaceable)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         yield temporary
-        _check_free(path, overwrite)
+        _check_free(path, overwrite, replaceable)
         _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

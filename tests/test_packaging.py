@@ -51,7 +51,7 @@ def names_in(wheel: Path) -> list[str]:
 
 
 def sources(root: Path) -> set[str]:
-    """What a wheel must hold of the checkout: every module, the type marker, and all that lies beside the teachers."""
+    """What a wheel must hold of the checkout: every module, the type marker, the page's files, and all beside the teachers."""
     found = {f"redif_sdk/{path.name}" for path in (root / "redif_sdk").glob("*.py")} | {"redif_sdk/py.typed"}
     for package in ("hub", "runtimes", "serving"):
         found |= {path.relative_to(root).as_posix() for path in (root / "redif_sdk" / package).rglob("*.py")}
@@ -59,6 +59,7 @@ def sources(root: Path) -> set[str]:
         found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}
     teachers = root / "distill/teachers"
     files = (path for path in teachers.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    found |= {f"redif_sdk/export/page/{path.name}" for path in (root / "export/page").iterdir()}
     return found | {f"redif_sdk/distill/teachers/{path.relative_to(teachers).as_posix()}" for path in files}
 
 

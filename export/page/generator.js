@@ -1,0 +1,244 @@
+// A student in the browser: its graphs by ONNX Runtime Web, its noise by noise.js, its steps by its own tables.
+//
+// The arithmetic is that of redif_sdk/steps.py and redif_sdk/images.py. Nothing here touches the page.
+
+import { normals } from "./noise.js";
+
+/** "hardware", "software" or "none": the WebGPU that answers in this browser. WASM is far faster than one in software. */
+async function webGpu() {
+  try {
+    const adapter = await navigator.gpu?.requestAdapter();
+    const emulated = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter ?? false;
+    return adapter ? (emulated ? "software" : "hardware") : "none";
+  } catch {
+    return "none";
+  }
+}
+
+export class Generator {
+  /**
+   * `config` is student.json; `engine` is "auto", "wasm" or "webgpu"; `onProgress(done, total)` counts bytes.
+   * `load` throws an Error whose message is for people.
+   */
+  constructor(config, engine, onProgress) {
+    this.config = config;
+    this.wanted = engine;
+    this.onProgress = onProgress;
+    this.sessions = new Map(); // component -> promise of a session
+  }
+
+  async load() {
+    const found = this.wanted !== "wasm" && this.config.engines.webgpu ? await webGpu() : "none";
+    const gpu = found === "hardware" || (found === "software" && this.wanted === "webgpu");
+    if (this.wanted === "webgpu" && !gpu) {
+      throw new Error("This browser has no WebGPU that answers; choose WASM.");
+    }
+    this.engine = gpu ? "webgpu" : "wasm";
+    await this.open();
+    if (this.engine === "webgpu" && this.wanted === "auto") {
+      try {
+        await this.session(this.main());
+      } catch (error) {
+        console.warn("WebGPU does not take this student; WASM does it:", error);
+        this.sessions.clear();
+        this.engine = "wasm";
+        await this.open();
+      }
+    }
+    await this.session(this.main());
+  }
+
+  async open() {
+    this.ort = await import(new URL(this.config.engines[this.engine], self.location.href).href);
+    this.threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+    this.ort.env.wasm.numThreads = this.threads;
+    this.ort.env.wasm.wasmPaths = new URL("ort/", self.location.href).href;
+    this.ort.env.logLevel = "error";
+  }
+
+  /** The graph that a plain call runs. */
+  main() {
+    return this.config.graphs.generator ? "generator" : "denoiser";
+  }
+
+  /** The session of "generator" or "denoiser", made when it is first asked for. */
+  session(component) {
+    if (!this.sessions.has(component)) {
+      const made = this.create(component);
+      made.catch(() => this.sessions.delete(component)); // the next call tries again
+      this.sessions.set(component, made);
+    }
+    return this.sessions.get(component);
+  }
+
+  async create(component) {
+    const graph = this.config.graphs[component];
+    const all = [graph, ...graph.data];
+    const total = all.reduce((sum, file) => sum + file.bytes, 0);
+    let before = 0;
+    const bytes = [];
+    for (const file of all) {
+      bytes.push(await fetchChecked(file, (done) => this.onProgress(before + done, total)));
+      before += file.bytes;
+    }
+    const options = { executionProviders: [this.engine], graphOptimizationLevel: "all", logSeverityLevel: 3 };
+    if (graph.data.length > 0) {
+      options.externalData = graph.data.map((file, i) => ({ path: file.name, data: bytes[i + 1] }));
+    }
+    return this.ort.InferenceSession.create(bytes[0], options);
+  }
+
+  /**
+   * One picture: {height, width, pixels}, RGBA. `request` has classLabel (a number, or null), steps, seed and index
+   * (BigInt), height and width (pixels). `onStep(step, picture)` is given the clean-image estimate after every step but
+   * the last, and makes the steps run one by one. `cancelled()` is asked before every network call; null comes back.
+   */
+  async picture(request, { onStep = null, cancelled = () => false } = {}) {
+    const { latents, pixelShuffle } = this.config;
+    const table = this.config.tables.find((each) => each.rows.length === request.steps);
+    const height = request.height / pixelShuffle;
+    const width = request.width / pixelShuffle;
+    const shape = [1, latents.channels, height, width];
+    const size = latents.channels * height * width;
+    const slices = table.rows.some((row) => row[5] !== 0) ? table.rows.length + 1 : 1;
+    const noise = new Float32Array(slices * size);
+    for (let slot = 0; slot < slices; slot += 1) {
+      noise.set(normals(request.seed, request.index, slot, size), slot * size);
+    }
+    if (cancelled()) {
+      return null;
+    }
+    if (onStep === null && this.config.graphs.generator) {
+      return this.fused(noise, [slices, ...shape], table, request.classLabel);
+    }
+    return this.stepped(noise, shape, table, request.classLabel, onStep, cancelled);
+  }
+
+  async fused(noise, shape, table, classLabel) {
+    const { Tensor } = this.ort;
+    const session = await this.session("generator");
+    const inputs = {
+      noise: new Tensor("float32", noise, shape),
+      table: new Tensor("float32", Float32Array.from(table.rows.flat()), [table.rows.length, 6]),
+      init_scale: new Tensor("float32", Float32Array.of(table.initScale), []),
+      ...this.label(classLabel),
+    };
+    const { images } = await session.run(inputs);
+    const [, height, width, channels] = images.dims;
+    return { height, width, pixels: rgba(await images.getData(), channels) };
+  }
+
+  async stepped(noise, shape, table, classLabel, onStep, cancelled) {
+    const { Tensor } = this.ort;
+    const round = Math.fround;
+    const session = await this.session("denoiser");
+    const size = shape[1] * shape[2] * shape[3];
+    const last = table.rows.length - 1;
+    let x = Float32Array.from(noise.subarray(0, size), (value) => value * round(table.initScale));
+    for (let k = 0; k <= last; k += 1) {
+      if (cancelled()) {
+        return null;
+      }
+      const [t, p, q, r, s, c] = table.rows[k];
+      const { f } = await session.run({
+        sample: new Tensor("float32", x, shape),
+        timestep: new Tensor("float32", Float32Array.of(t), [1]),
+        ...this.label(classLabel),
+      });
+      const output = await f.getData();
+      const clean = new Float32Array(size);
+      const next = new Float32Array(size);
+      const z = (k + 1) * size;
+      for (let i = 0; i < size; i += 1) { // every product and sum rounded to float32, as numpy does
+        clean[i] = round(p * x[i]) + round(q * output[i]);
+        const mean = round(round(r * clean[i]) + round(s * x[i]));
+        next[i] = c === 0 ? mean : mean + round(c * noise[z + i]);
+      }
+      x = next;
+      if (k < last && onStep !== null) {
+        onStep(k, this.develop(clean, shape));
+        await new Promise((resolve) => setTimeout(resolve)); // let a cancellation in
+      }
+    }
+    return this.develop(x, shape);
+  }
+
+  /** Latents (1, C, H, W) to a picture: torch's pixel shuffle, the value range to 0..255, rounded half to even. */
+  develop(x, shape) {
+    const { pixelShuffle: factor, scale, offset } = this.config;
+    const channels = shape[1] / factor ** 2;
+    const height = shape[2] * factor;
+    const width = shape[3] * factor;
+    const levels = new Uint8Array(height * width * channels);
+    for (let row = 0; row < height; row += 1) {
+      for (let column = 0; column < width; column += 1) {
+        const inside = (row % factor) * factor + (column % factor);
+        const place = Math.floor(row / factor) * shape[3] + Math.floor(column / factor);
+        for (let channel = 0; channel < channels; channel += 1) {
+          const value = x[(channel * factor ** 2 + inside) * shape[2] * shape[3] + place];
+          const level = Math.fround(Math.fround(value * Math.fround(scale)) + Math.fround(offset));
+          levels[(row * width + column) * channels + channel] = halfToEven(Math.min(Math.max(level, 0), 255));
+        }
+      }
+    }
+    return { height, width, pixels: rgba(levels, channels) };
+  }
+
+  label(classLabel) {
+    return classLabel === null ? {} : { class_labels: new this.ort.Tensor("int64", [BigInt(classLabel)], [1]) };
+  }
+}
+
+/** The bytes of a file of student.json. Throws unless they are the very ones that were exported. */
+async function fetchChecked(file, onProgress) {
+  const response = await fetch(new URL(file.file, self.location.href));
+  if (!response.ok) {
+    throw new Error(`${file.file} cannot be had: the server answers ${response.status}. Publish the whole folder.`);
+  }
+  const bytes = new Uint8Array(file.bytes);
+  let done = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done: ended, value } = await reader.read();
+    if (ended) {
+      break;
+    }
+    if (done + value.length > file.bytes) {
+      throw new Error(`${file.file} is longer than it was when this page was made. Publish the folder again.`);
+    }
+    bytes.set(value, done);
+    done += value.length;
+    onProgress(done);
+  }
+  if (done !== file.bytes) {
+    throw new Error(`${file.file} came incomplete: ${done} of ${file.bytes} bytes. Load the page again.`);
+  }
+  if (self.crypto?.subtle) { // a page that comes over plain HTTP from another machine has none
+    const digest = new Uint8Array(await self.crypto.subtle.digest("SHA-256", bytes));
+    const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    if (hex !== file.sha256) {
+      throw new Error(`${file.file} is not what was exported: its SHA-256 differs. Publish the folder again.`);
+    }
+  }
+  return bytes;
+}
+
+function halfToEven(value) {
+  const below = Math.floor(value);
+  const rest = value - below;
+  if (rest !== 0.5) {
+    return rest < 0.5 ? below : below + 1; // NaN fails every comparison and becomes 0 in the array
+  }
+  return below % 2 === 0 ? below : below + 1;
+}
+
+/** Levels (H, W, C) with C = 1, 3 or 4 to RGBA. */
+function rgba(levels, channels) {
+  const pixels = new Uint8ClampedArray((levels.length / channels) * 4);
+  for (let from = 0, to = 0; from < levels.length; from += channels, to += 4) {
+    pixels[to] = levels[from];
+    pixels[to + 1] = levels[from + (channels > 2 ? 1 : 0)];
+    pixels[to + 2] = levels[from + (channels > 2 ? 2 : 0)];
+    pixels[to + 3] = channels === 4 ? levels[from + 3] : 255;
+  }
+  return pixels;
+}

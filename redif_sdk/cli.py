@@ -17,6 +17,7 @@ import typer
 
 from redif_sdk.bench_command import bench_command
 from redif_sdk.card_command import card_command
+from redif_sdk.demo.commands import demo_command
 from redif_sdk.distill.commands import distill_command, eval_command, import_command, quickstart_command
 from redif_sdk.errors import InvalidRequest, ParityError, RedifError, TrainingDiverged
 from redif_sdk.export.commands import export_command, verify_command
@@ -190,6 +191,7 @@ app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
 app.command("serve")(serve_command)
+app.command("demo")(demo_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)
 app.command("distill")(distill_command)

@@ -51,7 +51,7 @@ def names_in(wheel: Path) -> list[str]:
 
 
 def sources(root: Path) -> set[str]:
-    """What a wheel must hold of the checkout: every module, the type marker, the page's files, and all beside the teachers."""
+    """What a wheel must hold of the checkout: modules, the type marker, the page, and all beside the teachers."""
     found = {f"redif_sdk/{path.name}" for path in (root / "redif_sdk").glob("*.py")} | {"redif_sdk/py.typed"}
     for package in ("hub", "runtimes", "serving"):
         found |= {path.relative_to(root).as_posix() for path in (root / "redif_sdk" / package).rglob("*.py")}

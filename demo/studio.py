@@ -1,0 +1,226 @@
+"""What the demo shows, without the page: pictures as they form, the teacher's beside them, and how long they took.
+
+A `Studio` knows students by name. It yields plain values, and raises InvalidRequest for what cannot be made. Nothing
+here knows Gradio.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL.Image import Image
+
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.manifest import Manifest
+from redif_sdk.pipeline import FastPipeline
+
+__all__ = ["NOTHING", "SAME_STEPS", "Captioned", "Order", "Shown", "Studio", "parse_seed", "random_seed"]
+
+BATCH = 8  # pictures a call: what comes is shown when it is there
+NOTHING = "nothing"
+SAME_STEPS = "the teacher at as few steps (DDIM)"
+
+Captioned = tuple[Image, str]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checked wish: `number` pictures of (seed, index), (seed, index + 1), ..."""
+
+    student: str
+    prompt: str | None
+    num_inference_steps: int
+    seed: int
+    index: int
+    number: int
+    height: int | None = None
+    width: int | None = None
+    previews: bool = False
+    compare: str = NOTHING
+
+    @property
+    def seeds(self) -> list[tuple[int, int]]:
+        return [(self.seed, self.index + place) for place in range(self.number)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What there is by now: pictures, their steps, the teacher's pictures, each with a caption; and the figures."""
+
+    pictures: list[Captioned] = field(default_factory=list)
+    formed: list[Captioned] = field(default_factory=list)
+    compared: list[Captioned] = field(default_factory=list)
+    seconds: float = 0.0  # of the finished `pictures`, without previews
+    teacher_seconds: float = 0.0
+    done: int = 0
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def random_seed() -> str:
+    """A seed, short enough to be read out."""
+    return str(secrets.randbits(32))
+
+
+def parse_seed(text: str) -> tuple[int, int]:
+    """(seed, first index) of "7" or "7:2". Raises InvalidRequest."""
+    parts = str(text).strip().split(":")
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise InvalidRequest(f"the seed is {text!r:.60}; give a whole number, as in 7, or 7:2 for its third picture on")
+    numbers = [int(part) for part in parts]
+    if max(numbers) >= 1 << 64:
+        raise InvalidRequest(f"the seed is {text!r:.60}; give a number below 2^64")
+    return numbers[0], numbers[1] if len(numbers) == 2 else 0
+
+
+class Studio:
+    """Students by name, and the teacher that they may be compared with. Safe to use from several threads."""
+
+    def __init__(
+        self, students: Mapping[str, FastPipeline], teacher: FastPipeline | None = None, *, max_images: int = 16
+    ) -> None:
+        """Raises InvalidRequest for no student, or a teacher whose pictures are of another kind."""
+        if not students:
+            raise InvalidRequest("no student was given; give at least one")
+        self.students = dict(students)
+        self.teacher = teacher
+        self.max_images = max_images
+        for name, pipeline in self.students.items():
+            if teacher is not None and _kind(pipeline.manifest) != _kind(teacher.manifest):
+                raise InvalidRequest(
+                    f"{teacher.manifest.name} is no teacher of {name}: their pictures, noise or classes differ"
+                )
+
+    def manifest(self, student: str) -> Manifest:
+        if student not in self.students:
+            raise InvalidRequest(f"there is no student {student!r:.60}; there are {', '.join(self.students)}")
+        return self.students[student].manifest
+
+    def warm_up(self) -> None:
+        """Make a picture with each, so that a visitor's first one takes as long as any other."""
+        for pipeline in [*self.students.values(), *([self.teacher] if self.teacher is not None else [])]:
+            manifest = pipeline.manifest
+            steps = min(manifest.supported_steps)
+            pipeline(class_labels=None if manifest.condition is None else 0, num_inference_steps=steps, seed=0)
+
+    def comparisons(self) -> list[str]:
+        """What a picture can be compared with."""
+        if self.teacher is None:
+            return [NOTHING]
+        most = max(steps for pipeline in self.students.values() for steps in pipeline.manifest.supported_steps)
+        own = [self._full(steps) for steps in self.teacher.manifest.supported_steps if steps > most]
+        return [NOTHING, *own, SAME_STEPS]
+
+    @staticmethod
+    def _full(steps: int) -> str:
+        return f"the teacher at {steps} steps"
+
+    def order(
+        self,
+        student: str | None,
+        prompt: str | None,
+        num_inference_steps: int | None,
+        seed: str | int | None,
+        number: float,
+        *,
+        height: float | None = None,
+        width: float | None = None,
+        previews: bool = False,
+        compare: str | None = None,
+    ) -> Order:
+        """The wish, if the student can do it. Raises InvalidRequest, which says what it can."""
+        name = student or next(iter(self.students))
+        manifest = self.manifest(name)
+        if int(number) != number or not 1 <= number <= self.max_images:
+            raise InvalidRequest(f"{number:g} pictures were asked for; ask for 1 to {self.max_images}")
+        table = manifest.step_table(num_inference_steps)
+        first, index = parse_seed(random_seed() if seed in (None, "") else str(seed))
+        if compare not in (None, "", *self.comparisons()):
+            raise InvalidRequest(f"nothing is called {compare!r:.60}; compare with {', '.join(self.comparisons())}")
+        order = Order(
+            name,
+            prompt if manifest.condition is not None else None,
+            table.num_inference_steps,
+            first,
+            index,
+            int(number),
+            int(height) if height else None,
+            int(width) if width else None,
+            previews and table.num_inference_steps > 1,
+            compare or NOTHING,
+        )
+        self._teachers_steps(order)
+        return order
+
+    def _teachers_steps(self, order: Order) -> int | None:
+        """How many steps the teacher takes of `order`; None where it is not asked."""
+        if order.compare == NOTHING or self.teacher is None:
+            return None
+        manifest = self.teacher.manifest
+        if order.compare == SAME_STEPS:
+            return manifest.step_table(order.num_inference_steps).num_inference_steps
+        return next(steps for steps in manifest.supported_steps if self._full(steps) == order.compare)
+
+    def make(self, order: Order) -> Iterator[Shown]:
+        """What there is to see, again and again until all is there. Raises InvalidRequest."""
+        pipeline = self.students[order.student]
+        shown = Shown()
+        batches = [order.seeds[start : start + BATCH] for start in range(0, order.number, BATCH)]
+        if order.previews:
+            batches = [[seed] for seed in order.seeds]
+        for place, seeds in enumerate(batches):
+            if order.previews:
+                for step, preview in enumerate(_previews(pipeline, order, seeds[0])):
+                    caption = f"step {step + 1} of {order.num_inference_steps}"
+                    formed = [*shown.formed, (preview, f"{place + 1}, step {step + 1}")]
+                    shown = replace(shown, formed=formed)
+                    yield replace(shown, pictures=[*shown.pictures, (preview, caption)], note="forming")
+            images, seconds, runtime = _render(pipeline, order, seeds, order.num_inference_steps)
+            pictures = [*shown.pictures, *zip(images, map(_name, seeds), strict=True)]
+            shown = replace(
+                shown, pictures=pictures, seconds=shown.seconds + seconds, done=len(pictures), runtime=runtime
+            )
+            yield shown
+        if (steps := self._teachers_steps(order)) is not None and self.teacher is not None:
+            for seeds in batches:
+                yield replace(shown, note=f"now {order.compare}")
+                images, seconds, _ = _render(self.teacher, order, seeds, steps)
+                compared = [*shown.compared, *zip(images, map(_name, seeds), strict=True)]
+                shown = replace(shown, compared=compared, teacher_seconds=shown.teacher_seconds + seconds)
+            yield shown
+
+
+def _kind(manifest: Manifest) -> tuple[Any, ...]:
+    condition, latents = manifest.condition, manifest.latents
+    classes = None if condition is None else condition.num_classes
+    return manifest.image_shape, (latents.channels, latents.height, latents.width), classes
+
+
+def _name(seed: tuple[int, int]) -> str:
+    return f"seed {seed[0]}" + (f":{seed[1]}" if seed[1] else "")
+
+
+def _wish(order: Order) -> dict[str, Any]:
+    """A class by its name, or by its number where classes have none."""
+    wish: dict[str, Any] = {"height": order.height, "width": order.width}
+    if order.prompt is not None:
+        text = str(order.prompt).strip()
+        wish["class_labels"] = int(text) if text.isdecimal() else text
+    return wish
+
+
+def _previews(pipeline: FastPipeline, order: Order, seed: tuple[int, int]) -> Iterator[Image]:
+    """The clean-image estimate after every step but the last: the picture itself is the fused graph's."""
+    stream = pipeline.stream(num_inference_steps=order.num_inference_steps, seed=[seed], **_wish(order))
+    for _ in range(order.num_inference_steps - 1):
+        yield next(stream)
+
+
+def _render(
+    pipeline: FastPipeline, order: Order, seeds: list[tuple[int, int]], steps: int
+) -> tuple[list[Image], float, dict[str, Any]]:
+    out = pipeline(num_images_per_prompt=len(seeds), num_inference_steps=steps, seed=seeds, **_wish(order))
+    return out.images, out.timings["total"], out.runtime_info

@@ -1,0 +1,233 @@
+"""The demo without a browser: what it makes, what it refuses, its chart, and the endpoints that programs call.
+
+What a visitor sees and does is tested in tests/browser.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from redif_sdk import FastPipeline
+from redif_sdk.demo.app import card_text
+from redif_sdk.demo.charts import chart, points
+from redif_sdk.demo.studio import NOTHING, SAME_STEPS, Studio, parse_seed, random_seed
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.folder import StudentFolder
+from redif_sdk.metrics import record
+
+ROOT = Path(__file__).resolve().parent.parent
+REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()")
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_student: Path) -> FastPipeline:
+    return FastPipeline.from_pretrained(tiny_student, runtime="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def studio(pipe: FastPipeline) -> Studio:
+    """The student is its own teacher: their pictures must be equal."""
+    return Studio({"tiny": pipe}, pipe)
+
+
+def arrays(pictures: list[tuple[Image.Image, str]]) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture, _ in pictures])
+
+
+@pytest.mark.parametrize("previews", [False, True])
+def test_its_pictures_are_the_pipelines(studio: Studio, pipe: FastPipeline, previews: bool) -> None:
+    order = studio.order("tiny", "c", 3, "7:2", 10, previews=previews, compare=SAME_STEPS)
+    *before, last = studio.make(order)
+    seeds = [(7, 2 + place) for place in range(10)]
+    wanted = pipe(["c"] * 10, num_inference_steps=3, seed=seeds, output_type="uint8").images[..., 0]
+    assert np.array_equal(arrays(last.pictures), wanted)
+    assert np.array_equal(arrays(last.compared), wanted)
+    assert [caption for _, caption in last.pictures][:2] == ["seed 7:2", "seed 7:3"]
+    assert last.done == 10
+    assert last.seconds > 0
+    assert len(before) > 1  # something is shown before all is there
+    if previews:
+        estimates = list(pipe.stream("c", num_inference_steps=3, seed=[(7, 2)]))
+        assert np.array_equal(arrays(last.formed[:2]), np.stack([np.asarray(each) for each in estimates[:2]]))
+        assert len(last.formed) == 20
+
+
+def test_a_wish_that_cannot_be_is_told_what_can(studio: Studio, pipe: FastPipeline, plain_student: Path) -> None:
+    for wish, said in (
+        (("tiny", "c", 5, "0", 1), "num_inference_steps can be 2, 3"),
+        (("other", "c", 2, "0", 1), "there are tiny"),
+        (("tiny", "c", 2, "x", 1), "give a whole number, as in 7, or 7:2"),
+        (("tiny", "c", 2, str(1 << 64), 1), "below 2^64"),
+        (("tiny", "c", 2, "0", 17), "ask for 1 to 16"),
+        (("tiny", "c", 2, "0", 1.5), "ask for 1 to 16"),
+    ):
+        with pytest.raises(InvalidRequest, match=re.escape(said)):
+            studio.order(*wish)
+    with pytest.raises(InvalidRequest, match="is no class of tiny"):
+        list(studio.make(studio.order("tiny", "zebra", 2, "0", 1)))
+    with pytest.raises(InvalidRequest, match="compare with nothing"):
+        studio.order("tiny", "c", 2, "0", 1, compare="Monet")
+    plain = FastPipeline.from_pretrained(plain_student, runtime="onnxruntime")
+    with pytest.raises(InvalidRequest, match="is no teacher of"):
+        Studio({"tiny": pipe}, plain)
+    assert Studio({"plain": plain}).comparisons() == [NOTHING]
+
+
+def test_seeds() -> None:
+    assert parse_seed(" 7 ") == (7, 0)
+    assert parse_seed(f"{(1 << 64) - 1}:12") == ((1 << 64) - 1, 12)
+    assert len({random_seed() for _ in range(20)}) > 15
+    for text in ("", "-1", "1:2:3", "7:", "٣", "1e3"):
+        with pytest.raises(InvalidRequest, match="the seed is"):
+            parse_seed(text)
+
+
+def test_the_chart_shows_what_was_measured(
+    tiny_student: Path, copy_of: Callable[[Path], Path], pipe: FastPipeline
+) -> None:
+    assert "redif eval DIR --save" in chart(points({"tiny": pipe.manifest}))
+    folder = copy_of(tiny_student)
+    quality = [
+        {"method": "teacher", "num_inference_steps": 50, "network_calls": 100, "fd_teacher": 0.0},
+        {"method": "dpm-solver++", "num_inference_steps": 2, "network_calls": 4, "fd_teacher": 17.5},
+        {"method": "ddim", "num_inference_steps": 2, "network_calls": 2, "fd_teacher": 7.25},
+    ]
+    manifest = record(folder, quality)
+    by_calls = chart(points({"<b>tiny": manifest}))
+    assert "network calls for one picture (no speed was recorded)" in by_calls
+    assert "&lt;b&gt;tiny, 2 steps" in by_calls
+    assert "<b>" not in by_calls
+    speed = {"batch": 1, "num_inference_steps": 2, "runtime": "onnxruntime", "precision": "fp32"}
+    manifest = record(
+        folder,
+        [
+            speed | {"contender": "fastpipeline", "seconds_median": 0.004},
+            speed | {"contender": "onnxruntime", "seconds_median": 0.003},
+            speed | {"contender": "fastpipeline", "seconds_median": 0.0004, "batch": 8},
+            speed | {"contender": "diffusers-pipeline", "seconds_median": 0.2, "num_inference_steps": 50},
+        ],
+    )
+    found = {point.name: point for point in points({"tiny": manifest})}
+    assert found["tiny, 2 steps"].milliseconds == pytest.approx(4)
+    assert found["teacher 50"].milliseconds == pytest.approx(200)
+    assert found["dpm-solver++ 2"].milliseconds is None
+    drawn = chart(list(found.values()))
+    assert "milliseconds for one picture" in drawn
+    assert drawn.count("<circle") == 2  # what was not timed is in the table alone
+    assert drawn.count("<tr>") == 4
+
+
+def test_a_card_shows_its_own_pictures_and_asks_nobody(tiny_student: Path, copy_of: Callable[[Path], Path]) -> None:
+    folder = StudentFolder(copy_of(tiny_student))
+    text = card_text(folder.manifest, folder)
+    assert not text.startswith("---")
+    assert "](data:image/png;base64," in text
+    (folder.path / "README.md").write_text(
+        "# mine\n\n![a cat](https://example.org/cat.png)\n\n![x](samples/../../y.png)"
+    )
+    assert card_text(folder.manifest, folder).split() == ["#", "mine", "*a", "cat*", "*x*"]
+
+
+# ---------------------------------------------------------------------- the command, and its endpoints
+
+
+@pytest.fixture(scope="module")
+def address(tiny_student: Path) -> Iterator[str]:
+    """`redif demo` in a process of its own, which ends cleanly when it is told to."""
+    environment = os.environ | {"NO_PROXY": "*"}
+    process = subprocess.Popen(
+        [*REDIF, "demo", str(tiny_student), "--port", str(free_port())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("tiny at "), process.communicate()[1]
+    yield line.split()[2]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_documented_client_works(address: str, pipe: FastPipeline, tmp_path: Path) -> None:
+    """The example of docs/serving.md, run as it stands but for the address and the class."""
+    text = (ROOT / "docs/serving.md").read_text()
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "# gradio_client" in block)
+    assert "http://127.0.0.1:7860" in example
+    example = example.replace("http://127.0.0.1:7860", address).replace("Bag", "c").replace("=4", "=3")
+    scope: dict[str, Any] = {}
+    exec(compile(example, "docs/serving.md", "exec"), scope)
+    picture = np.asarray(Image.open(scope["file"]).convert("L"))
+    wanted = pipe("c", num_inference_steps=3, seed=7, output_type="uint8").images[0, :, :, 0]
+    assert np.array_equal(picture, wanted)
+    assert scope["details"]["seeds"] == [["7", 0], ["7", 1]]
+    scope["client"].close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_endpoints_tell_programs_what_is_wrong(address: str) -> None:
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    students = client.predict(api_name="/students")
+    assert [student["name"] for student in students] == ["tiny"]
+    assert students[0]["classes"] == list("abcdefghij")
+    assert students[0]["num_inference_steps"] == [2, 3]
+    with pytest.raises(Exception, match="is no class of tiny"):
+        client.predict(prompt="zebra", api_name="/generate")
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/students", "/generate"}
+    client.close()
+
+
+def test_the_command_refuses(tiny_student: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    def error(*arguments: str | Path) -> str:
+        done = subprocess.run([*REDIF, "demo", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        return done.stderr
+
+    assert "redif import" in error(tiny_student, "--teacher", teacher_folder)
+    assert "two students are named tiny" in error(tiny_student, tiny_student)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "is the port in use?" in error(tiny_student, "--port", str(taken.getsockname()[1]))
+
+
+def test_a_teacher_of_redif_import_is_shown_beside(teacher_folder: Path, tmp_path: Path) -> None:
+    """What the command says of a pipeline that only torch runs is true: import it, export it, and it is shown."""
+    from redif_sdk.distill.student import import_pipeline
+    from redif_sdk.distill.teacher import Teacher
+    from redif_sdk.export import export
+
+    import_pipeline(Teacher.load(teacher_folder), tmp_path / "few", [2])
+    import_pipeline(Teacher.load(teacher_folder), tmp_path / "many", [5, 2])
+    pipes = []
+    for name in ("few", "many"):
+        export(tmp_path / name, batches=[1])
+        pipes.append(FastPipeline.from_pretrained(tmp_path / name, runtime="onnxruntime"))
+    studio = Studio({"few": pipes[0]}, pipes[1])
+    assert studio.comparisons() == [NOTHING, "the teacher at 5 steps", SAME_STEPS]
+    label = None if pipes[0].manifest.condition is None else "0"
+    for compare, equal in ((SAME_STEPS, True), ("the teacher at 5 steps", False)):
+        *_, last = studio.make(studio.order("few", label, 2, "3", 2, compare=compare))
+        assert np.array_equal(arrays(last.pictures), arrays(last.compared)) == equal

@@ -228,9 +228,16 @@ class _Page:
         self.formed = gr.Gallery(
             label="How they formed", columns=8, height="auto", buttons=buttons, visible=False, elem_id="formed", **shape
         )
-        with gr.Row():
-            self.share = gr.Button("Copy a link to these pictures", size="sm", min_width=160)
-            self.link = gr.Textbox(label="Link", visible=False, buttons=["copy"], interactive=False, max_lines=1)
+        with gr.Row(equal_height=True):
+            self.share = gr.Button("Copy a link to these pictures", size="sm", scale=1, min_width=160)
+            self.link = gr.Textbox(
+                show_label=False,
+                placeholder="the link comes here",
+                interactive=False,
+                max_lines=1,
+                scale=3,
+                elem_id="link",
+            )
         self.details = gr.JSON(label="Details", visible="hidden")
 
     def _examples(self, manifest: Manifest) -> None:
@@ -297,9 +304,7 @@ class _Page:
             **hidden,
         )
         self.random.click(lambda: (random_seed(), True), None, [self.seed, self.keep], **hidden)
-        self.share.click(None, address, self.link, js=style.share(many)).then(
-            lambda: gr.update(visible=True), None, self.link, **hidden
-        )
+        self.share.click(None, address, self.link, js=style.share(many))
         self.student.input(
             self._choose,
             self.student,

@@ -145,8 +145,7 @@ def test_a_link_makes_its_pictures(url: str, pipe: FastPipeline, open_page: Open
     until(page, lambda: "steps=2" in page.url)
     assert "student=second&prompt=d&steps=2&seed=7%3A4&n=2" in page.url
     page.get_by_text("Copy a link to these pictures").click()
-    until(page, lambda: page.get_by_label("Link").is_visible())
-    until(page, lambda: page.get_by_label("Link").input_value() == page.url)
+    until(page, lambda: page.locator("#link textarea, #link input").input_value() == page.url)
 
 
 def test_seeds_are_drawn_or_kept(url: str, open_page: Opener, until: Until) -> None:

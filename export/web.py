@@ -23,6 +23,7 @@ from redif_sdk.card_metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError
 from redif_sdk.files import FOREIGN_FOLDERS, atomic_folder, atomic_write, list_files
 from redif_sdk.folder import StudentFolder
+from redif_sdk.hub.space import SPACE_MARKER
 from redif_sdk.images import scale_and_offset
 from redif_sdk.manifest import Graph, Manifest
 from redif_sdk.pipeline import FastPipeline
@@ -77,6 +78,8 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 _README = """\
 {front_matter}
+{marker}
+
 # {name}, in your browser
 
 This folder is a static page that makes pictures with the few-step diffusion model *{name}* in the visitor's own
@@ -267,7 +270,8 @@ def _readme(manifest: Manifest) -> str:
     )
     name = manifest.name.replace("<", "").replace(">", "").replace("`", "")
     return _README.format(
-        front_matter=f"---\n{data.to_yaml()}\n---\n",
+        front_matter=f"---\n{data.to_yaml()}\n---",
+        marker=SPACE_MARKER,
         name=name,
         version=redif_sdk.__version__,
         licence=manifest.licence.replace("<", "").replace(">", ""),

@@ -73,9 +73,14 @@ class RemoteFile:
     git_sha1: str | None
 
 
-def remote_files(api: Any, repo_id: str, revision: str | None) -> tuple[Any, dict[str, RemoteFile]]:
-    """(what the Hub says of `repo_id` at `revision`, its files by path). Raises the client's own errors."""
-    info = api.repo_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+def remote_files(
+    api: Any, repo_id: str, revision: str | None, kind: str = "model"
+) -> tuple[Any, dict[str, RemoteFile]]:
+    """(what the Hub says of `repo_id` at `revision`, its files by path); `kind`: "model" or "space".
+
+    Raises the client's own errors.
+    """
+    info = api.repo_info(repo_id, repo_type=kind, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     files = {}
     for sibling in info.siblings or []:
         lfs = sibling.lfs.sha256 if sibling.lfs is not None else None

@@ -6,10 +6,11 @@ The Hub's client is imported when a command runs. It shows the progress of trans
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redif_sdk.errors import InvalidRequest
 from redif_sdk.terminal import (
     Json,
     Quiet,
@@ -20,6 +21,9 @@ from redif_sdk.terminal import (
     write_rows,
 )
 
+if TYPE_CHECKING:
+    from redif_sdk.hub import Pushed
+
 __all__ = ["pull_command", "push_command"]
 
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="A repository on the Hub, as org/name.")]
@@ -29,7 +33,13 @@ FILES = {"action": "action", "megabytes": "MB", "path": "path"}
 
 def push_command(
     folder: StudentFolderArgument,
-    repo_id: Repository,
+    repo_id: Annotated[
+        str | None, typer.Argument(metavar="[REPO]", help="A repository on the Hub, as org/name; or --space.")
+    ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Also a Space that shows it; without REPO, with its files inside."),
+    ] = None,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Default: public where it is made, else as it is.")
     ] = None,
@@ -49,33 +59,48 @@ def push_command(
 ) -> None:
     """Send a student to the Hugging Face Hub: checked here, sent as one commit, checked there.
 
-    The token is that of HF_TOKEN or of `hf auth login`. A push that broke is simply repeated.
+    The token is that of HF_TOKEN or of `hf auth login`. A push that broke is simply repeated. A page of `redif export
+    --target web` goes to a Space alone.
     """
-    from redif_sdk.hub import push
+    from redif_sdk.hub import push, push_space
 
+    if repo_id is None and space is None:
+        raise InvalidRequest("say where to: a repository as org/name, or a Space with --space org/name")
+    if space is not None and create_pr:
+        raise InvalidRequest("--pr opens a pull request, which a Space cannot show; push with --pr, or with --space")
+    if repo_id is None:
+        for option, given in (("--revision", revision), ("--git-tag", git_tag), ("--pr", create_pr), ("--tag", tag)):
+            if given:
+                raise InvalidRequest(f"{option} is for a repository of the student; give one before --space")
     show_transfers(json, quiet)
-    pushed = push(
-        folder,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=message,
-        tags=tag or (),
-        git_tag=git_tag,
-        allow_unverified=allow_unverified,
-        dry_run=dry_run,
-    )
-    rows = [row | {"commit": pushed.commit, "url": pushed.url} for row in pushed.rows]
+    common: dict[str, Any] = {
+        "private": private,
+        "commit_message": message,
+        "allow_unverified": allow_unverified,
+        "dry_run": dry_run,
+    }
+    done: list[Pushed] = []
+    if space is not None:  # what is wrong with the Space is said before the student is sent
+        done.append(push_space(folder, space, student_id=repo_id, **(common | {"dry_run": True})))
+    if repo_id is not None:
+        sent = push(folder, repo_id, revision=revision, create_pr=create_pr, tags=tag or (), git_tag=git_tag, **common)
+        done.insert(0, sent)
+    if space is not None and not dry_run:
+        commit = done[0].commit if repo_id is not None else None
+        done[-1] = push_space(folder, space, student_id=repo_id, student_commit=commit, **common)
+    rows = [row | {"repo_id": to.repo_id, "commit": to.commit, "url": to.url} for to in done for row in to.rows]
     write_rows(json, "push", rows)
     console = console_for(json, quiet)
-    print_rows(console, FILES, [row | {"megabytes": (row["bytes"] or 0) / 1e6} for row in rows])
-    sent = sum(row["bytes"] or 0 for row in rows if row["action"] in ("add", "replace")) / 1e6
-    if dry_run:
-        console.print(f"{repo_id}: {sent:.1f} MB would be sent; nothing was changed", soft_wrap=True)
-    else:
-        place = pushed.pull_request or pushed.url
-        console.print(f"{place}: {sent:.1f} MB sent, and every file there is what was sent", soft_wrap=True)
+    for to in done:
+        print_rows(console, FILES, [row | {"megabytes": (row["bytes"] or 0) / 1e6} for row in to.rows])
+        megabytes = sum(row["bytes"] or 0 for row in to.rows if row["action"] in ("add", "replace")) / 1e6
+        if dry_run:
+            console.print(f"{to.repo_id}: {megabytes:.1f} MB would be sent; nothing was changed", soft_wrap=True)
+        else:
+            place = to.pull_request or to.url
+            console.print(f"{place}: {megabytes:.1f} MB sent, and every file there is what was sent", soft_wrap=True)
+    if space is not None and repo_id is not None and private:
+        console.print(f"{repo_id} is private: give the Space {space} a token as its secret HF_TOKEN", soft_wrap=True)
 
 
 def pull_command(

@@ -1,64 +1,22 @@
 """Putting a student on the Hub: checked here, sent as one commit, and checked there.
 
-One commit, and not `upload_folder`: with Xet that makes several, and between two of them a reader would see a manifest
-without its graphs. A push that broke is repeated as it was; weights that have arrived are not sent again.
+What there is at the repository, the commit and the comparison are `target.py`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redif_sdk.errors import HubError, InvalidRequest, ParityError
-from redif_sdk.files import locate
-from redif_sdk.folder import UNHASHED, StudentFolder
-from redif_sdk.hub.client import RemoteFile, check_id, client, offline, remote_files, translated
-from redif_sdk.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.folder import StudentFolder
+from redif_sdk.hub.client import check_id, client, offline, translated
+from redif_sdk.hub.target import File, Pushed, Target, in_memory, rows_of, student_files
+from redif_sdk.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from redif_sdk.runtimes import gate_passed
 
-__all__ = ["Pushed", "push", "ungated"]
-
-KEPT = UNHASHED - {MANIFEST_NAME}  # of the repository: they are the Hub's, or its readers'
-_IN_MEMORY = 1 << 20  # bytes; larger files are read while they are sent
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """What a push did, or would do: `rows` have path, bytes and action ("add", "replace", "keep", "delete").
-
-    `commit`, `url` and `pull_request` (its address) are None where there is none, as in a dry run.
-    """
-
-    repo_id: str
-    rows: list[dict[str, Any]]
-    commit: str | None = None
-    url: str | None = None
-    pull_request: str | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file to send: its path or its bytes, and what the Hub should say of it."""
-
-    path: str
-    source: Path | bytes
-    size: int
-    sha256: str
-
-    def git_sha1(self) -> str:
-        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-    def is_at(self, remote: RemoteFile | None) -> bool:
-        """Whether the repository holds this file, by the hash that the Hub gives."""
-        if remote is None or remote.size not in (None, self.size):
-            return False
-        if remote.sha256 is not None:
-            return remote.sha256 == self.sha256
-        return remote.git_sha1 == self.git_sha1()
+__all__ = ["check_gate", "push", "ungated"]
 
 
 def push(
@@ -96,19 +54,16 @@ def push(
         raise InvalidRequest("a pull request has no commit to tag yet; give create_pr or git_tag, not both")
     student = source if isinstance(source, StudentFolder) else StudentFolder(source)
     student.check_all()
-    if not allow_unverified and (reason := ungated(student.manifest)):
-        raise ParityError(
-            f"{student.path} is not pushed: {reason}; allow_unverified (--allow-unverified) sends it as it is"
-        )
+    check_gate(student, allow_unverified)
     if offline():
         raise HubError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set; take it away", kind="offline")
     api = client(token)
     with translated(repo_id, revision, doing="push to", token=token):
-        target = _Target(api, repo_id, private, revision, token, dry_run)
+        target = Target(api, repo_id, private=private, revision=revision, token=token, dry_run=dry_run)
         files = _files(student, repo_id, tags, target.card())
         changed = [file for file in files if not file.is_at(target.files.get(file.path))]
-        gone = target.superseded(files)
-        rows = _rows(files, changed, target.files, gone)
+        gone = target.superseded(files, MANIFEST_NAME in target.files)
+        rows = rows_of(files, changed, target.files, gone)
         if dry_run:
             return Pushed(repo_id, rows)
         result = target.send(changed, gone, commit_message or f"Push {student.manifest.name}", create_pr)
@@ -116,6 +71,14 @@ def push(
         if git_tag is not None:
             _tag(api, repo_id, git_tag, result.oid)
     return Pushed(repo_id, rows, result.oid, result.url, result.pull_request)
+
+
+def check_gate(student: StudentFolder, allow_unverified: bool) -> None:
+    """Raise ParityError for a student that has not passed its gate, unless that is allowed."""
+    if not allow_unverified and (reason := ungated(student.manifest)):
+        raise ParityError(
+            f"{student.path} is not pushed: {reason}; allow_unverified (--allow-unverified) sends it as it is"
+        )
 
 
 def ungated(manifest: Manifest) -> str | None:
@@ -128,20 +91,11 @@ def ungated(manifest: Manifest) -> str | None:
     return None
 
 
-def _files(student: StudentFolder, repo_id: str, tags: Sequence[str], remote_card: str | None) -> list[_File]:
+def _files(student: StudentFolder, repo_id: str, tags: Sequence[str], remote_card: str | None) -> list[File]:
     """All that is sent, the card rendered for its new place."""
     text = _card(student, repo_id, tags, remote_card)
-    files = [_in_memory(MANIFEST_NAME, student.manifest.to_bytes()), _in_memory(CARD_NAME, text.encode())]
-    for entry in student.manifest.files:
-        if entry.bytes <= _IN_MEMORY:
-            files.append(_in_memory(entry.path, student.read_bytes(entry.path)))
-        else:
-            files.append(_File(entry.path, locate(student.path, entry.path), entry.bytes, entry.sha256))
-    return files
-
-
-def _in_memory(path: str, data: bytes) -> _File:
-    return _File(path, data, len(data), hashlib.sha256(data).hexdigest())
+    files = [in_memory(MANIFEST_NAME, student.manifest.to_bytes()), in_memory(CARD_NAME, text.encode())]
+    return files + student_files(student)
 
 
 def _card(student: StudentFolder, repo_id: str, tags: Sequence[str], there: str | None) -> str:
@@ -166,110 +120,6 @@ def _card(student: StudentFolder, repo_id: str, tags: Sequence[str], there: str 
         keys=card.user_keys(theirs) | card.user_keys(mine),
         user_sections=card.merge(card.user_sections(theirs), card.user_sections(mine)),
     )
-
-
-def _rows(
-    files: Sequence[_File], changed: Sequence[_File], present: dict[str, RemoteFile], gone: Sequence[str]
-) -> list[dict[str, Any]]:
-    send = {file.path for file in changed}
-    actions = {file.path: "replace" if file.path in present else "add" for file in files if file.path in send}
-    rows = [{"path": file.path, "bytes": file.size, "action": actions.get(file.path, "keep")} for file in files]
-    return rows + [{"path": path, "bytes": present[path].size, "action": "delete"} for path in gone]
-
-
-@dataclass(frozen=True)
-class _Commit:
-    oid: str
-    url: str
-    pull_request: str | None
-
-
-class _Target:
-    """The repository and branch that a student goes to, as it was when the push began."""
-
-    def __init__(
-        self,
-        api: Any,
-        repo_id: str,
-        private: bool | None,
-        revision: str | None,
-        token: str | bool | None,
-        dry_run: bool,
-    ) -> None:
-        """Look at it; make repository and branch where they are not there, unless it is a `dry_run`."""
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-        self._api, self._repo_id, self._revision, self._token = api, repo_id, revision, token
-        self._head: str | None = None
-        self.files: dict[str, RemoteFile] = {}
-        if not dry_run:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None and not revision.startswith("refs/pr/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-        try:
-            info, self.files = remote_files(api, repo_id, revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            if not dry_run:
-                raise
-            return
-        self._head = info.sha
-        if private is not None and info.private is not None and bool(info.private) != private:
-            kind = "private" if info.private else "public"
-            raise InvalidRequest(
-                f"{repo_id} is there already, and {kind}; change that in its settings at the Hub, or leave private out"
-            )
-
-    def card(self) -> str | None:
-        """The card that is there."""
-        from huggingface_hub import hf_hub_download
-
-        if CARD_NAME not in self.files or (self.files[CARD_NAME].size or 0) > CARD_LIMIT:
-            return None
-        path = hf_hub_download(self._repo_id, CARD_NAME, revision=self._head, token=self._token)
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-
-    def superseded(self, files: Sequence[_File]) -> list[str]:
-        """What the repository holds and the student has not, to be deleted: a student is what its manifest lists.
-
-        Raises HubError where it holds something else than a student.
-        """
-        others = sorted(set(self.files) - {file.path for file in files} - KEPT)
-        if others and MANIFEST_NAME not in self.files:
-            raise HubError(
-                f"{self._repo_id} holds something else than a student ({', '.join(others[:3])}), which a push would "
-                f"replace; push to a repository or a branch of its own",
-                kind="conflict",
-            )
-        return others
-
-    def send(self, changed: Sequence[_File], gone: Sequence[str], message: str, create_pr: bool) -> _Commit:
-        """Make the commit. Nothing of it is visible before all of it is there."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        if not changed and not gone and not create_pr:
-            return _Commit(str(self._head), f"{self._api.endpoint}/{self._repo_id}/commit/{self._head}", None)
-        operations: list[Any] = [CommitOperationDelete(path) for path in gone]
-        operations += [CommitOperationAdd(file.path, file.source) for file in changed]
-        info = self._api.create_commit(
-            self._repo_id,
-            operations,
-            commit_message=message,
-            revision=self._revision,
-            create_pr=create_pr,
-            parent_commit=self._head,
-        )
-        return _Commit(info.oid, info.commit_url, info.pr_url)
-
-    def check(self, commit: str, files: Sequence[_File], gone: Sequence[str]) -> None:
-        """Compare the commit with what was sent. Raises HubError."""
-        _, present = remote_files(self._api, self._repo_id, commit)
-        wrong = [file.path for file in files if not file.is_at(present.get(file.path))]
-        wrong += [path for path in gone if path in present]
-        if wrong:
-            raise HubError(
-                f"{', '.join(wrong[:5])} of {self._repo_id} at {commit} is not what was sent; push again",
-                kind="altered",
-            )
 
 
 def _tag(api: Any, repo_id: str, name: str, commit: str) -> None:

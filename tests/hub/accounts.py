@@ -39,8 +39,12 @@ def create_repo(hub: HubStandIn, call: Call) -> Answer:
     url = f"{hub.url}/{kind_prefix(kind)}{name}"
     if (kind, name) in hub.repos:
         raise Refused(409, f"You already created this {kind} repo", url=url)
+    if kind == "space" and asked.get("sdk") not in ("gradio", "static", "docker", "streamlit"):
+        raise Refused(400, '"sdk" is required for a Space')
     private = asked.get("private") or asked.get("visibility") == "private"
     hub.new_repo(name, kind, private=bool(private))
+    if kind == "space":
+        hub.put(name, {"README.md": f"---\ntitle: {asked['name']}\nsdk: {asked['sdk']}\n---\n".encode()}, kind=kind)
     return json_answer({"url": url, "name": name, "id": name})
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
+from collections import deque
 from collections.abc import Sequence
+from time import monotonic
 
 from redif_sdk.serving.metrics import Metrics
 
 __all__ = ["Admission", "Busy", "Keys"]
 
+_REMEMBERED = 64  # answers
+_LONGEST_WAIT = 60  # seconds that anybody is told to wait
+
 
 class Busy(Exception):  # noqa: N818  # it is no error of the server
     """The queue is full. `retry_after`: seconds, whole."""
 
-    def __init__(self, pending: int) -> None:
-        super().__init__(f"{pending} pictures are waiting, as many as may; try again in a second")
-        self.retry_after = 1
+    def __init__(self, pending: int, retry_after: int = 1) -> None:
+        super().__init__(f"{pending} pictures are waiting, as many as may; try again in {retry_after} s")
+        self.retry_after = retry_after
 
 
 class Admission:
@@ -24,6 +30,7 @@ class Admission:
 
     def __init__(self, limit: int, metrics: Metrics) -> None:
         self._limit, self._metrics, self._pending = limit, metrics, 0
+        self._answered: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # when, and how many pictures
 
     @property
     def pending(self) -> int:
@@ -33,12 +40,21 @@ class Admission:
         """Accept that many pictures. Raises Busy where they are too many."""
         if self._pending + pictures > self._limit:
             self._metrics.rejected.inc()
-            raise Busy(self._pending)
+            raise Busy(self._pending, self._wait())
         self._change(pictures)
 
     def leave(self, pictures: int) -> None:
         """They were answered, or nobody waits for them any more."""
         self._change(-pictures)
+        self._answered.append((monotonic(), pictures))
+
+    def _wait(self) -> int:
+        """Seconds, whole, in which what is waiting should be done, at the pace of the last answers."""
+        if len(self._answered) < 2:
+            return 1
+        seconds = max(monotonic() - self._answered[0][0], 1e-3)
+        pace = sum(pictures for _, pictures in self._answered) / seconds
+        return min(max(math.ceil(self._pending / max(pace, 1e-9)), 1), _LONGEST_WAIT)
 
     def _change(self, pictures: int) -> None:
         self._pending += pictures

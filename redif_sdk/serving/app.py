@@ -123,10 +123,6 @@ def _add_errors(app: FastAPI) -> None:
     async def _gone(request: Request, error: _Gone) -> Response:
         return Response(status_code=499)  # nobody reads it
 
-    @app.exception_handler(Exception)
-    async def _broken(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
-
 
 def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["health"])
@@ -203,9 +199,11 @@ class _Images:
         if body.stream and len(pictures) != 1:
             raise InvalidRequest(f"a stream shows one picture, not {len(pictures)}; leave n out")
         request.state.log = {"model": name, "pictures": len(pictures)}
+        if not self._backend.ready():
+            raise RuntimeUnavailable("the server is starting or stopping; try again")
         self._admission.enter(len(pictures))
         if body.stream:
-            return EventStream(self._events(body, pictures[0]), lambda: self._admission.leave(1))
+            return EventStream(self._events(body, pictures[0]), self._stream_ended)
         try:
             work = self._generate(pictures)
             images = await self._while_there(request, work)
@@ -225,6 +223,11 @@ class _Images:
                 "seeds": [[picture.seed, picture.index] for picture in pictures],
             }
         )
+
+    def _stream_ended(self, client_left: bool) -> None:
+        self._admission.leave(1)
+        if client_left:
+            self._metrics.cancelled.inc()
 
     async def _generate(self, pictures: list[Picture]) -> list[NDArray[np.uint8]]:
         async with asyncio.timeout(self._settings.timeout_s):
@@ -275,7 +278,7 @@ class _Images:
                             shown += 1
                         step += 1
                 data = await _encoded(image, output, body.output_compression)
-        except (RedifError, TimeoutError) as error:
+        except Exception as error:  # whatever it is: the client hears of it, and the log has it
             late = isinstance(error, TimeoutError)
             _log.error("stream failed", exc_info=error)
             status, reason = (504, "the picture was not ready in time") if late else (500, "the picture was not made")

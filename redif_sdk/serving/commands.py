@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +9,11 @@ from typing import Annotated
 import typer
 
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.serving.settings import KEYS, ServeSettings, keys_of_environment
 from redif_sdk.terminal import Quiet, console_for
 
 __all__ = ["serve_command"]
 
-KEYS = "REDIF_API_KEYS"
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -55,7 +54,6 @@ def serve_command(
         raise InvalidRequest(f'{error.name} is not installed; pip install "redif-sdk[serve]"') from error
     from redif_sdk.pipeline import FastPipeline
     from redif_sdk.serving.logs import log_to_stderr
-    from redif_sdk.serving.settings import ServeSettings
 
     settings = ServeSettings(
         max_batch=max_batch,
@@ -88,10 +86,11 @@ def serve_command(
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
-    """The keys of the file, or else of the environment: a command line can be read by others."""
-    text = os.environ.get(KEYS, "").replace(",", "\n") if file is None else file.read_text(encoding="utf-8")
-    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if file is not None and not keys:
+    """The keys of the file, or else of the environment."""
+    if file is None:
+        return keys_of_environment()
+    keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not keys:
         raise InvalidRequest(f"{file} holds no API key; write one a line")
     return keys
 

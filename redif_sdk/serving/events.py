@@ -36,17 +36,18 @@ def partial_event(picture: Picture, data: bytes, output_format: str, index: int 
 
 
 class EventStream(Response):
-    """Sends each event as it comes, and `finished` is called once, whatever happens; a client that leaves ends it."""
+    """Sends each event as it comes; a client that leaves ends it. `finished(whether it left)` is called once."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], finished: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any]], finished: Callable[[bool], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._finished = finished
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        left = True
         try:
             sending = asyncio.create_task(self._send(send))
             leaving = asyncio.create_task(gone_client(receive))
@@ -57,10 +58,11 @@ class EventStream(Response):
                 sending.cancel()
                 leaving.cancel()
                 await asyncio.gather(sending, leaving, return_exceptions=True)
+            left = not ended
             if ended:
                 sending.result()  # raises what went wrong
         finally:
-            self._finished()
+            self._finished(left)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -121,7 +121,20 @@ class Gate:
         async def replay() -> Message:
             return unread.pop() if unread else await receive()
 
-        await self._app(scope, replay, send)
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, replay, watched)
+        except Exception as error:  # nothing that breaks inside may go unanswered, uncounted or untold in the log
+            _log.error("request failed", exc_info=error)
+            if started:
+                raise
+            await _answer(send, 500, error_body(500, "the server failed; its log says why"))
 
 
 CLOSE = (b"connection", b"close")

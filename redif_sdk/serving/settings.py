@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from redif_sdk.errors import InvalidRequest
 
-__all__ = ["ServeSettings"]
+__all__ = ["KEYS", "ServeSettings", "keys_of_environment"]
+
+KEYS = "REDIF_API_KEYS"
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """The API keys of ``REDIF_API_KEYS``, with commas or line ends between: a command line can be read by others."""
+    return tuple(key.strip() for key in os.environ.get(KEYS, "").replace(",", "\n").splitlines() if key.strip())
 
 
 @dataclass(frozen=True)

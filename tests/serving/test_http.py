@@ -267,9 +267,15 @@ def test_what_breaks_inside_is_not_told(slow: Slow, caplog: pytest.LogCaptureFix
     with running({"tiny": slow}, ServeSettings()) as address:
         slow.calls = None  # type: ignore[assignment]  # every call fails from now on
         answer = httpx.post(address + PATH, json={"prompt": "a"}, timeout=30)
+        counted = httpx.get(address + "/metrics").text
+        shown = httpx.post(address + PATH, json={"prompt": "a", "stream": True, "partial_images": 1}, timeout=30)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the server failed; its log says why"
+    assert answer.headers["x-request-id"]
+    assert 'redif_request_seconds_count{route="/v1/images/generations",status="500"} 1.0' in counted
     assert "NoneType" in caplog.text
+    assert "event: error" in shown.text  # a stream, whose status was sent before, says it too
+    assert "NoneType" not in shown.text
 
 
 def test_kept_files_are_bounded_in_bytes_and_in_time() -> None:

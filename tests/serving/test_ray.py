@@ -1,0 +1,180 @@
+"""The Ray Serve application on a real local cluster: two replicas, one of which is killed under load."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from redif_sdk import FastPipeline
+from redif_sdk.errors import InvalidRequest
+
+ray = pytest.importorskip("ray", reason='Ray is not here: pip install "redif-sdk[ray]"')
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PATH = "/v1/images/generations"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def address(tiny_student: Path) -> Iterator[str]:
+    """Two replicas and an ingress, on a cluster of their own that ends with the tests."""
+    import psutil
+    from ray import serve
+
+    from redif_sdk.serving.ray_app import RayArguments, app
+
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # a Unix socket's path has to be short
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        _temp_dir=folder,
+        object_store_memory=100 << 20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        arguments = RayArguments(student=str(tiny_student), runtime="onnxruntime", min_replicas=2, max_replicas=2)
+        serve.run(app(arguments), name="redif")
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        if before is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        gone = [process for process in psutil.process_iter() if folder in " ".join(_command(process))]
+        for process in gone:
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _command(process: Any) -> list[str]:
+    import psutil
+
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_student: Path) -> FastPipeline:
+    return FastPipeline.from_pretrained(tiny_student, runtime="onnxruntime", num_threads=1)
+
+
+def decoded(entry: dict[str, str]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))))
+
+
+def replicas() -> set[int]:
+    """The processes of the generator's replicas."""
+    import psutil
+
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if "ServeReplica:redif:generator-0" in " ".join(process.cmdline()):
+                found.add(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_it_is_the_same_server(address: str, pipe: FastPipeline) -> None:
+    models = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["tiny"]
+    answer = httpx.post(address + PATH, json={"prompt": "c", "n": 3, "seed": 7}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    wanted = pipe(["c"] * 3, seed=7, output_type="uint8").images[..., 0]
+    assert np.array_equal(np.stack([decoded(entry) for entry in answer.json()["data"]]), wanted)
+    refused = httpx.post(address + PATH, json={"prompt": "zebra"}, timeout=60)
+    assert refused.status_code == 400
+    assert "is no class of tiny" in refused.json()["error"]["message"]
+
+
+def test_it_streams(address: str, pipe: FastPipeline) -> None:
+    body = {"prompt": "c", "seed": 3, "num_inference_steps": 3, "stream": True, "partial_images": 2}
+    with httpx.stream("POST", address + PATH, json=body, timeout=60) as answer:
+        events = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+    assert events == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+
+
+def test_the_kill_of_a_replica_under_load_loses_nothing(address: str, pipe: FastPipeline) -> None:
+    """Every request is answered once, with the picture of its seed, though half of the engines die meanwhile."""
+    seeds = list(range(240))
+    wanted = pipe(["d"] * len(seeds), seed=[(seed, 0) for seed in seeds], output_type="uint8").images[..., 0]
+    answered = threading.Semaphore(0)
+
+    def ask(seed: int) -> np.ndarray:
+        with httpx.Client(timeout=60) as client:
+            answer = client.post(address + PATH, json={"prompt": "d", "seed": seed})
+        assert answer.status_code == 200, answer.text
+        answered.release()
+        return decoded(answer.json()["data"][0])
+
+    before = replicas()
+    assert len(before) == 2
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(ask, seed) for seed in seeds]
+        for _ in range(40):
+            assert answered.acquire(timeout=60)
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        pictures = [one.result() for one in asked]
+    assert np.array_equal(np.stack(pictures), wanted)
+    end = time.monotonic() + 60
+    while len(now := replicas()) < 2 or victim in now:  # and Ray starts another one in its place
+        assert time.monotonic() < end, now
+        time.sleep(0.2)
+
+
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from redif_sdk.serving.ray_app import RayArguments, app
+
+    with pytest.raises(InvalidRequest, match="min_replicas is 5, more than max_replicas, 4"):
+        app(RayArguments(student="student", min_replicas=5))
+    with pytest.raises(InvalidRequest, match="student is empty"):
+        app(RayArguments(student=" , "))
+    with pytest.raises(InvalidRequest, match="max_batch is 0"):
+        app(RayArguments(student="student", max_batch=0))
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        RayArguments(student="student", steps=4)  # type: ignore[call-arg]
+
+
+def test_the_config_file_of_the_documentation_is_taken() -> None:
+    """docs/deploy/ray.yaml by Ray's own schema, and its arguments by ours."""
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from redif_sdk.serving.ray_app import RayArguments
+
+    config = yaml.safe_load((ROOT / "docs/deploy/ray.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(config) if hasattr(ServeDeploySchema, "model_validate") else None
+    assert schema is None or schema.applications[0].import_path == "redif_sdk.serving.ray_app:app"
+    RayArguments(**config["applications"][0]["args"])

@@ -77,8 +77,9 @@ class StudentFolder:
             raise ManifestError(
                 f"{self.path} has no {MANIFEST_NAME}, so it is no student; make one with redif distill or import"
             )
-        data = read_checked(self.path, MANIFEST_NAME, limit=MANIFEST_LIMIT)
-        self.manifest = Manifest.from_bytes(data, f"{self.path / MANIFEST_NAME}")
+        #: ``redif.json`` as it stands there: one of an older format, written anew, would not match its own digest.
+        self.manifest_bytes = read_checked(self.path, MANIFEST_NAME, limit=MANIFEST_LIMIT)
+        self.manifest = Manifest.from_bytes(self.manifest_bytes, f"{self.path / MANIFEST_NAME}")
         self._entries = {entry.path: entry for entry in self.manifest.files}
         self._check_uses()
         for path in list_files(self.path):
@@ -202,7 +203,7 @@ class StudentFolder:
             if (self.path / name).exists():
                 (target / name).write_bytes(read_checked(self.path, name, limit=CARD_LIMIT))
         if not without:
-            atomic_write(target / MANIFEST_NAME, self.manifest.to_bytes())
+            atomic_write(target / MANIFEST_NAME, self.manifest_bytes)
 
     def keep_foreign(self, target: Path) -> None:
         """Copy what version control left in the folder (`FOREIGN_FOLDERS`), for when `target` will replace it."""

@@ -271,6 +271,20 @@ def test_versions(folder: Path) -> None:
         StudentFolder(folder)
 
 
+def test_a_copy_of_an_older_format_is_the_same_file(folder: Path, tmp_path: Path) -> None:
+    """Written anew it would have today's fields, and would not match its own digest."""
+
+    def older(document: dict[str, Any]) -> None:
+        document["format_version"] = "1.0"
+        del document["latents"]["multiple"]
+
+    rewrite(folder, older)
+    (tmp_path / "copy").mkdir()
+    StudentFolder(folder).copy_to(tmp_path / "copy")
+    assert (tmp_path / "copy/redif.json").read_bytes() == (folder / "redif.json").read_bytes()
+    assert StudentFolder(tmp_path / "copy").manifest.format_version == "1.0"
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -346,7 +360,7 @@ def test_atomic_folder_takes_an_empty_folder_but_no_other(tmp_path: Path, folder
     assert (tmp_path / "empty" / "a").read_text() == "x"
     with pytest.raises(InvalidRequest, match="not empty"), atomic_folder(folder):
         pass
-    with pytest.raises(InvalidRequest, match="not a student"), atomic_folder(tmp_path / "empty", overwrite=True):
+    with pytest.raises(InvalidRequest, match="is no folder of ours"), atomic_folder(tmp_path / "empty", overwrite=True):
         pass
     with pytest.raises(InvalidRequest, match="is a file"), atomic_folder(tmp_path / "empty" / "a", overwrite=True):
         pass

@@ -94,7 +94,7 @@ def ungated(manifest: Manifest) -> str | None:
 def _files(student: StudentFolder, repo_id: str, tags: Sequence[str], remote_card: str | None) -> list[File]:
     """All that is sent, the card rendered for its new place."""
     text = _card(student, repo_id, tags, remote_card)
-    files = [in_memory(MANIFEST_NAME, student.manifest.to_bytes()), in_memory(CARD_NAME, text.encode())]
+    files = [in_memory(MANIFEST_NAME, student.manifest_bytes), in_memory(CARD_NAME, text.encode())]
     return files + student_files(student)
 
 

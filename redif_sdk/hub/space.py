@@ -129,7 +129,7 @@ def _demo_files(student: StudentFolder, student_id: str | None, commit: str | No
     """app.py, requirements.txt, README.md, and the student itself where it is nowhere else."""
     if student_id is None:
         arguments = repr(_FOLDER)
-        own = [in_memory(f"{_FOLDER}/{MANIFEST_NAME}", student.manifest.to_bytes())]
+        own = [in_memory(f"{_FOLDER}/{MANIFEST_NAME}", student.manifest_bytes)]
         own += student_files(student, f"{_FOLDER}/")
         if (student.path / CARD_NAME).is_file():
             from redif_sdk.card import read_card

@@ -17,7 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray starts
 import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.metrics import Histogram
@@ -109,9 +109,9 @@ class Generator:
         if not self._backend.ready():
             raise RuntimeUnavailable("the replica has no engine")
 
-    async def manifest(self) -> bytes:
-        """The student's ``redif.json``."""
-        return self._backend.manifests[self._name].to_bytes()
+    async def manifest(self) -> Manifest:
+        """What the student is."""
+        return self._backend.manifests[self._name]
 
     async def generate(self, picture: Picture) -> Pixels:
         """The picture, uint8 (H, W, C)."""
@@ -142,7 +142,7 @@ class RayBackend:
         found: dict[str, Manifest] = {}
         for deployment in self._deployments:
             handle = serve.get_deployment_handle(deployment, app_name=serve.get_replica_context().app_name)
-            manifest = Manifest.from_bytes(await handle.manifest.remote())
+            manifest: Manifest = await handle.manifest.remote()
             if manifest.name in found:
                 raise InvalidRequest(f"two students are named {manifest.name}; rename one")
             found[manifest.name] = manifest
@@ -197,11 +197,19 @@ def _own(error: RayTaskError) -> Exception:
     return cause if isinstance(cause, RedifError) else error
 
 
-def app(args: RayArguments) -> Any:
+def app(args: RayArguments | Mapping[str, Any]) -> Any:
     """The application, for ``serve run redif_sdk.serving.ray_app:app student=DIR`` and for config files.
 
-    Raises InvalidRequest for settings that contradict each other.
+    Raises InvalidRequest for settings that are unknown, or contradict each other.
     """
+    if not isinstance(args, RayArguments):  # Ray gives the words of the command line as they are
+        try:
+            args = RayArguments.model_validate(dict(args))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            known = ", ".join(RayArguments.model_fields)
+            raise InvalidRequest(f"{name}: {first['msg']}; this application takes {known}") from error
     settings = args.settings(keys_of_environment())
     if args.min_replicas > args.max_replicas:
         raise InvalidRequest(f"min_replicas is {args.min_replicas}, more than max_replicas, {args.max_replicas}")

@@ -163,8 +163,10 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         app(RayArguments(student=" , "))
     with pytest.raises(InvalidRequest, match="max_batch is 0"):
         app(RayArguments(student="student", max_batch=0))
-    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
-        RayArguments(student="student", steps=4)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match=r"steps: Extra inputs are not permitted; this application takes student"):
+        app({"student": "student", "steps": "4"})  # as the command line gives it
+    with pytest.raises(InvalidRequest, match="student: Field required"):
+        app({})
 
 
 def test_the_config_file_of_the_documentation_is_taken() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -228,6 +229,11 @@ def test_a_full_queue_says_so_and_when_to_come_again(slow: Slow) -> None:
         refused = httpx.post(address + PATH, json={"prompt": "a"})
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
+        with (
+            openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+            pytest.raises(openai.RateLimitError, match="3 pictures are waiting, as many as may; try again in"),
+        ):
+            client.images.generate(model="tiny", prompt="a")
         slow.go.set()
         asking.join()
         assert answers[0].status_code == 200

@@ -145,30 +145,40 @@ def metric(text: str, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
-def engine_rates(pipeline: FastPipeline, classes: int | None) -> tuple[float, float]:
-    """Pictures a second of the engine alone, one by one and in batches; medians of interleaved rounds."""
-    rates: dict[int, list[float]] = {1: [], BATCH: []}
-    for _ in range(ROUNDS):
-        for batch in rates:
-            labels = {} if classes is None else {"class_labels": [0] * batch}
-            count = 1 if labels else batch
-            begun = time.perf_counter()
-            for seed in range(128 // batch):
-                pipeline(**labels, num_images_per_prompt=count, seed=seed, output_type="uint8")
-            rates[batch].append(128 / (time.perf_counter() - begun))
-    return statistics.median(rates[1]), statistics.median(rates[BATCH])
+def engine_rate(pipeline: FastPipeline, classes: int | None, batch: int) -> float:
+    """Pictures a second of the engine alone, in batches of that size."""
+    labels = {} if classes is None else {"class_labels": [0] * batch}
+    count = 1 if labels else batch
+    begun = time.perf_counter()
+    for seed in range(128 // batch):
+        pipeline(**labels, num_images_per_prompt=count, seed=seed, output_type="uint8")
+    return 128 / (time.perf_counter() - begun)
 
 
-def served_rate(student: str, classes: int | None, max_batch: int, concurrency: int) -> tuple[float, float]:
-    """(pictures a second that clients see, pictures a second of engine time) of a server with that `max_batch`."""
-    asked = [entry for entry in plan(500, classes) if entry["kind"] == "good"]
+def gains(student: str, pipeline: FastPipeline, classes: int | None, concurrency: int) -> dict[str, list[float]]:
+    """Pictures a second of two servers, one without batches, and of the engine, in interleaved rounds."""
+    names = "served 1", f"served {BATCH}", "engine 1", f"engine {BATCH}"
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    with server(student, 1) as (_, plain), server(student, BATCH) as (_, batched):
+        for turn in range(ROUNDS + 1):
+            found = [served_rate(address, classes, concurrency) for address in (plain, batched)]
+            found += [engine_rate(pipeline, classes, batch) for batch in (1, BATCH)]
+            if turn:  # the first one warms all of them up
+                for name, rate in zip(names, found, strict=True):
+                    rates[name].append(rate)
+    return rates
+
+
+def served_rate(address: str, classes: int | None, concurrency: int) -> float:
+    """Pictures a second that clients see."""
+    asked = [entry for entry in plan(360, classes) if entry["kind"] == "good"]
     for entry in asked:
         entry["body"]["n"] = 1
         entry["data"] = json.dumps(entry["body"]).encode()
-    with server(student, max_batch) as (process, address):
-        out = asyncio.run(load(address, asked, concurrency, process.pid))
-    engine = metric(out["metrics"], "redif_batch_pictures_sum") / metric(out["metrics"], "redif_batch_seconds_sum")
-    return len(asked) / out["seconds"], engine
+    out = asyncio.run(load(address, asked, concurrency, os.getpid()))
+    if any(entry["status"] != 200 for entry in asked):
+        raise SystemExit("a request of the gain's measurement was not answered with 200")
+    return len(asked) / out["seconds"]
 
 
 def main() -> None:
@@ -187,8 +197,12 @@ def main() -> None:
     counts = wrong(pipeline, asked)
     seconds = sorted(entry["seconds"] for entry in asked if entry["kind"] == "good" and entry["status"] == 200)
     half = out["memory"][len(out["memory"]) // 2 :]
-    rates = [(served_rate(options.student, classes, size, options.concurrency)) for size in (1, BATCH)]
-    one, many = engine_rates(pipeline, classes)
+    rates = gains(options.student, pipeline, classes, options.concurrency)
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    served_gain, engine_gain = (
+        statistics.median(many / one for one, many in zip(rates[f"{kind} 1"], rates[f"{kind} {BATCH}"], strict=True))
+        for kind in ("served", "engine")
+    )
     good = sum(entry["kind"] == "good" for entry in asked)
     row = {
         "contender": "redif serve",
@@ -207,11 +221,14 @@ def main() -> None:
         "memory_growth_second_half": max(half) / half[0] - 1,
         "mean_batch": metric(out["metrics"], "redif_batch_pictures_sum")
         / metric(out["metrics"], "redif_batch_pictures_count"),
-        "engine_images_per_second": {"batch_1": one, f"batch_{BATCH}": many},
-        "engine_gain": many / one,
-        "served_images_per_second": {"max_batch_1": rates[0][0], f"max_batch_{BATCH}": rates[1][0]},
-        "served_gain": rates[1][0] / rates[0][0],
-        "served_engine_gain": rates[1][1] / rates[0][1],
+        "engine_images_per_second": {"batch_1": middle["engine 1"], f"batch_{BATCH}": middle[f"engine {BATCH}"]},
+        "engine_gain": engine_gain,
+        "served_images_per_second": {
+            "max_batch_1": middle["served 1"],
+            f"max_batch_{BATCH}": middle[f"served {BATCH}"],
+        },
+        "served_gain": served_gain,
+        "round_rates": rates,
         "load_average": os.getloadavg()[0],
     }
     print(json.dumps(row, indent=1))

@@ -175,7 +175,7 @@ def quickstart(
     write_json(output / "results.json", results)
     poster(sheets).save(output / "samples.png", optimize=True)
     atomic_write(output / "report.html", render(results, sheets).encode())
-    _summary(report, results, output)
+    _summary(report, results, output, steps[-1])
     return results
 
 
@@ -291,9 +291,11 @@ def _speed(
     return rows
 
 
-def _summary(report: Reporter, results: dict[str, Any], output: Path) -> None:
+def _summary(report: Reporter, results: dict[str, Any], output: Path, most: int) -> None:
     from redif_sdk.distill.quality import print_table
 
     if not report.console.quiet:
         print_table(results["rows"])
     report.console.print(f"{results['seconds']:.0f} s in all; open [bold]{output / 'report.html'}[/bold]")
+    shown = output / f"student-{most}"
+    report.console.print(f"try it in a page: redif demo {shown} --teacher {output / 'teacher'}", soft_wrap=True)

@@ -38,7 +38,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigkill_and_resume_give_the_same_bits(teacher_folder: Path, tmp_path: Path, seed: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "REDIF_CACHE": str(tmp_path / "cache")}
     subprocess.run(command(teacher_folder, tmp_path / "whole"), env=environment, check=True, timeout=300)

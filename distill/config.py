@@ -17,7 +17,7 @@ class DistillConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     num_inference_steps: int = Field(4, ge=1, le=64, description="The student's network calls an image, K.")
-    method: str = Field("redif", description="redif or regression.")
+    method: str = Field("redif", description="redif, regression, progressive, dmd2, draft or grpo.")
     reward: Any = Field("feature", description="A name, 'a+b', a callable, a list, or {reward: weight}.")
     updates: int | None = Field(None, ge=1, description="Optimiser updates.")
     seconds: float | None = Field(None, gt=0, description="Wall seconds of training.")
@@ -32,18 +32,22 @@ class DistillConfig(BaseModel):
     ema_decay: float = Field(0.99, ge=0, lt=1)
 
     schedule_updates: int = Field(20, ge=0, description="redif: policy-gradient updates of the step table's times.")
-    warm_start: float = Field(0.7, ge=0, le=1, description="redif: share of the run that is regression.")
+    warm_start: float = Field(0.7, ge=0, le=1, description="redif, draft, dmd2: share of the run that is regression.")
     estimator: Literal["same-state", "pathwise", "trajectory"] = "same-state"
     group_size: int = Field(16, ge=2, description="Actions a state (even), or trajectories a start.")
     exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
     exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")
-    step_delta: float = Field(0.15, gt=0, description="same-state: rms step of x0 along the score direction.")
+    step_delta: float = Field(0.15, gt=0, description="redif, draft, dmd2: rms step of x0 along the direction.")
     huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
     anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
     earlier_rows: float = Field(0.0, ge=0, le=1, description="same-state: share of updates at rows before the last.")
     delta_over_e: float = Field(0.01, gt=0, description="trajectory: the clip range as a change of the mean over e.")
     kl: float = Field(0.0, ge=0, description="trajectory: weight of the KL to the network that the phase began with.")
     ppo_epochs: int = Field(1, ge=1, description="trajectory: optimiser steps on each batch of trajectories.")
+
+    sde_window: int = Field(0, ge=0, description="grpo: noisy rows a trajectory, at a random place; 0: all.")
+    fake_updates: int = Field(2, ge=1, description="dmd2: updates of the fake score for one of the student.")
+    fake_learning_rate: float = Field(2e-4, gt=0, description="dmd2: of the fake score.")
 
     checkpoint_seconds: float = Field(30.0, ge=0)
     log_every: int = Field(10, ge=1)

@@ -85,7 +85,9 @@ class Trainer:
             )
         policy = StudentPolicy(network, table, self.teacher.schedule, Meter())
         advantage = Advantage(rewards, self.teacher.images)
-        self.context = Context(policy, self.pairs, advantage, config, self.teacher.postprocess.value_range)
+        self.context = Context(
+            policy, self.teacher, self.pairs, advantage, config, self.teacher.postprocess.value_range
+        )
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=config.learning_rate,

@@ -16,6 +16,7 @@ from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.rewards import Advantage
+from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest
 
 __all__ = ["METHODS", "Context", "Method", "make_method", "method_names"]
@@ -25,12 +26,14 @@ Loss = tuple[Tensor, dict[str, float]]
 
 @dataclass
 class Context:
-    """What a method may see: the student, the pool, the rewards and the settings.
+    """What a method may see: the student, the teacher, the pool, the rewards and the settings.
 
-    ``bounds``: where latents are pixels, the range to which pictures are clamped.
+    Whoever calls the teacher, or another network than the policy's own, adds that to ``policy.meter``. ``bounds``:
+    where latents are pixels, the range to which pictures are clamped.
     """
 
     policy: StudentPolicy
+    teacher: Teacher
     pairs: Pairs
     advantage: Advantage
     config: DistillConfig
@@ -66,7 +69,38 @@ def _regression() -> Method:
     return Regression()
 
 
-METHODS: dict[str, Callable[[], Method]] = {"redif": _redif, "regression": _regression}
+def _progressive() -> Method:
+    from redif_sdk.distill.methods.progressive import Progressive
+
+    return Progressive()
+
+
+def _draft() -> Method:
+    from redif_sdk.distill.methods.draft import Draft
+
+    return Draft()
+
+
+def _grpo() -> Method:
+    from redif_sdk.distill.methods.grpo import Grpo
+
+    return Grpo()
+
+
+def _dmd2() -> Method:
+    from redif_sdk.distill.methods.dmd2 import Dmd2
+
+    return Dmd2()
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "redif": _redif,
+    "regression": _regression,
+    "progressive": _progressive,
+    "dmd2": _dmd2,
+    "draft": _draft,
+    "grpo": _grpo,
+}
 
 
 def method_names() -> list[str]:

@@ -105,24 +105,30 @@ class TrajectoryGroups:
     context: Context
     exploration: Exploration
     reference: nn.Module | None
+    window: range | None = None  # the noisy rows; None: all. The others are deterministic, and have no ratio
 
     def rollout(
         self, batch: Pairs, generator: torch.Generator
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-        """G noisy trajectories: states, actions and means of every row, each (G B, C, H, W), and the final output."""
+        """G trajectories: of the noisy rows the states, actions and means (G B, C, H, W); and the final output."""
         policy, config = self.context.policy, self.context.config
         x = policy.start(batch.noise.repeat(config.group_size, 1, 1, 1))
         labels = None if batch.condition is None else batch.condition.repeat(config.group_size)
         states, actions, means = [], [], []
         with torch.no_grad():
             for k in range(policy.num_inference_steps):
-                mean = policy.estimate(k, x, labels)
-                action = mean + config.exploration * self.exploration.draw(1, tuple(x.shape), generator)[0]
-                states.append(x)
-                actions.append(action)
-                means.append(mean)
+                action = mean = policy.estimate(k, x, labels)
+                if k in self.rows:
+                    action = mean + config.exploration * self.exploration.draw(1, tuple(x.shape), generator)[0]
+                    states.append(x)
+                    actions.append(action)
+                    means.append(mean)
                 x = policy.table.advance(k, x, action)
         return states, actions, means, x
+
+    @property
+    def rows(self) -> range:
+        return range(self.context.policy.num_inference_steps) if self.window is None else self.window
 
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
         """For every epoch one loss: PPO's clipped surrogate, averaged over rows, + KL + anchor.
@@ -138,7 +144,7 @@ class TrajectoryGroups:
         clip = config.delta_over_e / math.sqrt(output[0].numel())
         for epoch in range(config.ppo_epochs):
             surrogate, kl, clipped = torch.zeros(()), torch.zeros(()), 0.0
-            for k, (x, action, old) in enumerate(zip(states, actions, means, strict=True)):
+            for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
                 mean = policy.estimate(k, x, labels)
                 if check and epoch == 0:
                     check_drift(old, mean, config.delta_over_e * config.exploration)
@@ -149,7 +155,7 @@ class TrajectoryGroups:
                 clipped += float((ratio.detach() != bounded.detach()).float().mean())
                 if self.reference is not None:
                     kl = kl + self._kl(k, x, labels, mean)
-            rows = policy.num_inference_steps
+            rows = len(self.rows)
             # log-probabilities averaged over D elements have gradients D times too small
             loss = output[0].numel() * surrogate / rows + config.kl * kl / rows
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}

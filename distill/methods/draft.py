@@ -1,0 +1,48 @@
+"""DRaFT (Clark et al. 2023, arXiv 2309.17400): ascend the reward's own gradient through the rollout.
+
+White-box: every reward must be differentiable. It is the control arm of ReDiF: the same rewards, rollout and anchor, so
+that what is left between the two is what reinforcement itself contributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.pairs import Pairs
+
+
+class Draft:
+    name = "draft"
+
+    def __init__(self) -> None:
+        self.warm_up = Regression()
+
+    def prepare(self, context: Context) -> None:
+        """Raises InvalidRequest for a reward without a gradient, before anything is trained."""
+        probe = context.pairs[:2]
+        context.advantage.gradient(probe.target + 0.1, probe.target, probe.condition)
+
+    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        """-sum_i w_i r_i(x_0(theta)) / s_i + anchor |x_0 - teacher|^2; s_i is the gradient's rms, so that weights mean
+        the same for every reward (the paper has one reward and tunes its learning rate)."""
+        config = context.config
+        if progress < config.warm_start:
+            yield from self.warm_up.losses(context, batch, progress, generator)
+            return
+        output = context.policy.sample(batch.noise, batch.condition)
+        gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
+        residual = visible_residual(output, batch.target, context.bounds)
+        # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
+        loss = config.anchor * error(residual, config.huber) - 2 * config.step_delta * (gradient * output).mean()
+        yield loss, {"mse": residual.detach().pow(2).mean().item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
+        """Holds no state."""

@@ -1,0 +1,54 @@
+"""GRPO as Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) has it: whole noisy trajectories, cold start, KL. No anchor,
+unless one is asked for.
+
+G trajectories from one start; the reward of each, less the group's mean and over its std, weighs the clipped ratio of
+every noisy row (PPO, Schulman et al. 2017). A window of noisy rows that moves from update to update, the others being
+deterministic, is MixGRPO's (Li et al. 2025). The clip is given as `delta_over_e`, since its meaning depends on D.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods.groups import TrajectoryGroups
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.policy import Exploration
+
+
+class Grpo:
+    name = "grpo"
+
+    def __init__(self) -> None:
+        self.reference: nn.Module | None = None
+        self._checked = False
+
+    def prepare(self, context: Context) -> None:
+        """The reference of the KL is the student as it begins."""
+        if context.config.kl:
+            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+
+    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        if "anchor" not in context.config.model_fields_set:
+            context = replace(context, config=context.config.model_copy(update={"anchor": 0.0}))
+        config, rows = context.config, context.policy.num_inference_steps
+        white = Exploration.white(batch.noise[0].numel())
+        size = min(config.sde_window or rows, rows)
+        first = int(torch.randint(0, rows - size + 1, (), generator=generator))
+        groups = TrajectoryGroups(context, white, self.reference, range(first, first + size))
+        check, self._checked = not self._checked, True
+        yield from groups.losses(batch, generator, check=check)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": None if self.reference is None else self.reference.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
+        if state["reference"] is not None:
+            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+            self.reference.load_state_dict(state["reference"])

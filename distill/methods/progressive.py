@@ -1,0 +1,104 @@
+"""Progressive distillation (Salimans and Ho 2022, arXiv 2202.00512, Algorithm 2): halve the steps again and again.
+
+In a stage the student of n steps learns to do in one DDIM step what its teacher, of 2n steps, does in two; then it is
+the next stage's teacher. The stages share the budget equally. Clean data are the teacher's own outputs in the pool.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.steps import StepTable
+
+
+def stage_steps(num_inference_steps: int, teacher_steps: int) -> list[int]:
+    """The students' numbers of steps, stage by stage: K 2^m, ..., 2 K, K, the first at most half the teacher's."""
+    stages = max(1, int(math.log2(max(2.0, teacher_steps / num_inference_steps))))
+    return [num_inference_steps * 2**stage for stage in reversed(range(stages))]
+
+
+class Progressive:
+    name = "progressive"
+
+    def __init__(self) -> None:
+        self.stage = -1
+        self.parent: nn.Module | None = None  # the last stage's student; None: the teacher itself
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to prepare: the first stage's teacher is the teacher."""
+
+    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        """max(SNR, 1) |x_theta(z_t) - x~|^2 (eq. 9), with x~ the clean image that two steps of the teacher mean."""
+        stages = stage_steps(context.policy.num_inference_steps, context.teacher.num_inference_steps)
+        stage = min(int(progress * len(stages)), len(stages) - 1)
+        if stage != self.stage:
+            self.stage = stage
+            self.parent = copy.deepcopy(context.policy.network).requires_grad_(False) if stage else None
+        steps = stages[stage]
+        student = StudentPolicy(context.policy.network, context.teacher.table(steps), meter=context.policy.meter)
+        fine = context.teacher.table(2 * steps)
+        k = int(torch.randint(0, steps, (), generator=generator))
+        alpha, sigma = _level(student.table, k, context)
+        z = alpha * batch.target + sigma * torch.randn(batch.target.shape, generator=generator)
+        target = two_steps(z, k, fine, student.table, self._parent_of(context, fine), batch.condition)
+        residual = student.estimate(k, z, batch.condition) - target
+        weight = max(1.0, (alpha / max(sigma, 1e-8)) ** 2)
+        yield (
+            min(weight, 25.0) * residual.pow(2).mean(),
+            {
+                "mse": residual.detach().pow(2).mean().item(),
+                "steps": float(steps),
+            },
+        )
+
+    def _parent_of(self, context: Context, fine: StepTable) -> Any:
+        """(k, x, condition) -> x0 of the stage's teacher at row k of the table of 2n rows; calls are counted."""
+        meter = context.policy.meter
+        if self.parent is not None:
+            policy = StudentPolicy(self.parent, fine, meter=meter)
+            return torch.no_grad()(policy.estimate)
+
+        def estimate(k: int, x: Tensor, condition: Tensor | None) -> Tensor:
+            meter.teacher_calls += len(x) * context.teacher.calls_per_step
+            f = context.teacher(x, torch.full((len(x),), float(fine.timesteps[k])), condition)
+            clean: Tensor = fine.clean(k, x, f)
+            return clean
+
+        return estimate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stage": self.stage, "parent": None if self.parent is None else self.parent.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
+        self.stage = state["stage"]
+        if state["parent"] is not None:
+            self.parent = copy.deepcopy(context.policy.network).requires_grad_(False)
+            self.parent.load_state_dict(state["parent"])
+
+
+def two_steps(z: Tensor, k: int, fine: StepTable, coarse: StepTable, estimate: Any, condition: Tensor | None) -> Tensor:
+    """x~: the clean image from which row k of `coarse` goes where rows 2k and 2k + 1 of `fine` go from z.
+
+    From x' = r x0 + s x with row k's own r and s: x~ = (z'' - s z) / r.
+    """
+    x = z
+    for row in (2 * k, 2 * k + 1):
+        x = fine.advance(row, x, estimate(row, x, condition))
+    _, _, _, r, s, _ = (float(value) for value in coarse.rows[k])
+    return (x - s * z) / r
+
+
+def _level(table: StepTable, k: int, context: Context) -> tuple[float, float]:
+    """alpha and sigma at row k's time."""
+    t = round(float(table.timesteps[k]))
+    schedule = context.teacher.schedule
+    return float(schedule.alphas[t]), float(schedule.sigmas[t])

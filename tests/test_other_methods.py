@@ -1,0 +1,217 @@
+"""The methods beside ReDiF and regression: each learns what its paper says, is counted, and resumes bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.methods import METHODS
+from redif_sdk.distill.methods.dmd2 import clean_at, levels, noised
+from redif_sdk.distill.methods.groups import TrajectoryGroups
+from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
+from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.teacher import Teacher
+from redif_sdk.distill.trainer import Trainer
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.steps import NoiseSchedule
+
+SHAPE = (1, 4, 4)
+MEAN, STD = 0.5, 0.2
+SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
+
+
+class Small(nn.Module):
+    """A network of a few hundred weights, called as (x, t, condition)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(17, 32), nn.SiLU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        out: Tensor = self.body(torch.cat([x.flatten(1), t[:, None] / 1000], 1))
+        return out.view_as(x)
+
+
+def exact(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    """v of data that are N(MEAN, STD^2) at every place: what a perfect teacher of them gives."""
+    at = t.long()
+    alpha = torch.from_numpy(SCHEDULE.alphas.copy()).float()[at].view(-1, 1, 1, 1)
+    sigma = torch.from_numpy(SCHEDULE.sigmas.copy()).float()[at].view(-1, 1, 1, 1)
+    variance = alpha**2 * STD**2 + sigma**2
+    clean = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
+    return (alpha * x - clean) / sigma
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.from_callable(
+        exact,
+        schedule=SCHEDULE,
+        prediction_type="v_prediction",
+        shape=SHAPE,
+        student=Small(),
+        num_inference_steps=16,
+    )
+
+
+def trainer(teacher: Teacher, method: str, folder: Path | None = None, **settings: object) -> Trainer:
+    defaults = {"num_inference_steps": 2, "updates": 6, "reward": "pixel", "batch_size": 16, "pool_size": 64}
+    defaults |= {"warm_start": 0.0, "group_size": 4, "exploration_rank": 0}
+    config = DistillConfig.checked(**(defaults | {"method": method} | settings))
+    pairs, _ = pool.get(teacher, config.pool_size, "train")
+    return Trainer(teacher, config, pairs, folder)
+
+
+def weights(run: Trainer) -> Tensor:
+    return torch.cat([value.flatten() for value in run.context.policy.network.state_dict().values()])
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path, method: str) -> None:
+    """What a method keeps (a fake score and its optimiser, a stage's teacher, a reference) is in the checkpoint."""
+    settings = {"kl": 0.1, "num_inference_steps": 1} if method == "grpo" else {"num_inference_steps": 2}
+    whole = trainer(teacher, method, tmp_path / "whole", **settings)
+    whole.run()
+    first = trainer(teacher, method, tmp_path / "cut", **settings)
+    first.method.prepare(first.context)
+    while first.update < 4:
+        first._step(first.progress)
+    first._save(None)
+    second = trainer(teacher, method, tmp_path / "cut", **settings)
+    second.run(resume=True)
+    assert torch.equal(weights(whole), weights(second))
+    assert not torch.equal(weights(whole), weights(trainer(teacher, method, **settings)))
+    counted = [run.meter.forward_equivalents for run in (whole, second)]
+    assert counted[0] == counted[1] > 0
+
+
+def test_progressive_halves_the_steps(teacher: Teacher) -> None:
+    assert stage_steps(1, 50) == [16, 8, 4, 2, 1]
+    assert stage_steps(4, 50) == [16, 8, 4]
+    assert stage_steps(4, 4) == [4]
+    run = trainer(teacher, "progressive", updates=6, num_inference_steps=2)
+    method = run.method
+    assert isinstance(method, Progressive)
+    assert stage_steps(2, 16) == [8, 4, 2]
+    parents = []
+    for _ in range(6):
+        run._step(run.progress)
+        parents.append((method.stage, method.parent))
+    assert [stage for stage, _ in parents] == [0, 0, 1, 1, 2, 2]
+    assert parents[0][1] is None  # the teacher itself
+    assert parents[2][1] is parents[3][1] is not parents[4][1]
+    # two teacher calls a sample in the first stage, none later
+    assert run.meter.teacher_calls == 2 * 2 * 16
+    assert run.meter.student_calls == 4 * 2 * 16
+    assert run.meter.gradient_samples == 6 * 16
+
+
+def test_progressives_target_leads_where_two_steps_lead(teacher: Teacher) -> None:
+    fine, coarse = teacher.table(8), teacher.table(4)
+    z = torch.randn(3, *SHAPE)
+
+    def estimate(k: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        clean: Tensor = fine.clean(k, x, teacher(x, torch.full((len(x),), float(fine.timesteps[k])), None))
+        return clean
+
+    for k in range(4):
+        wanted = z
+        for row in (2 * k, 2 * k + 1):
+            wanted = fine.advance(row, wanted, estimate(row, wanted, None))
+        target = two_steps(z, k, fine, coarse, estimate, None)
+        assert torch.allclose(coarse.advance(k, z, target), wanted, atol=1e-5)
+        assert coarse.timesteps[k] == fine.timesteps[2 * k]
+
+
+def test_distribution_matching_finds_the_distribution(teacher: Teacher) -> None:
+    """Without an anchor: nothing but the difference of the scores says where the data are."""
+    run = trainer(
+        teacher,
+        "dmd2",
+        num_inference_steps=1,
+        updates=250,
+        anchor=0.0,
+        batch_size=64,
+        learning_rate=3e-3,
+        fake_learning_rate=3e-3,
+        step_delta=0.3,
+    )
+    pairs = run.pairs
+
+    def distance() -> float:
+        with torch.no_grad():
+            output = run.context.policy.sample(pairs.noise, None)
+        return float((output.mean() - MEAN).abs())
+
+    before = distance()
+    run.run()
+    assert distance() < 0.25 * before
+    # real, fake and their noise: each network call of an update is counted
+    assert run.meter.teacher_calls == 250 * 64
+    assert run.meter.gradient_samples == 250 * 64 * 3
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample", "score"])
+def test_clean_images_of_every_prediction_type(teacher: Teacher, kind: str) -> None:
+    from dataclasses import replace
+
+    run = trainer(replace(teacher, prediction_type=kind), "dmd2")
+    clean = torch.randn(8, *SHAPE)
+    t, x = noised(run.context, clean, torch.Generator().manual_seed(0))
+    alpha, sigma = levels(run.context, t)
+    epsilon = (x - alpha * clean) / sigma
+    output = {
+        "v_prediction": alpha * epsilon - sigma * clean,
+        "epsilon": epsilon,
+        "sample": clean,
+        "score": -epsilon / sigma,
+    }[kind]
+    assert torch.allclose(clean_at(run.context, t, x, output), clean, atol=2e-3)
+
+
+def test_draft_follows_the_reward_and_needs_its_gradient(teacher: Teacher) -> None:
+    def brightness(images: Tensor, wanted: Tensor, condition: Tensor | None) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    run = trainer(teacher, "draft", reward=brightness, updates=200, anchor=0.0, num_inference_steps=1)
+    pairs = run.pairs
+    with torch.no_grad():
+        before = run.context.policy.sample(pairs.noise, None).mean()
+    run.run()
+    with torch.no_grad():
+        assert run.context.policy.sample(pairs.noise, None).mean() > before + 0.1
+
+    def black_box(images: Tensor, wanted: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.from_numpy(np.asarray(images.detach()).mean((1, 2, 3)))
+
+    with pytest.raises(InvalidRequest, match="black_box has no gradient"):
+        trainer(teacher, "draft", reward=black_box).run()
+    trainer(teacher, "grpo", reward=black_box).run()  # which reinforcement does not need
+
+
+def test_grpo_acts_within_its_window_alone(teacher: Teacher) -> None:
+    run = trainer(teacher, "grpo", num_inference_steps=4)
+    white = Exploration.white(16)
+    batch = run.pairs[:3]
+    generator = torch.Generator().manual_seed(0)
+    groups = TrajectoryGroups(run.context, white, None, range(2, 3))
+    states, actions, means, output = groups.rollout(batch, generator)
+    assert len(states) == len(actions) == len(means) == 1
+    together = states[0].unflatten(0, (4, 3))
+    assert torch.equal(together[0], together[1])  # nothing was drawn before row 2
+    assert not torch.equal(*output.unflatten(0, (4, 3))[:2])
+    seen = []
+    for update in range(40):
+        drawn = torch.Generator().manual_seed(update)
+        seen.append(int(torch.randint(0, 4, (), generator=drawn)))
+    assert set(seen) == {0, 1, 2, 3}
+    windowed = trainer(teacher, "grpo", num_inference_steps=4, sde_window=1, updates=3)
+    windowed.run()
+    assert windowed.meter.gradient_samples == 3 * 16 * 4  # one noisy row, four trajectories a start

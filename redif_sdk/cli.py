@@ -176,11 +176,30 @@ app.command("card")(card_command)
 
 
 @app.command("doctor")
-def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
-    """Say what is installed, what shadows what, and what each engine can do here. Exits 1 if something is broken."""
-    from redif_sdk.doctor import examine
+def doctor_command(
+    distill: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER", help="Check a teacher in place of the machine, before hours of work."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the student that shall be distilled.")] = 4,
+    reward: Annotated[str, typer.Option(help="That shall be used.")] = "feature",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is installed, what shadows what, and what each engine can do here. Exits 1 if something is broken.
 
-    rows = examine()
+    With --distill: does the teacher's prediction type fit, is it deterministic, do its samples belong to their noise,
+    does the reward tell actions apart, and how long would it take? Nothing is trained.
+    """
+    if distill is None:
+        from redif_sdk.doctor import examine
+
+        rows = examine()
+    else:
+        from redif_sdk.distill.examine import examine_teacher
+        from redif_sdk.distill.teacher import Teacher
+
+        rows = examine_teacher(Teacher.load(distill), num_inference_steps=steps, reward=reward)
     write_rows(json, "doctor", rows)
     print_rows(console_for(json, quiet), FINDINGS, rows)
     if broken := [row["subject"] for row in rows if row["status"] == "problem"]:

@@ -17,7 +17,7 @@ from redif_sdk.runtimes.base import cores, nvidia_driver
 
 __all__ = ["examine"]
 
-EXTRAS = ("cpu", "gpu", "openvino", "tensorrt-rtx", "export", "distill", "demo", "serve")
+EXTRAS = ("cpu", "gpu", "openvino", "tensorrt-rtx", "export", "distill", "demo", "serve", "ray")
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*(?:;.*extra\s*==\s*['\"]([^'\"]+)['\"])?")
 

@@ -19,7 +19,7 @@ CSS = """
 .redif-small img { image-rendering: pixelated; }
 .redif-chart { max-width: 62rem; overflow-x: auto; }
 .redif-chart svg { width: 100%; min-width: 30rem; height: auto; }
-.redif-chart table { border-collapse: collapse; margin: .8rem 0; width: 100%; }
+.redif-chart table { border: 0 !important; border-collapse: collapse; margin: .8rem 0; width: 100%; }
 .redif-chart th, .redif-chart td { text-align: left; padding: .3rem .6rem; border: 0; border-bottom: 1px solid #8884; }
 #card table { display: block; overflow-x: auto; border: 0; }
 #card img { image-rendering: pixelated; min-width: min(100%, 20rem); }

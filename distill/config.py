@@ -18,7 +18,7 @@ class DistillConfig(BaseModel):
 
     num_inference_steps: int = Field(4, ge=1, le=64, description="The student's network calls an image, K.")
     method: str = Field("redif", description="redif, regression, progressive, dmd2, draft or grpo.")
-    reward: Any = Field("feature", description="A name, 'a+b', a callable, a list, or {reward: weight}.")
+    reward: Any = Field("feature", description="A name, an address, 'a+b', a callable, a list, or {reward: weight}.")
     updates: int | None = Field(None, ge=1, description="Optimiser updates.")
     seconds: float | None = Field(None, gt=0, description="Wall seconds of training.")
     teacher_calls: int | None = Field(None, ge=1, description="Teacher network calls for the pool of pairs.")

@@ -5,8 +5,9 @@ The trainer owns the loop, the optimiser and the budget; a method only turns a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -57,49 +58,14 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None: ...
 
 
-def _redif() -> Method:
-    from redif_sdk.distill.methods.redif import ReDiF
-
-    return ReDiF()
-
-
-def _regression() -> Method:
-    from redif_sdk.distill.methods.regression import Regression
-
-    return Regression()
-
-
-def _progressive() -> Method:
-    from redif_sdk.distill.methods.progressive import Progressive
-
-    return Progressive()
-
-
-def _draft() -> Method:
-    from redif_sdk.distill.methods.draft import Draft
-
-    return Draft()
-
-
-def _grpo() -> Method:
-    from redif_sdk.distill.methods.grpo import Grpo
-
-    return Grpo()
-
-
-def _dmd2() -> Method:
-    from redif_sdk.distill.methods.dmd2 import Dmd2
-
-    return Dmd2()
-
-
-METHODS: dict[str, Callable[[], Method]] = {
-    "redif": _redif,
-    "regression": _regression,
-    "progressive": _progressive,
-    "dmd2": _dmd2,
-    "draft": _draft,
-    "grpo": _grpo,
+#: The class of each method, in the module of its name, which is imported when it is asked for.
+METHODS = {
+    "redif": "ReDiF",
+    "regression": "Regression",
+    "progressive": "Progressive",
+    "dmd2": "Dmd2",
+    "draft": "Draft",
+    "grpo": "Grpo",
 }
 
 
@@ -110,4 +76,5 @@ def method_names() -> list[str]:
 def make_method(name: str) -> Method:
     if name not in METHODS:
         raise InvalidRequest(f"unknown method {name!r}; known: {', '.join(method_names())}")
-    return METHODS[name]()
+    method: Method = getattr(import_module(f"{__name__}.{name}"), METHODS[name])()
+    return method

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.rewards.endpoint import EndpointReward, is_endpoint
 from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.rewards.pixel import PixelReward
 from redif_sdk.distill.rewards.texture import TextureReward
@@ -25,6 +26,7 @@ from redif_sdk.errors import InvalidRequest, TrainingDiverged
 __all__ = [
     "REWARDS",
     "Advantage",
+    "EndpointReward",
     "FeatureReward",
     "PixelReward",
     "Reward",
@@ -79,8 +81,11 @@ def reward_names(spec: RewardSpec) -> list[str]:
     """
     names = []
     for reward, _ in _weighted(spec):
+        if isinstance(reward, str) and is_endpoint(reward):
+            reward = EndpointReward(reward)
         if isinstance(reward, str) and reward not in REWARDS:
-            raise InvalidRequest(f"unknown reward {reward!r}; known: {', '.join(sorted(REWARDS))}, or any callable")
+            known = ", ".join(sorted(REWARDS))
+            raise InvalidRequest(f"unknown reward {reward!r}; known: {known}, the address of one, or any callable")
         names.append(reward if isinstance(reward, str) else name_of(reward))
     if not names:
         raise InvalidRequest("no reward is given; name at least one, e.g. 'feature'")
@@ -89,10 +94,13 @@ def reward_names(spec: RewardSpec) -> list[str]:
 
 def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) -> list[tuple[Reward, float]]:
     reward_names(spec)
-    return [
-        (REWARDS[reward](teacher, pairs, seed) if isinstance(reward, str) else reward, weight)
-        for reward, weight in _weighted(spec)
-    ]
+
+    def make(reward: str | Reward) -> Reward:
+        if not isinstance(reward, str):
+            return reward
+        return EndpointReward(reward) if is_endpoint(reward) else REWARDS[reward](teacher, pairs, seed)
+
+    return [(make(reward), weight) for reward, weight in _weighted(spec)]
 
 
 @dataclass

@@ -35,6 +35,10 @@ __all__ = ["DemoSettings", "build_demo", "card_text", "launch"]
 
 SMALL = 128  # pixels: smaller pictures are shown with hard edges
 MOST_CHOICES = 2000  # classes in a list that a browser draws; with more, the class is typed
+_GENERATE = (
+    "Pictures of a class. Returns the pictures, those of the teacher, the steps in between, a sentence on the latency, "
+    "and details: seeds, seconds, runtime. An empty seed is drawn."
+)
 _KEPT_SECONDS = 3600  # how long pictures stay on the server's disk
 _UNUSUAL = re.compile(r"[^A-Za-z0-9.-]+")
 _IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
@@ -265,13 +269,14 @@ class _Page:
         address = [self.student, self.prompt, self.steps, self.seed, self.number]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         running: dict[str, Any] = {"show_progress": "minimal", "concurrency_id": "pictures"}
+        unnamed: dict[str, Any] = {**running, "api_visibility": "private"}
 
         drawn = self.generate.click(
             lambda seed, keep: seed if keep else random_seed(), [self.seed, self.keep], self.seed, **hidden
         )
-        made = drawn.then(self._generate, wish, outputs, api_visibility="private", **running)
+        made = drawn.then(self._generate, wish, outputs, api_name="generate", api_description=_GENERATE, **running)
         made.success(None, address, [], js=style.write_address(many))
-        by_key = self.seed.submit(self._generate, wish, outputs, api_visibility="private", **running)
+        by_key = self.seed.submit(self._generate, wish, outputs, **unnamed)
         by_key.success(None, address, [], js=style.write_address(many))
 
         chosen = self.examples.click(
@@ -280,7 +285,7 @@ class _Page:
             [self.prompt, self.steps, self.seed, self.number, self.keep],
             **hidden,
         )
-        shown = chosen.then(self._generate, wish, outputs, api_visibility="private", **running)
+        shown = chosen.then(self._generate, wish, outputs, **unnamed)
 
         linked = gr.State(False)
         opened = blocks.load(
@@ -293,8 +298,7 @@ class _Page:
             lambda yes, *rest: (yield from self._generate(*rest)) if yes else (yield gr.skip()),
             [linked, *wish],
             outputs,
-            api_visibility="private",
-            **running,
+            **unnamed,
         )
         self.cancel.click(
             lambda: "Cancelled. What was finished stays.",
@@ -311,37 +315,9 @@ class _Page:
             [self.prompt, self.steps, self.previews, self.height, self.width, self.card],
             **hidden,
         )
-        self._api()
+        named_endpoint(self._students, api_name="students", api_description="The students, and what each can do.")
 
-    def _api(self) -> None:
-        """What programs may call, by name."""
-        named_endpoint(
-            self.students_endpoint, api_name="students", api_description="The students, and what each can do."
-        )
-        call = gr.Button(visible=False)
-        call.click(
-            self._generate,
-            [
-                self.prompt,
-                self.steps,
-                self.seed,
-                self.number,
-                self.student,
-                self.previews,
-                self.compare,
-                self.height,
-                self.width,
-            ],
-            [self.gallery, self.compared, self.formed, self.report, self.details],
-            api_name="generate",
-            api_description=(
-                "Pictures of a class. Returns the pictures, those of the teacher, the steps in between, a sentence on "
-                "the latency, and details: seeds, seconds, runtime. An empty seed is drawn."
-            ),
-            concurrency_id="pictures",
-        )
-
-    def students_endpoint(self) -> list[dict[str, Any]]:
+    def _students(self) -> list[dict[str, Any]]:
         """The students: name, numbers of steps (the first is the default), classes, and the size of a picture."""
         found = []
         for name in self.studio.students:

@@ -28,11 +28,10 @@ from redif_sdk.images import scale_and_offset
 from redif_sdk.manifest import Graph, Manifest
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.runtimes.base import cache_folder
+from redif_sdk.web_folder import CONFIG_NAME, FORMAT, check_page
 
-__all__ = ["CONFIG_NAME", "RUNTIME_VERSION", "build_page", "check_page"]
+__all__ = ["RUNTIME_VERSION", "build_page"]
 
-CONFIG_NAME = "student.json"
-FORMAT = "redif-web-1"
 RUNTIME_VERSION = "1.30.0"
 
 #: What the page takes of the package onnxruntime-web, with SHA-256: nothing else of it is opened, nothing of it is run.
@@ -147,27 +146,6 @@ def build_page(
         for name in kept:
             shutil.copytree(target / name, new / name, symlinks=True)
     return target
-
-
-def check_page(folder: str | Path) -> dict[str, Any]:
-    """The ``student.json`` of a page, if it is one and nothing of it was altered; else InvalidRequest."""
-    path = Path(folder)
-    try:
-        config = json.loads((path / CONFIG_NAME).read_bytes())
-        files = config["files"] if config["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
-        files = None
-    if not isinstance(files, dict):
-        raise InvalidRequest(f"{path} is no page of redif export --target web; give the folder of one")
-    for name in list_files(path):
-        if name != CONFIG_NAME and name not in files:
-            raise InvalidRequest(f"{name} in {path} is not of the page; take it out of that folder")
-    for name, sha256 in files.items():
-        if not (path / name).is_file():
-            raise InvalidRequest(f"{name} of the page in {path} is missing; export it again, into another folder")
-        if _sha256((path / name).read_bytes()) != sha256:
-            raise InvalidRequest(f"{name} of the page in {path} was changed; export it again, into another folder")
-    return dict(config)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> list[str]:

@@ -129,5 +129,5 @@ def test_it_is_named_without_its_secrets() -> None:
         "texture",
         "http://127.0.0.1:9/score",
     ]
-    made = make_rewards("http://127.0.0.1:9/score", None, None, 0)  # type: ignore[arg-type]
+    made = make_rewards("http://127.0.0.1:9/score", None, None, 0)
     assert isinstance(made[0][0], EndpointReward)

@@ -15,19 +15,10 @@ from torch import Tensor, nn
 from redif_sdk.distill.examine import examine_teacher
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.steps import NoiseSchedule
+from tests.networks import Tiny
 
 SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
 SHAPE = (1, 4, 4)
-
-
-class Small(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(17, 24), nn.SiLU(), nn.Dropout(dropout), nn.Linear(24, 16))
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        out: Tensor = self.body(torch.cat([x.flatten(1), t[:, None] / 1000], 1))
-        return out.view_as(x)
 
 
 def exact(kind: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -53,7 +44,7 @@ def teacher(kind: str = "v_prediction", student: nn.Module | None = None) -> Tea
         schedule=SCHEDULE,
         prediction_type=kind,
         shape=SHAPE,
-        student=student or Small(),
+        student=student or Tiny(),
         num_inference_steps=20,
     )
 
@@ -94,7 +85,7 @@ def test_a_teacher_that_draws_is_found() -> None:
 
 
 def test_an_untrained_teacher_is_found() -> None:
-    network = Small().eval()
+    network = Tiny().eval()
     found = problems(examine_teacher(replace(teacher(), predict=torch.no_grad()(network)), reward="pixel"))
     assert "are the network's weights trained?" in found["prediction type"]
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
@@ -24,20 +24,9 @@ from redif_sdk.distill.teacher import Teacher, check_deterministic
 from redif_sdk.distill.trainer import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
 from redif_sdk.steps import NoiseSchedule, StepTable
+from tests.networks import Tiny
 
 SHAPE = (1, 4, 4)
-
-
-class Tiny(nn.Module):
-    """A network of a few hundred weights, called as (x, t, condition)."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(17, 24), nn.SiLU(), nn.Dropout(dropout), nn.Linear(24, 16))
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        out: Tensor = self.body(torch.cat([x.flatten(1), t[:, None] / 1000], 1))
-        return out.view_as(x)
 
 
 def schedule() -> NoiseSchedule:

@@ -16,8 +16,9 @@ import yaml
 
 from redif_sdk.errors import ExportError, InvalidRequest
 from redif_sdk.export import export
-from redif_sdk.export.web import RUNTIME_VERSION, build_page, check_page
+from redif_sdk.export.web import RUNTIME_VERSION, build_page
 from redif_sdk.noise import normals
+from redif_sdk.web_folder import check_page
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here: install Node.js")

@@ -6,26 +6,25 @@ runs is the demo of this package, of this release; nothing but a dozen lines is 
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import redif_sdk
 from redif_sdk.errors import HubError, InvalidRequest
+from redif_sdk.files import hash_file, list_files, locate
 from redif_sdk.folder import StudentFolder
 from redif_sdk.hub.client import check_id, client, offline, translated
 from redif_sdk.hub.push import check_gate
 from redif_sdk.hub.target import File, Pushed, Target, in_memory, rows_of, student_files
 from redif_sdk.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.web_folder import check_page, is_page
 
-__all__ = ["SPACE_MARKER", "is_page", "push_space"]
+__all__ = ["SPACE_MARKER", "push_space"]
 
 #: In the README.md of every Space that we make: without it, what is there is somebody else's.
 SPACE_MARKER = "<!-- made by redif-sdk: redif push --space replaces all files of this Space -->"
 
-PAGE_CONFIG = "student.json"
-_PAGE_FORMAT = "redif-web-1"
 _FOLDER = "student"
 _PYTHON = "3.11"
 
@@ -46,15 +45,6 @@ _README = """\
 The demo of *{name}*, a few-step diffusion student: {source}. The same seed gives the same picture everywhere; the API
 is at the foot of the page. Made by redif-sdk {version}.
 """
-
-
-def is_page(folder: str | Path) -> bool:
-    """Whether `folder` is a page of ``redif export --target web``, by its own word."""
-    try:
-        found = json.loads((Path(folder) / PAGE_CONFIG).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("format") == _PAGE_FORMAT
 
 
 def push_space(
@@ -110,19 +100,8 @@ def _is_ours(target: Target) -> bool:
 
 
 def _page_files(folder: Path) -> list[File]:
-    from redif_sdk.files import hash_file, list_files, locate
-
-    config = json.loads((folder / PAGE_CONFIG).read_bytes())
-    listed = config.get("files")
-    files = []
-    for path in list_files(folder):
-        size, sha256 = hash_file(folder, path)
-        if path != PAGE_CONFIG and (not isinstance(listed, dict) or listed.get(path) != sha256):
-            raise InvalidRequest(f"{path} of the page in {folder} is not what was exported; export the page again")
-        files.append(File(path, locate(folder, path), size, sha256))
-    if missing := sorted(set(listed or ()) - {file.path for file in files}):
-        raise InvalidRequest(f"{missing[0]} of the page in {folder} is missing; export the page again")
-    return files
+    check_page(folder)
+    return [File(path, locate(folder, path), *hash_file(folder, path)) for path in list_files(folder)]
 
 
 def _demo_files(student: StudentFolder, student_id: str | None, commit: str | None) -> list[File]:

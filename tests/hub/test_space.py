@@ -154,7 +154,7 @@ def test_a_page_is_a_static_space(hub: HubStandIn, tiny_student: Path, tmp_path:
     }
     head = head_of(files["README.md"])
     assert head["sdk"] == "static"
-    assert head["custom_headers"]["cross-origin-embedder-policy"] == "require-corp"  # type: ignore[index]
+    assert head["custom_headers"]["cross-origin-embedder-policy"] == "require-corp"
     assert {row["action"] for row in push_space(page, SPACE).rows} == {"keep"}
     with pytest.raises(InvalidRequest, match="is a page with the student in it"):
         push_space(page, SPACE, student_id=REPO)

@@ -1,4 +1,4 @@
-"""Real data sets by name. They are read from where the distribution's package put them; nothing is downloaded."""
+"""Real data sets by name. They are read from where they were installed; nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk.distill import emoji
 from redif_sdk.errors import InvalidRequest
+
+#: name -> (the file by which its folder is known, how to get it).
+DATA_SETS = {
+    "fashion-mnist": ("train-images-idx3-ubyte.gz", "install it (Debian: apt-get install dataset-fashion-mnist)"),
+    "emoji": (emoji.FILE, "make it (python -m redif_sdk.distill.emoji -o $REDIF_DATA/emoji)"),
+}
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -42,28 +49,33 @@ def _idx(path: Path, header: int) -> NDArray[np.uint8]:
 
 def data_folder(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds ``name``'s files: the argument, ``$REDIF_DATA/name``, or Debian's place for it."""
+    if name not in DATA_SETS:
+        raise InvalidRequest(f"unknown data set {name!r}; known: {', '.join(DATA_SETS)}")
+    file, how = DATA_SETS[name]
     root = os.environ.get("REDIF_DATA")
     places = [Path(folder)] if folder else [*([Path(root) / name] if root else []), Path("/usr/share/datasets") / name]
     for place in places:
-        if (place / "train-images-idx3-ubyte.gz").is_file():
+        if (place / file).is_file():
             return place
     raise InvalidRequest(
-        f"the data set {name!r} is not in {' or '.join(map(str, places))}; "
-        f"install it (Debian: apt-get install dataset-{name}) or name its folder with --data-dir"
+        f"the data set {name!r} is not in {' or '.join(map(str, places))}; {how}, or name its folder with --data-dir"
     )
 
 
 def load(name: str, split: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
-    """Load ``split`` ("train" or "test") of the data set ``name`` ("fashion-mnist").
+    """Load ``split`` ("train" or "test") of the data set ``name`` ("fashion-mnist", "emoji").
 
     Raises:
         InvalidRequest: an unknown name or split, or the files are not installed.
     """
-    if name != "fashion-mnist":
-        raise InvalidRequest(f"unknown data set {name!r}; known: fashion-mnist")
+    place = data_folder(name, folder)
     if split not in ("train", "test"):
         raise InvalidRequest(f"unknown split {split!r}; known: train, test")
-    place, stem = data_folder(name, folder), {"train": "train", "test": "t10k"}[split]
+    if name == "emoji":
+        with np.load(place / emoji.FILE, allow_pickle=False) as arrays:
+            chosen = arrays["held_out"] == (split == "test")
+            return ImageData(arrays["images"][chosen], arrays["labels"][chosen], emoji.CLASSES)
+    stem = {"train": "train", "test": "t10k"}[split]
     images = _idx(place / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
     labels = _idx(place / f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64)
     return ImageData(images, labels, FASHION_MNIST_CLASSES)

@@ -52,15 +52,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # name -> UNet2DModel's arguments; docs/results/teacher.md has how they compare
     "unet-32-64": _unet((32, 64), layers=2, attention=(False, True), head_dim=32, groups=8),
     "unet-32-64-mid": _unet((32, 64), layers=2, attention=(False, False), head_dim=64, groups=32),
+    "unet-32-64-96": _unet((32, 64, 96), layers=2, attention=(False, False, False), head_dim=96, groups=32),
     "unet-64-128": _unet((64, 128), layers=1, attention=(False, False), head_dim=64, groups=32),
 }
 
 
-def build_network(name: str, num_classes: int, sample_size: int, pixel_shuffle: int) -> UNet2DModel:
-    """A stock class-conditional ``UNet2DModel``; its last class is 'no class' (label dropout)."""
-    channels = pixel_shuffle**2
+def build_network(name: str, split: data.ImageData, pixel_shuffle: int) -> UNet2DModel:
+    """A stock class-conditional ``UNet2DModel`` for a data set; its last class is 'no class' (label dropout)."""
+    num_classes, channels = len(split.class_names), split.images.shape[1] * pixel_shuffle**2
     return UNet2DModel(
-        sample_size=sample_size // pixel_shuffle,
+        sample_size=split.images.shape[-1] // pixel_shuffle,
         in_channels=channels,
         out_channels=channels,
         num_class_embeds=num_classes + 1,
@@ -115,8 +116,8 @@ def train(
     split = data.load(name, "train", data_dir)
     images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, PIXEL_SHUFFLE)
     labels, classes = torch.tensor(split.labels), len(split.class_names)
-    network = build_network(architecture, classes, split.images.shape[-1], PIXEL_SHUFFLE)
-    ema = build_network(architecture, classes, split.images.shape[-1], PIXEL_SHUFFLE).requires_grad_(False)
+    network = build_network(architecture, split, PIXEL_SHUFFLE)
+    ema = build_network(architecture, split, PIXEL_SHUFFLE).requires_grad_(False)
     ema.load_state_dict(network.state_dict())
     alphas_cumprod = build_scheduler().alphas_cumprod
     optimizer = torch.optim.AdamW(
@@ -183,7 +184,7 @@ def train(
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="The data set: fashion-mnist.")],
+    name: Annotated[str, typer.Argument(help="The data set: fashion-mnist or emoji.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoint.")],
     publish_to: Annotated[
         Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")

@@ -36,9 +36,12 @@ def distill_command(
     teacher: Teacher,
     output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
     steps: Annotated[int, typer.Option("--steps", help="The student's network calls an image, K.")] = 4,
-    method: Annotated[str, typer.Option(help="redif, regression, progressive, dmd2, draft or grpo.")] = "redif",
+    method: Annotated[
+        str, typer.Option(help="redif, regression, progressive, consistency, dmd2, draft or grpo.")
+    ] = "redif",
     reward: Annotated[
-        str, typer.Option(help="pixel, feature, texture, http://HOST/PATH of a black box, or a sum: texture+feature.")
+        str,
+        typer.Option(help="feature, texture, discriminator, ..., http://HOST/PATH of a black box; or texture+pixel."),
     ] = "feature",
     updates: Annotated[
         int | None, typer.Option(help="Budget: optimiser updates (600 when no budget is given).")

@@ -12,15 +12,17 @@ DEFAULT_UPDATES = 600
 
 
 class DistillConfig(BaseModel):
-    """A run's settings. Of the budgets (``updates``, ``seconds``, ``teacher_calls``) the first to be spent ends it."""
+    """A run's settings. Of the budgets (``updates``, ``seconds``,
+    ``forward_equivalents``, ``teacher_calls``) the first to be spent ends it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     num_inference_steps: int = Field(4, ge=1, le=64, description="The student's network calls an image, K.")
-    method: str = Field("redif", description="redif, regression, progressive, dmd2, draft or grpo.")
+    method: str = Field("redif", description="redif, regression, progressive, consistency, dmd2, draft or grpo.")
     reward: Any = Field("feature", description="A name, an address, 'a+b', a callable, a list, or {reward: weight}.")
     updates: int | None = Field(None, ge=1, description="Optimiser updates.")
     seconds: float | None = Field(None, gt=0, description="Wall seconds of training.")
+    forward_equivalents: float | None = Field(None, gt=0, description="Training's cost; the pool's is not in it.")
     teacher_calls: int | None = Field(None, ge=1, description="Teacher network calls for the pool of pairs.")
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -47,6 +49,7 @@ class DistillConfig(BaseModel):
 
     sde_window: int = Field(0, ge=0, description="grpo: noisy rows a trajectory, at a random place; 0: all.")
     fake_updates: int = Field(2, ge=1, description="dmd2: updates of the fake score for one of the student.")
+    gan_weight: float = Field(0.0, ge=0, description="dmd2: weight of a discriminator's loss; 0: none.")
     fake_learning_rate: float = Field(2e-4, gt=0, description="dmd2: of the fake score.")
 
     checkpoint_seconds: float = Field(30.0, ge=0)
@@ -56,7 +59,8 @@ class DistillConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _budget(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("updates") is None and values.get("seconds") is None:
+        budgets = ("updates", "seconds", "forward_equivalents")
+        if isinstance(values, dict) and all(values.get(name) is None for name in budgets):
             return {**values, "updates": DEFAULT_UPDATES}
         return values
 

@@ -1,8 +1,8 @@
-"""The data set "emoji": pictures of emoji in three styles, 32 x 32 in colour, from three packages of the npm registry.
+"""The data set "emoji": pictures of emoji in three styles, 32 x 32 in colour, from three packages of npm's registry.
 
-``python -m redif_sdk.distill.emoji`` fetches Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent 3D (MIT), puts each
-picture on white, scales it down, and writes one file. Its classes are category and style: "Food & Drink, Noto". A tenth
-of the *characters* is held out as the test split, so that no character is in both in another style.
+``python -m redif_sdk.distill.emoji`` fetches Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent 3D (MIT), puts
+each picture on white, scales it down, and writes one file. Its classes are category and style: "Food & Drink, Noto". A
+tenth of the *characters* is held out as the test split, so that no character is in both in another style.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main(
     with TemporaryDirectory(prefix="redif-") as scratch:
         arrays = build(fetch(packages or Path(scratch)))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     output.mkdir(parents=True, exist_ok=True)
     atomic_write(output / FILE, buffer.getvalue())
     typer.echo(f"{output / FILE}: {len(arrays['images']):,} pictures, {int(arrays['held_out'].sum())} of them held out")

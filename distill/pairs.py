@@ -30,23 +30,55 @@ PIXEL_BANK_SIZES = {"train": 4096, "held_out": 2000}
 
 @dataclass(frozen=True)
 class Pairs:
-    """``noise`` and ``target`` (N, C, H, W) float32 latents, ``condition`` (N,) int64 or None."""
+    """``noise`` and ``target`` (N, C, H, W) float32 latents, ``condition`` (N,) int64 or None.
+
+    ``index`` (N,) int64 and ``stream`` (seed, first slot) say which noise it is, so that a sampler that draws noise
+    between its rows has the slots that follow.
+    """
 
     noise: Tensor
     target: Tensor
     condition: Tensor | None
+    index: Tensor | None = None
+    stream: tuple[int, int] = (0, TRAINING_SLOT)
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def __getitem__(self, index: Tensor | slice) -> Pairs:
-        return Pairs(self.noise[index], self.target[index], None if self.condition is None else self.condition[index])
+        condition, own = (None if part is None else part[index] for part in (self.condition, self.index))
+        return Pairs(self.noise[index], self.target[index], condition, own, self.stream)
+
+    def slices(self, count: int) -> Tensor:
+        """``count`` slices of noise (count, N, C, H, W); the first is ``noise``.
+
+        Raises:
+            InvalidRequest: more than one is asked for, and where the noise came from is not known.
+        """
+        if count == 1:
+            return self.noise[None]
+        if self.index is None:
+            raise InvalidRequest("these pairs do not know their noise's index; take them from pairs.get")
+        seed, slot = self.stream
+        channels, height, width = self.noise.shape[1:]
+        keys = [(seed, int(i)) for i in self.index]
+        return torch.from_numpy(noise(keys, (channels, height, width), slices=count, first_slot=slot))
+
+
+def _stream(split: str, seed: int) -> tuple[int, int]:
+    """The seed and the first slot of a split's noises."""
+    return (seed, TRAINING_SLOT) if split == "train" else (HELD_OUT_SEED, 0)
+
+
+def _pairs(teacher: Teacher, target: Tensor, split: str, seed: int) -> Pairs:
+    count = len(target)
+    start, index = pool_noise(teacher.shape, count, split, seed), torch.arange(count)
+    return Pairs(start, target, teacher.labels(np.arange(count)), index, _stream(split, seed))
 
 
 def pool_noise(shape: tuple[int, int, int], count: int, split: str, seed: int = 0) -> Tensor:
     """The pool's starting noise, (count, C, H, W): image i is (seed, i), in a training or a deployment slot."""
-    key = seed if split == "train" else HELD_OUT_SEED
-    slot = TRAINING_SLOT if split == "train" else 0
+    key, slot = _stream(split, seed)
     return torch.from_numpy(noise([(key, i) for i in range(count)], shape, first_slot=slot)[0])
 
 
@@ -68,7 +100,7 @@ def compute(
         outputs.append(teacher.sample(start[part], None if condition is None else condition[part]))
         if on_batch:
             on_batch(len(outputs[-1]))
-    return Pairs(start, torch.cat(outputs), condition)
+    return _pairs(teacher, torch.cat(outputs), split, seed)
 
 
 def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
@@ -85,7 +117,7 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
             f"{teacher.folder / BANK_FILE} cannot be read ({error}); recompute it with --rebuild-bank"
         ) from error
     target = teacher.latents_of(torch.from_numpy(images).float() / 127.5 - 1)
-    return Pairs(pool_noise(teacher.shape, count, split), target, teacher.labels(np.arange(count)))
+    return _pairs(teacher, target, split, 0)
 
 
 def _cache_file(teacher: Teacher, count: int, split: str, seed: int, cache: Path) -> Path:
@@ -124,7 +156,7 @@ def get(
     if path.is_file() and not rebuild:
         target = torch.from_numpy(np.load(path, allow_pickle=False))
         if target.shape == (count, *teacher.shape):
-            return Pairs(pool_noise(teacher.shape, count, split, seed), target, teacher.labels(np.arange(count))), calls
+            return _pairs(teacher, target, split, seed), calls
     pairs = compute(teacher, count, split, seed=seed, on_batch=on_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()

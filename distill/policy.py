@@ -26,10 +26,11 @@ class Meter:
     gradient_samples: int = 0
     updates: int = 0
     seconds: float = 0.0
+    auxiliary_calls: float = 0.0  # of other networks (rewards, a discriminator), by their cost
 
     @property
     def forward_equivalents(self) -> float:
-        return float(self.teacher_calls + self.student_calls + 3 * self.gradient_samples)
+        return float(self.teacher_calls + self.student_calls + 3 * self.gradient_samples + self.auxiliary_calls)
 
 
 @dataclass
@@ -40,12 +41,6 @@ class StudentPolicy:
     table: StepTable
     schedule: NoiseSchedule | None = None
     meter: Meter = field(default_factory=Meter)
-
-    def __post_init__(self) -> None:
-        if self.table.stochastic:
-            raise UnsupportedModel(
-                f"the step table {self.table.sampler!r} draws noise; train with a deterministic one (eta = 0)"
-            )
 
     @property
     def num_inference_steps(self) -> int:
@@ -66,18 +61,35 @@ class StudentPolicy:
         mean: Tensor = self.table.clean(k, x, f.float())
         return mean
 
-    def finish(self, k: int, x: Tensor, action: Tensor, condition: Tensor | None) -> Tensor:
-        """The final output when row k's action at state ``x`` was ``action`` and the rest is deterministic."""
+    def finish(
+        self, k: int, x: Tensor, action: Tensor, condition: Tensor | None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The final output when row k's action at state ``x`` was ``action`` and the rest is deterministic.
+
+        ``noise`` (N, B, C, H, W): for a table that draws; row k takes slice min(k + 1, N - 1).
+        """
         for row in range(k, self.num_inference_steps):
             if row > k:
                 action = self.estimate(row, x, condition)
-            x = self.table.advance(row, x, action)
+            z = None if noise is None else noise[min(row + 1, len(noise) - 1)]
+            x = self.table.advance(row, x, action, z)
         return x
 
     def sample(self, noise: Tensor, condition: Tensor | None) -> Tensor:
-        """The deterministic output (e = 0); differentiable when gradients are on."""
-        x = self.start(noise)
-        return self.finish(0, x, self.estimate(0, x, condition), condition)
+        """The output without exploration (e = 0); differentiable when gradients are on.
+
+        ``noise`` is (B, C, H, W); for a table that draws between its rows (N, B, C, H, W), `Pairs.slices`.
+
+        Raises:
+            UnsupportedModel: the table draws noise, and none is given for it.
+        """
+        if self.table.stochastic and noise.dim() != 5:
+            raise UnsupportedModel(
+                f"the step table {self.table.sampler!r} draws noise: the method must train with a deterministic one"
+            )
+        slices = noise if noise.dim() == 5 else noise[None]
+        x = self.start(slices[0])
+        return self.finish(0, x, self.estimate(0, x, condition), condition, slices)
 
     def states(self, noise: Tensor, condition: Tensor | None) -> list[Tensor]:
         """x_0 ... x_{K-1}: what each row sees on the deterministic path."""

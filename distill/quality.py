@@ -29,10 +29,13 @@ Sampler = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @torch.no_grad()
-def outputs(sample: Sampler, pairs: pool.Pairs, batch_size: int = 100) -> Tensor:
-    """What ``sample``, a policy's or a teacher's, makes of every pair's noise: latents (N, C, H, W)."""
+def outputs(sample: Sampler, pairs: pool.Pairs, batch_size: int = 100, *, slices: int = 1) -> Tensor:
+    """What ``sample``, a policy's or a teacher's, makes of every pair's noise: latents (N, C, H, W).
+
+    ``slices``: of noise, for a policy whose table draws between its rows (`StepTable.noise_slices`).
+    """
     parts = [pairs[low : low + batch_size] for low in range(0, len(pairs), batch_size)]
-    return torch.cat([sample(part.noise, part.condition) for part in parts])
+    return torch.cat([sample(part.slices(slices) if slices > 1 else part.noise, part.condition) for part in parts])
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Arena:
         return self.row(
             made.method if made else "ddim",
             steps,
-            outputs(student.policy(steps).sample, self.pairs),
+            outputs(student.policy(steps).sample, self.pairs, slices=student.policy(steps).table.noise_slices),
             calls_per_step=student.calls_per_step,
             seed=made.seed if made else None,
             budget=made.budget.model_dump() if made else None,

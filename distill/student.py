@@ -140,11 +140,12 @@ def _class_path(module: nn.Module) -> str:
 
 
 def _scheduler(teacher: Teacher, table: StepTable) -> Any:
-    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM.
+    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM, and
+    LCMScheduler is consistency multistep.
 
     No stock scheduler takes a score network: its ``prediction_type`` is written as it is, and diffusers refuses it.
     """
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
     if teacher.scheduler_config is not None:
         config = teacher.scheduler_config
@@ -154,6 +155,8 @@ def _scheduler(teacher: Teacher, table: StepTable) -> Any:
         products = torch.tensor(teacher.schedule.alphas) ** 2
         ratios = products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
         betas = {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(products)}
+    if table.sampler == "consistency":
+        return LCMScheduler(**betas, prediction_type=table.prediction_type, clip_sample=False, set_alpha_to_one=True)
     return DPMSolverMultistepScheduler(
         **betas,
         prediction_type=table.prediction_type,
@@ -211,9 +214,9 @@ def distill(
     trainer = Trainer(teacher, config, pairs, folder, start=begin.network if begin else None, on_progress=on_progress)
     policy = trainer.run(resume)
     spent: Meter = policy.meter
-    spent.teacher_calls = calls
+    spent.teacher_calls += calls  # what the method asked of the teacher itself is there already
     budget = Budget(
-        teacher_calls=calls,
+        teacher_calls=spent.teacher_calls,
         student_calls=spent.student_calls,
         gradient_samples=spent.gradient_samples,
         forward_equivalents=spent.forward_equivalents,

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.costs import flops
 from redif_sdk.distill.evaluate import precision_recall
 from redif_sdk.distill.methods import Context, Method, make_method
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teacher import Teacher
-from redif_sdk.errors import InvalidRequest, TrainingDiverged
+from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.files import atomic_write
 from redif_sdk.steps import StepTable
 
@@ -83,11 +84,18 @@ class Trainer:
             raise InvalidRequest(
                 f"the start has {table.num_inference_steps} steps, but {config.num_inference_steps} are asked for"
             )
+        if table.stochastic and config.method != "consistency":
+            raise UnsupportedModel(
+                f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
+            )
         policy = StudentPolicy(network, table, self.teacher.schedule, Meter())
         advantage = Advantage(rewards, self.teacher.images)
         self.context = Context(
             policy, self.teacher, self.pairs, advantage, config, self.teacher.postprocess.value_range
         )
+        first = self.pairs[:1]
+        self.context.unit = flops(network, first.noise, torch.zeros(1), first.condition) or math.inf
+        advantage.charge = self.context.charge
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=config.learning_rate,
@@ -108,10 +116,15 @@ class Trainer:
 
     @property
     def shares(self) -> tuple[float | None, float | None]:
-        """The shares of the budgets of updates and of seconds that are spent; None where there is no such budget."""
-        config = self.config
+        """The shares of the budgets of work (updates, forward-equivalents) and of seconds that are spent; None where
+        there is no such budget."""
+        config, work = self.config, []
+        if config.updates:
+            work.append(self.update / config.updates)
+        if config.forward_equivalents:
+            work.append(self.meter.forward_equivalents / config.forward_equivalents)
         return (
-            self.update / config.updates if config.updates else None,
+            max(work) if work else None,
             self.meter.seconds / config.seconds if config.seconds else None,
         )
 
@@ -189,14 +202,18 @@ class Trainer:
     @torch.no_grad()
     def check(self) -> dict[str, float]:
         """Reward, paired error and recall of the EMA student on fixed pool entries; the meter does not count it."""
+        meter, spent = self.meter, self.meter.auxiliary_calls
         pool = self.pairs[: min(CHECK_PAIRS, len(self.pairs))]
         policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
-        output = policy.sample(pool.noise, pool.condition)
+        slices = policy.table.noise_slices
+        output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
         advantage = self.context.advantage
         embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
         _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(pool.target)))
+        reward = advantage.score(output, pool.target, pool.condition)
+        meter.auxiliary_calls = spent
         return {
-            "reward": advantage.score(output, pool.target, pool.condition),
+            "reward": reward,
             "pool_mse": ((output - pool.target) ** 2).mean().item(),
             "recall": recall,
         }
@@ -249,6 +266,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "table": json.dumps(self.context.policy.table.to_dict()),
             "method": self.method.state_dict(),
+            "rewards": self.context.advantage.state_dict(),
             "update": self.update,
             "meter": asdict(self.meter),
             "last_check": self._last_check,
@@ -276,6 +294,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         policy.table = StepTable.from_dict(json.loads(state["table"]))
         self.method.load_state_dict(state["method"], self.context)
-        self.update, policy.meter = state["update"], Meter(**state["meter"])
+        self.context.advantage.load_state_dict(state["rewards"], self.context)
+        self.update = state["update"]
+        for name, value in state["meter"].items():
+            setattr(policy.meter, name, value)  # the meter that methods and rewards hold
         self._last_check = state["last_check"]
         return True

@@ -162,7 +162,7 @@ def test_rewards_see_what_a_user_sees(teacher: Teacher, pairs: pool.Pairs) -> No
 
 
 def test_unknown_reward_is_named() -> None:
-    with pytest.raises(InvalidRequest, match="unknown reward 'beauty'; known: feature, pixel, texture"):
+    with pytest.raises(InvalidRequest, match=r"unknown reward 'beauty'; known: discriminator, .*, clip:FOLDER"):
         reward_names("pixel+beauty")
 
 
@@ -409,9 +409,13 @@ def test_a_stochastic_teacher_is_refused() -> None:
         check_deterministic(noisy)
 
 
-def test_a_stochastic_table_is_refused(teacher: Teacher) -> None:
+def test_a_stochastic_table_is_refused(teacher: Teacher, pairs: pool.Pairs) -> None:
+    noisy = teacher.table(4, eta=1.0)
     with pytest.raises(UnsupportedModel, match="deterministic"):
-        StudentPolicy(Tiny(), teacher.table(4, eta=1.0))
+        StudentPolicy(Tiny(), noisy).sample(pairs.noise, None)
+    config = DistillConfig.checked(num_inference_steps=4, batch_size=8, reward="pixel")
+    with pytest.raises(UnsupportedModel, match="redif needs a deterministic one"):
+        Trainer(teacher, config, pairs, start_table=noisy)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(teacher: Teacher, pairs: pool.Pairs) -> None:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.fake_score import clean_at, levels, noised
 from redif_sdk.distill.methods import METHODS
-from redif_sdk.distill.methods.dmd2 import clean_at, levels, noised
 from redif_sdk.distill.methods.groups import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.student import _scheduler
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.distill.trainer import Trainer
-from redif_sdk.errors import InvalidRequest
-from redif_sdk.steps import NoiseSchedule
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.noise import noise as draw
+from redif_sdk.steps import NoiseSchedule, StepTable, sample
 
 SHAPE = (1, 4, 4)
 MEAN, STD = 0.5, 0.2
@@ -164,8 +166,8 @@ def test_clean_images_of_every_prediction_type(teacher: Teacher, kind: str) -> N
 
     run = trainer(replace(teacher, prediction_type=kind), "dmd2")
     clean = torch.randn(8, *SHAPE)
-    t, x = noised(run.context, clean, torch.Generator().manual_seed(0))
-    alpha, sigma = levels(run.context, t)
+    t, x = noised(run.teacher, clean, torch.Generator().manual_seed(0))
+    alpha, sigma = levels(run.teacher, t)
     epsilon = (x - alpha * clean) / sigma
     output = {
         "v_prediction": alpha * epsilon - sigma * clean,
@@ -173,7 +175,7 @@ def test_clean_images_of_every_prediction_type(teacher: Teacher, kind: str) -> N
         "sample": clean,
         "score": -epsilon / sigma,
     }[kind]
-    assert torch.allclose(clean_at(run.context, t, x, output), clean, atol=2e-3)
+    assert torch.allclose(clean_at(run.teacher, t, x, output), clean, atol=2e-3)
 
 
 def test_draft_follows_the_reward_and_needs_its_gradient(teacher: Teacher) -> None:
@@ -194,6 +196,48 @@ def test_draft_follows_the_reward_and_needs_its_gradient(teacher: Teacher) -> No
     with pytest.raises(InvalidRequest, match="black_box has no gradient"):
         trainer(teacher, "draft", reward=black_box).run()
     trainer(teacher, "grpo", reward=black_box).run()  # which reinforcement does not need
+
+
+def test_consistency_finds_the_end_of_the_path_from_everywhere_on_it(teacher: Teacher) -> None:
+    run = trainer(teacher, "consistency", num_inference_steps=2, updates=600, learning_rate=5e-3, batch_size=64)
+    pairs = run.pairs
+
+    def distance() -> float:
+        table = run.context.policy.table
+        with torch.no_grad():
+            return float((run.context.policy.sample(pairs.slices(table.noise_slices), None).mean() - MEAN).abs())
+
+    before, counted = distance(), run.meter.student_calls
+    policy = run.run()
+    spent = run.meter.student_calls - counted
+    assert policy.table.sampler == "consistency"
+    assert run.meter.teacher_calls == run.meter.gradient_samples == spent == 600 * 64
+    assert distance() < 0.2 * before
+    with pytest.raises(UnsupportedModel, match="draws noise"):
+        policy.sample(pairs.noise, None)
+
+
+def test_a_consistency_table_runs_by_numpy_and_as_lcm_as_in_training(teacher: Teacher) -> None:
+    """The noise between the rows is index-keyed: what training draws is what a deployer draws for the same seeds."""
+    run = trainer(teacher, "consistency", num_inference_steps=4, updates=1)
+    policy = run.run()
+    held, _ = pool.get(teacher, 6, "held_out")
+    noise = held.slices(policy.table.noise_slices)
+    assert torch.equal(noise[0], held.noise)
+    assert not torch.equal(noise[1], noise[2])
+    with torch.no_grad():
+        ours = policy.sample(noise, None)
+
+    def network(x: np.ndarray, t: np.ndarray, condition: object) -> np.ndarray:
+        with torch.no_grad():
+            out: np.ndarray = policy.network(torch.from_numpy(x), torch.from_numpy(t), None).numpy()
+        return out
+
+    theirs = sample(network, policy.table, draw([(pool.HELD_OUT_SEED, i) for i in range(6)], SHAPE, slices=5))
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
+    scheduler = _scheduler(teacher, policy.table)
+    again = StepTable.from_scheduler(scheduler, timesteps=[int(t) for t in policy.table.timesteps])
+    np.testing.assert_allclose(again.rows, policy.table.rows, atol=1e-3)
 
 
 def test_grpo_acts_within_its_window_alone(teacher: Teacher) -> None:

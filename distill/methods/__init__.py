@@ -5,6 +5,7 @@ The trainer owns the loop, the optimiser and the budget; a method only turns a b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -39,6 +40,16 @@ class Context:
     advantage: Advantage
     config: DistillConfig
     bounds: tuple[float, float] | None = None
+    unit: float = math.inf  # floating-point operations of the student's network on one image
+
+    def images(self, latents: Tensor) -> Tensor:
+        """What a user would see, in [-1, 1]; the clamp passes gradients, so that a pixel beyond it can come back."""
+        images = self.teacher.images(latents)
+        return images + (images.clamp(-1, 1) - images).detach()
+
+    def charge(self, operations: float) -> None:
+        """Put an auxiliary network's ``operations`` on the meter, in the student's own forward calls."""
+        self.policy.meter.auxiliary_calls += operations / self.unit
 
 
 class Method(Protocol):
@@ -64,6 +75,7 @@ METHODS = {
     "regression": "Regression",
     "progressive": "Progressive",
     "dmd2": "Dmd2",
+    "consistency": "Consistency",
     "draft": "Draft",
     "grpo": "Grpo",
 }

@@ -24,6 +24,8 @@ class Draft:
 
     def prepare(self, context: Context) -> None:
         """Raises InvalidRequest for a reward without a gradient, before anything is trained."""
+        if any(getattr(reward, "local", False) for reward, _ in context.advantage.rewards):
+            return  # those that judge what they learnt from alone have a gradient
         probe = context.pairs[:2]
         context.advantage.gradient(probe.target + 0.1, probe.target, probe.condition)
 
@@ -35,11 +37,12 @@ class Draft:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
         output = context.policy.sample(batch.noise, batch.condition)
+        learnt = context.advantage.learn(context, output, batch, generator)
         gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
         residual = visible_residual(output, batch.target, context.bounds)
         # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
         loss = config.anchor * error(residual, config.huber) - 2 * config.step_delta * (gradient * output).mean()
-        yield loss, {"mse": residual.detach().pow(2).mean().item()}
+        yield loss, {"mse": residual.detach().pow(2).mean().item(), **learnt}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -72,7 +72,9 @@ class SameStateGroups:
             if check:
                 with torch.no_grad():
                     check_drift(policy.estimate(row, state, batch.condition), mean, config.step_delta)
+        learnt = self.context.advantage.learn(self.context, output, batch, generator)
         direction, figures = self._direction(batch, row, state, mean.detach(), generator)
+        figures |= learnt
         residual = visible_residual(output, batch.target, self.context.bounds)
         loss = config.anchor * error(residual, config.huber) - 2 * (direction * mean).mean()
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
@@ -140,6 +142,9 @@ class TrajectoryGroups:
         states, actions, means, output = self.rollout(batch, generator)
         group = config.group_size
         labels = None if batch.condition is None else batch.condition.repeat(group)
+        with torch.no_grad():
+            centre = output.unflatten(0, (group, -1)).mean(0)
+        advantage_of.learn(self.context, centre, batch, generator)
         advantage = advantage_of(output.unflatten(0, (group, -1)), batch.target, batch.condition).flatten()
         clip = config.delta_over_e / math.sqrt(output[0].numel())
         for epoch in range(config.ppo_epochs):

@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from redif_sdk.distill.costs import flops
 from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.rewards.discriminator import Discriminator
+from redif_sdk.distill.rewards.distribution import DistributionReward
 from redif_sdk.distill.rewards.endpoint import EndpointReward, is_endpoint
 from redif_sdk.distill.rewards.feature import FeatureReward
+from redif_sdk.distill.rewards.mmd import MmdReward
+from redif_sdk.distill.rewards.perceptual import LpipsReward, pretrained
 from redif_sdk.distill.rewards.pixel import PixelReward
 from redif_sdk.distill.rewards.texture import TextureReward
 from redif_sdk.distill.teacher import Teacher
@@ -42,6 +47,11 @@ class Reward(Protocol):
     It may give a map (B, h, w) of any size instead, whose mean is the reward: then same-state groups credit each place
     for the actions around it, which is a far better estimate. Its attribute ``reach`` (0 if absent) says how far from a
     changed pixel the map can change, in pixels.
+
+    A reward that is learnt beside the student also has ``learn(context, outputs, batch, generator)``, called once an
+    update before it judges, ``state_dict()`` and ``load_state_dict(state, context)``. With the attribute ``space`` =
+    "latents" it is given latents, unclamped, in place of images. With ``local`` it judges around the outputs that it
+    learnt from in this update, and nothing else.
     """
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor: ...
@@ -52,7 +62,12 @@ REWARDS: dict[str, Factory] = {
     "pixel": lambda teacher, pairs, seed: PixelReward(),
     "feature": FeatureReward.fit,
     "texture": lambda teacher, pairs, seed: TextureReward(),
+    "lpips": lambda teacher, pairs, seed: LpipsReward(),
+    "discriminator": lambda teacher, pairs, seed: Discriminator.make(teacher, seed),
+    "mmd": MmdReward.fit,
+    "distribution": lambda teacher, pairs, seed: DistributionReward(),
 }
+PRETRAINED = ("clip:", "dino:")
 
 RewardSpec = str | Reward | Sequence["str | Reward"] | Mapping["str | Reward", float]
 
@@ -83,8 +98,8 @@ def reward_names(spec: RewardSpec) -> list[str]:
     for reward, _ in _weighted(spec):
         if isinstance(reward, str) and is_endpoint(reward):
             reward = EndpointReward(reward)
-        if isinstance(reward, str) and reward not in REWARDS:
-            known = ", ".join(sorted(REWARDS))
+        if isinstance(reward, str) and reward not in REWARDS and not reward.startswith(PRETRAINED):
+            known = ", ".join([*sorted(REWARDS), *(f"{kind}FOLDER" for kind in PRETRAINED)])
             raise InvalidRequest(f"unknown reward {reward!r}; known: {known}, the address of one, or any callable")
         names.append(reward if isinstance(reward, str) else name_of(reward))
     if not names:
@@ -98,6 +113,8 @@ def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) ->
     def make(reward: str | Reward) -> Reward:
         if not isinstance(reward, str):
             return reward
+        if reward.startswith(PRETRAINED):
+            return pretrained(reward)
         return EndpointReward(reward) if is_endpoint(reward) else REWARDS[reward](teacher, pairs, seed)
 
     return [(make(reward), weight) for reward, weight in _weighted(spec)]
@@ -116,6 +133,27 @@ class Advantage:
     clip: float = 5.0
     dropped: int = 0
     groups: int = 0
+    charge: Callable[[float], None] = lambda operations: None  # is told what the rewards' networks cost
+
+    def __post_init__(self) -> None:
+        self._costs: dict[tuple[int, int], float] = {}
+
+    def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
+        """Let the rewards that learn see the student's ``outputs`` (B, C, H, W) for this batch; figures for the log."""
+        figures: dict[str, float] = {}
+        for reward, _ in self.rewards:
+            if hasattr(reward, "learn"):
+                figures |= reward.learn(context, outputs.detach(), batch, generator)
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the rewards that learn, by their place in the list."""
+        learning: list[tuple[int, Any]] = [(i, r) for i, (r, _) in enumerate(self.rewards) if hasattr(r, "learn")]
+        return {str(place): reward.state_dict() for place, reward in learning}
+
+    def load_state_dict(self, state: dict[str, Any], context: Any) -> None:
+        for place, kept in state.items():
+            self.rewards[int(place)][0].load_state_dict(kept, context)  # type: ignore[attr-defined]
 
     def images(self, latents: Tensor) -> Tensor:
         """What a user would see, in [-1, 1]."""
@@ -124,11 +162,26 @@ class Advantage:
     @torch.no_grad()
     def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Tensor]:
         """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) or (N, h, w) each."""
-        return self._of_images(self.images(outputs), self.images(targets), condition)
+        return self._judged(self.rewards, outputs, self.images(outputs), targets, condition, 1)
 
-    def _of_images(self, images: Tensor, wanted: Tensor, condition: Tensor | None) -> list[Tensor]:
-        values = [reward(images, wanted, condition).float() for reward, _ in self.rewards]
-        for value, (reward, _) in zip(values, self.rewards, strict=True):
+    def _judged(
+        self,
+        rewards: list[tuple[Reward, float]],
+        outputs: Tensor,
+        images: Tensor,
+        targets: Tensor,
+        condition: Tensor | None,
+        passes: int,
+    ) -> list[Tensor]:
+        """``passes``: what a call costs in forward ones: 3 where its gradient is taken."""
+        wanted, values = self.images(targets), []
+        for index, (reward, _) in enumerate(rewards):
+            given = (outputs, targets) if getattr(reward, "space", "images") == "latents" else (images, wanted)
+            value = reward(*given, condition).float()
+            if (index, len(images)) not in self._costs:
+                self._costs[index, len(images)] = flops(reward, given[0].detach(), given[1], condition)
+            self.charge(passes * self._costs[index, len(images)])
+            values.append(value)
             name = name_of(reward)
             if value.dim() not in (1, 3) or len(value) != len(images):
                 raise InvalidRequest(f"the reward {name} gave shape {tuple(value.shape)} for {len(images)} images")
@@ -137,9 +190,11 @@ class Advantage:
         return values
 
     def score(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> float:
-        """The weighted mean reward of a batch: what the log shows."""
-        values = self.values(outputs, targets, condition)
-        return float(sum(w * v.mean().item() for v, (_, w) in zip(values, self.rewards, strict=True)))
+        """The weighted mean reward of a batch: what the log shows. Rewards that judge locally are left out."""
+        able = [(reward, weight) for reward, weight in self.rewards if not getattr(reward, "local", False)]
+        with torch.no_grad():
+            values = self._judged(able, outputs, self.images(outputs), targets, condition, 1)
+        return float(sum(w * v.mean().item() for v, (_, w) in zip(values, able, strict=True)))
 
     def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None, *, by_place: bool = False) -> Tensor:
         """``outputs`` (G, B, C, H, W), ``targets`` (B, C, H, W) -> (G, B).
@@ -180,7 +235,7 @@ class Advantage:
         with torch.enable_grad():
             images = self.to_images(variable)
             images = images + (images.clamp(-1, 1) - images).detach()
-            values = self._of_images(images, self.images(targets), condition)
+            values = self._judged(self.rewards, variable, images, targets, condition, 3)
             total = torch.zeros_like(outputs)
             for value, (reward, weight) in zip(values, self.rewards, strict=True):
                 if not value.requires_grad:

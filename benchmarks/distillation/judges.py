@@ -1,0 +1,205 @@
+"""Who judges, and under which controls. No network here gives a reward, and none but the validation's is tuned on.
+
+The test protocol: ImageNet's EfficientNet-Lite0, and a classifier trained on the real images (seed 2). The validation
+protocol: another classifier (seed 3), on other noises. The primary control, fixed beforehand, is the gain: the scalar
+on the output, out of a grid of 2 %, that brings the distance lowest. Beside it: gain and unsharp, and the std match.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redif_sdk.distill import features
+from redif_sdk.distill.data import load
+from redif_sdk.distill.evaluate import (
+    Embed,
+    Statistics,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    std_match,
+)
+from redif_sdk.files import atomic_write
+
+GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(21))  # .90 to 1.30
+UNSHARP = (0.1, 0.2, 0.3)
+SEEDS = {"test": 2, "validation": 3}
+
+
+class Classifier(nn.Module):
+    """A small residual network; its pooled last maps (128) are the features."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 32, 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList()
+        for a, b in ((32, 64), (64, 128)):
+            self.blocks.append(
+                nn.Sequential(
+                    nn.Conv2d(a, b, 3, stride=2, padding=1),
+                    nn.BatchNorm2d(b),
+                    nn.ReLU(),
+                    nn.Conv2d(b, b, 3, padding=1),
+                    nn.BatchNorm2d(b),
+                )
+            )
+        self.skips = nn.ModuleList(nn.Conv2d(a, b, 1, stride=2) for a, b in ((32, 64), (64, 128)))
+        self.head = nn.Linear(128, num_classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images))
+        for block, skip in zip(self.blocks, self.skips, strict=True):
+            x = F.relu(block(x) + skip(x))
+        return x.mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(images))
+        return logits
+
+
+def classifier(data: str, seed: int, cache: Path, updates: int = 1000) -> Classifier:
+    """The classifier of ``data``'s real training images with ``seed``, trained once and kept in ``cache``."""
+    split = load(data, "train")
+    network = Classifier(split.images.shape[1], len(split.class_names))
+    path = cache / f"judge-{data}-{seed}-{updates}.pt"
+    if path.is_file():
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return network.eval().requires_grad_(False)
+    torch.manual_seed(seed)
+    network = Classifier(split.images.shape[1], len(split.class_names))
+    images, labels = torch.tensor(split.images).float() / 127.5 - 1, torch.tensor(split.labels)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=updates)
+    for _ in range(updates):
+        index = torch.randint(0, len(images), (128,))
+        loss = F.cross_entropy(network(images[index]), labels[index], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    cache.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getvalue())
+    return network.eval().requires_grad_(False)
+
+
+def embedder(network: Classifier) -> Embed:
+    """As `features.embed` does: rounded to the 256 levels of a file."""
+
+    @torch.no_grad()
+    def embed(images: Tensor) -> Tensor:
+        levels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        return torch.cat([network.embed(part) for part in levels.split(250)])
+
+    return embed
+
+
+def unsharp(images: Tensor, amount: float) -> Tensor:
+    """images + amount (images - their 3 x 3 binomial blur)."""
+    row = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (row[:, None] * row[None]).expand(images.shape[1], 1, 3, 3)
+    blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=images.shape[1])
+    return images + amount * (images - blurred)
+
+
+def high_frequency(images: Tensor) -> float:
+    """Mean squared Laplacian of images in [-1, 1]: what blur takes first."""
+    seen = images.clamp(-1, 1)
+    laplacian = 4 * seen[..., 1:-1, 1:-1] - seen[..., :-2, 1:-1] - seen[..., 2:, 1:-1]
+    laplacian = laplacian - seen[..., 1:-1, :-2] - seen[..., 1:-1, 2:]
+    return float(laplacian.pow(2).mean())
+
+
+@dataclass
+class Reference:
+    """One feature network's view of the teacher's images and of real ones."""
+
+    name: str
+    embed: Embed
+    target: Tensor
+    real: Tensor | None = None
+    features: Tensor = field(init=False)
+    teacher: Statistics = field(init=False)
+    of_real: Statistics | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.features = self.embed(self.target)
+        self.teacher = Statistics.of(self.features)
+        if self.real is not None:
+            self.of_real = Statistics.of(self.embed(self.real))
+
+    def distance(self, images: Tensor) -> float:
+        return frechet_distance(Statistics.of(self.embed(images)), self.teacher)
+
+    def best_gain(self, images: Tensor, start: float) -> tuple[float, float]:
+        """(distance, gain): from 1 downhill over ``GAINS``, on all images. ``start``: the distance at 1."""
+        best, at = start, GAINS.index(1.0)
+        for step in (1, -1):
+            place = GAINS.index(1.0) + step
+            while 0 <= place < len(GAINS):
+                found = self.distance(images * GAINS[place])
+                if found >= best:
+                    break
+                best, at, place = found, place, place + step
+            if GAINS[at] != 1.0:
+                break
+        return best, GAINS[at]
+
+    def judge(self, images: Tensor, *, controls: bool) -> dict[str, Any]:
+        """The figures of one contender's images (N, C, H, W), paired with the teacher's."""
+        seen = self.embed(images)
+        own = Statistics.of(seen)
+        row: dict[str, Any] = {"features": self.name, "fd_teacher": frechet_distance(own, self.teacher)}
+        row["kd_teacher"] = kernel_distance(seen, self.features)
+        row["fd_real"] = None if self.of_real is None else frechet_distance(own, self.of_real)
+        row["precision"], row["recall"] = precision_recall(seen, self.features)
+        row["fd_teacher_gain"], row["gain"] = self.best_gain(images, row["fd_teacher"])
+        if controls:
+            row["fd_teacher_std"] = self.distance(std_match(images, self.target))
+            sharpened = [(self.distance(unsharp(images * row["gain"], a)), a) for a in UNSHARP]
+            row["fd_teacher_unsharp"], row["unsharp"] = min([*sharpened, (row["fd_teacher_gain"], 0.0)])
+        return row
+
+
+@dataclass
+class Panel:
+    """All references of a protocol; the first is the one that tables lead with."""
+
+    target: Tensor
+    references: list[Reference]
+
+    @classmethod
+    def of(cls, protocol: str, data: str, target: Tensor, cache: Path, *, judge_updates: int = 1000) -> Panel:
+        own = embedder(classifier(data, SEEDS[protocol], cache, judge_updates))
+        if protocol == "validation":
+            return cls(target, [Reference("classifier-3", own, target)])
+        real = torch.tensor(load(data, "test").images[: 4 * len(target)]).float() / 127.5 - 1
+        return cls(
+            target,
+            [Reference(features.NAME, features.embed, target, real), Reference("classifier-2", own, target, real)],
+        )
+
+    def judge(self, images: Tensor) -> dict[str, Any]:
+        """mse, high_frequency (ratio to the teacher's), and one row of figures for each feature network."""
+        seen, wanted = images.clamp(-1, 1), self.target.clamp(-1, 1)
+        return {
+            "mse": float((seen - wanted).pow(2).mean()),
+            "high_frequency": high_frequency(images) / high_frequency(self.target),
+            "judged": [reference.judge(images, controls=True) for reference in self.references],
+        }
+
+
+def sheet(images: Tensor, count: int = 40, columns: int = 20) -> np.ndarray:
+    """The first ``count`` images as one uint8 picture (H, W, 3)."""
+    levels = ((images[:count].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    rows = [torch.cat(list(levels[low : low + columns]), 2) for low in range(0, count, columns)]
+    return torch.cat(rows, 1).permute(1, 2, 0).numpy()

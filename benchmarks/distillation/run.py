@@ -1,0 +1,223 @@
+"""Every method on the same terms: ``python benchmarks/distillation/run.py [--data ...] [--steps ...] [-o FOLDER]``.
+
+A cell is (data, method, K, seed, kind of budget). Each is one JSON file, so the run can be cut and taken up again, and
+two may run side by side on one folder. All methods start from the teacher's weights, see the same pool, and end at the
+same number of forward-equivalents (``--budget``), or at the seconds (``--kind seconds``) that `regression` took for it.
+The pool's cost is the same for all and is printed beside. `settings.yaml` has each method's settings, chosen on the
+validation protocol: other noises, another feature network. Nothing was tuned on the test protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers import DPMSolverMultistepScheduler
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from benchmarks.distillation.judges import Panel, sheet
+from redif_sdk.distill import DistillConfig, Teacher, pairs
+from redif_sdk.distill.methods import method_names
+from redif_sdk.distill.quality import outputs
+from redif_sdk.distill.trainer import Trainer
+from redif_sdk.files import atomic_write
+from redif_sdk.report import document
+
+HERE = Path(__file__).parent
+UNTRAINED = ("ddim", "dpm-solver++")
+UNTRAINED_STEPS = (1, 2, 4, 8, 16)
+VALIDATION_SEED = 1  # of the pool's noises; the test's are the held-out ones of the deployer's slots
+KINDS = ("forward_equivalents", "seconds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    data: str
+    method: str
+    steps: int
+    seed: int | None  # None: untrained
+    kind: str = KINDS[0]
+
+    @property
+    def name(self) -> str:
+        if self.seed is None:
+            return f"{self.data}-{self.method}-{self.steps}"
+        return f"{self.data}-{self.kind}-{self.method}-{self.steps}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the benchmark is. ``budget``: forward-equivalents a student."""
+
+    budget: float = 48_000
+    pool: int = 4096
+    samples: int = 2000
+    judge_updates: int = 1000
+
+
+SMOKE = Scale(budget=400, pool=64, samples=64, judge_updates=5)
+
+
+def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") -> dict[str, Any]:
+    """The method's settings at K steps: its own, then those for this K."""
+    everything = yaml.safe_load(file.read_text())
+    own = everything["methods"].get(method, {})
+    chosen: dict[str, Any] = {**everything["all"], **own.get("settings", {}), **own.get("steps", {}).get(steps, {})}
+    return chosen
+
+
+def dpm_solver(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor:
+    """The teacher under diffusers' own DPM-Solver++(2M), trailing times: latents (N, C, H, W)."""
+    products = torch.from_numpy(teacher.schedule.alphas.copy()) ** 2
+    betas = 1 - products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
+
+    def sample(noise: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        scheduler = DPMSolverMultistepScheduler(
+            trained_betas=betas.numpy(),
+            num_train_timesteps=len(betas),
+            prediction_type=teacher.prediction_type,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            timestep_spacing="trailing",
+            final_sigmas_type="zero",
+        )
+        scheduler.set_timesteps(steps)
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            f = teacher(x, torch.full((len(x),), float(t)), condition)
+            x = scheduler.step(f, t, x).prev_sample
+        return x
+
+    return outputs(sample, arena)
+
+
+class Arena:
+    """One data set's teacher, pool and panel, made when they are first needed."""
+
+    def __init__(self, data: str, protocol: str, scale: Scale, cache: Path, teacher: str | None) -> None:
+        self.data, self.scale = data, scale
+        self.teacher = Teacher.load(teacher or data)
+        self.pool, self.pool_calls = pairs.get(self.teacher, scale.pool, "train")
+        if protocol == "test":
+            self.held, _ = pairs.get(self.teacher, scale.samples, "held_out")
+        else:
+            self.held, _ = pairs.get(self.teacher, scale.samples, "train", seed=VALIDATION_SEED)
+        target = self.teacher.images(self.held.target)
+        self.panel = Panel.of(protocol, data, target, cache, judge_updates=scale.judge_updates)
+
+    def run(self, cell: Cell, seconds: float | None, extra: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
+        """One cell: its row, and its first images as a picture."""
+        if cell.seed is None:
+            policy, budget, settings = None, {}, {}
+            if cell.method == "ddim":
+                latents = outputs(lambda n, c: self.teacher.sample(n, c, cell.steps), self.held)
+            else:
+                latents = dpm_solver(self.teacher, cell.steps, self.held)
+        else:
+            settings = settings_of(cell.method, cell.steps) | (extra or {})
+            spend = {"seconds": seconds} if cell.kind == "seconds" else {"forward_equivalents": self.scale.budget}
+            config = DistillConfig.checked(
+                **{"num_inference_steps": cell.steps, "method": cell.method, "seed": cell.seed, **settings, **spend}
+            )
+            policy = Trainer(self.teacher, config, self.pool).run()
+            meter = policy.meter
+            budget = asdict(meter) | {"forward_equivalents": meter.forward_equivalents, "pool_calls": self.pool_calls}
+            settings |= {"timesteps": [float(t) for t in policy.table.timesteps]}
+            latents = outputs(policy.sample, self.held, slices=policy.table.noise_slices)
+        images = self.teacher.images(latents)
+        row = {
+            **asdict(cell),
+            "network_calls": cell.steps * (self.teacher.calls_per_step if cell.seed is None else 1),
+            "num_samples": len(self.held),
+            "budget": budget,
+            "settings": settings,
+            **self.panel.judge(images),
+        }
+        return row, sheet(images, min(40, len(images)))
+
+
+def cells(asked: argparse.Namespace) -> Iterator[Cell]:
+    """Seed by seed, so that a run that is cut has whole tables of fewer seeds."""
+    for data in asked.data:
+        if not asked.no_untrained:
+            yield from (Cell(data, method, steps, None) for steps in UNTRAINED_STEPS for method in UNTRAINED)
+        for kind in asked.kind:
+            for seed in asked.seeds:
+                yield from (Cell(data, method, steps, seed, kind) for steps in asked.steps for method in asked.methods)
+
+
+def seconds_of(folder: Path, cell: Cell) -> float | None:
+    """What regression took for the budget in forward-equivalents, at this K: the median over the seeds."""
+    pattern = f"{cell.data}-forward_equivalents-regression-{cell.steps}-*.json"
+    found = [json.loads(path.read_text())["rows"][0]["budget"]["seconds"] for path in folder.glob(pattern)]
+    return statistics.median(found) if found else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", default=["fashion-mnist", "emoji"])
+    parser.add_argument("--teacher", help="A teacher's folder, in place of the shipped one of that data set.")
+    parser.add_argument("--methods", nargs="+", default=method_names())
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--protocol", choices=("test", "validation"), default="test")
+    parser.add_argument("--budget", type=float, default=None, help="Forward-equivalents a student.")
+    parser.add_argument("--samples", type=int, default=None, help="Held-out noises to judge on.")
+    parser.add_argument("--set", dest="extra", default="{}", help="validation: settings over settings.yaml's, as YAML.")
+    parser.add_argument("--tag", default="", help="validation: put before the cells' names.")
+    parser.add_argument("--smoke", action="store_true", help="Everything, at a toy budget.")
+    parser.add_argument("--no-untrained", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "results")
+    asked = parser.parse_args(arguments)
+    scale = SMOKE if asked.smoke else Scale()
+    scale = Scale(asked.budget or scale.budget, scale.pool, asked.samples or scale.samples, scale.judge_updates)
+    cache = Path(os.environ.get("REDIF_CACHE", "build/benchmarks"))
+    extra = yaml.safe_load(asked.extra)
+    if extra and asked.protocol == "test":
+        parser.error("--set is for the validation protocol: nothing is tuned on the test's")
+    asked.output.mkdir(parents=True, exist_ok=True)
+    arenas: dict[str, Arena] = {}
+    for cell in cells(asked):
+        path = asked.output / f"{asked.tag}{cell.name}.json"
+        if path.is_file():
+            continue
+        seconds = seconds_of(asked.output, cell) if cell.kind == "seconds" else None
+        if cell.kind == "seconds" and cell.seed is not None and seconds is None:
+            print(f"{cell.name}: left out, since regression has no cell of equal forward-equivalents yet", flush=True)
+            continue
+        try:
+            with FileLock(cache / f"{path.stem}.lock", timeout=0):
+                if path.is_file():
+                    continue
+                if cell.data not in arenas:
+                    arenas[cell.data] = Arena(cell.data, asked.protocol, scale, cache, asked.teacher)
+                began = time.monotonic()
+                row, picture = arenas[cell.data].run(cell, seconds, extra)
+        except Timeout:
+            continue  # another process is at it
+        written = document("benchmarks/distillation", [row], threads=torch.get_num_threads(), scale=asdict(scale))
+        Image.fromarray(np.asarray(picture)).save(path.with_suffix(".png"), optimize=True)
+        atomic_write(path, (json.dumps(written, indent=1) + "\n").encode())
+        first = row["judged"][0]
+        print(
+            f"{path.stem}: FD {first['fd_teacher']:.2f}, gain {first['fd_teacher_gain']:.2f} ({first['gain']}), "
+            f"unsharp {first['fd_teacher_unsharp']:.2f}, mse {row['mse']:.4f}, HF {row['high_frequency']:.2f}, "
+            f"recall {first['recall']:.2f}, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Consistency distillation as LCM has it (Luo et al. 2023, arXiv 2310.04378, Algorithm 1; Song et al. 2023).
+
+One network, every time: its clean image at a point of the teacher's path must be its clean image one teacher step
+further on. Sampling is consistency multistep: K - 1 times the estimate is noised anew. Clean data are the pool's
+outputs; the teacher steps with DDIM on its own grid, its guidance included.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill.fake_score import clean_at, levels
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods.regression import error
+from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.precision import autocast
+from redif_sdk.steps import StepTable
+
+EMA = 0.95  # of the network that gives the target, LCM's
+
+
+class Consistency:
+    name = "consistency"
+
+    def __init__(self) -> None:
+        self.target: nn.Module | None = None
+
+    def prepare(self, context: Context) -> None:
+        """The student samples by the consistency table, on the trailing grid of K times."""
+        policy = context.policy
+        if policy.num_inference_steps > 1:
+            times = [round(float(t)) for t in policy.table.timesteps]
+            kind = context.teacher.prediction_type
+            policy.table = StepTable.consistency(context.teacher.schedule, times, prediction_type=kind)
+        self.target = copy.deepcopy(policy.network).requires_grad_(False)
+
+    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        """d(f_theta(x_n+1, t_n+1), f_theta-(x^_n, t_n)), x^_n one DDIM step of the teacher from x_n+1 (eq. 13); at the
+        last step the target is x^_n itself, which is the boundary condition f(x, 0) = x."""
+        config, teacher, meter = context.config, context.teacher, context.policy.meter
+        assert self.target is not None
+        torch._foreach_lerp_(
+            list(self.target.parameters()), [p.data for p in context.policy.network.parameters()], 1 - EMA
+        )
+        fine = teacher.table(teacher.num_inference_steps)
+        times = torch.tensor([round(float(t)) for t in fine.timesteps])
+        row = torch.randint(0, len(times), (len(batch),), generator=generator)
+        t = times[row]
+        alpha, sigma = levels(teacher, t)
+        x = alpha * batch.target + sigma * torch.randn(batch.target.shape, generator=generator)
+        with torch.no_grad():
+            meter.teacher_calls += len(x) * teacher.calls_per_step
+            real = clean_at(teacher, t, x, teacher(x, t.float(), batch.condition))
+            last = row == len(times) - 1
+            after = torch.where(last, times[row], times[(row + 1).clamp_max(len(times) - 1)])
+            alpha_after, sigma_after = levels(teacher, after)
+            moved = alpha_after * real + sigma_after * (x - alpha * real) / sigma.clamp_min(1e-6)
+            meter.student_calls += len(x)
+            wanted = _clean(self.target, context, after, moved, batch.condition)
+            wanted = torch.where(last.view(-1, 1, 1, 1), real, wanted)
+        meter.gradient_samples += len(x)
+        residual = _clean(context.policy.network, context, t, x, batch.condition) - wanted
+        yield error(residual, config.huber), {"mse": residual.detach().pow(2).mean().item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"target": None if self.target is None else self.target.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
+        if state["target"] is not None:
+            self.target = copy.deepcopy(context.policy.network).requires_grad_(False)
+            self.target.load_state_dict(state["target"])
+
+
+def _clean(network: nn.Module, context: Context, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
+    with autocast(x.device.type):
+        f = network(x, t.float(), condition)
+    return clean_at(context.teacher, t, x, f.float())

@@ -1,0 +1,153 @@
+"""Rewards that are learnt beside the student, and those of pretrained networks: each says what it should, and is
+charged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.costs import flops
+from redif_sdk.distill.rewards import Discriminator, make_rewards
+from redif_sdk.distill.rewards.mmd import MmdReward
+from redif_sdk.distill.rewards.perceptual import LpipsReward
+from redif_sdk.distill.teacher import Teacher
+from redif_sdk.distill.trainer import Trainer
+from redif_sdk.errors import InvalidRequest
+from tests.test_other_methods import MEAN, SHAPE, Small, exact, weights
+from tests.test_other_methods import SCHEDULE as SCHEDULE
+
+LEARNT = ("discriminator", "distribution", "mmd")
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.from_callable(
+        exact, schedule=SCHEDULE, prediction_type="v_prediction", shape=SHAPE, student=Small(), num_inference_steps=16
+    )
+
+
+def trainer(teacher: Teacher, reward: object, folder: Path | None = None, **settings: object) -> Trainer:
+    fixed = {"num_inference_steps": 1, "updates": 6, "batch_size": 16, "warm_start": 0.0, "group_size": 8}
+    config = DistillConfig.checked(**(fixed | {"exploration_rank": 0, "reward": reward} | settings))
+    pairs, _ = pool.get(teacher, 64, "train")
+    return Trainer(teacher, config, pairs, folder)
+
+
+@pytest.mark.parametrize("reward", LEARNT)
+@pytest.mark.parametrize("method", ["redif", "draft", "grpo"])
+def test_a_run_with_a_learnt_reward_that_was_cut_gives_the_same_bits(
+    teacher: Teacher, tmp_path: Path, reward: str, method: str
+) -> None:
+    whole = trainer(teacher, reward, method=method)
+    whole.run()
+    first = trainer(teacher, reward, tmp_path, method=method)
+    first.method.prepare(first.context)
+    while first.update < 4:
+        first._step(first.progress)
+    first._save(None)
+    second = trainer(teacher, reward, tmp_path, method=method)
+    second.run(resume=True)
+    assert torch.equal(weights(whole), weights(second))
+    assert whole.meter.forward_equivalents == second.meter.forward_equivalents
+
+
+def test_distribution_matching_as_a_reward_finds_the_distribution(teacher: Teacher) -> None:
+    """No gradient but the groups' own, and no pair: the reward alone says where the teacher's pictures are."""
+    run = trainer(
+        teacher,
+        "distribution",
+        updates=250,
+        anchor=0.0,
+        batch_size=64,
+        group_size=16,
+        learning_rate=3e-3,
+        fake_learning_rate=3e-3,
+        step_delta=0.3,
+    )
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((run.context.policy.sample(run.pairs.noise, None).mean() - MEAN).abs())
+
+    before = distance()
+    run.run()
+    assert distance() < 0.25 * before
+    assert run.meter.teacher_calls == 250 * 64  # the groups ask nothing more of the networks
+    with pytest.raises(InvalidRequest, match="learnt from alone"):
+        run.context.advantage.rewards[0][0](torch.zeros(3, *SHAPE), torch.zeros(3, *SHAPE), None)
+
+
+@pytest.mark.parametrize("name", ["discriminator", "mmd"])
+def test_a_learnt_reward_prefers_the_teachers_pictures(teacher: Teacher, name: str) -> None:
+    run = trainer(teacher, name)
+    reward = run.context.advantage.rewards[0][0]
+    wrong = -run.pairs.target[:16]  # dark where the teacher's are bright
+    for update in range(60):
+        reward.learn(run.context, wrong, run.pairs[:16], torch.Generator().manual_seed(update))  # type: ignore[attr-defined]
+    of_teacher = reward(run.pairs.target[16:32], wrong, None)
+    assert of_teacher.mean() > reward(-run.pairs.target[16:32], wrong, None).mean() + 0.05
+
+
+def test_auxiliary_networks_are_charged_by_their_cost(teacher: Teacher) -> None:
+    plain, judged = (trainer(teacher, reward, updates=3) for reward in ("pixel", "discriminator"))
+    plain.run(), judged.run()
+    assert plain.meter.auxiliary_calls == 0
+    reward = judged.context.advantage.rewards[0][0]
+    assert isinstance(reward, Discriminator)
+    # an update: 2 x 16 pictures learnt from at three passes, 8 x 16 actions judged
+    calls = 3 * (3 * 32 + 8 * 16) * reward.cost / judged.context.unit
+    assert judged.meter.auxiliary_calls == pytest.approx(calls, rel=1e-3)
+    assert judged.meter.forward_equivalents == pytest.approx(plain.meter.forward_equivalents + calls, rel=1e-3)
+    assert flops(torch.nn.Linear(8, 4), torch.zeros(2, 8)) == 2 * 2 * 8 * 4
+
+
+def test_a_budget_in_forward_equivalents_ends_a_run(teacher: Teacher) -> None:
+    run = trainer(teacher, "pixel", updates=None, forward_equivalents=500, method="regression")
+    run.run()
+    assert 500 <= run.meter.forward_equivalents < 500 + 3 * 16
+    assert run.update == 11  # 48 each
+
+
+def test_lpips_ranks_a_shift_of_colour_behind_a_little_noise() -> None:
+    draw = torch.Generator().manual_seed(0)
+    target = torch.rand(4, 3, 32, 32, generator=draw) * 2 - 1
+    near = target + 0.05 * torch.randn(target.shape, generator=draw)
+    values = LpipsReward()(torch.cat([target, near, -target]), target.repeat(3, 1, 1, 1), None).view(3, 4)
+    assert torch.all(values[0] > -1e-4)
+    assert torch.all(values[0] > values[1])
+    assert torch.all(values[1] > values[2])
+
+
+@pytest.mark.parametrize("kind", ["clip", "dino"])
+def test_pretrained_encoders_from_a_folder(teacher: Teacher, tmp_path: Path, kind: str) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    if kind == "clip":
+        clip = CLIPVisionConfig(**tiny, intermediate_size=16, projection_dim=8)
+        CLIPVisionModelWithProjection(clip).save_pretrained(tmp_path / "m")
+    else:
+        Dinov2Model(Dinov2Config(**tiny)).save_pretrained(tmp_path / "m")
+    ((reward, _),) = make_rewards(f"{kind}:{tmp_path / 'm'}", teacher, pool.get(teacher, 64, "train")[0], 0)
+    target = torch.rand(3, 3, 32, 32) * 2 - 1
+    values = reward(torch.cat([target, -target]), target.repeat(2, 1, 1, 1), None).view(2, 3)
+    assert torch.allclose(values[0], torch.ones(3), atol=1e-5)
+    assert torch.all(values[1] < values[0])
+    with pytest.raises(InvalidRequest, match="holds no model"):
+        make_rewards(f"{kind}:{tmp_path / 'none'}", teacher, pool.get(teacher, 64, "train")[0], 0)
+
+
+def test_the_mmd_witness_has_a_gradient(teacher: Teacher) -> None:
+    run = trainer(teacher, "mmd", method="draft", updates=2)
+    reward = run.context.advantage.rewards[0][0]
+    assert isinstance(reward, MmdReward)
+    images: Tensor = run.pairs.target[:4].clone().requires_grad_()
+    reward(images, images.detach(), None).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0

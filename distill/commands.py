@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ def _progress(quiet: bool) -> Any:
 
 
 def distill_command(
+    context: typer.Context,
     teacher: Teacher,
     output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
     steps: Annotated[int, typer.Option("--steps", help="The student's network calls an image, K.")] = 4,
@@ -64,6 +66,17 @@ def distill_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 30.0,
+    preset: Annotated[str | None, typer.Option(help="A recipe and its length: fast, balanced or best.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="YAML of settings, over the preset; options are over both.")
+    ] = None,
+    early_stop: Annotated[
+        int, typer.Option(help="End after so many checks in a row that are no better, or look hacked; 0: never.")
+    ] = 0,
+    tracker: Annotated[str | None, typer.Option(help="tensorboard: figures and pictures, beside the log.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print settings, time and memory; train and write nothing.")
+    ] = False,
     rebuild_bank: Annotated[
         bool, typer.Option("--rebuild-bank", help="Sample the teacher anew for every pair.")
     ] = False,
@@ -75,35 +88,47 @@ def distill_command(
     Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole, and the log stays.
     """
     from redif_sdk.distill import pairs as pool
-    from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.methods import make_method
+    from redif_sdk.distill.presets import as_yaml, resolve
     from redif_sdk.distill.rewards import reward_names
     from redif_sdk.distill.student import distill, training_folder
     from redif_sdk.distill.student import pool_size as allowed
     from redif_sdk.distill.teacher import Teacher as TeacherModel
     from redif_sdk.distill.trainer import CHECKPOINT
     from redif_sdk.errors import InvalidRequest
+    from redif_sdk.files import atomic_write
     from redif_sdk.report import document, write_json
 
-    config = DistillConfig.checked(
-        num_inference_steps=steps,
-        method=method,
-        reward=reward,
-        updates=updates,
-        seconds=seconds,
-        teacher_calls=teacher_calls,
-        pool_size=pool_size,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        estimator=estimator,
-        warm_start=warm_start,
-        step_delta=step_delta,
-        exploration=exploration,
-        exploration_rank=exploration_rank,
-        group_size=group_size,
-        seed=seed,
-        checkpoint_seconds=checkpoint_seconds,
-    )
+    options = {
+        "num_inference_steps": steps,
+        "method": method,
+        "reward": reward,
+        "updates": updates,
+        "seconds": seconds,
+        "teacher_calls": teacher_calls,
+        "pool_size": pool_size,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "estimator": estimator,
+        "warm_start": warm_start,
+        "step_delta": step_delta,
+        "exploration": exploration,
+        "exploration_rank": exploration_rank,
+        "group_size": group_size,
+        "seed": seed,
+        "checkpoint_seconds": checkpoint_seconds,
+        "early_stop": early_stop,
+        "tracker": tracker,
+    }
+    renamed = {"num_inference_steps": "steps"}
+    given = {
+        name: value
+        for name, value in options.items()
+        if getattr(context.get_parameter_source(renamed.get(name, name)), "name", "") == "COMMANDLINE"
+    }
+    defaults = {name: value for name, value in options.items() if name not in given}
+    config = resolve(given, file=config_file, name=preset, defaults=defaults)
+    method, reward, steps = config.method, config.reward, config.num_inference_steps
     make_method(method)
     reward_names(reward)
     if output.exists():
@@ -114,8 +139,20 @@ def distill_command(
     model = TeacherModel.load(teacher)
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
+    count = allowed(model, config)
+    if dry_run:
+        from redif_sdk.distill.estimate import estimate
+
+        there = pool.is_there(model, count, "train") and not rebuild_bank
+        row = asdict(estimate(model, config, count, pool_is_there=there)) | {"output": str(output)}
+        if json:
+            write_json(json, document("distill --dry-run", [row | {"config": config.model_dump(mode="json")}]))
+        if not quiet and json != "-":
+            typer.echo(as_yaml(config))
+            for name, value in row.items():
+                typer.echo(f"# {name}: {value}")
+        return
     with _progress(quiet) as progress:
-        count = allowed(model, config)
         task = progress.add_task("teacher's outputs", total=count, note="")
         pairs, _ = pool.get(
             model, count, "train", rebuild=rebuild_bank, on_batch=lambda n: progress.update(task, advance=n)
@@ -128,7 +165,8 @@ def distill_command(
 
         student = distill(model, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)
     manifest = student.save_pretrained(output)
-    (folder / CHECKPOINT).unlink(missing_ok=True)  # the log stays
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # the log stays, and the settings beside it
+    atomic_write(folder / "config.yaml", as_yaml(config).encode())
     assert manifest.distillation is not None
     row = {
         "output": str(output),
@@ -142,6 +180,8 @@ def distill_command(
         write_json(json, document("distill", [row]))
     if not quiet and json != "-":
         typer.echo(f"{output}: a {steps}-step student of {model.name}; next: redif export {output}")
+        if student.stopped:
+            typer.echo(f"stopped early: {student.stopped}")
 
 
 def import_command(

@@ -54,6 +54,8 @@ class DistillConfig(BaseModel):
 
     checkpoint_seconds: float = Field(30.0, ge=0)
     log_every: int = Field(10, ge=1)
+    early_stop: int = Field(0, ge=0, description="Checks in a row that are no better, or look hacked; 0: never.")
+    tracker: Literal["tensorboard"] | None = Field(None, description="accelerate's tracker, beside the log.")
     check_every: int = Field(100, ge=1, description="Updates between looks at recall and held-out error.")
 
     @model_validator(mode="before")

@@ -129,6 +129,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REDIF_CACHE", Path.home() / ".cache" / "redif"))
 
 
+def is_there(teacher: Teacher, count: int, split: str, *, seed: int = 0, cache: Path | None = None) -> bool:
+    """Whether :func:`get` would find these pairs without asking the teacher."""
+    if seed == 0 and shipped(teacher, count, split) is not None:
+        return True
+    return bool(teacher.identity) and _cache_file(teacher, count, split, seed, cache or cache_folder()).is_file()
+
+
 def get(
     teacher: Teacher,
     count: int,

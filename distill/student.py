@@ -43,6 +43,7 @@ class Student:
     name: str
     distillation: Distillation | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""  # why training ended before its budget did
 
     @property
     def guidance(self) -> Guidance | None:
@@ -228,6 +229,7 @@ def distill(
         network=policy.network,
         tables=[policy.table],
         name=f"{teacher.name}-{config.num_inference_steps}",
+        stopped=trainer.stopped,
         distillation=Distillation(
             method=config.method,
             rewards=names if config.method != "regression" else [],

@@ -32,6 +32,7 @@ from redif_sdk.steps import StepTable
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LATE = 0.15  # by how much the clock must be ahead of the updates to rule
+GRID = 10  # pictures of the student, and of the teacher, that a tracker is shown
 CHECK_PAIRS = 192  # pool entries on which recall is watched
 
 Progress = Callable[[float, dict[str, float]], object]
@@ -68,7 +69,10 @@ class Trainer:
     ema: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     update: int = 0
+    stopped: str = ""  # why the run ended before its budget did
     _last_check: dict[str, float] | None = field(init=False, default=None)
+    _best: float = field(init=False, default=-math.inf)
+    _stale: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -130,7 +134,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return any(share is not None and share >= 1 for share in self.shares)
+        return bool(self.stopped) or any(share is not None and share >= 1 for share in self.shares)
 
     @property
     def progress(self) -> float:
@@ -151,6 +155,7 @@ class Trainer:
         spent, began = 0.0, time.monotonic()
         resumed = resume and self._load()
         log = self._open_log(resumed)
+        tracker = self._open_tracker()
         if resumed:
             spent = self.meter.seconds
         else:
@@ -164,13 +169,15 @@ class Trainer:
             if self.on_progress:
                 self.on_progress(self.progress, figures)
             if self.update % self.config.log_every == 0 or self.finished:
-                self._write_log(log, figures)
+                self._write_log(log, figures, tracker)
             if time.monotonic() - saved >= self.config.checkpoint_seconds:
                 self._save(log)
                 saved = time.monotonic()
         self._save(log)
         if log:
             log.close()
+        if tracker:
+            tracker.finish()
         return StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule, self.meter)
 
     def _step(self, progress: float) -> dict[str, float]:
@@ -210,15 +217,47 @@ class Trainer:
         advantage = self.context.advantage
         embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
         _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(pool.target)))
-        reward = advantage.score(output, pool.target, pool.condition)
+        able = any(not getattr(reward, "local", False) for reward, _ in advantage.rewards)
+        wrong = ((output - pool.target) ** 2).mean().item()
+        reward = advantage.score(output, pool.target, pool.condition) if able else -wrong
         meter.auxiliary_calls = spent
         return {
             "reward": reward,
-            "pool_mse": ((output - pool.target) ** 2).mean().item(),
+            "pool_mse": wrong,
             "recall": recall,
         }
 
-    def _write_log(self, log: TextIO | None, figures: dict[str, float]) -> None:
+    def _open_tracker(self) -> Any:
+        """accelerate's tracker in the run's folder, if one is asked for."""
+        if self.config.tracker is None or self.folder is None:
+            return None
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker
+
+        PartialState(cpu=not torch.cuda.is_available())  # which process this is: trackers write on the first alone
+        tracker = TensorBoardTracker(self.folder.name, self.folder.parent)
+        tracker.start()
+        flat = self.config.model_dump(mode="json", fallback=str)
+        tracker.store_init_configuration({key: value for key, value in flat.items() if isinstance(value, str | float)})
+        return tracker
+
+    def _track(self, tracker: Any, row: dict[str, Any]) -> None:
+        """The row's numbers; with a check also a grid of the EMA student's pictures over the teacher's."""
+        tracker.log({key: value for key, value in row.items() if isinstance(value, float)}, step=self.update)
+        if "pool_mse" not in row:
+            return
+        pool = self.pairs[: min(GRID, len(self.pairs))]
+        policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
+        slices = policy.table.noise_slices
+        with torch.no_grad():
+            output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
+        both = torch.cat([self.context.advantage.images(part) for part in (output, pool.target)])
+        levels = ((both + 1) * 127.5).round().to(torch.uint8)
+        if levels.shape[1] in (1, 3):
+            grid = levels.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+            tracker.log_images({"student over teacher": grid[None].numpy()}, step=self.update, dataformats="NHWC")
+
+    def _write_log(self, log: TextIO | None, figures: dict[str, float], tracker: Any = None) -> None:
         row: dict[str, Any] = {"update": self.update, "progress": round(self.progress, 6), **figures}
         if self.update % self.config.check_every == 0 or self.finished:
             now = self.check()
@@ -227,10 +266,25 @@ class Trainer:
             if before and now["reward"] > before["reward"] and now["recall"] < before["recall"] - 0.1:
                 row["warning"] = "recall falls while the reward rises: reward hacking?"
             self._last_check = now
+            self._watch(now["reward"], hacked="warning" in row)
+            if self.stopped:
+                row["stopped"] = self.stopped
         row["budget"] = asdict(self.meter) | {"forward_equivalents": self.meter.forward_equivalents}
         if log:
             log.write(json.dumps(row) + "\n")
             log.flush()
+        if tracker:
+            self._track(tracker, row)
+
+    def _watch(self, reward: float, *, hacked: bool) -> None:
+        """Early stop: ``early_stop`` checks in a row whose reward is no better than the best, or that look hacked."""
+        better = reward > self._best and not hacked
+        self._stale = 0 if better else self._stale + 1
+        if better:
+            self._best = reward
+        if self.config.early_stop and self._stale >= self.config.early_stop:
+            why = "the reward rises while recall falls" if hacked else "the reward rises no more"
+            self.stopped = f"{why}: {self._stale} checks in a row; the budget was not spent"
 
     # -- keeping --------------------------------------------------------------------------------------------------
 
@@ -270,12 +324,13 @@ class Trainer:
             "update": self.update,
             "meter": asdict(self.meter),
             "last_check": self._last_check,
+            "watch": (self._best, self._stale, self.stopped),
         }
         save_state(state, self.folder / CHECKPOINT)
 
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""
-        fixed = self.config.model_dump(mode="json", exclude={"checkpoint_seconds", "reward"}, fallback=str)
+        fixed = self.config.model_dump(mode="json", exclude={"checkpoint_seconds", "reward", "tracker"}, fallback=str)
         return json.dumps({**fixed, "reward": str(self.config.reward), "teacher": self.teacher.identity})
 
     def _load(self) -> bool:
@@ -299,4 +354,5 @@ class Trainer:
         for name, value in state["meter"].items():
             setattr(policy.meter, name, value)  # the meter that methods and rewards hold
         self._last_check = state["last_check"]
+        self._best, self._stale, self.stopped = state["watch"]
         return True

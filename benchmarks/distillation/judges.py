@@ -23,6 +23,7 @@ from redif_sdk.distill.evaluate import (
     Embed,
     Statistics,
     frechet_distance,
+    frechet_distance_of,
     kernel_distance,
     precision_recall,
     std_match,
@@ -129,16 +130,30 @@ class Reference:
     real: Tensor | None = None
     features: Tensor = field(init=False)
     teacher: Statistics = field(init=False)
-    of_real: Statistics | None = field(init=False, default=None)
+    of_real: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.features = self.embed(self.target)
         self.teacher = Statistics.of(self.features)
         if self.real is not None:
-            self.of_real = Statistics.of(self.embed(self.real))
+            self.of_real = self.embed(self.real)
+
+    def _to_real(self, seen: Tensor) -> float | None:
+        if self.of_real is None:
+            return None
+        if len(seen) < seen.shape[1]:
+            return frechet_distance_of(seen, self.of_real)
+        return frechet_distance(Statistics.of(seen), Statistics.of(self.of_real))
 
     def distance(self, images: Tensor) -> float:
-        return frechet_distance(Statistics.of(self.embed(images)), self.teacher)
+        """Frechet distance of images (N, C, H, W) to the teacher's."""
+        return self._distance(self.embed(images))
+
+    def _distance(self, seen: Tensor) -> float:
+        """Through covariances, or, where samples are fewer than features, through the samples."""
+        if len(seen) < seen.shape[1]:
+            return frechet_distance_of(seen, self.features)
+        return frechet_distance(Statistics.of(seen), self.teacher)
 
     def best_gain(self, images: Tensor, start: float) -> tuple[float, float]:
         """(distance, gain): from 1 downhill over ``GAINS``, on all images. ``start``: the distance at 1."""
@@ -157,10 +172,9 @@ class Reference:
     def judge(self, images: Tensor, *, controls: bool) -> dict[str, Any]:
         """The figures of one contender's images (N, C, H, W), paired with the teacher's."""
         seen = self.embed(images)
-        own = Statistics.of(seen)
-        row: dict[str, Any] = {"features": self.name, "fd_teacher": frechet_distance(own, self.teacher)}
+        row: dict[str, Any] = {"features": self.name, "fd_teacher": self._distance(seen)}
         row["kd_teacher"] = kernel_distance(seen, self.features)
-        row["fd_real"] = None if self.of_real is None else frechet_distance(own, self.of_real)
+        row["fd_real"] = self._to_real(seen)
         row["precision"], row["recall"] = precision_recall(seen, self.features)
         row["fd_teacher_gain"], row["gain"] = self.best_gain(images, row["fd_teacher"])
         if controls:

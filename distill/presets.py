@@ -1,0 +1,92 @@
+"""Where a run's settings come from: a preset, over it a YAML file, over it what is given by hand.
+
+The recipe of the presets is the one of the quickstart (docs/results/rewards.md): regression, then reinforcement by the
+texture reward, which is differentiable, so its own gradient serves. They differ in how long they train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.errors import InvalidRequest
+
+#: Updates at K = 1; fewer at more steps, since an update costs K times as much.
+UPDATES = {"fast": 200, "balanced": 700, "best": 2400}
+RECIPE: dict[str, Any] = {"method": "redif", "reward": "texture", "estimator": "pathwise", "learning_rate": 2e-3}
+#: By the largest K that they are for; beyond the last, the last.
+BY_STEPS: dict[int, dict[str, Any]] = {
+    1: {"warm_start": 0.45, "step_delta": 5.0},
+    2: {"warm_start": 0.6, "step_delta": 3.0},
+    4: {"warm_start": 0.6, "step_delta": 2.0, "learning_rate": 1e-3, "reward": {"texture": 1.0, "pixel": 1.0}},
+}
+LARGEST_FILE = 1 << 20  # bytes
+
+
+def preset(name: str, num_inference_steps: int) -> dict[str, Any]:
+    """The settings of a preset ("fast", "balanced", "best") for K steps.
+
+    Raises:
+        InvalidRequest: there is no such preset.
+    """
+    if name not in UPDATES:
+        raise InvalidRequest(f"unknown preset {name!r}; known: {', '.join(UPDATES)}")
+    own = next((values for steps, values in BY_STEPS.items() if num_inference_steps <= steps), BY_STEPS[4])
+    updates = max(40, round(UPDATES[name] / num_inference_steps))
+    return {**RECIPE, **own, "updates": updates, "num_inference_steps": num_inference_steps}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file: fields of :class:`DistillConfig`, and ``preset``.
+
+    Raises:
+        InvalidRequest: the file cannot be read, is no mapping, or names a field that there is not.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise InvalidRequest(f"{path} is larger than {LARGEST_FILE:,} bytes; that is no configuration")
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise InvalidRequest(f"the configuration {path} cannot be read: {said:.300}") from error
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{path} holds a {type(found).__name__}; give 'name: value' lines")
+    known = {*DistillConfig.model_fields, "preset"}
+    for name in found:
+        if name not in known:
+            raise InvalidRequest(f"{path}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+    return found
+
+
+def resolve(
+    given: Mapping[str, Any], *, file: Path | None = None, name: str | None = None, defaults: Mapping[str, Any] = {}
+) -> DistillConfig:
+    """The run's config: ``given`` by hand over ``file`` over the preset over ``defaults``.
+
+    A budget that is given at one place takes the place of those below it: a preset's updates do not end a run that was
+    given seconds.
+    """
+    written = read(file) if file else {}
+    name = name or written.pop("preset", None)
+    written.pop("preset", None)
+    steps = {**defaults, **written, **given}.get("num_inference_steps", 4)
+    layers = [defaults, preset(name, steps) if name and isinstance(steps, int) else {}, written, given]
+    values: dict[str, Any] = {}
+    for layer in layers:
+        if any(layer.get(budget) is not None for budget in BUDGETS):
+            values = {key: value for key, value in values.items() if key not in BUDGETS}
+        values |= layer
+    return DistillConfig.checked(**values)
+
+
+BUDGETS = ("updates", "seconds", "forward_equivalents")
+
+
+def as_yaml(config: DistillConfig) -> str:
+    """The config as a file that makes the same run; rewards that are no names are written as what they are called."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json", fallback=str), sort_keys=False)
+    return text

@@ -1,0 +1,85 @@
+"""The whole benchmark at a toy budget: `make bench-distill-smoke` runs this file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.distillation import judges, run
+from redif_sdk.distill.data import data_folder
+from redif_sdk.distill.methods import method_names
+from redif_sdk.errors import InvalidRequest
+
+
+def data_is_here() -> bool:
+    try:
+        data_folder("fashion-mnist")
+    except InvalidRequest:
+        return False
+    return True
+
+
+def test_every_method_has_settings_that_are_valid() -> None:
+    for method in method_names():
+        for steps in (1, 2, 4):
+            settings = run.settings_of(method, steps)
+            run.DistillConfig.checked(num_inference_steps=steps, method=method, **settings)
+            named = json.dumps(settings.get("reward", ""))
+            assert "lpips" not in named, "EfficientNet-Lite0 judges here, so it gives no reward"
+
+
+def test_controls_restore_what_they_should() -> None:
+    """A contender that is the teacher's image, faded, is at 0 under the gain; a blurred one gains from unsharp."""
+    draw = torch.Generator().manual_seed(0)
+    target = torch.rand(64, 1, 8, 8, generator=draw) * 1.2 - 0.6
+    reference = judges.Reference("pixels", lambda images: images.flatten(1), target)
+    faded = reference.judge(target / 1.1, controls=True)
+    assert faded["gain"] == pytest.approx(1.1)
+    assert faded["fd_teacher_gain"] < 1e-3 < faded["fd_teacher"]
+    blurred = judges.unsharp(target, -0.3)
+    assert judges.high_frequency(blurred) < 0.8 * judges.high_frequency(target)
+    sharpened = reference.judge(blurred, controls=True)
+    assert sharpened["fd_teacher_unsharp"] < 0.8 * sharpened["fd_teacher_gain"]
+    assert sharpened["unsharp"] > 0
+
+
+def test_nothing_is_tuned_on_the_test_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--set", "{learning_rate: 1}", "-o", str(tmp_path)])
+    assert "nothing is tuned on the test" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' scheduler
+@pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
+def test_the_whole_benchmark_at_a_toy_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run, "UNTRAINED_STEPS", (1, 2))
+    asked = ["--smoke", "--data", "fashion-mnist", "--seeds", "0", "-o", str(tmp_path / "out")]
+    asked_two = [*asked, "--steps", "2", "--kind", "forward_equivalents"]
+    run.main([*asked, "--steps", "1"])
+    run.main(asked_two)
+    rows = {}
+    for path in sorted((tmp_path / "out").glob("*.json")):
+        written = json.loads(path.read_text())
+        assert path.with_suffix(".png").is_file()
+        (rows[path.stem],) = written["rows"]
+    assert len(rows) == 2 * 2 + 3 * len(method_names())
+    at_equal_cost = [row for row in rows.values() if row["kind"] == "forward_equivalents" and row["seed"] == 0]
+    for row in at_equal_cost:
+        assert row["budget"]["forward_equivalents"] >= run.SMOKE.budget
+        assert row["budget"]["pool_calls"] == run.SMOKE.pool * 100
+    for row in rows.values():
+        assert [judged["features"] for judged in row["judged"]] == ["efficientnet-lite0-32px", "classifier-2"]
+        for judged in row["judged"]:
+            assert judged["fd_teacher_unsharp"] <= judged["fd_teacher_gain"] <= judged["fd_teacher"]
+    ddim, solver = rows["fashion-mnist-ddim-1"], rows["fashion-mnist-dpm-solver++-1"]
+    assert ddim["mse"] == pytest.approx(solver["mse"], rel=1e-3)  # of first order, they are one sampler
+    assert ddim["network_calls"] == 2  # guided
+    capsys.readouterr()
+    run.main(asked_two)  # again: everything is there
+    assert capsys.readouterr().out == ""

@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format schema build clean clean-venv
+.PHONY: help quickstart test lint bench-distill-smoke format schema build clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
 	@echo "make test        lint, then the tests"
 	@echo "make lint        ruff and mypy"
+	@echo "make bench-distill-smoke  the whole comparison of methods at a toy budget"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make schema      write docs/schema/redif-1.json anew from the code"
 	@echo "make build       wheel and sdist, in dist/"
@@ -30,6 +31,9 @@ quickstart: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench-distill-smoke: $(READY)
+	$(BIN)/python -m pytest tests/test_distillation_benchmark.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

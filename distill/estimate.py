@@ -58,7 +58,7 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
         training, updates = config.seconds, None
     return Estimate(
         pool_pairs=pool_size,
-        pool_seconds=round(pool_seconds, 1),
+        pool_seconds=round(pool_seconds, 3),
         updates=updates,
         training_seconds=round(training, 1),
         forward_equivalents=round(cost * training / each),

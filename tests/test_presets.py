@@ -1,0 +1,126 @@
+"""Where settings come from, what a run would cost, and when it ends before its budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from typer.testing import CliRunner
+
+from redif_sdk.cli import app
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.estimate import estimate
+from redif_sdk.distill.presets import UPDATES, as_yaml, preset, read, resolve
+from redif_sdk.distill.teacher import Teacher
+from redif_sdk.distill.trainer import LOG, Trainer
+from redif_sdk.errors import InvalidRequest
+from tests.test_other_methods import SCHEDULE, SHAPE, Small, exact
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.from_callable(
+        exact, schedule=SCHEDULE, prediction_type="v_prediction", shape=SHAPE, student=Small(), num_inference_steps=16
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_every_preset_is_a_valid_run_and_longer_than_the_one_before(steps: int) -> None:
+    lengths = [DistillConfig.checked(**preset(name, steps)).updates for name in UPDATES]
+    assert lengths == sorted(lengths)
+    assert resolve({"num_inference_steps": steps}, name="fast").num_inference_steps == steps
+
+
+def test_what_is_given_by_hand_is_over_the_file_is_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: fast\nlearning_rate: 0.5\nseed: 7\n")
+    made = resolve({"seed": 9}, file=file, defaults={"batch_size": 32, "num_inference_steps": 2})
+    assert (made.seed, made.learning_rate, made.reward, made.batch_size) == (9, 0.5, "texture", 32)
+    assert made.updates == preset("fast", 2)["updates"]
+    assert resolve({"seconds": 5.0}, file=file).updates is None  # one budget takes the place of another
+    assert resolve({}, file=file, name="best").updates == preset("best", 4)["updates"]
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml(made))
+    assert resolve({}, file=again) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- 1\n", "holds a list"),
+        ("learning_rat: 1\n", "unknown setting 'learning_rat'; known: anchor"),
+        ("a: [\n", "cannot be read"),
+        ("!!python/object/apply:os.system ['true']\n", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest, match=said):
+        read(file)
+    with pytest.raises(InvalidRequest, match="unknown preset 'quick'; known: fast, balanced, best"):
+        preset("quick", 1)
+
+
+def test_a_dry_run_prints_the_settings_and_the_cost_and_writes_nothing(tmp_path: Path) -> None:
+    output, report = tmp_path / "student", tmp_path / "report.json"
+    asked = ["distill", "fashion-mnist", "-o", str(output), "--preset", "fast", "--steps", "1", "--dry-run"]
+    # small, since an update of each phase is made
+    result = CliRunner().invoke(app, [*asked, "--batch-size", "4", "--json", str(report)])
+    assert result.exit_code == 0, result.output
+    settings = yaml.safe_load(result.output)
+    assert (settings["num_inference_steps"], settings["batch_size"], settings["reward"]) == (1, 4, "texture")
+    assert settings["updates"] == preset("fast", 1)["updates"]
+    (row,) = json.loads(report.read_text())["rows"]
+    assert row["pool_seconds"] == 0  # it is shipped
+    assert row["training_seconds"] > 0
+    assert row["forward_equivalents"] > 200 * 4 * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_the_estimate_counts_what_the_run_then_spends(teacher: Teacher) -> None:
+    config = DistillConfig.checked(
+        num_inference_steps=2, method="regression", reward="pixel", updates=30, batch_size=16, pool_size=64
+    )
+    expected = estimate(teacher, config, 64, pool_is_there=False)
+    run = Trainer(teacher, config, pool.get(teacher, 64, "train")[0])
+    run.run()
+    assert expected.forward_equivalents == pytest.approx(run.meter.forward_equivalents, rel=0.01)
+    assert expected.updates == 30
+    assert expected.pool_seconds > 0
+
+
+def hopeless(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+    """It falls with every call, however good the pictures are."""
+    hopeless.calls += 1  # type: ignore[attr-defined]
+    return images.mean((1, 2, 3)) - hopeless.calls  # type: ignore[attr-defined]
+
+
+def test_a_run_that_gets_no_better_ends_early_and_says_so(teacher: Teacher, tmp_path: Path) -> None:
+    hopeless.calls = 0  # type: ignore[attr-defined]
+    settings = {"num_inference_steps": 1, "reward": hopeless, "updates": 100, "batch_size": 8, "pool_size": 64}
+    config = DistillConfig.checked(**settings, check_every=5, log_every=5, early_stop=2, group_size=4)
+    run = Trainer(teacher, config, pool.get(teacher, 64, "train")[0], tmp_path)
+    run.run()
+    assert run.update == 15  # the first check is the best one
+    assert "rises no more: 2 checks" in run.stopped
+    assert json.loads((tmp_path / LOG).read_text().splitlines()[-1])["stopped"] == run.stopped
+
+
+def test_tensorboard_has_the_figures_and_the_pictures(teacher: Teacher, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"num_inference_steps": 1, "reward": "pixel", "updates": 10, "batch_size": 8, "pool_size": 64}
+    config = DistillConfig.checked(**settings, check_every=5, log_every=5, tracker="tensorboard", method="regression")
+    Trainer(teacher, config, pool.get(teacher, 64, "train")[0], tmp_path / "run").run()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*") if path.parent.name == "run"}
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"mse", "loss", "recall"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [5, 10]
+    assert events.Tags()["images"] == ["student over teacher"]

@@ -58,6 +58,7 @@ def distill_command(
     warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
     step_delta: Annotated[float, typer.Option(help="redif: rms step of the output along the reward's rise.")] = 0.15,
     exploration: Annotated[float, typer.Option(help="redif: standard deviation of an action.")] = 0.1,
+    lora_rank: Annotated[int, typer.Option(help="Train low-rank adapters of this rank; 0: all weights.")] = 0,
     exploration_rank: Annotated[int, typer.Option(help="redif: principal components of it; 0: white.")] = 40,
     group_size: Annotated[int, typer.Option(help="redif: actions a state, or trajectories a start.")] = 16,
     start: Annotated[
@@ -112,6 +113,7 @@ def distill_command(
         "estimator": estimator,
         "warm_start": warm_start,
         "step_delta": step_delta,
+        "lora_rank": lora_rank,
         "exploration": exploration,
         "exploration_rank": exploration_rank,
         "group_size": group_size,

@@ -29,6 +29,7 @@ class DistillConfig(BaseModel):
     pool_size: int = Field(4096, ge=8, description="Pairs of (noise, teacher's output).")
     batch_size: int = Field(64, ge=2)
     learning_rate: float = Field(1e-3, gt=0, description="Peak; a short warm-up, then a cosine to 0 over the run.")
+    lora_rank: int = Field(0, ge=0, description="Train low-rank adapters of this rank (peft); 0: all weights.")
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     ema_decay: float = Field(0.99, ge=0, lt=1)

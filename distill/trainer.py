@@ -21,6 +21,7 @@ from torch import nn
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.costs import flops
 from redif_sdk.distill.evaluate import precision_recall
+from redif_sdk.distill.lora import adapted, merged
 from redif_sdk.distill.methods import Context, Method, make_method
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Meter, StudentPolicy
@@ -101,7 +102,7 @@ class Trainer:
         self.context.unit = flops(network, first.noise, torch.zeros(1), first.condition) or math.inf
         advantage.charge = self.context.charge
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+            [weight for weight in network.parameters() if weight.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
@@ -112,6 +113,8 @@ class Trainer:
         network = self.teacher.make_student()
         if self.start is not None:
             network.load_state_dict(self.start.state_dict())
+        if self.config.lora_rank:
+            network = adapted(network, self.config.lora_rank, self.config.seed)
         return network.eval()  # dropout and label dropout off, in rollouts and updates alike
 
     @property
@@ -178,7 +181,7 @@ class Trainer:
             log.close()
         if tracker:
             tracker.finish()
-        return StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule, self.meter)
+        return StudentPolicy(merged(self.ema), self.context.policy.table, self.teacher.schedule, self.meter)
 
     def _step(self, progress: float) -> dict[str, float]:
         config, network = self.config, self.context.policy.network

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.distillation import judges, run
+from benchmarks.distillation import judges, render, run
 from redif_sdk.distill.data import data_folder
 from redif_sdk.distill.methods import method_names
 from redif_sdk.errors import InvalidRequest
@@ -52,6 +52,37 @@ def test_nothing_is_tuned_on_the_test_protocol(tmp_path: Path, capsys: pytest.Ca
     assert "nothing is tuned on the test" in capsys.readouterr().err
 
 
+def cell(method: str, seed: int | None, distance: float, steps: int = 1) -> dict[str, object]:
+    judged = {f"fd_teacher{control}": distance for control in ("", "_gain", "_unsharp", "_std")}
+    judged |= {"kd_teacher": distance / 50, "fd_real": 9.0, "precision": 0.8, "recall": 0.7}
+    budget = {} if seed is None else {"forward_equivalents": 500.0, "seconds": 9.0}
+    row = {"data": "made-up", "method": method, "steps": steps, "seed": seed, "kind": "forward_equivalents"}
+    return row | {"judged": [judged, judged], "mse": 0.02, "high_frequency": 0.9, "budget": budget, "network_calls": 2}
+
+
+def test_the_tables_mark_the_best_and_what_overlaps_it(tmp_path: Path) -> None:
+    cells = [cell("near", seed, 5.0 + 0.3 * seed) for seed in (0, 1, 2)]
+    cells += [cell("best", seed, 4.9 + 0.2 * seed) for seed in (0, 1, 2)]
+    cells += [cell("behind", seed, 6.0) for seed in (0, 1)] + [cell("ddim", None, 1.0)]
+    for index, row in enumerate(cells):
+        (tmp_path / f"{index}.json").write_text(json.dumps({"rows": [row]}))
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text(f"# Ours\n\nbefore\n{render.START}old\n{render.END}after\n")
+    render.main([str(tmp_path), "-o", str(page)])
+    text = page.read_text()
+    assert text.startswith("# Ours\n\nbefore\n")
+    assert text.endswith("after\n")
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "**5.10 (0.40)**" in lines["best"]
+    assert "**5.30 (0.60)**" in lines["near"]  # their seeds overlap
+    assert "**" not in lines["behind"]
+    assert lines["behind"].endswith("| 2 |")
+    assert (page.parent / "images" / "methods-made-up-forward_equivalents.svg").is_file()
+    render.main([str(tmp_path), "-o", str(page)])
+    assert page.read_text() == text
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' scheduler
 @pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
 def test_the_whole_benchmark_at_a_toy_budget(
@@ -80,6 +111,8 @@ def test_the_whole_benchmark_at_a_toy_budget(
     ddim, solver = rows["fashion-mnist-ddim-1"], rows["fashion-mnist-dpm-solver++-1"]
     assert ddim["mse"] == pytest.approx(solver["mse"], rel=1e-3)  # of first order, they are one sampler
     assert ddim["network_calls"] == 2  # guided
+    render.main([str(tmp_path / "out"), "-o", str(tmp_path / "results.md")])
+    assert "### fashion-mnist, equal seconds" in (tmp_path / "results.md").read_text()
     capsys.readouterr()
     run.main(asked_two)  # again: everything is there
     assert capsys.readouterr().out == ""

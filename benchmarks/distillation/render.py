@@ -1,0 +1,155 @@
+"""The benchmark's cells as tables and plots: ``python -m benchmarks.distillation.render [FOLDER] [-o FILE]``.
+
+Means over the seeds, with the spread (largest minus smallest) beside them. The best of each column is in bold, and so
+is whatever overlaps it. How many seeds a mean is of is in the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+from redif_sdk.files import atomic_write
+
+HERE = Path(__file__).parent
+START, END = "<!-- cells: made by benchmarks/distillation/render.py -->\n", "<!-- end of cells -->\n"
+Row = dict[str, Any]
+
+#: heading -> how a cell's row says it, and the digits that are shown. The first is what ranks.
+COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
+    "FD, best gain": (lambda row: row["judged"][0]["fd_teacher_gain"], 2),
+    "FD raw": (lambda row: row["judged"][0]["fd_teacher"], 2),
+    "gain + unsharp": (lambda row: row["judged"][0]["fd_teacher_unsharp"], 2),
+    "std match": (lambda row: row["judged"][0]["fd_teacher_std"], 2),
+    "FD, second judge, gain": (lambda row: row["judged"][1]["fd_teacher_gain"], 2),
+    "KD": (lambda row: row["judged"][0]["kd_teacher"], 3),
+    "FD to real": (lambda row: row["judged"][0]["fd_real"], 1),
+    "HF": (lambda row: row["high_frequency"], 2),
+    "MSE": (lambda row: row["mse"], 4),
+    "precision": (lambda row: row["judged"][0]["precision"], 2),
+    "recall": (lambda row: row["judged"][0]["recall"], 2),
+    "FE": (lambda row: row["budget"].get("forward_equivalents"), 0),
+    "seconds": (lambda row: row["budget"].get("seconds"), 0),
+}
+RANKED = tuple(COLUMNS)[:6]  # lower is better
+
+
+def read(folder: Path) -> list[Row]:
+    return [json.loads(path.read_text())["rows"][0] for path in sorted(folder.glob("*.json"))]
+
+
+def spread(values: Iterable[float | None]) -> tuple[float, float, float] | None:
+    """Mean, smallest and largest."""
+    known = [value for value in values if value is not None]
+    return (statistics.mean(known), min(known), max(known)) if known else None
+
+
+def table(rows: list[Row], data: str, kind: str, steps: int) -> list[str]:
+    """One Markdown table: the methods at K steps, and the untrained samplers at the same K."""
+    mine = [row for row in rows if row["data"] == data and row["steps"] == steps]
+    mine = [row for row in mine if row["seed"] is None or row["kind"] == kind]
+    trained = sorted({row["method"] for row in mine if row["seed"] is not None})
+    if not trained:
+        return []
+    found: dict[str, dict[str, tuple[float, float, float] | None]] = {}
+    for method in [*trained, *sorted({row["method"] for row in mine} - set(trained))]:
+        own = [row for row in mine if row["method"] == method]
+        found[method] = {title: spread(map(value, own)) for title, (value, _) in COLUMNS.items()}
+    best = {title: min(f[title] or (9e9,) * 3 for m, f in found.items() if m in trained) for title in RANKED}
+    lines = [f"| K = {steps} | {' | '.join(COLUMNS)} | seeds |", "|---|" + "---|" * (len(COLUMNS) + 1)]
+    for method, figures in found.items():
+        cells = []
+        for title, (_, digits) in COLUMNS.items():
+            figure = figures[title]
+            if figure is None:
+                cells.append("")
+                continue
+            mean, low, high = figure
+            text = f"{mean:,.{digits}f}"
+            if high > low and title in RANKED:
+                text += f" ({high - low:.{digits}f})"
+            overlaps = title in RANKED and method in trained and low <= best[title][2]
+            cells.append(f"**{text}**" if overlaps else text)
+        seeds = len({row["seed"] for row in mine if row["method"] == method and row["seed"] is not None})
+        lines.append(f"| {method} | {' | '.join(cells)} | {seeds or ''} |")
+    return lines
+
+
+def plot(rows: list[Row], data: str, kind: str, path: Path) -> None:
+    """Distance under the gain control against network calls an image, and against seconds of training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    mine = [row for row in rows if row["data"] == data]
+    value = COLUMNS["FD, best gain"][0]
+    for method in sorted({row["method"] for row in mine}):
+        own = [row for row in mine if row["method"] == method and (row["seed"] is None or row["kind"] == kind)]
+        by_calls = {row["network_calls"]: [] for row in own} if own else {}
+        for row in own:
+            by_calls[row["network_calls"]].append(value(row))
+        if not by_calls:
+            continue
+        calls = sorted(by_calls)
+        style = {"linestyle": "--", "color": "0.5"} if own[0]["seed"] is None else {}
+        left.plot(calls, [statistics.mean(by_calls[c]) for c in calls], marker=".", label=method, **style)
+        if own[0]["seed"] is not None:
+            right.scatter([row["budget"]["seconds"] for row in own], [value(row) for row in own], s=14, label=method)
+    for axis, title in ((left, "network calls an image"), (right, "seconds of training")):
+        axis.set(xlabel=title, ylabel="FD to the teacher, best gain", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    figure.suptitle(f"{data}, equal {kind.replace('_', '-')}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = "redif"  # the same figure is the same file
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def render(folder: Path, images: Path, beside: str) -> str:
+    """The Markdown of all cells in ``folder``; plots go to ``images``, and are named as ``beside``/NAME."""
+    rows = read(folder)
+    parts = []
+    for data in sorted({row["data"] for row in rows}):
+        for kind in sorted({row["kind"] for row in rows if row["data"] == data and row["seed"] is not None}):
+            parts.append(f"### {data}, equal {kind.replace('_', '-')}\n")
+            name = f"methods-{data}-{kind}.svg"
+            plot(rows, data, kind, images / name)
+            parts.append(f"![Distance against calls and against seconds]({beside}/{name})\n")
+            for steps in sorted({row["steps"] for row in rows if row["seed"] is not None}):
+                lines = table(rows, data, kind, steps)
+                if lines:
+                    parts.append("\n".join(lines) + "\n")
+        untrained = [row for row in rows if row["data"] == data and row["seed"] is None]
+        if untrained:
+            parts.append(f"### {data}, the teacher with fewer steps\n")
+            shown = (*RANKED, "HF", "MSE", "recall")
+            parts.append(f"| sampler | steps | calls | {' | '.join(shown)} |\n|---|---|---|" + "---|" * len(shown))
+            for row in sorted(untrained, key=lambda row: (row["method"], row["steps"])):
+                cells = [f"{COLUMNS[title][0](row):.{COLUMNS[title][1]}f}" for title in shown]
+                parts[-1] += f"\n| {row['method']} | {row['steps']} | {row['network_calls']} | {' | '.join(cells)} |"
+            parts[-1] += "\n"
+    return "\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "results")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"))
+    asked = parser.parse_args(arguments)
+    made = START + render(asked.folder, asked.output.parent / "images", "images") + END
+    old = asked.output.read_text() if asked.output.is_file() else f"# Results\n\n{START}{END}"
+    if START not in old or END not in old:
+        parser.error(f"{asked.output} has no lines {START.strip()} and {END.strip()}; the tables go between them")
+    head, tail = old.split(START)[0], old.split(END)[1]
+    atomic_write(asked.output, (head + made + tail).encode())
+
+
+if __name__ == "__main__":
+    main()

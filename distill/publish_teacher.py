@@ -27,6 +27,22 @@ from redif_sdk.distill.features import embed
 from redif_sdk.distill.teacher import TEACHER_FILE, Teacher
 from redif_sdk.files import atomic_folder
 
+#: What a card says of a data set: licence of the weights, the data, the limits.
+DATA = {
+    "fashion-mnist": {
+        "licence": "MIT",
+        "data": "Fashion-MNIST (Zalando Research, MIT)",
+        "limits": "28 x 28 grey garments, ten classes; not a model of people or of fashion at large.",
+        "needs": "Debian's\n`dataset-fashion-mnist`",
+    },
+    "emoji": {
+        "licence": "CC-BY-4.0",
+        "data": "Noto Emoji (Google, Apache-2.0), Twemoji (Twitter, CC-BY 4.0), Fluent 3D (Microsoft, MIT)",
+        "limits": "32 x 32 pictures in the manner of three emoji sets; few are a character that exists.",
+        "needs": "the data\nset that `python -m redif_sdk.distill.emoji` makes",
+    },
+}
+STEPS = 50  # of DDIM, in bank and figures
 REFERENCE_FILE = "reference.npz"
 CARD_IMAGE = "samples.png"
 
@@ -44,16 +60,19 @@ class TeacherFigures:
     fd_self_floor: float
     precision: float
     recall: float
+    image_shape: tuple[int, int, int]
+    training_images: int
+    test_images: int
 
 
 class Classifier(nn.Sequential):
-    """The held-out judge of classes: four convolutions with batch norm, for 28 x 28 grey images."""
+    """The held-out judge of classes: four convolutions with batch norm, for square images of ``size`` pixels."""
 
-    def __init__(self, num_classes: int) -> None:
-        widths, layers = (1, 32, 32, 64, 64), []
+    def __init__(self, num_classes: int, channels: int = 1, size: int = 28) -> None:
+        widths, layers, side = (channels, 32, 32, 64, 64), [], -(-size // 4)
         for k, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, b, 3, stride=1 + k % 2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, num_classes))
+        super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * side**2, num_classes))
 
 
 def train_classifier(
@@ -61,7 +80,7 @@ def train_classifier(
 ) -> tuple[nn.Module, float]:
     """Train the judge on real images; returns it and its accuracy on the real test set."""
     torch.manual_seed(seed)
-    network = Classifier(len(train.class_names))
+    network = Classifier(len(train.class_names), train.images.shape[1], train.images.shape[-1])
     images, labels = torch.tensor(train.images).float() / 127.5 - 1, torch.tensor(train.labels)
     steps = epochs * (len(images) // 128)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -150,10 +169,11 @@ def read_reference(folder: Path) -> Statistics | None:
 
 
 def grid(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
-    """Grey images (N, 1, H, W) in [-1, 1], row by row."""
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
+    """Images (N, 1 or 3, H, W) in [-1, 1], row by row."""
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     rows = [torch.cat(list(levels[low : low + columns]), 1) for low in range(0, len(levels), columns)]
-    picture = Image.fromarray(torch.cat(rows).numpy())
+    together = torch.cat(rows).numpy()
+    picture = Image.fromarray(together[..., 0] if together.shape[-1] == 1 else together)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
@@ -173,11 +193,11 @@ def publish(
     train, test = data.load(name, "train", data_dir), data.load(name, "test", data_dir)
     about = {
         "name": name,
-        "licence": "MIT",
-        "data": "Fashion-MNIST (Zalando Research, MIT)",
+        "licence": DATA[name]["licence"],
+        "data": DATA[name]["data"],
         "num_classes": len(train.class_names),
         "class_names": list(train.class_names),
-        "num_inference_steps": 50,
+        "num_inference_steps": STEPS,
         "pixel_shuffle": pixel_shuffle,
         "guidance_scale": guidance_scale,
         "null_class": len(train.class_names),
@@ -209,8 +229,12 @@ def publish(
             fd_self_floor=frechet_distance(ours, Statistics.of(embed(images["train"]))),
             precision=precision,
             recall=recall,
+            image_shape=tuple(train.images.shape[1:]),
+            training_images=len(train.images),
+            test_images=len(test.images),
         )
-        grid(held[:100], 20).save(staging / CARD_IMAGE, optimize=True)
+        columns = len(train.class_names) if len(train.class_names) > 10 else 20
+        grid(held[: 5 * columns], columns).save(staging / CARD_IMAGE, optimize=True)
         (staging / "README.md").write_text(card(about, figures))
         (staging / "figures.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     return figures
@@ -218,29 +242,33 @@ def publish(
 
 def card(about: dict[str, Any], figures: TeacherFigures) -> str:
     """The model card."""
-    training, scale = about["training"], about["guidance_scale"]
+    training, scale, said = about["training"], about["guidance_scale"], DATA[about["name"]]
+    factor, size = about["pixel_shuffle"], figures.image_shape
+    latents = (size[0] * factor**2, size[1] // factor, size[2] // factor)
+    shape, tests = " x ".join(map(str, latents)), f"{figures.test_images:,}"
     by_class = "\n".join(
         f"| {name} | {100 * share:.1f} % |"
         for name, share in zip(about["class_names"], figures.agreement_by_class, strict=True)
     )
     return f"""---
-license: mit
+license: {said["licence"].lower()}
 library_name: diffusers
-tags: [diffusion, class-conditional, fashion-mnist]
+tags: [diffusion, class-conditional, {about["name"]}]
 ---
 # {about["name"]}: a class-conditional diffusion teacher
 
-![100 samples, one column a class]({CARD_IMAGE})
+![Samples, one column a class]({CARD_IMAGE})
 
-100 samples (50 DDIM steps, seeds of the held-out bank; the class of column c is c mod 10), not picked.
+Samples (50 DDIM steps, seeds of the held-out bank; classes in turn, so that a column has one class), not picked.
 
 - **Model**: diffusers `UNet2DModel`, {figures.parameters / 1e6:.2f} M parameters ({training["architecture"]}), on the
-  `pixel_unshuffle(2)` view of the images: 4 x 14 x 14. Apply `torch.nn.functional.pixel_shuffle(x, 2)` to its output.
+  `pixel_unshuffle(2)` view of the images: {shape}. Apply `torch.nn.functional.pixel_shuffle(x, 2)` to its output.
   v-prediction, squared-cosine schedule, 1000 times, sampled with DDIM, trailing spacing, 50 steps, eta 0.
 - **Guidance**: classifier-free, scale {scale:g}, against entry {about["null_class"]} of the class table ('no class'):
   two network calls a step, 100 an image. Bank and figures are of the guided teacher.
-- **Data**: {about["data"]}, 60,000 training images; the 10,000 test images were used for the reference statistics only.
-- **Licence**: MIT (weights and data).
+- **Data**: {about["data"]}, {figures.training_images:,} training images; the {tests} test images were used for the
+  reference statistics only.
+- **Licence**: {said["licence"]} (the weights).
 - **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
   {training["label_dropout"]}, seed {training["seed"]},
@@ -251,16 +279,15 @@ tags: [diffusion, class-conditional, fashion-mnist]
 |---|---|
 | held-out classifier: accuracy on the real test set | {100 * figures.classifier_accuracy:.2f} % |
 | the same classifier sees the asked class in | {100 * figures.class_agreement:.2f} % |
-| Frechet distance to the 10,000 real test images | {figures.fd_real:.1f} |
+| Frechet distance to the {tests} real test images | {figures.fd_real:.1f} |
 | the same for 2,000 real training images (floor) | {figures.fd_real_floor:.1f} |
 | Frechet distance of two of its own sets, 2,000 against 4,096 (floor) | {figures.fd_self_floor:.1f} |
-| precision / recall against 2,000 real test images | {figures.precision:.2f} / {figures.recall:.2f} |
+| precision / recall against real test images | {figures.precision:.2f} / {figures.recall:.2f} |
 
 | class | agreement |
 |---|---|
 {by_class}
 
-Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher`, which needs Debian's
-`dataset-fashion-mnist`.
-Limits: 28 x 28 grey garments, ten classes; not a model of people or of fashion at large.
+Made by `python -m redif_sdk.distill.train_teacher {about["name"]} -o build/teacher`, which needs {said["needs"]}.
+Limits: {said["limits"]}
 """

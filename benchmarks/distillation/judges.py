@@ -213,7 +213,8 @@ class Panel:
 
 
 def sheet(images: Tensor, count: int = 40, columns: int = 20) -> np.ndarray:
-    """The first ``count`` images as one uint8 picture (H, W, 3)."""
+    """The first ``count`` images, in whole rows, as one uint8 picture (H, W, 3)."""
+    count = max(columns, min(count, len(images)) // columns * columns)  # whole rows
     levels = ((images[:count].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
     rows = [torch.cat(list(levels[low : low + columns]), 2) for low in range(0, count, columns)]
     return torch.cat(rows, 1).permute(1, 2, 0).numpy()

@@ -33,7 +33,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench-distill-smoke: $(READY)
-	$(BIN)/python -m pytest tests/test_distillation_benchmark.py
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_distillation_benchmark.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

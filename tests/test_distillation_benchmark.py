@@ -83,6 +83,7 @@ def test_the_tables_mark_the_best_and_what_overlaps_it(tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
+@pytest.mark.slow  # nearly three minutes: make bench-distill-smoke
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' scheduler
 @pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
 def test_the_whole_benchmark_at_a_toy_budget(

@@ -62,7 +62,7 @@ def _device(work: Workload) -> torch.device:
 def _check_precision(precision: str, device: torch.device) -> None:
     """RuntimeUnavailable where the processor would emulate the precision: that would be no contender."""
     if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-        raise RuntimeUnavailable("this processor has neither AMX nor AVX512-BF16; torch would emulate bf16")
+        raise RuntimeUnavailable("this processor has no AMX that torch can use; its bf16 would be slower than fp32")
     if precision == "fp16" and device.type == "cpu":
         raise RuntimeUnavailable("torch computes fp16 slowly on processors; it is measured on GPUs")
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DModel
 
 from redif_sdk import FastPipeline
-from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student
+from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student, precision
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.student import pool_size, training_folder
 from redif_sdk.errors import InvalidRequest
@@ -264,3 +264,18 @@ def test_what_is_no_teacher_is_named(tmp_path: Path, teacher_folder: Path) -> No
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InvalidRequest, match="cannot be read"):
         Teacher.load(broken)
+
+
+@pytest.mark.parametrize(("probe", "works"), [("import os; os.abort()", False), ("", True)])
+def test_bfloat16_is_used_only_where_it_is_seen_to_run(
+    probe: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine may report AMX and kill whoever uses it: a process of its own finds out, once."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(precision, "PROBE", probe)
+    monkeypatch.setenv(precision.VARIABLE, "unset")
+    monkeypatch.delenv(precision.VARIABLE)
+    assert precision.cpu_has_bf16.__wrapped__() is works
+    assert os.environ[precision.VARIABLE] == str(int(works))  # what processes that it starts will take
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert precision.cpu_has_bf16.__wrapped__() is works  # said beforehand

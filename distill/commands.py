@@ -88,6 +88,7 @@ def distill_command(
 
     Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole, and the log stays.
     """
+    from redif_sdk.distill import draws
     from redif_sdk.distill import pairs as pool
     from redif_sdk.distill.methods import make_method
     from redif_sdk.distill.presets import as_yaml, resolve
@@ -154,6 +155,8 @@ def distill_command(
             for name, value in row.items():
                 typer.echo(f"# {name}: {value}")
         return
+    draws.join()
+    quiet = quiet or draws.rank() > 0
     with _progress(quiet) as progress:
         task = progress.add_task("teacher's outputs", total=count, note="")
         pairs, _ = pool.get(
@@ -166,6 +169,8 @@ def distill_command(
             progress.update(task, completed=done, note=f"mse {figures.get('mse', float('nan')):.4f}")
 
         student = distill(model, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)
+    if draws.rank():
+        return  # of processes that train together the first writes
     manifest = student.save_pretrained(output)
     (folder / CHECKPOINT).unlink(missing_ok=True)  # the log stays, and the settings beside it
     atomic_write(folder / "config.yaml", as_yaml(config).encode())

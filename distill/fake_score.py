@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.precision import autocast
 from redif_sdk.distill.teacher import Teacher
@@ -47,6 +48,7 @@ class FakeScore:
             loss: Tensor = (weight * (clean - outputs).pow(2)).mean()
             self.optimizer.zero_grad()
             loss.backward()
+        draws.average_gradients(self.network.parameters())
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
         self.optimizer.step()
         return loss.item()
@@ -85,9 +87,9 @@ def levels(teacher: Teacher, t: Tensor) -> tuple[Tensor, Tensor]:
 def noised(teacher: Teacher, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Times (B,), uniform between T_MIN and T_MAX of the schedule, and x noised to them."""
     length = len(teacher.schedule)
-    t = torch.randint(int(T_MIN * length), int(T_MAX * length), (len(x),), generator=generator)
+    t = draws.integers(int(T_MIN * length), int(T_MAX * length), len(x), generator)
     alpha, sigma = levels(teacher, t)
-    return t, alpha * x + sigma * torch.randn(x.shape, generator=generator)
+    return t, alpha * x + sigma * draws.normal(x.shape, generator)
 
 
 def clean_at(teacher: Teacher, t: Tensor, x: Tensor, f: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
@@ -150,6 +151,19 @@ def get(
 
     ``split`` is "train" or "held_out". A bank's calls are counted although this run did not spend them.
     """
+    with draws.first_before_others():
+        return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), on_batch)
+
+
+def _get(
+    teacher: Teacher,
+    count: int,
+    split: str,
+    seed: int,
+    rebuild: bool,
+    cache: Path,
+    on_batch: Callable[[int], object] | None,
+) -> tuple[Pairs, int]:
     if count < 1:
         raise InvalidRequest(f"the pool needs at least one pair, not {count}")
     calls = count * teacher.num_inference_steps * teacher.calls_per_step
@@ -159,8 +173,8 @@ def get(
             return bank, calls
     if not teacher.identity:
         return compute(teacher, count, split, seed=seed, on_batch=on_batch), calls
-    path = _cache_file(teacher, count, split, seed, cache or cache_folder())
-    if path.is_file() and not rebuild:
+    path = _cache_file(teacher, count, split, seed, cache)
+    if path.is_file() and not (rebuild and draws.rank() == 0):
         target = torch.from_numpy(np.load(path, allow_pickle=False))
         if target.shape == (count, *teacher.shape):
             return _pairs(teacher, target, split, seed), calls

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.precision import autocast
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.steps import NoiseSchedule, StepTable
@@ -19,7 +20,10 @@ from redif_sdk.steps import NoiseSchedule, StepTable
 
 @dataclass
 class Meter:
-    """What a run has spent, in network calls on one image. ``forward_equivalents`` weighs a gradient sample as 3."""
+    """What a run has spent, in network calls on one image; of several processes each counts its own.
+
+    ``forward_equivalents`` weighs a gradient sample as 3, and is that of all ``processes``.
+    """
 
     teacher_calls: int = 0
     student_calls: int = 0
@@ -27,10 +31,12 @@ class Meter:
     updates: int = 0
     seconds: float = 0.0
     auxiliary_calls: float = 0.0  # of other networks (rewards, a discriminator), by their cost
+    processes: int = 1
 
     @property
     def forward_equivalents(self) -> float:
-        return float(self.teacher_calls + self.student_calls + 3 * self.gradient_samples + self.auxiliary_calls)
+        own = self.teacher_calls + self.student_calls + 3 * self.gradient_samples + self.auxiliary_calls
+        return float(own * self.processes)
 
 
 @dataclass
@@ -135,10 +141,10 @@ class Exploration:
         """(count, *shape): ``count`` independent draws for a batch of ``shape`` = (B, C, H, W)."""
         xi = torch.zeros(count, shape[0], math.prod(shape[1:]))
         if len(self.scales):
-            weights = torch.randn(count, shape[0], len(self.scales), generator=generator)
+            weights = draws.normal((count, shape[0], len(self.scales)), generator, dim=1)
             xi = (weights * self.scales) @ self.basis
         if self.tau:
-            xi = xi + self.tau * torch.randn(xi.shape, generator=generator)
+            xi = xi + self.tau * draws.normal(xi.shape, generator, dim=1)
         return xi.view(count, *shape)
 
     def antithetic(self, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from redif_sdk.card import CARD_NAME, is_generated, read_card, render_over, user_sections
+from redif_sdk.distill import draws
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
@@ -200,6 +201,7 @@ def distill(
         TrainingDiverged: an in-training check failed.
     """
     config = config or DistillConfig()
+    draws.join()
     make_method(config.method)
     names = reward_names(config.reward)
     teacher = Teacher.load(source)
@@ -215,12 +217,11 @@ def distill(
     trainer = Trainer(teacher, config, pairs, folder, start=begin.network if begin else None, on_progress=on_progress)
     policy = trainer.run(resume)
     spent: Meter = policy.meter
-    spent.teacher_calls += calls  # what the method asked of the teacher itself is there already
     budget = Budget(
-        teacher_calls=spent.teacher_calls,
-        student_calls=spent.student_calls,
-        gradient_samples=spent.gradient_samples,
-        forward_equivalents=spent.forward_equivalents,
+        teacher_calls=calls + spent.teacher_calls * spent.processes,
+        student_calls=spent.student_calls * spent.processes,
+        gradient_samples=spent.gradient_samples * spent.processes,
+        forward_equivalents=calls + spent.forward_equivalents,  # the pool, then what training spent
         updates=spent.updates,
         seconds=round(spent.seconds, 3),
     )

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.costs import flops
 from redif_sdk.distill.evaluate import precision_recall
@@ -77,6 +78,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
+        draws.join()
+        draws.share(config.batch_size)
         if config.batch_size > len(self.pairs):
             raise InvalidRequest(f"batch_size {config.batch_size} is more than the pool's {len(self.pairs)} pairs")
         self.method = make_method(config.method)
@@ -93,7 +96,7 @@ class Trainer:
             raise UnsupportedModel(
                 f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
             )
-        policy = StudentPolicy(network, table, self.teacher.schedule, Meter())
+        policy = StudentPolicy(network, table, self.teacher.schedule, Meter(processes=draws.world()))
         advantage = Advantage(rewards, self.teacher.images)
         self.context = Context(
             policy, self.teacher, self.pairs, advantage, config, self.teacher.postprocess.value_range
@@ -166,12 +169,15 @@ class Trainer:
             self.meter.seconds = time.monotonic() - began
             self._save(log)
         saved = time.monotonic()
-        while not self.finished:
-            figures = self._step(self.progress)
+        while True:
+            finished, progress = draws.agreed(self.finished, self.progress)
+            if finished:
+                break
+            figures = self._step(progress)
             self.meter.seconds = spent + time.monotonic() - began
             if self.on_progress:
                 self.on_progress(self.progress, figures)
-            if self.update % self.config.log_every == 0 or self.finished:
+            if not draws.rank() and (self.update % self.config.log_every == 0 or self.finished):
                 self._write_log(log, figures, tracker)
             if time.monotonic() - saved >= self.config.checkpoint_seconds:
                 self._save(log)
@@ -186,21 +192,23 @@ class Trainer:
     def _step(self, progress: float) -> dict[str, float]:
         config, network = self.config, self.context.policy.network
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.update)
-        batch = self.pairs[torch.randperm(len(self.pairs), generator=generator)[: config.batch_size]]
+        drawn = torch.randperm(len(self.pairs), generator=generator)[: config.batch_size]
+        batch = self.pairs[drawn[draws.share(config.batch_size)]]
         rate = config.learning_rate * min(1.0, (self.update + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
         figures: dict[str, float] = {}
         for loss, figures in self.method.losses(self.context, batch, progress, generator):
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(f"the loss is {loss.item()} at update {self.update}; lower the learning rate")
+            if not math.isfinite(value := draws.mean(loss).item()):
+                raise TrainingDiverged(f"the loss is {value} at update {self.update}; lower the learning rate")
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad()
             loss.backward()
+            draws.average_gradients(network.parameters())
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
             if not torch.isfinite(norm):
                 raise TrainingDiverged(f"the gradient is not finite at update {self.update}; lower the learning rate")
             self.optimizer.step()
-            figures["loss"], figures["grad_norm"] = loss.item(), norm.item()
+            figures["loss"], figures["grad_norm"] = value, norm.item()
         decay = min(config.ema_decay, (1 + self.update) / (10 + self.update))
         torch._foreach_lerp_(list(self.ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
         self.update += 1
@@ -232,7 +240,7 @@ class Trainer:
 
     def _open_tracker(self) -> Any:
         """accelerate's tracker in the run's folder, if one is asked for."""
-        if self.config.tracker is None or self.folder is None:
+        if self.config.tracker is None or self.folder is None or draws.rank():
             return None
         from accelerate import PartialState
         from accelerate.tracking import TensorBoardTracker
@@ -293,7 +301,7 @@ class Trainer:
 
     def _open_log(self, resumed: bool) -> TextIO | None:
         """The log, cut back to what the checkpoint knows: lines of updates that will be made again are dropped."""
-        if self.folder is None:
+        if self.folder is None or draws.rank():
             return None
         path = self.folder / LOG
         for left in self.folder.glob(f".{CHECKPOINT}.*"):  # a write that a kill cut short
@@ -313,7 +321,7 @@ class Trainer:
         return log
 
     def _save(self, log: TextIO | None) -> None:
-        if self.folder is None:
+        if self.folder is None or draws.rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -334,7 +342,8 @@ class Trainer:
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""
         fixed = self.config.model_dump(mode="json", exclude={"checkpoint_seconds", "reward", "tracker"}, fallback=str)
-        return json.dumps({**fixed, "reward": str(self.config.reward), "teacher": self.teacher.identity})
+        more = {"reward": str(self.config.reward), "teacher": self.teacher.identity, "processes": draws.world()}
+        return json.dumps(fixed | more)
 
     def _load(self) -> bool:
         """Go on from the folder's checkpoint, if there is one."""

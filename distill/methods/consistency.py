@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.fake_score import clean_at, levels
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.methods.regression import error
@@ -49,10 +50,10 @@ class Consistency:
         )
         fine = teacher.table(teacher.num_inference_steps)
         times = torch.tensor([round(float(t)) for t in fine.timesteps])
-        row = torch.randint(0, len(times), (len(batch),), generator=generator)
+        row = draws.integers(0, len(times), len(batch), generator)
         t = times[row]
         alpha, sigma = levels(teacher, t)
-        x = alpha * batch.target + sigma * torch.randn(batch.target.shape, generator=generator)
+        x = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator)
         with torch.no_grad():
             meter.teacher_calls += len(x) * teacher.calls_per_step
             real = clean_at(teacher, t, x, teacher(x, t.float(), batch.condition))

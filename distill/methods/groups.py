@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.pairs import Pairs
@@ -98,7 +99,7 @@ class SameStateGroups:
 
     def _step(self, direction: Tensor, figures: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
         """The direction at the length of the trust region, an rms of ``step_delta`` over the batch."""
-        rms = direction.pow(2).mean().sqrt().clamp_min(1e-12)
+        rms = draws.mean(direction.pow(2)).sqrt().clamp_min(1e-12)
         return self.context.config.step_delta * direction / rms, {"direction_rms": rms.item(), **figures}
 
 
@@ -121,7 +122,8 @@ class TrajectoryGroups:
             for k in range(policy.num_inference_steps):
                 action = mean = policy.estimate(k, x, labels)
                 if k in self.rows:
-                    action = mean + config.exploration * self.exploration.draw(1, tuple(x.shape), generator)[0]
+                    xi = self.exploration.draw(config.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
+                    action = mean + config.exploration * xi
                     states.append(x)
                     actions.append(action)
                     means.append(mean)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
@@ -48,7 +49,7 @@ class Progressive:
         fine = context.teacher.table(2 * steps)
         k = int(torch.randint(0, steps, (), generator=generator))
         alpha, sigma = _level(student.table, k, context)
-        z = alpha * batch.target + sigma * torch.randn(batch.target.shape, generator=generator)
+        z = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator)
         target = two_steps(z, k, fine, student.table, self._parent_of(context, fine), batch.condition)
         residual = student.estimate(k, z, batch.condition) - target
         weight = max(1.0, (alpha / max(sigma, 1e-8)) ** 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.costs import flops
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
@@ -217,7 +218,7 @@ class Advantage:
         flat = (advantage == 0).transpose(0, 1).flatten(1).all(1)
         self.dropped += int(flat.sum())
         self.groups += batch
-        if flat.all():
+        if draws.mean(flat.float()) == 1:
             raise TrainingDiverged(
                 "every group's rewards are equal: the reward cannot tell the actions apart; explore more or change it"
             )
@@ -243,7 +244,7 @@ class Advantage:
                         f"the reward {name_of(reward)} has no gradient; use the estimator same-state, which needs none"
                     )
                 (gradient,) = torch.autograd.grad(value.sum(), variable, retain_graph=True)
-                total += weight * gradient / gradient.pow(2).mean().sqrt().clamp_min(1e-12)
+                total += weight * gradient / draws.mean(gradient.pow(2)).sqrt().clamp_min(1e-12)
         return total
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.costs import flops
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.teacher import Teacher
@@ -73,8 +74,8 @@ class Discriminator:
         """One update of the logistic loss on the teacher's pictures against the student's ``outputs`` (latents)."""
         advantage = context.advantage
         real, made = advantage.images(batch.target), advantage.images(outputs)
-        both = torch.cat([real, made])
-        both = both + NOISE * torch.randn(both.shape, generator=generator)
+        both = torch.stack([real, made])
+        both = (both + NOISE * draws.normal(both.shape, generator, dim=1)).flatten(0, 1)
         labels = None if batch.condition is None else batch.condition.repeat(2)
         context.charge(3 * len(both) * self.cost)
         self.network.requires_grad_(True)
@@ -84,6 +85,7 @@ class Discriminator:
                 loss = F.softplus(-of_real).mean() + F.softplus(of_made).mean()
                 self.optimizer.zero_grad()
                 loss.backward()
+            draws.average_gradients(self.network.parameters())
             self.optimizer.step()
         finally:
             self.network.requires_grad_(False)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.teacher import Teacher
@@ -46,7 +47,8 @@ class MmdReward:
     def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
         """Put ``outputs`` into the queue."""
         with torch.no_grad():
-            self.recent = torch.cat([self._embed(context.advantage.images(outputs)), self.recent])[:RECENT]
+            latest = draws.gathered(self._embed(context.advantage.images(outputs)))
+            self.recent = torch.cat([latest, self.recent])[:RECENT]
         return {}
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:

@@ -1,0 +1,114 @@
+"""Random numbers and sums that do not depend on how many processes train together.
+
+Every process draws what the whole batch needs, from the same generator, and keeps its own slice; sums are over all of
+them. So N processes at one global batch take the path of one process (``torch.distributed``, started by ``accelerate
+launch`` or ``torchrun``). With one process these are ``torch.randn``, ``torch.randint`` and the mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from redif_sdk.errors import InvalidRequest
+
+
+def join() -> None:
+    """Join the processes that were launched together, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The first process runs the block before the others do, who find what it left on disk."""
+    if world() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        yield
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(count: int, what: str = "batch_size") -> slice:
+    """This process's part of ``count``.
+
+    Raises:
+        InvalidRequest: the processes cannot share it equally.
+    """
+    if count % world():
+        raise InvalidRequest(f"{what} {count} cannot be shared by {world()} processes; choose a multiple of {world()}")
+    part = count // world()
+    return slice(rank() * part, (rank() + 1) * part)
+
+
+def _whole(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return tuple(size * world() if place == dim else size for place, size in enumerate(shape))
+
+
+def _mine(whole: Tensor, dim: int) -> Tensor:
+    return whole if world() == 1 else whole.chunk(world(), dim)[rank()]
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, *, dim: int = 0) -> Tensor:
+    """Standard normal, ``shape`` being this process's; the batch is dimension ``dim``."""
+    return _mine(torch.randn(_whole(shape, dim), generator=generator), dim)
+
+
+def integers(low: int, high: int, count: int, generator: torch.Generator) -> Tensor:
+    """(count,) int64 in [low, high)."""
+    return _mine(torch.randint(low, high, (count * world(),), generator=generator), 0)
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of ``value`` over all elements and processes: a scalar, without a gradient."""
+    total = value.detach().mean()
+    if world() > 1:
+        dist.all_reduce(total)
+        total = total / world()
+    return total
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Each gradient becomes its mean over the processes; one that lacks it here counts as 0."""
+    if world() == 1:
+        return
+    wanted = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in wanted])
+    dist.all_reduce(flat)
+    for parameter, part in zip(wanted, (flat / world()).split([p.numel() for p in wanted]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def gathered(value: Tensor) -> Tensor:
+    """All processes' ``value`` one after the other along the batch."""
+    if world() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(world())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
+def agreed(*values: float) -> list[float]:
+    """The first process's ``values``: what depends on a clock must be the same for all."""
+    if world() == 1:
+        return list(values)
+    told = torch.tensor(values, dtype=torch.float64)
+    dist.broadcast(told, 0)
+    return [float(value) for value in told]

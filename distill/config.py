@@ -35,6 +35,7 @@ class DistillConfig(BaseModel):
     ema_decay: float = Field(0.99, ge=0, lt=1)
 
     schedule_updates: int = Field(20, ge=0, description="redif: policy-gradient updates of the step table's times.")
+    calibration: int = Field(0, ge=0, description="redif: pool entries on which the output's gain is learnt; 0: none.")
     warm_start: float = Field(0.7, ge=0, le=1, description="redif, draft, dmd2: share of the run that is regression.")
     estimator: Literal["same-state", "pathwise", "trajectory"] = "same-state"
     group_size: int = Field(16, ge=2, description="Actions a state (even), or trajectories a start.")

@@ -85,6 +85,15 @@ def mean(value: Tensor) -> Tensor:
     return total
 
 
+def averaged(figures: dict[str, float]) -> dict[str, float]:
+    """Each figure's mean over the processes."""
+    if world() == 1:
+        return figures
+    means = torch.tensor(list(figures.values()), dtype=torch.float64)
+    dist.all_reduce(means)
+    return dict(zip(figures, (means / world()).tolist(), strict=True))
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Each gradient becomes its mean over the processes; one that lacks it here counts as 0."""
     if world() == 1:

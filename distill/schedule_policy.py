@@ -1,7 +1,8 @@
 """The schedule policy: policy gradient on the step table's times, the network frozen.
 
 Times are stick-breaking fractions, t_{k+1} = t_k sigmoid(m_k), with a Gaussian policy on m; every candidate table is
-judged on the same pairs. It costs seconds, and plain samplers can run its result (integer times).
+judged on the same pairs. It costs seconds, and plain samplers can run its result (integer times). The output's gain is
+one number, so it is searched: the reward is of the whole population, minus the Frechet distance to the pool.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import math
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.costs import flops
+from redif_sdk.distill.evaluate import Statistics, frechet_distance
+from redif_sdk.distill.methods import Context
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.rewards import Advantage
+from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.steps import NoiseSchedule, StepTable
 
+GAINS = tuple(round(0.9 + 0.01 * k, 2) for k in range(41))  # .90 to 1.30
+FIT_UPDATES, FIT_BATCH = 150, 128  # of the feature network that judges gains
 GROUP, BATCH, SPREAD, RATE = 8, 24, 0.35, 0.12
 
 
@@ -74,3 +81,31 @@ def learn_times(
     finally:
         policy.table = original
     return _table(schedule, times_of(start[0], mean), prediction_type)
+
+
+def gain_cost(context: Context, count: int) -> float:
+    """What :func:`learn_gain` spends, in forward-equivalents."""
+    if not count:
+        return 0.0
+    rollout = min(count, len(context.pairs)) * context.policy.num_inference_steps
+    shape = context.teacher.images(context.pairs.target[:1])
+    judge = flops(FeatureNetwork(shape.shape[1], 1), shape) / context.unit
+    return rollout + judge * (3 * FIT_UPDATES * FIT_BATCH + (len(GAINS) + 1) * min(count, len(context.pairs)))
+
+
+@torch.no_grad()
+def learn_gain(context: Context, student: StudentPolicy, count: int) -> float:
+    """The gain on the student's output at which ``count`` of its pictures are nearest to the pool's, as a population.
+
+    Nearest by Frechet distance (Heusel et al. 2017) in the features of a network trained on the pool alone.
+    """
+    pool = context.pairs[: min(count, len(context.pairs))]
+    parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
+    outputs = torch.cat([student.sample(part.noise, part.condition) for part in parts])
+    with torch.enable_grad():
+        judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, updates=FIT_UPDATES)
+    to_images = context.advantage.images
+    wanted = Statistics.of(judge.embed(to_images(pool.target)))
+    distances = [frechet_distance(Statistics.of(judge.embed(to_images(gain * outputs))), wanted) for gain in GAINS]
+    context.policy.meter.auxiliary_calls += gain_cost(context, count) - len(pool) * student.num_inference_steps
+    return GAINS[distances.index(min(distances))]

@@ -233,7 +233,7 @@ def distill(
         stopped=trainer.stopped,
         distillation=Distillation(
             method=config.method,
-            rewards=names if config.method != "regression" else [],
+            rewards=names if trainer.method.rewarded else [],
             seed=config.seed,
             budget=budget,
             versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},

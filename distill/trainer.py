@@ -75,6 +75,7 @@ class Trainer:
     _last_check: dict[str, float] | None = field(init=False, default=None)
     _best: float = field(init=False, default=-math.inf)
     _stale: int = field(init=False, default=0)
+    _reserved: float = field(init=False, default=0.0)  # forward-equivalents that the method spends at the end
 
     def __post_init__(self) -> None:
         config = self.config
@@ -86,7 +87,9 @@ class Trainer:
         network, self.ema = (self._network() for _ in range(2))
         self.ema.requires_grad_(False)
         refuse_dropout(network)
-        rewards = make_rewards(config.reward, self.teacher, self.pairs, config.seed)
+        rewards = make_rewards(
+            config.reward if self.method.rewarded else "pixel", self.teacher, self.pairs, config.seed
+        )
         table = self.start_table or self.teacher.table(config.num_inference_steps)
         if table.num_inference_steps != config.num_inference_steps:
             raise InvalidRequest(
@@ -104,6 +107,12 @@ class Trainer:
         first = self.pairs[:1]
         self.context.unit = flops(network, first.noise, torch.zeros(1), first.condition) or math.inf
         advantage.charge = self.context.charge
+        self._reserved = self.method.reserve(self.context)
+        if config.forward_equivalents and config.forward_equivalents <= self._reserved:
+            raise InvalidRequest(
+                f"forward_equivalents {config.forward_equivalents:g} would all go to the calibration, which takes "
+                f"{self._reserved:.0f}; allow more, or set calibration to 0"
+            )
         self.optimizer = torch.optim.AdamW(
             [weight for weight in network.parameters() if weight.requires_grad],
             lr=config.learning_rate,
@@ -132,7 +141,8 @@ class Trainer:
         if config.updates:
             work.append(self.update / config.updates)
         if config.forward_equivalents:
-            work.append(self.meter.forward_equivalents / config.forward_equivalents)
+            whole = config.forward_equivalents - self._reserved
+            work.append(self.meter.forward_equivalents / whole)
         return (
             max(work) if work else None,
             self.meter.seconds / config.seconds if config.seconds else None,
@@ -187,7 +197,9 @@ class Trainer:
             log.close()
         if tracker:
             tracker.finish()
-        return StudentPolicy(merged(self.ema), self.context.policy.table, self.teacher.schedule, self.meter)
+        student = StudentPolicy(merged(self.ema), self.context.policy.table, self.teacher.schedule, self.meter)
+        self.method.finish(self.context, student)
+        return student
 
     def _step(self, progress: float) -> dict[str, float]:
         config, network = self.config, self.context.policy.network
@@ -208,7 +220,7 @@ class Trainer:
             if not torch.isfinite(norm):
                 raise TrainingDiverged(f"the gradient is not finite at update {self.update}; lower the learning rate")
             self.optimizer.step()
-            figures["loss"], figures["grad_norm"] = value, norm.item()
+            figures = draws.averaged(figures) | {"loss": value, "grad_norm": norm.item()}
         decay = min(config.ema_decay, (1 + self.update) / (10 + self.update))
         torch._foreach_lerp_(list(self.ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
         self.update += 1

@@ -141,6 +141,12 @@ class StepTable:
             raise InvalidRequest(f"row {k} of the {self.sampler} table adds noise (c = {c:g}); give z")
         return mean + c * z
 
+    def with_gain(self, gain: float) -> StepTable:
+        """The table whose output is ``gain`` times this one's: its last row's r, s and c are scaled."""
+        rows = self.rows.copy()
+        rows[-1, 3:] *= gain
+        return StepTable(rows, self.prediction_type, self.sampler, self.init_scale)
+
     def _row(self, k: int) -> list[float]:
         if not 0 <= k < self.num_inference_steps:
             raise InvalidRequest(f"the table has rows 0 to {self.num_inference_steps - 1}, not {k}")

@@ -15,7 +15,7 @@ from redif_sdk.distill.fake_score import clean_at, levels, noised
 from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.methods.groups import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
-from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.student import _scheduler
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.distill.trainer import Trainer
@@ -259,3 +259,24 @@ def test_grpo_acts_within_its_window_alone(teacher: Teacher) -> None:
     windowed = trainer(teacher, "grpo", num_inference_steps=4, sde_window=1, updates=3)
     windowed.run()
     assert windowed.meter.gradient_samples == 3 * 16 * 4  # one noisy row, four trajectories a start
+
+
+def test_a_gain_that_is_too_low_is_found_and_undone(teacher: Teacher) -> None:
+    """The output's gain is learnt at the end, within the budget, and lies in the table, so every backend has it."""
+    run = trainer(teacher, "redif", calibration=64)
+    student = StudentPolicy(run.ema, run.context.policy.table)
+    pool = run.pairs
+
+    def faded(noise: Tensor, condition: Tensor | None) -> Tensor:
+        return student.table.rows[-1, 3].item() * pool.target[: len(noise)] / 1.15
+
+    student.sample = faded  # type: ignore[method-assign]
+    run.context.pairs = pool[:64]
+    run.method.finish(run.context, student)
+    assert student.table.rows[-1, 3] == pytest.approx(1.15, abs=0.03)
+    with pytest.raises(InvalidRequest, match="all go to the calibration"):
+        trainer(teacher, "redif", calibration=64, forward_equivalents=100.0)
+    budget = run.method.reserve(run.context) + 20_000
+    policy = trainer(teacher, "redif", calibration=64, forward_equivalents=budget, updates=None).run()
+    assert 1 <= policy.meter.forward_equivalents / budget < 1.001
+    assert policy.table.rows[-1, 4] == 0

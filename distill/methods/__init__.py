@@ -6,10 +6,11 @@ The trainer owns the loop, the optimiser and the budget; a method only turns a b
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,21 +53,35 @@ class Context:
         self.policy.meter.auxiliary_calls += operations / self.unit
 
 
-class Method(Protocol):
-    """``losses`` yields (loss, figures for the log); the trainer takes one optimiser step for each yield."""
+class Method(ABC):
+    """``losses`` yields (loss, figures for the log); the trainer takes one optimiser step for each yield.
+
+    ``rewarded``: whether it follows the rewards that the settings name; where not, none of them is made.
+    """
 
     name: str
+    rewarded: bool
 
-    def prepare(self, context: Context) -> None:
+    def prepare(self, context: Context) -> None:  # noqa: B027  most methods have nothing to prepare
         """Once, before the first update (not after a resume)."""
 
+    @abstractmethod
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """``progress`` in [0, 1): the share of the budget that is spent; ``generator`` depends on the update alone."""
-        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def finish(self, context: Context, student: StudentPolicy) -> None:  # noqa: B027
+        """Once, after the last update, with the EMA student, whose table it may replace."""
 
-    def load_state_dict(self, state: dict[str, Any], context: Context) -> None: ...
+    def reserve(self, context: Context) -> float:
+        """The forward-equivalents that `finish` will spend."""
+        return 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:  # noqa: B027
+        """Take it back."""
 
 
 #: The class of each method, in the module of its name, which is imported when it is asked for.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from redif_sdk.distill import draws
 from redif_sdk.distill.fake_score import clean_at, levels
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.regression import error
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.precision import autocast
@@ -25,8 +25,9 @@ from redif_sdk.steps import StepTable
 EMA = 0.95  # of the network that gives the target, LCM's
 
 
-class Consistency:
+class Consistency(Method):
     name = "consistency"
+    rewarded = False
 
     def __init__(self) -> None:
         self.target: nn.Module | None = None

@@ -14,22 +14,20 @@ from typing import Any
 import torch
 
 from redif_sdk.distill.fake_score import FakeScore
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
 
 
-class Dmd2:
+class Dmd2(Method):
     name = "dmd2"
+    rewarded = False
 
     def __init__(self) -> None:
         self.warm_up = Regression()
         self.fake: FakeScore | None = None
         self.discriminator: Discriminator | None = None
-
-    def prepare(self, context: Context) -> None:
-        """The fake score and the discriminator are made where they are first needed."""
 
     def _begin(self, context: Context) -> FakeScore:
         config = context.config

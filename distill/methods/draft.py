@@ -7,17 +7,17 @@ that what is left between the two is what reinforcement itself contributes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
 from redif_sdk.distill.pairs import Pairs
 
 
-class Draft:
+class Draft(Method):
     name = "draft"
+    rewarded = True
 
     def __init__(self) -> None:
         self.warm_up = Regression()
@@ -43,9 +43,3 @@ class Draft:
         # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
         loss = config.anchor * error(residual, config.huber) - 2 * config.step_delta * (gradient * output).mean()
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **learnt}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
-        """Holds no state."""

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.groups import TrajectoryGroups
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Exploration
 
 
-class Grpo:
+class Grpo(Method):
     name = "grpo"
+    rewarded = True
 
     def __init__(self) -> None:
         self.reference: nn.Module | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill import draws
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.steps import StepTable
@@ -27,15 +27,13 @@ def stage_steps(num_inference_steps: int, teacher_steps: int) -> list[int]:
     return [num_inference_steps * 2**stage for stage in reversed(range(stages))]
 
 
-class Progressive:
+class Progressive(Method):
     name = "progressive"
+    rewarded = False
 
     def __init__(self) -> None:
         self.stage = -1
         self.parent: nn.Module | None = None  # the last stage's student; None: the teacher itself
-
-    def prepare(self, context: Context) -> None:
-        """Nothing to prepare: the first stage's teacher is the teacher."""
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """max(SNR, 1) |x_theta(z_t) - x~|^2 (eq. 9), with x~ the clean image that two steps of the teacher mean."""

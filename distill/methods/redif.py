@@ -1,7 +1,8 @@
 """ReDiF (arXiv 2512.22802): the student's denoising trajectory is a policy, the reward its agreement with the teacher.
 
 Three phases: the *schedule policy* learns the step table's times with the network frozen; *regression* through the
-rollout warms the network up; *reinforcement* follows the reward, with one of the estimators (``groups.py``).
+rollout warms the network up; *reinforcement* follows the reward, with one of the estimators (``groups.py``). At the end
+the table's output gain may be learnt too (``calibration``): averages over what is uncertain lose contrast.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.groups import SameStateGroups, TrajectoryGroups
 from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.pairs import Pairs
-from redif_sdk.distill.policy import Exploration
-from redif_sdk.distill.schedule_policy import learn_times
+from redif_sdk.distill.policy import Exploration, StudentPolicy
+from redif_sdk.distill.schedule_policy import gain_cost, learn_gain, learn_times
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
 
-class ReDiF:
+class ReDiF(Method):
     name = "redif"
+    rewarded = True
 
     def __init__(self) -> None:
         self.warm_up = Regression()
@@ -50,6 +52,14 @@ class ReDiF:
             yield from SameStateGroups(context, self.exploration).losses(batch, generator, check=first)
         else:
             yield from TrajectoryGroups(context, self.exploration, self.reference).losses(batch, generator, check=first)
+
+    def finish(self, context: Context, student: StudentPolicy) -> None:
+        """The schedule policy once more: the gain of the table's last row."""
+        if context.config.calibration:
+            student.table = student.table.with_gain(learn_gain(context, student, context.config.calibration))
+
+    def reserve(self, context: Context) -> float:
+        return gain_cost(context, context.config.calibration)
 
     def _begin(self, context: Context) -> None:
         """The exploration of the reinforcement phase, from the residuals that the warm start left."""

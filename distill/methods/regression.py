@@ -7,12 +7,11 @@ calls in place of one), and the warm start of ReDiF.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.pairs import Pairs
 
 
@@ -34,19 +33,11 @@ def error(residual: Tensor, huber: float) -> Tensor:
     return 2 * huber * ((residual**2 + huber**2).sqrt() - huber).mean()
 
 
-class Regression:
+class Regression(Method):
     name = "regression"
-
-    def prepare(self, context: Context) -> None:
-        """Nothing to prepare: the untrained table and the teacher's weights are the start."""
+    rewarded = False
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         output = context.policy.sample(batch.noise, batch.condition)
         residual = visible_residual(output, batch.target, context.bounds)
         yield error(residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
-        """Holds no state."""

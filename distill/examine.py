@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.fake_score import clean_at
 from redif_sdk.distill.methods.groups import check_drift
 from redif_sdk.distill.pairs import Pairs, compute
 from redif_sdk.distill.policy import Exploration, Meter, StudentPolicy
@@ -108,8 +109,9 @@ class _Examination:
     def prediction_type(self) -> str:
         """One step must denoise the samples; where it does not, the types by which it would are named."""
         declared = self.teacher.prediction_type
-        if declared not in TYPES:
-            raise RedifError(f"the prediction type {declared} is not one of {', '.join(TYPES)}")
+        types = ("flow",) if self.teacher.schedule.flow else TYPES
+        if declared not in types:
+            raise RedifError(f"the prediction type {declared} is not one of {', '.join(types)}")
         noise, condition = self.pairs.noise, self.pairs.condition
         alike = float(torch.corrcoef(torch.stack([self.pairs.target.flatten(), noise.flatten()]))[0, 1])
         if alike > 0.9 and 0.5 < float(self.pairs.target.var()) < 2.0:
@@ -118,7 +120,7 @@ class _Examination:
         if error < LARGEST_ERROR:
             return f"{declared}: one step is {error:.2f} as far off as doing nothing, or the mean, would be at worst"
         fitting = []
-        for kind in TYPES:
+        for kind in types:
             other = replace(self.teacher, prediction_type=kind)
             if kind != declared and self._error(other, other.sample(noise, condition, STEPS)) < LARGEST_ERROR:
                 fitting.append(kind)
@@ -140,13 +142,8 @@ class _Examination:
             at = int(np.abs(teacher.schedule.sigmas - share).argmin())
             alpha, sigma = float(teacher.schedule.alphas[at]), float(teacher.schedule.sigmas[at])
             x = alpha * samples + sigma * torch.randn(samples.shape, generator=torch.Generator().manual_seed(at))
-            f = teacher(x, torch.full((len(x),), float(at)), self.pairs.condition)
-            clean = {
-                "epsilon": (x - sigma * f) / alpha,
-                "v_prediction": alpha * x - sigma * f,
-                "sample": f,
-                "score": (x + sigma**2 * f) / alpha,
-            }[teacher.prediction_type]
+            t = torch.full((len(x),), at)
+            clean = clean_at(teacher, t, x, teacher(x, t.float(), self.pairs.condition))
             allowed = max(min((sigma / alpha) ** 2, variance), 1e-12)
             worst = max(worst, float((clean - samples).pow(2).mean()) / allowed)
         return worst

@@ -102,4 +102,6 @@ def clean_at(teacher: Teacher, t: Tensor, x: Tensor, f: Tensor) -> Tensor:
         return alpha * x - sigma * f
     if kind == "score":
         return (x + sigma**2 * f) / alpha.clamp_min(1e-4)
+    if kind == "flow":
+        return x - sigma * f
     return f

@@ -39,6 +39,9 @@ def times_of(first: int, m: Tensor) -> list[int]:
 
 
 def _table(schedule: NoiseSchedule, times: list[int], prediction_type: str) -> StepTable:
+    if schedule.flow:
+        last = len(schedule) - 1
+        return StepTable.flow_euler(sigmas=[t / last for t in times], time_scale=last)
     return StepTable.ddim(schedule, timesteps=times, prediction_type=prediction_type)
 
 

@@ -143,12 +143,14 @@ def _class_path(module: nn.Module) -> str:
 
 def _scheduler(teacher: Teacher, table: StepTable) -> Any:
     """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM, and
-    LCMScheduler is consistency multistep.
+    LCMScheduler is consistency multistep. Of flows it is the teacher's, which takes the table's times as sigmas.
 
     No stock scheduler takes a score network: its ``prediction_type`` is written as it is, and diffusers refuses it.
     """
-    from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
+    if teacher.schedule.flow:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=len(teacher.schedule) - 1, shift=teacher.shift)
     if teacher.scheduler_config is not None:
         config = teacher.scheduler_config
         wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

@@ -92,6 +92,7 @@ class Teacher:
     revision: str | None = None  # the commit, of a teacher from the Hub
     folder: Path | None = None
     scheduler_config: dict[str, Any] | None = None  # as the folder has it
+    shift: float = 1.0  # of a flow's times
     fingerprint: str = ""
     guidance: Guidance | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +140,15 @@ class Teacher:
         return guided(self.predict, self.guidance, x, t, condition)
 
     def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
-        """DDIM with trailing spacing: the untrained student, and the teacher's own sampler."""
+        """DDIM with trailing spacing: the untrained student, and the teacher's own sampler. For flows it is Euler's
+        method on linspace(1, 1 / K, K), shifted."""
+        if self.schedule.flow:
+            return StepTable.flow_euler(
+                num_inference_steps=num_inference_steps,
+                shift=self.shift,
+                time_scale=len(self.schedule) - 1,
+                eta=eta,
+            )
         return StepTable.ddim(
             self.schedule,
             num_inference_steps=num_inference_steps,
@@ -225,11 +234,13 @@ class Teacher:
             out: Tensor = denoiser(x, t, condition)
             return out
 
+        schedule, prediction_type, shift = _noise_process(scheduler_config)
         teacher = cls(
             name=about.get("name", folder.name if folder else type(source).__name__),
             predict=predict,
-            schedule=NoiseSchedule.from_config(scheduler_config),
-            prediction_type=scheduler_config.get("prediction_type", "epsilon"),
+            schedule=schedule,
+            prediction_type=prediction_type,
+            shift=shift,
             latents=Latents(channels=config.in_channels, height=height, width=width),
             condition=Condition(kind="class", num_classes=classes, class_names=about.get("class_names"))
             if classes
@@ -256,6 +267,7 @@ class Teacher:
         student: nn.Module,
         num_classes: int | None = None,
         guidance: Guidance | None = None,
+        shift: float = 1.0,
         num_inference_steps: int = 50,
         pixel_shuffle: int = 1,
         name: str = "callable",
@@ -266,7 +278,9 @@ class Teacher:
         Args:
             predict: ``x`` (B, C, H, W) float32, ``t`` (B,) float32, ``condition`` (B,) int64 or None -> (B, C, H, W).
             schedule: its noise schedule; ``t`` indexes it.
-            prediction_type: what ``f`` is: epsilon, v_prediction, sample or score.
+            prediction_type: what ``f`` is: epsilon, v_prediction, sample, score, or flow (noise minus data), whose
+                schedule is ``NoiseSchedule.linear_flow()``.
+            shift: of a flow's times.
             shape: (C, H, W) of x.
             student: the network to train, since a black box has no weights to copy. A diffusers ``UNet2DModel``, or any
                 module called as ``student(x, t, condition)``. It is copied, never changed.
@@ -274,8 +288,14 @@ class Teacher:
             fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
         """
         diffusers_call = type(student).__module__.startswith("diffusers.")
+        if schedule.flow != (prediction_type == "flow"):
+            raise InvalidRequest(
+                f"the prediction type {prediction_type} and this noise schedule do not belong together; "
+                "a flow has NoiseSchedule.linear_flow(), and nothing else has"
+            )
         return cls(
             name=name,
+            shift=shift,
             predict=torch.no_grad()(predict),
             schedule=schedule,
             prediction_type=prediction_type,
@@ -310,14 +330,23 @@ def _read_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], Pat
         raise InvalidRequest(f"{folder} is no teacher: a JSON file in it does not parse ({error})") from error
     if class_name != "UNet2DModel":
         raise UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
-    if "FlowMatch" in scheduler_config.get("_class_name", ""):
-        raise UnsupportedModel(f"{folder} has a flow scheduler; this adapter takes variance-preserving schedules")
     try:
         network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidRequest(f"the weights in {folder}/unet cannot be read: {first}; copy the teacher again") from error
     return network, scheduler_config, about, folder
+
+
+def _noise_process(scheduler_config: dict[str, Any]) -> tuple[NoiseSchedule, str, float]:
+    """A scheduler's noise schedule, prediction type and, of a flow, its shift."""
+    if "FlowMatch" not in scheduler_config.get("_class_name", ""):
+        kind = scheduler_config.get("prediction_type", "epsilon")
+        return NoiseSchedule.from_config(scheduler_config), kind, 1.0
+    if scheduler_config.get("use_dynamic_shifting"):
+        raise UnsupportedModel("the scheduler shifts its times by the image's size; set use_dynamic_shifting to false")
+    schedule = NoiseSchedule.linear_flow(scheduler_config.get("num_train_timesteps", 1000))
+    return schedule, "flow", float(scheduler_config.get("shift", 1.0))
 
 
 def _fingerprint(network: nn.Module, scheduler_config: dict[str, Any]) -> str:

@@ -37,14 +37,16 @@ _GENERAL_BETA_DEFAULTS = (0.0001, 0.02, "linear")
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A discrete, variance-preserving noise schedule: x_t = alphas[t] x0 + sigmas[t] noise.
+    """A discrete noise schedule: x_t = alphas[t] x0 + sigmas[t] noise.
 
     ``alphas`` and ``sigmas`` are float64 arrays of shape (T,), read-only: sqrt(alphas_cumprod) and
-    sqrt(1 - alphas_cumprod). Raises InvalidRequest where they are not finite, or alpha^2 + sigma^2 is not 1.
+    sqrt(1 - alphas_cumprod), or with ``flow`` the levels of :meth:`linear_flow`. Raises InvalidRequest where they are
+    not finite, or alpha^2 + sigma^2 (with ``flow`` alpha + sigma) is not 1.
     """
 
     alphas: NDArray[np.float64]
     sigmas: NDArray[np.float64]
+    flow: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alphas", "sigmas"):
@@ -57,6 +59,10 @@ class NoiseSchedule:
                 "give one of each per training step"
             )
         # `not (... <=)` rather than `>`, so that NaN is refused too
+        if self.flow:
+            if not np.all(np.abs(self.alphas + self.sigmas - 1.0) <= 1e-5):
+                raise InvalidRequest("a flow's noise schedule has steps with alpha + sigma != 1")
+            return
         if not np.all(np.abs(self.alphas**2 + self.sigmas**2 - 1.0) <= 1e-5):
             raise InvalidRequest(
                 "a noise schedule has steps with alpha^2 + sigma^2 != 1; it must preserve the variance"
@@ -69,6 +75,15 @@ class NoiseSchedule:
         if not np.all((signal >= 0.0) & (signal <= 1.0)):
             raise InvalidRequest("alphas_cumprod has values outside [0, 1]; give cumulated products of 1 - beta")
         return cls(alphas=np.sqrt(signal), sigmas=np.sqrt(1.0 - signal))
+
+    @classmethod
+    def linear_flow(cls, num_train_timesteps: int = 1000) -> NoiseSchedule:
+        """Flow matching's levels: sigma = t / T for t = 0 ... T, which is what the network is fed (SD3's scale).
+
+        A scheduler's ``shift`` is no part of it: that says which of the levels are visited.
+        """
+        sigmas = np.arange(num_train_timesteps + 1) / num_train_timesteps
+        return cls(alphas=1.0 - sigmas, sigmas=sigmas, flow=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:

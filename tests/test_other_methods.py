@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.examine import examine_teacher
 from redif_sdk.distill.fake_score import clean_at, levels, noised
 from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.methods.groups import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.student import _scheduler
+from redif_sdk.distill.student import _scheduler, distill, load_student
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.distill.trainer import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -280,3 +283,97 @@ def test_a_gain_that_is_too_low_is_found_and_undone(teacher: Teacher) -> None:
     policy = trainer(teacher, "redif", calibration=64, forward_equivalents=budget, updates=None).run()
     assert 1 <= policy.meter.forward_equivalents / budget < 1.001
     assert policy.table.rows[-1, 4] == 0
+
+
+def exact_flow(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    """noise - data of data that are N(MEAN, STD^2) at every place."""
+    sigma = (t / 1000).view(-1, 1, 1, 1)
+    alpha = 1 - sigma
+    clean = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+    return (x - clean) / sigma.clamp_min(1e-6)
+
+
+@pytest.fixture
+def flow_teacher() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.from_callable(
+        exact_flow,
+        schedule=NoiseSchedule.linear_flow(),
+        prediction_type="flow",
+        shape=SHAPE,
+        student=Small(),
+        shift=3.0,
+        num_inference_steps=16,
+    )
+
+
+def test_a_flow_teacher_samples_as_diffusers_does(flow_teacher: Teacher) -> None:
+    start = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 16, 16).tolist())
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(exact_flow(x, t.expand(len(x)), None), t, x).prev_sample
+    torch.testing.assert_close(flow_teacher.sample(start, None), x, atol=2e-5, rtol=0)
+    kept = _scheduler(flow_teacher, flow_teacher.table(2))
+    assert (type(kept).__name__, kept.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_learns_from_a_flow_teacher(flow_teacher: Teacher, method: str) -> None:
+    settings = {"updates": 150, "learning_rate": 1e-2, "schedule_updates": 4, "exploration": 0.1, "step_delta": 0.05}
+    if method in ("consistency", "grpo"):
+        settings["updates"] = 600  # they learn slowly
+    run = trainer(flow_teacher, method, None, batch_size=32, **settings)
+
+    def wrong(policy: StudentPolicy) -> float:
+        with torch.no_grad():
+            slices = policy.table.noise_slices
+            output = policy.sample(run.pairs.slices(slices) if slices > 1 else run.pairs.noise, None)
+        return float((output.mean() - MEAN) ** 2 + (output.std() - STD) ** 2)
+
+    before = wrong(StudentPolicy(flow_teacher.make_student(), flow_teacher.table(2)))
+    assert wrong(run.run()) < 0.2 * before
+    assert run.context.policy.table.prediction_type == "flow"
+
+
+def test_a_flow_needs_its_own_noise_schedule(flow_teacher: Teacher) -> None:
+    with pytest.raises(InvalidRequest, match="do not belong together"):
+        Teacher.from_callable(exact, schedule=SCHEDULE, prediction_type="flow", shape=SHAPE, student=Small())
+    with pytest.raises(InvalidRequest, match="alpha \\+ sigma != 1"):
+        NoiseSchedule(SCHEDULE.alphas, SCHEDULE.sigmas, flow=True)
+
+
+def test_a_flow_student_is_saved_and_read_again(tmp_path: Path) -> None:
+    """From a diffusers folder with a flow scheduler to a student that every runtime can run."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    network.save_pretrained(tmp_path / "teacher" / "unet")
+    FlowMatchEulerDiscreteScheduler(shift=2.0).save_pretrained(tmp_path / "teacher" / "scheduler")
+    config = DistillConfig(updates=2, batch_size=4, pool_size=8, method="regression", num_inference_steps=2)
+    student = distill(tmp_path / "teacher", config)
+    student.save_pretrained(tmp_path / "student")
+    again = load_student(tmp_path / "student")
+    assert again.tables[0] == student.tables[0] == StepTable.flow_euler(num_inference_steps=2, shift=2.0)
+    assert again.teacher.schedule.flow
+    start = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again.policy().sample(start, None), student.policy().sample(start, None))
+
+
+def test_the_doctor_knows_flows(flow_teacher: Teacher) -> None:
+    """It sees that the type fits, and that it does not where noise and data are taken the other way round."""
+    rows = {row["subject"]: row["status"] for row in examine_teacher(flow_teacher, reward="pixel")}
+    assert rows["prediction type"] == "ok"
+    backwards = dataclasses.replace(flow_teacher, predict=lambda x, t, condition: -exact_flow(x, t, condition))
+    rows = {row["subject"]: row["status"] for row in examine_teacher(backwards, reward="pixel")}
+    assert rows["prediction type"] != "ok"

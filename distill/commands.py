@@ -66,6 +66,7 @@ def distill_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU where there is one.")] = "auto",
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 30.0,
     preset: Annotated[str | None, typer.Option(help="A recipe and its length: fast, balanced or best.")] = None,
     config_file: Annotated[
@@ -91,6 +92,7 @@ def distill_command(
     from redif_sdk.distill import draws
     from redif_sdk.distill import pairs as pool
     from redif_sdk.distill.methods import make_method
+    from redif_sdk.distill.precision import chosen_device
     from redif_sdk.distill.presets import as_yaml, resolve
     from redif_sdk.distill.rewards import reward_names
     from redif_sdk.distill.student import distill, training_folder
@@ -119,6 +121,7 @@ def distill_command(
         "exploration_rank": exploration_rank,
         "group_size": group_size,
         "seed": seed,
+        "device": device,
         "checkpoint_seconds": checkpoint_seconds,
         "early_stop": early_stop,
         "tracker": tracker,
@@ -132,6 +135,7 @@ def distill_command(
     defaults = {name: value for name, value in options.items() if name not in given}
     config = resolve(given, file=config_file, name=preset, defaults=defaults)
     method, reward, steps = config.method, config.reward, config.num_inference_steps
+    place = chosen_device(config.device)
     make_method(method)
     reward_names(reward)
     if output.exists():
@@ -160,7 +164,12 @@ def distill_command(
     with _progress(quiet) as progress:
         task = progress.add_task("teacher's outputs", total=count, note="")
         pairs, _ = pool.get(
-            model, count, "train", rebuild=rebuild_bank, on_batch=lambda n: progress.update(task, advance=n)
+            model,
+            count,
+            "train",
+            rebuild=rebuild_bank,
+            device=place,
+            on_batch=lambda n: progress.update(task, advance=n),
         )
         progress.update(task, completed=count)
         task = progress.add_task(f"{method}, {steps} step(s)", total=1.0, note="")

@@ -25,6 +25,7 @@ class DistillConfig(BaseModel):
     forward_equivalents: float | None = Field(None, gt=0, description="Training's cost; the pool's is not in it.")
     teacher_calls: int | None = Field(None, ge=1, description="Teacher network calls for the pool of pairs.")
     seed: int = Field(0, ge=0, lt=2**31)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where to train; auto: a GPU if any.")
 
     pool_size: int = Field(4096, ge=8, description="Pairs of (noise, teacher's output).")
     batch_size: int = Field(64, ge=2)

@@ -2,7 +2,8 @@
 
 Every process draws what the whole batch needs, from the same generator, and keeps its own slice; sums are over all of
 them. So N processes at one global batch take the path of one process (``torch.distributed``, started by ``accelerate
-launch`` or ``torchrun``). With one process these are ``torch.randn``, ``torch.randint`` and the mean.
+launch`` or ``torchrun``). With one process these are ``torch.randn``, ``torch.randint`` and the mean. The generator
+is the CPU's, so that a run on another device draws the same.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def _mine(whole: Tensor, dim: int) -> Tensor:
     return whole if world() == 1 else whole.chunk(world(), dim)[rank()]
 
 
-def normal(shape: Sequence[int], generator: torch.Generator, *, dim: int = 0) -> Tensor:
+def normal(shape: Sequence[int], generator: torch.Generator, device: torch.device, *, dim: int = 0) -> Tensor:
     """Standard normal, ``shape`` being this process's; the batch is dimension ``dim``."""
-    return _mine(torch.randn(_whole(shape, dim), generator=generator), dim)
+    return _mine(torch.randn(_whole(shape, dim), generator=generator), dim).to(device)
 
 
-def integers(low: int, high: int, count: int, generator: torch.Generator) -> Tensor:
+def integers(low: int, high: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """(count,) int64 in [low, high)."""
-    return _mine(torch.randint(low, high, (count * world(),), generator=generator), 0)
+    return _mine(torch.randint(low, high, (count * world(),), generator=generator), 0).to(device)
 
 
 def mean(value: Tensor) -> Tensor:

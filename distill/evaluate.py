@@ -32,7 +32,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
-        values = features.double().numpy()
+        values = features.double().cpu().numpy()
         return cls(values.mean(0), np.cov(values, rowvar=False))
 
     @cached_property

@@ -28,14 +28,21 @@ class FakeScore:
     meter: Meter
     learning_rate: float
     grad_clip: float
+    device: torch.device
     network: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.network = self.teacher.make_student().eval()
+        self.network = self.teacher.make_student().to(self.device).eval()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.learning_rate, betas=(0.0, 0.999), weight_decay=0.0
         )
+
+    @classmethod
+    def make(cls, context: Any) -> FakeScore:
+        """With the settings of a run (methods.Context)."""
+        config = context.config
+        return cls(context.teacher, context.policy.meter, config.fake_learning_rate, config.grad_clip, context.device)
 
     def learn(self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator) -> float:
         """One update: denoise the student's ``outputs`` (B, C, H, W), |x0 - x|^2 weighted by min(SNR, 5)."""
@@ -80,16 +87,16 @@ class FakeScore:
 def levels(teacher: Teacher, t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma of the teacher's schedule at times t (B,) int64, each (B, 1, 1, 1)."""
     schedule = teacher.schedule
-    alphas, sigmas = (torch.from_numpy(values.copy()).float() for values in (schedule.alphas, schedule.sigmas))
+    alphas, sigmas = (torch.from_numpy(v.copy()).float().to(t.device) for v in (schedule.alphas, schedule.sigmas))
     return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 
 
 def noised(teacher: Teacher, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Times (B,), uniform between T_MIN and T_MAX of the schedule, and x noised to them."""
     length = len(teacher.schedule)
-    t = draws.integers(int(T_MIN * length), int(T_MAX * length), len(x), generator)
+    t = draws.integers(int(T_MIN * length), int(T_MAX * length), len(x), generator, x.device)
     alpha, sigma = levels(teacher, t)
-    return t, alpha * x + sigma * draws.normal(x.shape, generator)
+    return t, alpha * x + sigma * draws.normal(x.shape, generator, x.device)
 
 
 def clean_at(teacher: Teacher, t: Tensor, x: Tensor, f: Tensor) -> Tensor:

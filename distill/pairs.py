@@ -50,6 +50,11 @@ class Pairs:
         condition, own = (None if part is None else part[index] for part in (self.condition, self.index))
         return Pairs(self.noise[index], self.target[index], condition, own, self.stream)
 
+    def to(self, device: torch.device | str) -> Pairs:
+        """The same pairs on ``device``; the indices stay, since noise is drawn from them on the CPU."""
+        condition = None if self.condition is None else self.condition.to(device)
+        return Pairs(self.noise.to(device), self.target.to(device), condition, self.index, self.stream)
+
     def slices(self, count: int) -> Tensor:
         """``count`` slices of noise (count, N, C, H, W); the first is ``noise``.
 
@@ -63,7 +68,8 @@ class Pairs:
         seed, slot = self.stream
         channels, height, width = self.noise.shape[1:]
         keys = [(seed, int(i)) for i in self.index]
-        return torch.from_numpy(noise(keys, (channels, height, width), slices=count, first_slot=slot))
+        drawn = noise(keys, (channels, height, width), slices=count, first_slot=slot)
+        return torch.from_numpy(drawn).to(self.noise.device)
 
 
 def _stream(split: str, seed: int) -> tuple[int, int]:
@@ -90,15 +96,17 @@ def compute(
     *,
     seed: int = 0,
     batch_size: int = 128,
+    device: torch.device | str = "cpu",
     on_batch: Callable[[int], object] | None = None,
 ) -> Pairs:
-    """Sample the teacher on the pool: ``count`` x its steps x its calls a step network calls."""
+    """Sample the teacher on the pool: ``count`` x its steps x its calls a step network calls, on ``device``."""
     start = pool_noise(teacher.shape, count, split, seed)
     condition = teacher.labels(np.arange(count))
     outputs = []
     for low in range(0, count, batch_size):
         part = slice(low, low + batch_size)
-        outputs.append(teacher.sample(start[part], None if condition is None else condition[part]))
+        labels = None if condition is None else condition[part].to(device)
+        outputs.append(teacher.sample(start[part].to(device), labels).cpu())
         if on_batch:
             on_batch(len(outputs[-1]))
     return _pairs(teacher, torch.cat(outputs), split, seed)
@@ -145,14 +153,16 @@ def get(
     seed: int = 0,
     rebuild: bool = False,
     cache: Path | None = None,
+    device: torch.device | str = "cpu",
     on_batch: Callable[[int], object] | None = None,
 ) -> tuple[Pairs, int]:
     """The pairs, from the shipped bank, the cache, or the teacher; and how many teacher calls they took (ever).
 
-    ``split`` is "train" or "held_out". A bank's calls are counted although this run did not spend them.
+    ``split`` is "train" or "held_out"; ``device`` is where the teacher samples. A bank's calls are counted although
+    this run did not spend them.
     """
     with draws.first_before_others():
-        return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), on_batch)
+        return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), device, on_batch)
 
 
 def _get(
@@ -162,6 +172,7 @@ def _get(
     seed: int,
     rebuild: bool,
     cache: Path,
+    device: torch.device | str,
     on_batch: Callable[[int], object] | None,
 ) -> tuple[Pairs, int]:
     if count < 1:
@@ -172,13 +183,13 @@ def _get(
         if bank is not None:
             return bank, calls
     if not teacher.identity:
-        return compute(teacher, count, split, seed=seed, on_batch=on_batch), calls
+        return compute(teacher, count, split, seed=seed, device=device, on_batch=on_batch), calls
     path = _cache_file(teacher, count, split, seed, cache)
     if path.is_file() and not (rebuild and draws.rank() == 0):
         target = torch.from_numpy(np.load(path, allow_pickle=False))
         if target.shape == (count, *teacher.shape):
             return _pairs(teacher, target, split, seed), calls
-    pairs = compute(teacher, count, split, seed=seed, on_batch=on_batch)
+    pairs = compute(teacher, count, split, seed=seed, device=device, on_batch=on_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, pairs.target.numpy())

@@ -121,8 +121,8 @@ class Exploration:
     tau: float
 
     @classmethod
-    def white(cls, elements: int) -> Exploration:
-        return cls(torch.zeros(0, elements), torch.zeros(0), 1.0)
+    def white(cls, elements: int, device: torch.device | str = "cpu") -> Exploration:
+        return cls(torch.zeros(0, elements, device=device), torch.zeros(0, device=device), 1.0)
 
     @classmethod
     def structured(cls, residuals: Tensor, rank: int = 40, white_part: float = 0.0) -> Exploration:
@@ -139,12 +139,13 @@ class Exploration:
 
     def draw(self, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """(count, *shape): ``count`` independent draws for a batch of ``shape`` = (B, C, H, W)."""
-        xi = torch.zeros(count, shape[0], math.prod(shape[1:]))
+        device = self.scales.device
+        xi = torch.zeros(count, shape[0], math.prod(shape[1:]), device=device)
         if len(self.scales):
-            weights = draws.normal((count, shape[0], len(self.scales)), generator, dim=1)
+            weights = draws.normal((count, shape[0], len(self.scales)), generator, device, dim=1)
             xi = (weights * self.scales) @ self.basis
         if self.tau:
-            xi = xi + self.tau * draws.normal(xi.shape, generator, dim=1)
+            xi = xi + self.tau * draws.normal(xi.shape, generator, device, dim=1)
         return xi.view(count, *shape)
 
     def antithetic(self, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

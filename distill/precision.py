@@ -1,4 +1,4 @@
-"""Which dtype this machine multiplies fast, in training."""
+"""Where training computes, and which dtype is fast there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+from redif_sdk.errors import RuntimeUnavailable
 
 VARIABLE = "REDIF_CPU_BF16"
 PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
@@ -36,3 +38,19 @@ def autocast(device: str = "cpu") -> AbstractContextManager[object]:
     if device != "cpu" or cpu_has_bf16():
         return torch.autocast(device, torch.bfloat16)
     return nullcontext()
+
+
+def chosen_device(name: str) -> torch.device:
+    """auto: this process's GPU where there is one, else the CPU.
+
+    Raises:
+        RuntimeUnavailable: a GPU is asked for, and torch sees none.
+    """
+    kind, _, _ = name.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailable("torch sees no CUDA GPU; install a build of torch with CUDA, or train on the cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return torch.device(name)

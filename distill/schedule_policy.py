@@ -23,8 +23,8 @@ from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.steps import NoiseSchedule, StepTable
 
-GAINS = tuple(round(0.9 + 0.01 * k, 2) for k in range(41))  # .90 to 1.30
-FIT_UPDATES, FIT_BATCH = 150, 128  # of the feature network that judges gains
+GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(16))  # .90 to 1.20
+FIT_UPDATES, FIT_BATCH = 50, 64  # of the feature network that judges gains
 GROUP, BATCH, SPREAD, RATE = 8, 24, 0.35, 0.12
 
 
@@ -91,8 +91,9 @@ def gain_cost(context: Context, count: int) -> float:
     if not count:
         return 0.0
     rollout = min(count, len(context.pairs)) * context.policy.num_inference_steps
-    shape = context.teacher.images(context.pairs.target[:1])
-    judge = flops(FeatureNetwork(shape.shape[1], 1), shape) / context.unit
+    image = context.teacher.images(context.pairs.target[:1])
+    with torch.random.fork_rng(devices=[]):
+        judge = flops(FeatureNetwork(image.shape[1], 1).to(image.device), image) / context.unit
     return rollout + judge * (3 * FIT_UPDATES * FIT_BATCH + (len(GAINS) + 1) * min(count, len(context.pairs)))
 
 
@@ -106,7 +107,7 @@ def learn_gain(context: Context, student: StudentPolicy, count: int) -> float:
     parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
     outputs = torch.cat([student.sample(part.noise, part.condition) for part in parts])
     with torch.enable_grad():
-        judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, updates=FIT_UPDATES)
+        judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, FIT_UPDATES, FIT_BATCH)
     to_images = context.advantage.images
     wanted = Statistics.of(judge.embed(to_images(pool.target)))
     distances = [frechet_distance(Statistics.of(judge.embed(to_images(gain * outputs))), wanted) for gain in GAINS]

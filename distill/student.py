@@ -22,6 +22,7 @@ from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
 from redif_sdk.distill.policy import Meter, StudentPolicy
+from redif_sdk.distill.precision import chosen_device
 from redif_sdk.distill.rewards import reward_names
 from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
 from redif_sdk.distill.trainer import Progress, Trainer
@@ -212,7 +213,7 @@ def distill(
         teacher = _with_student(teacher, Denoiser(student, diffusers_call=diffusers_call))
     check_deterministic(teacher)
     if pairs is None:
-        pairs, calls = pool.get(teacher, pool_size(teacher, config), "train")
+        pairs, calls = pool.get(teacher, pool_size(teacher, config), "train", device=chosen_device(config.device))
     else:
         calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
     begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start

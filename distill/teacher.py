@@ -163,7 +163,7 @@ class Teacher:
         table = self.table(num_inference_steps or self.num_inference_steps)
         x = table.init_scale * noise
         for k, t in enumerate(table.timesteps):
-            f = self(x, torch.full((len(x),), float(t)), condition)
+            f = self(x, torch.full((len(x),), float(t), device=x.device), condition)
             x = table.advance(k, x, table.clean(k, x, f))
         return x
 
@@ -231,7 +231,7 @@ class Teacher:
 
         @torch.no_grad()
         def predict(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            out: Tensor = denoiser(x, t, condition)
+            out: Tensor = denoiser.to(x.device)(x, t, condition)
             return out
 
         schedule, prediction_type, shift = _noise_process(scheduler_config)

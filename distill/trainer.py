@@ -26,6 +26,7 @@ from redif_sdk.distill.lora import adapted, merged
 from redif_sdk.distill.methods import Context, Method, make_method
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Meter, StudentPolicy
+from redif_sdk.distill.precision import chosen_device
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
@@ -84,7 +85,9 @@ class Trainer:
         if config.batch_size > len(self.pairs):
             raise InvalidRequest(f"batch_size {config.batch_size} is more than the pool's {len(self.pairs)} pairs")
         self.method = make_method(config.method)
-        network, self.ema = (self._network() for _ in range(2))
+        device = chosen_device(config.device)
+        self.pairs = self.pairs.to(device)
+        network, self.ema = (self._network().to(device) for _ in range(2))
         self.ema.requires_grad_(False)
         refuse_dropout(network)
         rewards = make_rewards(
@@ -105,7 +108,8 @@ class Trainer:
             policy, self.teacher, self.pairs, advantage, config, self.teacher.postprocess.value_range
         )
         first = self.pairs[:1]
-        self.context.unit = flops(network, first.noise, torch.zeros(1), first.condition) or math.inf
+        first_time = torch.zeros(1, device=device)
+        self.context.unit = flops(network, first.noise, first_time, first.condition) or math.inf
         advantage.charge = self.context.charge
         self._reserved = self.method.reserve(self.context)
         if config.forward_equivalents and config.forward_equivalents <= self._reserved:
@@ -199,6 +203,7 @@ class Trainer:
             tracker.finish()
         student = StudentPolicy(merged(self.ema), self.context.policy.table, self.teacher.schedule, self.meter)
         self.method.finish(self.context, student)
+        student.network.cpu()  # judged, saved and exported there
         return student
 
     def _step(self, progress: float) -> dict[str, float]:
@@ -278,7 +283,7 @@ class Trainer:
         levels = ((both + 1) * 127.5).round().to(torch.uint8)
         if levels.shape[1] in (1, 3):
             grid = levels.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-            tracker.log_images({"student over teacher": grid[None].numpy()}, step=self.update, dataformats="NHWC")
+            tracker.log_images({"student over teacher": grid[None].cpu().numpy()}, step=self.update, dataformats="NHWC")
 
     def _write_log(self, log: TextIO | None, figures: dict[str, float], tracker: Any = None) -> None:
         row: dict[str, Any] = {"update": self.update, "progress": round(self.progress, 6), **figures}
@@ -353,7 +358,9 @@ class Trainer:
 
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""
-        fixed = self.config.model_dump(mode="json", exclude={"checkpoint_seconds", "reward", "tracker"}, fallback=str)
+        fixed = self.config.model_dump(
+            mode="json", exclude={"checkpoint_seconds", "reward", "tracker", "device"}, fallback=str
+        )
         more = {"reward": str(self.config.reward), "teacher": self.teacher.identity, "processes": draws.world()}
         return json.dumps(fixed | more)
 
@@ -361,7 +368,9 @@ class Trainer:
         """Go on from the folder's checkpoint, if there is one."""
         if self.folder is None or not (self.folder / CHECKPOINT).is_file():
             return False
-        state: dict[str, Any] = torch.load(self.folder / CHECKPOINT, weights_only=True)
+        state: dict[str, Any] = torch.load(
+            self.folder / CHECKPOINT, map_location=self.context.device, weights_only=True
+        )
         if state["config"] != self._identity():
             raise InvalidRequest(
                 f"the checkpoint in {self.folder} is of a run with other settings; "

@@ -43,6 +43,11 @@ class Context:
     bounds: tuple[float, float] | None = None
     unit: float = math.inf  # floating-point operations of the student's network on one image
 
+    @property
+    def device(self) -> torch.device:
+        """Where student, rewards and batches are."""
+        return self.pairs.noise.device
+
     def images(self, latents: Tensor) -> Tensor:
         """What a user would see, in [-1, 1]; the clamp passes gradients, so that a pixel beyond it can come back."""
         images = self.teacher.images(latents)

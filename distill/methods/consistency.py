@@ -50,11 +50,11 @@ class Consistency(Method):
             list(self.target.parameters()), [p.data for p in context.policy.network.parameters()], 1 - EMA
         )
         fine = teacher.table(teacher.num_inference_steps)
-        times = torch.tensor([round(float(t)) for t in fine.timesteps])
-        row = draws.integers(0, len(times), len(batch), generator)
+        times = torch.tensor([round(float(t)) for t in fine.timesteps]).to(context.device)
+        row = draws.integers(0, len(times), len(batch), generator, times.device)
         t = times[row]
         alpha, sigma = levels(teacher, t)
-        x = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator)
+        x = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator, batch.target.device)
         with torch.no_grad():
             meter.teacher_calls += len(x) * teacher.calls_per_step
             real = clean_at(teacher, t, x, teacher(x, t.float(), batch.condition))

@@ -32,9 +32,9 @@ class Dmd2(Method):
     def _begin(self, context: Context) -> FakeScore:
         config = context.config
         if self.fake is None:
-            self.fake = FakeScore(context.teacher, context.policy.meter, config.fake_learning_rate, config.grad_clip)
+            self.fake = FakeScore.make(context)
             if config.gan_weight:
-                self.discriminator = Discriminator.make(context.teacher, config.seed)
+                self.discriminator = Discriminator.make(context.teacher, config.seed, context.device)
         return self.fake
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:

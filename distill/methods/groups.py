@@ -150,7 +150,7 @@ class TrajectoryGroups:
         advantage = advantage_of(output.unflatten(0, (group, -1)), batch.target, batch.condition).flatten()
         clip = config.delta_over_e / math.sqrt(output[0].numel())
         for epoch in range(config.ppo_epochs):
-            surrogate, kl, clipped = torch.zeros(()), torch.zeros(()), 0.0
+            surrogate, kl, clipped = output.new_zeros(()), output.new_zeros(()), 0.0
             for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
                 mean = policy.estimate(k, x, labels)
                 if check and epoch == 0:

@@ -39,7 +39,7 @@ class Grpo(Method):
         if "anchor" not in context.config.model_fields_set:
             context = replace(context, config=context.config.model_copy(update={"anchor": 0.0}))
         config, rows = context.config, context.policy.num_inference_steps
-        white = Exploration.white(batch.noise[0].numel())
+        white = Exploration.white(batch.noise[0].numel(), context.device)
         size = min(config.sde_window or rows, rows)
         first = int(torch.randint(0, rows - size + 1, (), generator=generator))
         groups = TrajectoryGroups(context, white, self.reference, range(first, first + size))

@@ -47,7 +47,7 @@ class Progressive(Method):
         fine = context.teacher.table(2 * steps)
         k = int(torch.randint(0, steps, (), generator=generator))
         alpha, sigma = _level(student.table, k, context)
-        z = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator)
+        z = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator, batch.target.device)
         target = two_steps(z, k, fine, student.table, self._parent_of(context, fine), batch.condition)
         residual = student.estimate(k, z, batch.condition) - target
         weight = max(1.0, (alpha / max(sigma, 1e-8)) ** 2)
@@ -68,7 +68,7 @@ class Progressive(Method):
 
         def estimate(k: int, x: Tensor, condition: Tensor | None) -> Tensor:
             meter.teacher_calls += len(x) * context.teacher.calls_per_step
-            f = context.teacher(x, torch.full((len(x),), float(fine.timesteps[k])), condition)
+            f = context.teacher(x, torch.full((len(x),), float(fine.timesteps[k]), device=x.device), condition)
             clean: Tensor = fine.clean(k, x, f)
             return clean
 

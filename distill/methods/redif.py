@@ -74,7 +74,7 @@ class ReDiF(Method):
                 pool.target - outputs, config.exploration_rank, white_part=0.5 if trajectory else 0.0
             )
         else:
-            self.exploration = Exploration.white(elements)
+            self.exploration = Exploration.white(elements, context.device)
         if trajectory and config.kl:
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
 

@@ -64,7 +64,7 @@ REWARDS: dict[str, Factory] = {
     "feature": FeatureReward.fit,
     "texture": lambda teacher, pairs, seed: TextureReward(),
     "lpips": lambda teacher, pairs, seed: LpipsReward(),
-    "discriminator": lambda teacher, pairs, seed: Discriminator.make(teacher, seed),
+    "discriminator": lambda teacher, pairs, seed: Discriminator.make(teacher, seed, pairs.noise.device),
     "mmd": MmdReward.fit,
     "distribution": lambda teacher, pairs, seed: DistributionReward(),
 }
@@ -178,7 +178,7 @@ class Advantage:
         wanted, values = self.images(targets), []
         for index, (reward, _) in enumerate(rewards):
             given = (outputs, targets) if getattr(reward, "space", "images") == "latents" else (images, wanted)
-            value = reward(*given, condition).float()
+            value = reward(*given, condition).float().to(images.device)
             if (index, len(images)) not in self._costs:
                 self._costs[index, len(images)] = flops(reward, given[0].detach(), given[1], condition)
             self.charge(passes * self._costs[index, len(images)])
@@ -207,7 +207,7 @@ class Advantage:
         labels = None if condition is None else condition.repeat(group)
         values = self.values(outputs.flatten(0, 1), wanted, labels)
         by_place = by_place and any(value.dim() == 3 for value in values)
-        total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()))
+        total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()), device=outputs.device)
         pixels = self.images(targets[:1]).shape[-2] if by_place else 0
         for value, (reward, weight) in zip(values, self.rewards, strict=True):
             if value.dim() == 3:

@@ -61,12 +61,12 @@ class Discriminator:
         self.cost = 0.0  # of one picture, in floating-point operations
 
     @classmethod
-    def make(cls, teacher: Teacher, seed: int) -> Discriminator:
-        images = teacher.images(torch.zeros(1, *teacher.shape))
+    def make(cls, teacher: Teacher, seed: int, device: torch.device) -> Discriminator:
+        images = teacher.images(torch.zeros(1, *teacher.shape, device=device))
         classes = teacher.condition.num_classes if teacher.condition else 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 77)
-            made = cls(PatchNetwork(images.shape[1], classes))
+            made = cls(PatchNetwork(images.shape[1], classes).to(device))
         made.cost = flops(made.network, images, None)
         return made
 
@@ -75,7 +75,7 @@ class Discriminator:
         advantage = context.advantage
         real, made = advantage.images(batch.target), advantage.images(outputs)
         both = torch.stack([real, made])
-        both = (both + NOISE * draws.normal(both.shape, generator, dim=1)).flatten(0, 1)
+        both = (both + NOISE * draws.normal(both.shape, generator, both.device, dim=1)).flatten(0, 1)
         labels = None if batch.condition is None else batch.condition.repeat(2)
         context.charge(3 * len(both) * self.cost)
         self.network.requires_grad_(True)

@@ -39,8 +39,7 @@ class DistributionReward:
 
     def _begin(self, context: Any) -> FakeScore:
         if self.fake is None:
-            config = context.config
-            self.fake = FakeScore(context.teacher, context.policy.meter, config.fake_learning_rate, config.grad_clip)
+            self.fake = FakeScore.make(context)
         return self.fake
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:

@@ -110,7 +110,7 @@ class EndpointReward:
 
 def _encoded(images: Tensor) -> list[str]:
     """Pictures (B, C, H, W) in [-1, 1] as base64 PNG."""
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     encoded = []
     for picture in to_pil(levels):
         buffer = io.BytesIO()

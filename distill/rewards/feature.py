@@ -40,15 +40,15 @@ class FeatureNetwork(nn.Module):
         return logits
 
 
-def train_on(network: FeatureNetwork, images: Tensor, labels: Tensor, seed: int, updates: int) -> None:
-    """A short classification training: AdamW, batch 128, a little noise on the images."""
+def train_on(network: FeatureNetwork, images: Tensor, labels: Tensor, seed: int, updates: int, size: int) -> None:
+    """A short classification training: AdamW, a little noise on the images."""
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=updates)
     for _ in range(updates):
-        index = torch.randint(0, len(images), (128,), generator=draw)
+        index = torch.randint(0, len(images), (size,), generator=draw)
         batch = images[index]
-        batch = batch + 0.1 * torch.randn(batch.shape, generator=draw)
+        batch = batch + 0.1 * torch.randn(batch.shape, generator=draw).to(batch.device)
         loss = F.cross_entropy(network(batch), labels[index])
         optimizer.zero_grad()
         loss.backward()
@@ -67,14 +67,15 @@ class FeatureReward:
         self.pixel_weight = pixel_weight
 
     @classmethod
-    def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150) -> FeatureReward:
+    def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
         """Train the features on the pool's outputs and labels (or keep the random ones where there are no labels)."""
         images = teacher.images(pairs.target).clamp(-1, 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = FeatureNetwork(images.shape[1], teacher.condition.num_classes if teacher.condition else 1)
+        network = network.to(images.device)
         if pairs.condition is not None and updates:
-            train_on(network, images, pairs.condition, seed, updates)
+            train_on(network, images, pairs.condition, seed, updates, batch)
         return cls(network)
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ class LpipsReward:
     name = "lpips"
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        network, maps = _efficientnet(), []
+        network, maps = _efficientnet().to(images.device), []
         pixels = images * (127.5 / 128) + 0.5 / 128  # the network's own (level - 127) / 128
         if min(images.shape[-2:]) < 32:
             pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear", align_corners=False)
@@ -41,7 +41,7 @@ class LpipsReward:
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
         repeats = period(targets)
-        distance = torch.zeros(len(images))
+        distance = torch.zeros(len(images), device=images.device)
         for ours, theirs in zip(self._maps(images), self._maps(targets[:repeats]), strict=True):
             wanted = theirs.repeat(len(images) // repeats, 1, 1, 1)
             distance = distance + (ours - wanted).pow(2).sum(1).mean((1, 2))
@@ -57,6 +57,8 @@ class EmbeddingReward:
         self.size = int(network.config.image_size)
 
     def _embed(self, images: Tensor) -> Tensor:
+        if self.mean.device != images.device:
+            self.network, self.mean, self.std = (part.to(images.device) for part in (self.network, self.mean, self.std))
         pixels = F.interpolate(images.expand(-1, 3, -1, -1), size=(self.size,) * 2, mode="bicubic", antialias=True)
         out = self.network(pixel_values=((pixels.clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
         embedding = getattr(out, "image_embeds", None)

@@ -1,0 +1,127 @@
+"""Training on another device than the CPU, where there is none: a device that is simulated.
+
+Its tensors say that they are on "meta", and hold their numbers on the CPU. Like a GPU's, they may not be mixed with the
+CPU's tensors, which is what goes wrong first on a real one, and the result must be the CPU's own. Kernels, autocast and
+memory of a GPU are not simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_parallel import RUNS, make_teacher
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from redif_sdk.distill import DistillConfig, fake_score, policy, precision
+from redif_sdk.distill import pairs as pool
+from redif_sdk.distill import trainer as training
+from redif_sdk.distill.methods import consistency
+from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
+
+META = torch.device("meta")
+aten = torch.ops.aten
+
+
+class Away(torch.Tensor):
+    """A tensor on the simulated device; ``held`` has its numbers."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Away:
+        made: Away = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), dtype=held.dtype, device="meta", requires_grad=False
+        )
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+def here(value: Any) -> Any:
+    return value.held if isinstance(value, Away) else value
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operation: refused where devices are mixed, else computed on the CPU and put where it belongs."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    away = any(isinstance(leaf, Away) for leaf in given)
+    wanted = kwargs.get("device")
+    if func in (aten._to_copy.default, aten.copy_.default):
+        mixed = []
+    elif func is aten.index.Tensor:  # indices on the CPU may choose from a GPU's tensor
+        mixed = [] if isinstance(args[0], Away) else [leaf for leaf in given if isinstance(leaf, Away)]
+    else:
+        mixed = [leaf for leaf in given if leaf.dim() and not isinstance(leaf, Away)] if away else []
+    if mixed:
+        raise RuntimeError(f"{func}: a tensor of the CPU, {tuple(mixed[0].shape)}, among those of the device")
+    args, kwargs = tree_map(here, (args, kwargs))
+    if wanted is not None and torch.device(wanted) == META:
+        kwargs, away = {**kwargs, "device": torch.device("cpu")}, True
+    elif wanted is not None:
+        away = False
+    if func is aten.copy_.default:
+        return func(*args, **kwargs)
+    out = func(*args, **kwargs)
+    return tree_map(lambda leaf: Away(leaf) if away and type(leaf) is torch.Tensor else leaf, out)
+
+
+class Simulated(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+@contextmanager
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(training, "chosen_device", lambda name: META)
+    ordinary = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: ordinary(*a, **{**k, "fused": None, "foreach": False}))
+    for module in (policy, fake_score, consistency):
+        monkeypatch.setattr(module, "autocast", lambda kind: nullcontext())
+    with Simulated():
+        yield
+
+
+def test_it_refuses_what_a_gpu_refuses() -> None:
+    with Simulated():
+        there = torch.ones(3).to(META)
+        assert ((there * 2).sum().item(), there.device, there.cpu().device.type) == (6.0, META, "cpu")
+        with pytest.raises(RuntimeError, match="a tensor of the CPU"):
+            there + torch.ones(3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_another_device_trains_what_the_cpu_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = make_teacher()
+    asked = teacher.predict  # a black box on the CPU, as one behind an API would be
+    teacher = replace(teacher, predict=lambda x, t, condition: asked(x.cpu(), t.cpu(), condition).to(x.device))
+    pairs = pool.get(teacher, 32, "train")[0]
+    settings = {"num_inference_steps": 2, "updates": 6, "warm_start": 0.2, "schedule_updates": 2, "group_size": 4}
+    settings |= {"batch_size": 8, "calibration": 16, **RUNS[name]}
+    config = DistillConfig.checked(**settings)
+    ours = training.Trainer(teacher, config, pairs).run()
+    with simulated(monkeypatch):
+        theirs = training.Trainer(teacher, config, pairs).run()
+        weights = [weight.cpu() for weight in theirs.network.state_dict().values()]
+    for here_, there in zip(ours.network.state_dict().values(), weights, strict=True):
+        torch.testing.assert_close(there, here_)
+    assert theirs.table == ours.table
+    assert theirs.meter.forward_equivalents == ours.meter.forward_equivalents
+
+
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeUnavailable, match="torch sees no CUDA GPU"):
+        precision.chosen_device("cuda")
+    assert precision.chosen_device("auto").type == "cpu"
+    with pytest.raises(InvalidRequest, match="device"):
+        DistillConfig.checked(device="tpu")

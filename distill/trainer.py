@@ -36,7 +36,8 @@ from redif_sdk.steps import StepTable
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LATE = 0.15  # by how much the clock must be ahead of the updates to rule
 GRID = 10  # pictures of the student, and of the teacher, that a tracker is shown
-CHECK_PAIRS = 192  # pool entries on which recall is watched
+CHECK_PAIRS = 192  # pool entries on which a run is watched
+SPARED = 8  # a pool of so many times CHECK_PAIRS keeps them from training
 
 Progress = Callable[[float, dict[str, float]], object]
 
@@ -209,7 +210,8 @@ class Trainer:
     def _step(self, progress: float) -> dict[str, float]:
         config, network = self.config, self.context.policy.network
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.update)
-        drawn = torch.randperm(len(self.pairs), generator=generator)[: config.batch_size]
+        spared = CHECK_PAIRS if len(self.pairs) >= SPARED * CHECK_PAIRS else 0
+        drawn = spared + torch.randperm(len(self.pairs) - spared, generator=generator)[: config.batch_size]
         batch = self.pairs[drawn[draws.share(config.batch_size)]]
         rate = config.learning_rate * min(1.0, (self.update + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
         figures: dict[str, float] = {}
@@ -236,7 +238,9 @@ class Trainer:
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
-        """Reward, paired error and recall of the EMA student on fixed pool entries; the meter does not count it."""
+        """Reward, paired error, recall and contrast of the EMA student on the pool's first entries, which a large pool
+        keeps from training; the meter does not count it.
+        """
         meter, spent = self.meter, self.meter.auxiliary_calls
         pool = self.pairs[: min(CHECK_PAIRS, len(self.pairs))]
         policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
@@ -251,7 +255,8 @@ class Trainer:
         meter.auxiliary_calls = spent
         return {
             "reward": reward,
-            "pool_mse": wrong,
+            "check_mse": wrong,
+            "contrast": (output.std() / pool.target.std()).item(),  # 1: the teacher's
             "recall": recall,
         }
 
@@ -272,7 +277,7 @@ class Trainer:
     def _track(self, tracker: Any, row: dict[str, Any]) -> None:
         """The row's numbers; with a check also a grid of the EMA student's pictures over the teacher's."""
         tracker.log({key: value for key, value in row.items() if isinstance(value, float)}, step=self.update)
-        if "pool_mse" not in row:
+        if "check_mse" not in row:
             return
         pool = self.pairs[: min(GRID, len(self.pairs))]
         policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill import pairs as pool
+from redif_sdk.distill import trainer as training
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import Context
 from redif_sdk.distill.methods.groups import TrajectoryGroups, check_drift, score_direction
@@ -458,6 +460,26 @@ def test_watching_does_not_change_the_run(teacher: Teacher, pairs: pool.Pairs) -
         policy = trainer(teacher, pairs, updates=6, warm_start=0.3, check_every=every, log_every=1).run()
         weights.append(torch.cat([p.flatten() for p in policy.network.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_what_a_run_is_watched_on_is_not_trained_on(
+    teacher: Teacher, pairs: pool.Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that is large enough keeps the entries of its checks: the reward in the log is a held-out one."""
+    monkeypatch.setattr(training, "CHECK_PAIRS", 8)
+    run = trainer(teacher, pairs[:64], updates=5, batch_size=16, method="regression")
+    seen: list[Tensor] = []
+    learn = run.method.losses
+
+    def losses(context: Context, batch: pool.Pairs, *rest: Any) -> Any:
+        assert batch.index is not None
+        seen.append(batch.index)
+        return learn(context, batch, *rest)
+
+    monkeypatch.setattr(run.method, "losses", losses)
+    run.run()
+    assert min(int(index.min()) for index in seen) == 8
+    assert set(run.check()) == {"reward", "check_mse", "recall", "contrast"}
 
 
 def test_the_meter_counts_every_call(teacher: Teacher, pairs: pool.Pairs) -> None:

@@ -120,11 +120,14 @@ class Judge:
 
     def __post_init__(self) -> None:
         self.reference = self.embed(self.target)
-        self.statistics = Statistics.of(self.reference)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return Statistics.of(self.reference)
 
     def _distance(self, features: Tensor) -> float:
         """To the reference of the same noises: through covariances, or through the samples where those are fewer."""
-        if len(features) < len(self.reference):
+        if len(features) < max(len(self.reference), features.shape[1]):
             return frechet_distance_of(features, self.reference[: len(features)])
         return frechet_distance(Statistics.of(features), self.statistics)
 

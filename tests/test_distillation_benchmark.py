@@ -122,7 +122,7 @@ def test_the_whole_benchmark_at_a_toy_budget(
 @pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
 def test_a_black_box_is_followed_and_draft_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The experiment with a reward behind HTTP at a toy budget: it runs to the plot, and says why draft cannot."""
-    small = ["--align", "400", "--updates", "1", "--anchors", "1", "--pool", "64", "--samples", "16"]
+    small = ["--align", "1000", "--updates", "1", "--anchors", "1", "--pool", "64", "--samples", "16"]
     black_box.main([*small, "-o", str(tmp_path / "found.json"), "--plot", str(tmp_path / "plot.svg")])
     written = json.loads((tmp_path / "found.json").read_text())
     assert [row["contender"] for row in written["rows"]] == ["the teacher", "aligned", "regression goes on", "redif"]

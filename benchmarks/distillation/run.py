@@ -66,7 +66,7 @@ class Scale:
     judge_updates: int = 1000
 
 
-SMOKE = Scale(budget=400, pool=64, samples=32, judge_updates=5)
+SMOKE = Scale(budget=1000, pool=64, samples=32, judge_updates=5)
 
 
 def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") -> dict[str, Any]:

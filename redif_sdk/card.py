@@ -32,6 +32,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import ORIGIN, atomic_write, read_checked
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import CARD_NAME, Manifest
+from redif_sdk.steps import StepTable
 
 __all__ = [
     "CARD_LIMIT",
@@ -56,7 +57,11 @@ __all__ = [
 SAMPLES = "samples"
 
 #: What first-order DPM-Solver of diffusers takes; it has no score and no raw EDM output.
-_PLAIN_PREDICTIONS = frozenset({"epsilon", "v_prediction", "sample"})
+_PLAIN_PREDICTIONS = {
+    "ddim": frozenset({"epsilon", "v_prediction", "sample"}),
+    "consistency": frozenset({"epsilon", "v_prediction", "sample"}),
+    "flow-euler": frozenset({"flow"}),
+}
 
 #: The tags that the front matter makes by itself; others in an existing card are the user's.
 _OWN_TAGS = frozenset({"diffusion", "few-step", "distillation", "redif", "onnx", "diffusers", "class-conditional"})
@@ -281,22 +286,22 @@ def _shell(place: str) -> str:
 def _plain_diffusers(manifest: Manifest, place: str) -> str:
     """The lines that sample the first table with stock classes; empty where none of them computes it.
 
-    First-order DPM-Solver at the table's own times is DDIM.
+    First-order DPM-Solver at the table's own times is DDIM, LCMScheduler is consistency multistep; the flow scheduler
+    takes the times as sigmas. What the last row's r is besides 1 is a gain on the output.
     """
     row, guidance = manifest.tables[0], manifest.network.guidance
     last = row.rows[-1]
     if (
         manifest.network.class_path != "diffusers.UNet2DModel"
         or manifest.task == "text-to-image"
-        or row.prediction_type not in _PLAIN_PREDICTIONS
-        or row.sampler != "ddim"
-        or row.stochastic
+        or row.prediction_type not in _PLAIN_PREDICTIONS.get(row.sampler, frozenset())
+        or row.stochastic != (row.sampler == "consistency" and row.num_inference_steps > 1)
         or row.init_scale != 1
-        or any(not float(time).is_integer() for time in row.timesteps)
-        or abs(float(last[3]) - 1) > 1e-6
+        or (row.sampler != "flow-euler" and any(not float(time).is_integer() for time in row.timesteps))
         or abs(float(last[4])) > 1e-6
     ):
         return ""
+    kind, options, times, note = _stock_scheduler(row)
     latents, shuffle = manifest.latents, manifest.postprocess.pixel_shuffle
     low, high = manifest.postprocess.value_range
     label = ", class_labels=torch.tensor([0])" if manifest.condition else ""
@@ -306,20 +311,21 @@ def _plain_diffusers(manifest: Manifest, place: str) -> str:
         unasked = f"unet(x, t, class_labels=torch.tensor([{guidance.null_class}])).sample{first}"
         predict = f"asked = unet(x, t{label}).sample{first}\n        unasked = {unasked}"
         predict += f"\n        f = unasked + {guidance.scale!r} * (asked - unasked)"
-    pictures = f"torch.nn.functional.pixel_shuffle(x, {shuffle})" if shuffle > 1 else "x"
+    gained = "x" if abs(float(last[3]) - 1) <= 1e-6 else f"{round(float(last[3]), 6)!r} * x"
+    pictures = f"torch.nn.functional.pixel_shuffle({gained}, {shuffle})" if shuffle > 1 else f"({gained})"
     source = python_string(place)
-    return f"""With plain diffusers, {row.num_inference_steps} step{"s" * (row.num_inference_steps > 1)}:
+    return f"""With plain diffusers, {row.num_inference_steps} step{"s" * (row.num_inference_steps > 1)}{note}:
 
 ```python
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import {kind}, UNet2DModel
 
 source = {source}
 unet = UNet2DModel.from_pretrained(source, subfolder={python_string(manifest.network.folder)})
-scheduler = DPMSolverMultistepScheduler.from_pretrained(
-    source, subfolder="scheduler", solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+scheduler = {kind}.from_pretrained(
+    source, subfolder="scheduler"{options}
 )
-scheduler.set_timesteps(timesteps={[int(time) for time in row.timesteps]})
+scheduler.set_timesteps({times})
 x = torch.randn(1, {latents.channels}, {latents.height}, {latents.width})
 for t in scheduler.timesteps:
     with torch.no_grad():
@@ -327,6 +333,19 @@ for t in scheduler.timesteps:
     x = scheduler.step(f, t, x).prev_sample
 images = {pictures}.clamp({low!r}, {high!r})
 ```"""
+
+
+def _stock_scheduler(table: StepTable) -> tuple[str, str, str, str]:
+    """Of the scheduler that runs `table`: its class, its options, what sets its times, and what to say beside it."""
+    times = f"timesteps={[int(time) for time in table.timesteps]}"
+    if table.sampler == "consistency":
+        note = " (it draws other noise between the steps than FastPipeline does)" if table.stochastic else ""
+        return "LCMScheduler", "", times, note
+    if table.sampler == "flow-euler":
+        sigmas = [round(-float(row[2]), 7) for row in table.rows]  # x0 = x - sigma f
+        return "FlowMatchEulerDiscreteScheduler", ", shift=1.0", f"sigmas={sigmas}", ""
+    options = ', solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero"'
+    return "DPMSolverMultistepScheduler", options, times, ""
 
 
 def _no_plain_diffusers(manifest: Manifest) -> str:

@@ -219,13 +219,38 @@ def code_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def distilled(which: str, teacher_folder: Path, folder: Path) -> None:
+    """A student whose table is not plain DDIM, exported."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from redif_sdk.distill import DistillConfig, distill
+    from redif_sdk.export import export
+
+    settings: dict[str, Any] = {
+        "calibrated": {"method": "redif", "reward": "pixel", "calibration": 16},
+        "consistency": {"method": "consistency"},
+        "flow": {"method": "regression"},
+    }[which]
+    source = folder.with_name("teacher of it")
+    shutil.copytree(teacher_folder, source)
+    if which == "flow":
+        FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(source / "scheduler")
+    config = DistillConfig(num_inference_steps=3, updates=1, batch_size=4, pool_size=16, **settings)
+    student = distill(source, config)
+    if which == "calibrated":
+        student.tables = [student.tables[0].with_gain(1.1)]  # whatever so short a run found
+    student.save_pretrained(folder)
+    export(folder, runtimes=["onnxruntime"])
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2.4
-@pytest.mark.parametrize("which", ["tiny_student", "plain_student", "guided"])
+@pytest.mark.parametrize("which", ["tiny_student", "plain_student", "guided", "calibrated", "consistency", "flow"])
 def test_the_lines_of_the_card_give_the_same_picture(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of FastPipeline and of plain diffusers, from the noise of seed 0."""
     import torch
+    from diffusers.schedulers import scheduling_lcm
 
     if which == "guided":
         from redif_sdk.distill import Teacher, import_pipeline
@@ -235,6 +260,9 @@ def test_the_lines_of_the_card_give_the_same_picture(
         teacher = Teacher.load(request.getfixturevalue("teacher_folder")).guided(3.0)
         import_pipeline(teacher, folder, [2])
         export(folder, runtimes=["onnxruntime"])
+    elif which in ("calibrated", "consistency", "flow"):
+        folder = tmp_path / "of ours"
+        distilled(which, request.getfixturevalue("teacher_folder"), folder)
     else:
         folder = request.getfixturevalue(which)
     manifest = StudentFolder(folder).manifest
@@ -244,10 +272,14 @@ def test_the_lines_of_the_card_give_the_same_picture(
     names: dict[str, Any] = {}
     exec(ours, names)
     assert isinstance(names["image"], Image.Image)
-    drawn = noise([(0, 0)], (manifest.latents.channels, manifest.latents.height, manifest.latents.width))
+    latents, table = manifest.latents, manifest.tables[0]
+    drawn = noise([(0, 0)], (latents.channels, latents.height, latents.width), slices=table.noise_slices)
     monkeypatch.setattr(torch, "randn", lambda *shape: torch.tensor(drawn[0]).reshape(shape))
+    later = iter(drawn[1:])
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda shape, **_: torch.tensor(next(later)))
     exec(theirs, names)
-    assert f"set_timesteps(timesteps={[int(t) for t in manifest.tables[0].timesteps]})" in theirs
+    if which != "flow":
+        assert f"timesteps={[int(t) for t in table.timesteps]})" in theirs
     pictures = to_uint8(names["images"].numpy(), manifest.postprocess.model_copy(update={"pixel_shuffle": 1}))
     difference = np.abs(pictures[0, :, :, 0].astype(int) - np.asarray(names["image"]).astype(int))
     assert difference.max() <= 1

@@ -1,7 +1,8 @@
 """Where a run's settings come from: a preset, over it a YAML file, over it what is given by hand.
 
 The recipe of the presets is the one of the quickstart (docs/results/rewards.md): regression, then reinforcement by the
-texture reward, which is differentiable, so its own gradient serves. They differ in how long they train.
+texture reward, which is differentiable, so its own gradient serves; and at the end the gain of the output. They differ
+in how long they train.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from redif_sdk.errors import InvalidRequest
 
 #: Updates at K = 1; fewer at more steps, since an update costs K times as much.
 UPDATES = {"fast": 200, "balanced": 700, "best": 2400}
-RECIPE: dict[str, Any] = {"method": "redif", "reward": "texture", "estimator": "pathwise", "learning_rate": 2e-3}
+RECIPE: dict[str, Any] = {
+    "method": "redif",
+    "reward": "texture",
+    "estimator": "pathwise",
+    "learning_rate": 2e-3,
+    "calibration": 512,
+}
 #: By the largest K that they are for; beyond the last, the last.
 BY_STEPS: dict[int, dict[str, Any]] = {
     1: {"warm_start": 0.45, "step_delta": 5.0},

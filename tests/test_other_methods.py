@@ -377,3 +377,14 @@ def test_the_doctor_knows_flows(flow_teacher: Teacher) -> None:
     backwards = dataclasses.replace(flow_teacher, predict=lambda x, t, condition: -exact_flow(x, t, condition))
     rows = {row["subject"]: row["status"] for row in examine_teacher(backwards, reward="pixel")}
     assert rows["prediction type"] != "ok"
+
+
+def test_progressive_gives_every_stage_the_same_share(teacher: Teacher) -> None:
+    """A baseline whose stages get a handful of updates each is no baseline."""
+    run = trainer(teacher, "progressive", num_inference_steps=2, updates=12)
+    seen = []
+    while not run.finished:
+        run._step(run.progress)
+        assert isinstance(run.method, Progressive)
+        seen.append(run.method.stage)
+    assert [seen.count(stage) for stage in range(3)] == [4, 4, 4]

@@ -86,11 +86,16 @@ def mean(value: Tensor) -> Tensor:
     return total
 
 
+def _place() -> torch.device:
+    """Where the processes' messages must lie: NCCL carries a GPU's memory alone (no GPU was at hand to try)."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
 def averaged(figures: dict[str, float]) -> dict[str, float]:
     """Each figure's mean over the processes."""
     if world() == 1:
         return figures
-    means = torch.tensor(list(figures.values()), dtype=torch.float64)
+    means = torch.tensor(list(figures.values()), dtype=torch.float64, device=_place())
     dist.all_reduce(means)
     return dict(zip(figures, (means / world()).tolist(), strict=True))
 
@@ -119,6 +124,6 @@ def agreed(*values: float) -> list[float]:
     """The first process's ``values``: what depends on a clock must be the same for all."""
     if world() == 1:
         return list(values)
-    told = torch.tensor(values, dtype=torch.float64)
+    told = torch.tensor(values, dtype=torch.float64, device=_place())
     dist.broadcast(told, 0)
     return [float(value) for value in told]

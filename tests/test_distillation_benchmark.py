@@ -115,6 +115,9 @@ def test_the_whole_benchmark_at_a_toy_budget(
     render.main([str(tmp_path / "out"), "-o", str(tmp_path / "results.md")])
     assert "### fashion-mnist, equal seconds" in (tmp_path / "results.md").read_text()
     capsys.readouterr()
+    assert (tmp_path / "out" / "fashion-mnist-teacher.png").is_file()
+    assert (tmp_path / "images" / "methods-fashion-mnist-forward_equivalents.png").is_file()
+    capsys.readouterr()
     run.main(asked_two)  # again: everything is there
     assert capsys.readouterr().out == ""
 

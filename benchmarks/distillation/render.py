@@ -17,12 +17,14 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from PIL import Image, ImageDraw, ImageFont
 
 from redif_sdk.files import atomic_write
 
 HERE = Path(__file__).parent
 START, END = "<!-- cells: made by benchmarks/distillation/render.py -->\n", "<!-- end of cells -->\n"
 Row = dict[str, Any]
+COLUMNS_OF_SHEET = 20
 
 #: heading -> how a cell's row says it, and the digits that are shown. The first is what ranks.
 COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
@@ -112,6 +114,31 @@ def plot(rows: list[Row], data: str, kind: str, path: Path) -> None:
     plt.close(figure)
 
 
+def grid(rows: list[Row], folder: Path, data: str, kind: str, path: Path) -> bool:
+    """The first pictures of every method's student of the first seed, under the teacher's; False: no sheet is there."""
+    teacher = folder / f"{data}-teacher.png"
+    if not teacher.is_file():
+        return False
+    lines = [("teacher", teacher)]
+    for row in sorted((r for r in rows if r["data"] == data), key=lambda r: (r["steps"], r["method"])):
+        own = f"{data}-{kind}-{row['method']}-{row['steps']}-{row['seed']}.png"
+        if row["seed"] == 0 and row["kind"] == kind and (folder / own).is_file():
+            lines.append((f"{row['method']}, {row['steps']}", folder / own))
+    pictures = [Image.open(place).convert("RGB") for _, place in lines]
+    side = pictures[0].width // COLUMNS_OF_SHEET
+    label, scale, gap = 150, 2, 3
+    whole = Image.new("RGB", (label + side * scale * COLUMNS_OF_SHEET, (side * scale + gap) * len(lines)), "white")
+    pen = ImageDraw.Draw(whole)
+    for index, ((name, _), picture) in enumerate(zip(lines, pictures, strict=True)):
+        top = index * (side * scale + gap)
+        first = picture.crop((0, 0, side * COLUMNS_OF_SHEET, side))
+        whole.paste(first.resize((first.width * scale, first.height * scale), Image.Resampling.NEAREST), (label, top))
+        pen.text((6, top + side * scale // 2 - 8), name, fill="black", font=ImageFont.load_default(14))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(path, optimize=True)
+    return True
+
+
 def render(folder: Path, images: Path, beside: str) -> str:
     """The Markdown of all cells in ``folder``; plots go to ``images``, and are named as ``beside``/NAME."""
     rows = read(folder)
@@ -122,6 +149,9 @@ def render(folder: Path, images: Path, beside: str) -> str:
             name = f"methods-{data}-{kind}.svg"
             plot(rows, data, kind, images / name)
             parts.append(f"![Distance against calls and against seconds]({beside}/{name})\n")
+            pictures = f"methods-{data}-{kind}.png"
+            if grid(rows, folder, data, kind, images / pictures):
+                parts.append(f"![Every method's pictures of the same noises, seed 0]({beside}/{pictures})\n")
             for steps in sorted({row["steps"] for row in rows if row["seed"] is not None}):
                 lines = table(rows, data, kind, steps)
                 if lines:

@@ -203,6 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
                     continue
                 if cell.data not in arenas:
                     arenas[cell.data] = Arena(cell.data, asked.protocol, scale, cache, asked.teacher)
+                    drawn = sheet(arenas[cell.data].panel.target)
+                    Image.fromarray(drawn).save(asked.output / f"{cell.data}-teacher.png", optimize=True)
                 began = time.monotonic()
                 row, picture = arenas[cell.data].run(cell, seconds, extra)
         except Timeout:

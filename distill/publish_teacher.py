@@ -27,26 +27,24 @@ from redif_sdk.distill.features import embed
 from redif_sdk.distill.teacher import TEACHER_FILE, Teacher
 from redif_sdk.files import atomic_folder
 
-#: What a card says of a data set: licence of the weights, the data, the limits; the teacher's DDIM steps; and whether
-#: its bank of outputs is shipped (in colour it would be larger than the weights: it is sampled where it is needed).
-DATA: dict[str, dict[str, Any]] = {
+#: What a card says of a data set: licence of the weights, the data, the limits, and where the bank is.
+DATA = {
     "fashion-mnist": {
         "licence": "MIT",
         "data": "Fashion-MNIST (Zalando Research, MIT)",
         "limits": "28 x 28 grey garments, ten classes; not a model of people or of fashion at large.",
         "needs": "Debian's\n`dataset-fashion-mnist`",
-        "steps": 50,
-        "bank": True,
+        "bank": "",
     },
     "emoji": {
         "licence": "CC-BY-4.0",
         "data": "Noto Emoji (Google, Apache-2.0), Twemoji (Twitter, CC-BY 4.0), Fluent 3D (Microsoft, MIT)",
         "limits": "32 x 32 pictures in the manner of three emoji sets; few are a character that exists.",
         "needs": "the data\nset that `python -m redif_sdk.distill.emoji` makes",
-        "steps": 25,
-        "bank": False,
+        "bank": ", in the repository; a wheel leaves them out, and\n  they are sampled when they are needed",
     },
 }
+STEPS = 50  # of DDIM, in bank and figures
 REFERENCE_FILE = "reference.npz"
 CARD_IMAGE = "samples.png"
 
@@ -201,7 +199,7 @@ def publish(
         "data": DATA[name]["data"],
         "num_classes": len(train.class_names),
         "class_names": list(train.class_names),
-        "num_inference_steps": DATA[name]["steps"],
+        "num_inference_steps": STEPS,
         "pixel_shuffle": pixel_shuffle,
         "guidance_scale": guidance_scale,
         "null_class": len(train.class_names),
@@ -210,11 +208,7 @@ def publish(
     with atomic_folder(folder, overwrite=True) as staging:
         save_network(network, scheduler, about, staging)
         teacher = Teacher.from_diffusers(staging)
-        if DATA[name]["bank"]:
-            images = write_bank(teacher, staging, on_batch, known=folder)
-        else:  # in the user's cache alone
-            banks = {s: pairs.get(teacher, n, s, on_batch=on_batch)[0] for s, n in pairs.PIXEL_BANK_SIZES.items()}
-            images = {split: teacher.images(part.target).clamp(-1, 1) for split, part in banks.items()}
+        images = write_bank(teacher, staging, on_batch, known=folder)
         real = write_reference(test, staging)
         judge, accuracy = train_classifier(train, test, seed=11)
         held, labels = images["held_out"], teacher.labels(np.arange(len(images["held_out"])))
@@ -258,11 +252,6 @@ def card(about: dict[str, Any], figures: TeacherFigures) -> str:
         f"| {name} | {100 * share:.1f} % |"
         for name, share in zip(about["class_names"], figures.agreement_by_class, strict=True)
     )
-    bank = (
-        "4,096 training and 2,000 held-out outputs as uint8."
-        if said["bank"]
-        else "not in this folder; outputs are sampled when they are needed, and cached."
-    )
     return f"""---
 license: {said["licence"].lower()}
 library_name: diffusers
@@ -272,15 +261,15 @@ tags: [diffusion, class-conditional, {about["name"]}]
 
 ![Samples, one column a class]({CARD_IMAGE})
 
-Samples ({about["num_inference_steps"]} DDIM steps, seeds of the held-out bank; classes in turn, so that a column has
+Samples ({STEPS} DDIM steps, seeds of the held-out bank; classes in turn, so that a column has
 one class), not picked.
 
 - **Model**: diffusers `UNet2DModel`, {figures.parameters / 1e6:.2f} M parameters ({training["architecture"]}), on the
   `pixel_unshuffle(2)` view of the images: {shape}. Apply `torch.nn.functional.pixel_shuffle(x, 2)` to its output.
   v-prediction, squared-cosine schedule, 1000 times, sampled with DDIM, trailing spacing,
-  {about["num_inference_steps"]} steps, eta 0.
+  {STEPS} steps, eta 0.
 - **Guidance**: classifier-free, scale {scale:g}, against entry {about["null_class"]} of the class table ('no class'):
-  two network calls a step, {2 * about["num_inference_steps"]} an image. Bank and figures are of the guided teacher.
+  two network calls a step, {2 * STEPS} an image. Bank and figures are of the guided teacher.
 - **Data**: {about["data"]}, {figures.training_images:,} training images; the {tests} test images were used for the
   reference statistics only.
 - **Licence**: {said["licence"]} (the weights).
@@ -288,9 +277,9 @@ one class), not picked.
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
   {training["label_dropout"]}, seed {training["seed"]},
   {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
-- **Bank**: {bank}
+- **Bank**: 4,096 training and 2,000 held-out outputs as uint8{said["bank"]}.
 
-| figure (2,000 samples of {about["num_inference_steps"]} steps, EfficientNet-Lite0 features) | value |
+| figure (2,000 samples of {STEPS} steps, EfficientNet-Lite0 features) | value |
 |---|---|
 | held-out classifier: accuracy on the real test set | {100 * figures.classifier_accuracy:.2f} % |
 | the same classifier sees the asked class in | {100 * figures.class_agreement:.2f} % |

@@ -88,7 +88,7 @@ def test_a_colour_teacher_is_judged_and_described(folder: Path) -> None:
     assert 0 <= accuracy <= 1
     assert grid(torch.zeros(8, 3, 32, 32), 4).size == (256, 128)
     about = {"name": "emoji", "class_names": list(emoji.CLASSES), "guidance_scale": 1.5, "pixel_shuffle": 2}
-    about |= {"num_inference_steps": 25, "null_class": 27, "data": DATA["emoji"]["data"]}
+    about |= {"null_class": 27, "data": DATA["emoji"]["data"]}
     about["training"] = {"architecture": "unet-32-64-96", "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.999}
     about["training"] |= {"label_dropout": 0.1, "seed": 0, "precision": "fp32", "processor": "one"}
     figures = TeacherFigures(

@@ -276,7 +276,7 @@ one class), not picked.
 - **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
   {training["label_dropout"]}, seed {training["seed"]},
-  {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes on 2 cores.
+  {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes.
 - **Bank**: 4,096 training and 2,000 held-out outputs as uint8{said["bank"]}.
 
 | figure (2,000 samples of {STEPS} steps, EfficientNet-Lite0 features) | value |

@@ -15,7 +15,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="The teacher's classifier-free guidance, if not its own; 1 is none.")
 ]
-Teacher = Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name: fashion-mnist or emoji.")]
+Teacher = Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher: fashion-mnist, emoji.")]
 
 
 def _progress(quiet: bool) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,21 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime before redif_sdk
+
+AMX_PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
+
+
+def keep_off_broken_amx() -> None:
+    """Some virtual machines report AMX and kill whoever uses it: then torch and OpenVINO are told to leave it alone."""
+    processor = Path("/proc/cpuinfo")
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or not processor.is_file() or "amx_bf16" not in processor.read_text():
+        return
+    if subprocess.run([sys.executable, "-c", AMX_PROBE], capture_output=True, check=False).returncode:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+        os.environ["REDIF_CPU_BF16"] = "0"
+
+
+keep_off_broken_amx()
 
 
 @pytest.fixture(scope="session", autouse=True)

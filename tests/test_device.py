@@ -100,6 +100,7 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_another_device_trains_what_the_cpu_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     teacher = make_teacher()
     asked = teacher.predict  # a black box on the CPU, as one behind an API would be
     teacher = replace(teacher, predict=lambda x, t, condition: asked(x.cpu(), t.cpu(), condition).to(x.device))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_other_methods import SCHEDULE, SHAPE, Small, exact
 
-from redif_sdk.distill import DistillConfig, Teacher, draws
+from redif_sdk.distill import DistillConfig, Teacher, draws, precision
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.trainer import Trainer
@@ -70,7 +70,7 @@ def launch(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [sys.executable, *start, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "REDIF_CPU_BF16": "0", "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -78,7 +78,8 @@ def launch(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     done = launch(2, __file__, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"found-{rank}-of-2.pt") for rank in (0, 1))

@@ -273,6 +273,7 @@ def test_a_gain_that_is_too_low_is_found_and_undone(teacher: Teacher) -> None:
     def faded(noise: Tensor, condition: Tensor | None) -> Tensor:
         return student.table.rows[-1, 3].item() * pool.target[: len(noise)] / 1.15
 
+    # a student that is known to be faded, whatever its network: mypy does not let a method be replaced
     student.sample = faded  # type: ignore[method-assign]
     run.context.pairs = pool[:64]
     run.method.finish(run.context, student)

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 START, END = "<!-- cells: made by benchmarks/distillation/render.py -->\n", "<!-- end of cells -->\n"
 Row = dict[str, Any]
 COLUMNS_OF_SHEET = 20
+SHOWN = 12  # of them, in a grid
 
 #: heading -> how a cell's row says it, and the digits that are shown. The first is what ranks.
 COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
@@ -127,11 +128,11 @@ def grid(rows: list[Row], folder: Path, data: str, kind: str, path: Path) -> boo
     pictures = [Image.open(place).convert("RGB") for _, place in lines]
     side = pictures[0].width // COLUMNS_OF_SHEET
     label, scale, gap = 150, 2, 3
-    whole = Image.new("RGB", (label + side * scale * COLUMNS_OF_SHEET, (side * scale + gap) * len(lines)), "white")
+    whole = Image.new("RGB", (label + side * scale * SHOWN, (side * scale + gap) * len(lines)), "white")
     pen = ImageDraw.Draw(whole)
     for index, ((name, _), picture) in enumerate(zip(lines, pictures, strict=True)):
         top = index * (side * scale + gap)
-        first = picture.crop((0, 0, side * COLUMNS_OF_SHEET, side))
+        first = picture.crop((0, 0, side * SHOWN, side))
         whole.paste(first.resize((first.width * scale, first.height * scale), Image.Resampling.NEAREST), (label, top))
         pen.text((6, top + side * scale // 2 - 8), name, fill="black", font=ImageFont.load_default(14))
     path.parent.mkdir(parents=True, exist_ok=True)

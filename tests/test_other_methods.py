@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from redif_sdk.distill import pairs as pool
+from redif_sdk.distill import precision
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.examine import examine_teacher
 from redif_sdk.distill.fake_score import clean_at, levels, noised
@@ -220,8 +221,11 @@ def test_consistency_finds_the_end_of_the_path_from_everywhere_on_it(teacher: Te
         policy.sample(pairs.noise, None)
 
 
-def test_a_consistency_table_runs_by_numpy_and_as_lcm_as_in_training(teacher: Teacher) -> None:
+def test_a_consistency_table_runs_by_numpy_and_as_lcm_as_in_training(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The noise between the rows is index-keyed: what training draws is what a deployer draws for the same seeds."""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     run = trainer(teacher, "consistency", num_inference_steps=4, updates=1)
     policy = run.run()
     held, _ = pool.get(teacher, 6, "held_out")

@@ -1,14 +1,17 @@
 """Who judges, and under which controls. No network here gives a reward, and none but the validation's is tuned on.
 
 The test protocol: ImageNet's EfficientNet-Lite0, and a classifier trained on the real images (seed 2). The validation
-protocol: another classifier (seed 3), on other noises. The primary control, fixed beforehand, is the gain: the scalar
-on the output, out of a grid of 2 %, that brings the distance lowest. Beside it: gain and unsharp, and the std match.
+protocol, on other noises: another classifier (seed 3), and EfficientNet-Lite1, whose weights are its own but whose
+training data is the same; it was added when it was plain that a classifier alone does not see texture. The primary
+control, fixed beforehand, is the gain: the scalar on the output, out of a grid of 2 %, that brings the distance lowest.
+Beside it: gain and unsharp, and the std match.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +198,8 @@ class Panel:
     def of(cls, protocol: str, data: str, target: Tensor, cache: Path, *, judge_updates: int = 1000) -> Panel:
         own = embedder(classifier(data, SEEDS[protocol], cache, judge_updates))
         if protocol == "validation":
-            return cls(target, [Reference("classifier-3", own, target)])
+            sibling = Reference("efficientnet-lite1-32px", partial(features.embed, size=1), target)
+            return cls(target, [Reference("classifier-3", own, target), sibling])
         real = torch.tensor(load(data, "test").images[: 4 * len(target)]).float() / 127.5 - 1
         return cls(
             target,

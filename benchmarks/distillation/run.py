@@ -210,13 +210,15 @@ def main(arguments: list[str] | None = None) -> None:
         except Timeout:
             continue  # another process is at it
         written = document("benchmarks/distillation", [row], threads=torch.get_num_threads(), scale=asdict(scale))
-        Image.fromarray(np.asarray(picture)).save(path.with_suffix(".png"), optimize=True)
+        if cell.seed == 0:  # which the page shows
+            Image.fromarray(np.asarray(picture)).save(path.with_suffix(".png"), optimize=True)
         atomic_write(path, (json.dumps(written, indent=1) + "\n").encode())
-        first = row["judged"][0]
+        first, second = row["judged"]
         print(
             f"{path.stem}: FD {first['fd_teacher']:.2f}, gain {first['fd_teacher_gain']:.2f} ({first['gain']}), "
             f"unsharp {first['fd_teacher_unsharp']:.2f}, mse {row['mse']:.4f}, HF {row['high_frequency']:.2f}, "
-            f"recall {first['recall']:.2f}, {time.monotonic() - began:.0f} s",
+            f"recall {first['recall']:.2f}, {time.monotonic() - began:.0f} s; {second['features']}: "
+            f"FD {second['fd_teacher']:.2f}, gain {second['fd_teacher_gain']:.2f} ({second['gain']})",
             flush=True,
         )
 

@@ -46,17 +46,14 @@ class Dmd2(Method):
             return
         fake = self._begin(context)
         output = context.policy.sample(batch.noise, batch.condition)
-        detached = output.detach()
-        learnt = [fake.learn(detached, batch.condition, generator) for _ in range(config.fake_updates)]
-        direction = fake.difference(detached, batch.condition, generator)
+        matching, fake_loss = fake.matching(output, batch.condition, generator, config.fake_updates)
         residual = visible_residual(output, batch.target, context.bounds)
-        loss = config.step_delta * (direction * output).mean() + config.anchor * error(residual, config.huber)
-        figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": sum(learnt) / len(learnt)}
+        loss = config.step_delta * matching + config.anchor * error(residual, config.huber)
+        figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": fake_loss}
         if self.discriminator is not None:
-            figures |= self.discriminator.learn(context, detached, batch, generator)
-            loss = (
-                loss - config.gan_weight * self.discriminator(context.images(output), detached, batch.condition).mean()
-            )
+            figures |= self.discriminator.learn(context, output.detach(), batch, generator)
+            fooled = self.discriminator(context.images(output), output.detach(), batch.condition).mean()
+            loss = loss - config.gan_weight * fooled
         yield loss, figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill import draws
+from redif_sdk.distill.fake_score import FakeScore
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.pairs import Pairs
@@ -51,9 +52,13 @@ def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
 class SameStateGroups:
     context: Context
     exploration: Exploration
+    fake: FakeScore | None = None  # for the supervised term: distribution matching
 
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
-        """One loss: -2 <d, mu> + anchor |mu - teacher|^2; d is the score direction at an rms of ``step_delta``."""
+        """One loss: -2 <d, mu> + anchor |mu - teacher|^2; d is the score direction at an rms of ``step_delta``.
+
+        In a ``matching_share`` of the updates with DMD's term, weighted by ``matching``.
+        """
         policy, config = self.context.policy, self.context.config
         rows = policy.num_inference_steps
         pathwise = config.estimator == "pathwise"
@@ -78,6 +83,9 @@ class SameStateGroups:
         figures |= learnt
         residual = visible_residual(output, batch.target, self.context.bounds)
         loss = config.anchor * error(residual, config.huber) - 2 * (direction * mean).mean()
+        if self.fake is not None and float(torch.rand((), generator=generator)) < config.matching_share:
+            matching, fake_loss = self.fake.matching(output, batch.condition, generator, config.fake_updates)
+            loss, figures = loss + config.matching * matching, figures | {"fake_loss": fake_loss}
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
 
     def _direction(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from redif_sdk.distill.fake_score import FakeScore
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.groups import SameStateGroups, TrajectoryGroups
 from redif_sdk.distill.methods.regression import Regression
@@ -32,6 +33,7 @@ class ReDiF(Method):
         self.warm_up = Regression()
         self.exploration: Exploration | None = None
         self.reference: nn.Module | None = None
+        self.fake: FakeScore | None = None
 
     def prepare(self, context: Context) -> None:
         """The schedule policy. K = 1 has no times to learn."""
@@ -49,7 +51,8 @@ class ReDiF(Method):
             self._begin(context)
         assert self.exploration is not None
         if context.config.estimator != "trajectory":
-            yield from SameStateGroups(context, self.exploration).losses(batch, generator, check=first)
+            groups = SameStateGroups(context, self.exploration, self.fake)
+            yield from groups.losses(batch, generator, check=first)
         else:
             yield from TrajectoryGroups(context, self.exploration, self.reference).losses(batch, generator, check=first)
 
@@ -77,12 +80,15 @@ class ReDiF(Method):
             self.exploration = Exploration.white(elements, context.device)
         if trajectory and config.kl:
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+        if config.matching and not trajectory:
+            self.fake = FakeScore.make(context)
 
     def state_dict(self) -> dict[str, Any]:
         explored, reference = self.exploration, self.reference
         return {
             "exploration": None if explored is None else (explored.basis, explored.scales, explored.tau),
             "reference": None if reference is None else reference.state_dict(),
+            "fake": None if self.fake is None else self.fake.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
@@ -92,3 +98,6 @@ class ReDiF(Method):
         if state["reference"] is not None:
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
             self.reference.load_state_dict(state["reference"])
+        if state["fake"] is not None:
+            self.fake = FakeScore.make(context)
+            self.fake.load_state_dict(state["fake"])

@@ -100,7 +100,7 @@ def test_the_whole_benchmark_at_a_toy_budget(
         written = json.loads(path.read_text())
         (rows[path.stem],) = written["rows"]
         assert path.with_suffix(".png").is_file() == (rows[path.stem]["seed"] == 0)
-    assert len(rows) == 2 * 2 + 3 * len(method_names())
+    assert len(rows) == 2 * 2 + 3 * len(method_names()) - 1  # at equal seconds regression is not run again
     at_equal_cost = [row for row in rows.values() if row["kind"] == "forward_equivalents" and row["seed"] == 0]
     for row in at_equal_cost:
         assert row["budget"]["forward_equivalents"] >= run.SMOKE.budget

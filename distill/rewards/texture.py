@@ -12,24 +12,27 @@ from torch.nn import functional as F
 
 from redif_sdk.distill.rewards.feature import period
 
-#: Differences along x, along y, to the four neighbours' mean, along a diagonal: (4, 1, 3, 3).
-STENCILS = [
-    [[0, 0, 0], [-1, 0, 1], [0, 0, 0]],
-    [[0, -1, 0], [0, 0, 0], [0, 1, 0]],
-    [[0, -1, 0], [-1, 4, -1], [0, -1, 0]],
-    [[1, 0, -1], [0, 0, 0], [-1, 0, 1]],
-]
 WINDOW = 5  # pixels of the local mean
 FLOOR = 1e-3  # added under the root: an energy of less is no detail that is seen
 
 
 def energy(images: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> local energies (B, 4, h, w), h about H / 2; channels are averaged."""
-    batch, channels = images.shape[:2]
-    stencils = torch.tensor(STENCILS, dtype=images.dtype, device=images.device)[:, None] / 2
-    flat = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
-    squares = F.conv2d(flat, stencils) ** 2
-    return (F.avg_pool2d(squares.unflatten(0, (batch, channels)).mean(1), WINDOW, 2) + FLOOR).sqrt()
+    """(B, C, H, W) in [-1, 1] -> local energies (B, 4, h, w), h about H / 2; channels are averaged.
+
+    Of differences along x, along y, to the four neighbours' mean, and along x of that along y.
+    """
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")  # shifted views: several times as fast as a convolution
+    up, down, left, right = padded[..., :-2, :], padded[..., 2:, :], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
+    above, below = up[..., 1:-1], down[..., 1:-1]
+    slope = down - up
+    differences = (
+        right - left,
+        slope[..., 1:-1],
+        4 * images - above - below - left - right,
+        slope[..., 2:] - slope[..., :-2],
+    )
+    squares = torch.stack([difference.square().mean(1) for difference in differences], 1) / 4
+    return (F.avg_pool2d(squares, WINDOW, 2) + FLOOR).sqrt()
 
 
 class TextureReward:

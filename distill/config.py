@@ -43,6 +43,9 @@ class DistillConfig(BaseModel):
     exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
     exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")
     step_delta: float = Field(0.15, gt=0, description="redif, draft, dmd2: rms step of x0 along the direction.")
+    supervision: Literal["rollout", "trajectory"] = Field(
+        "rollout", description="regression: of the output, or each row."
+    )
     huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
     anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
     matching: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")

@@ -79,10 +79,13 @@ def weights(run: Trainer) -> Tensor:
     return torch.cat([value.flatten() for value in run.context.policy.network.state_dict().values()])
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("name", [*sorted(METHODS), "redif with matching"])
+def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path, name: str) -> None:
     """What a method keeps (a fake score and its optimiser, a stage's teacher, a reference) is in the checkpoint."""
-    settings = {"kl": 0.1, "num_inference_steps": 1} if method == "grpo" else {"num_inference_steps": 2}
+    method = name.split()[0]
+    settings: dict[str, object] = {"kl": 0.1, "num_inference_steps": 1} if method == "grpo" else {}
+    if method != name:
+        settings = {"matching": 1.0, "matching_share": 0.7}
     whole = trainer(teacher, method, tmp_path / "whole", **settings)
     whole.run()
     first = trainer(teacher, method, tmp_path / "cut", **settings)
@@ -96,6 +99,51 @@ def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path
     assert not torch.equal(weights(whole), weights(trainer(teacher, method, **settings)))
     counted = [run.meter.forward_equivalents for run in (whole, second)]
     assert counted[0] == counted[1] > 0
+
+
+def test_regression_along_the_trajectory_supervises_every_row_by_itself(teacher: Teacher) -> None:
+    run = trainer(teacher, "regression", num_inference_steps=3, supervision="trajectory", updates=200)
+    run._step(run.progress)
+    assert run.meter.student_calls == 2 * 16  # the states of the rows after the first
+    assert run.meter.gradient_samples == 3 * 16
+    policy, pairs = run.context.policy, run.pairs
+
+    def errors() -> Tensor:
+        with torch.no_grad():
+            states = policy.states(pairs.noise, None)
+            rows = [policy.estimate(k, state, None) - pairs.target for k, state in enumerate(states)]
+        return torch.stack([row.pow(2).mean() for row in rows])
+
+    before = errors()
+    run.run()
+    assert (errors() < 0.7 * before).all()
+
+
+def test_matching_is_in_a_share_of_redifs_updates(teacher: Teacher) -> None:
+    """The supervised term finds the distribution that the reward says nothing of, at the cost of its share."""
+    settings: dict[str, object] = {
+        "num_inference_steps": 1,
+        "updates": 250,
+        "anchor": 0.0,
+        "batch_size": 64,
+        "learning_rate": 3e-3,
+        "fake_learning_rate": 3e-3,
+        "step_delta": 0.01,
+        "fake_updates": 1,
+    }
+    run = trainer(teacher, "redif", matching=0.3, matching_share=0.5, **settings)
+
+    def distance() -> float:
+        with torch.no_grad():
+            output = run.context.policy.sample(run.pairs.noise, None)
+        return float((output.mean() - MEAN).abs())
+
+    before = distance()
+    run.run()
+    assert distance() < 0.5 * before
+    matched = run.meter.teacher_calls / 64
+    assert 95 < matched < 155
+    assert run.meter.gradient_samples == 64 * (250 + matched)
 
 
 def test_progressive_halves_the_steps(teacher: Teacher) -> None:

@@ -1,7 +1,9 @@
-"""Regression through the rollout: the squared error of the student's final output to the teacher's.
+"""Regression: the squared error of the student's output to the teacher's.
 
 The plain supervised baseline (Luhman and Luhman 2021, "Knowledge distillation in iterative generative models", with K
-calls in place of one), and the warm start of ReDiF.
+calls in place of one), and the warm start of ReDiF. Through the rollout only the final output counts, and gradients
+flow through all rows. Along the trajectory every row's clean image counts, at the states that the student's own rollout
+visits (as in DAgger, Ross et al. 2011), and each row by itself.
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ class Regression(Method):
     rewarded = False
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        output = context.policy.sample(batch.noise, batch.condition)
-        residual = visible_residual(output, batch.target, context.bounds)
-        yield error(residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}
+        policy = context.policy
+        if context.config.supervision == "trajectory":
+            with torch.no_grad():
+                states = policy.states(batch.noise, batch.condition)
+            outputs = [policy.estimate(row, state, batch.condition) for row, state in enumerate(states)]
+        else:
+            outputs = [policy.sample(batch.noise, batch.condition)]
+        residuals = [visible_residual(output, batch.target, context.bounds) for output in outputs]
+        loss = torch.stack([error(residual, context.config.huber) for residual in residuals]).mean()
+        yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}

@@ -50,6 +50,7 @@ class DistillConfig(BaseModel):
     anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
     matching: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")
     matching_share: float = Field(1.0, gt=0, le=1, description="redif: share of the updates that have that term.")
+    gradient_rows: int = Field(0, ge=0, description="redif, draft: last rows that gradients reach; 0: all.")
     earlier_rows: float = Field(0.0, ge=0, le=1, description="same-state: share of updates at rows before the last.")
     delta_over_e: float = Field(0.01, gt=0, description="trajectory: the clip range as a change of the mean over e.")
     kl: float = Field(0.0, ge=0, description="trajectory: weight of the KL to the network that the phase began with.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.distillation import black_box, judges, render, run
+from benchmarks.distillation import black_box, judges, overhead, render, run
 from redif_sdk.distill.data import data_folder
 from redif_sdk.distill.methods import method_names
 from redif_sdk.errors import InvalidRequest
@@ -81,6 +81,14 @@ def test_the_tables_mark_the_best_and_what_overlaps_it(tmp_path: Path) -> None:
     assert (page.parent / "images" / "methods-made-up-forward_equivalents.svg").is_file()
     render.main([str(tmp_path), "-o", str(page)])
     assert page.read_text() == text
+
+
+def test_where_a_curve_reaches_a_level() -> None:
+    curve = [(100.0, 9.0), (400.0, 5.0), (800.0, 5.5), (1600.0, 3.0)]
+    assert overhead.crossing(curve, 9.5) == 100
+    assert overhead.crossing(curve, 7.0) == pytest.approx(200)  # half way down, on a log scale of cost
+    assert overhead.crossing(curve, 5.0) == pytest.approx(400)
+    assert overhead.crossing(curve, 2.0) is None
 
 
 @pytest.mark.slow  # nearly three minutes: make bench-distill-smoke

@@ -119,6 +119,26 @@ def test_regression_along_the_trajectory_supervises_every_row_by_itself(teacher:
     assert (errors() < 0.7 * before).all()
 
 
+@pytest.mark.parametrize("method", ["redif", "draft"])
+def test_gradients_of_the_last_rows_alone_cost_less(teacher: Teacher, method: str) -> None:
+    run = trainer(teacher, method, num_inference_steps=3, gradient_rows=1, schedule_updates=0)
+    policy, batch = run.context.policy, run.pairs[:16]
+    run.meter.student_calls = run.meter.gradient_samples = 0
+    truncated = policy.sample(batch.noise, None, 1)
+    assert torch.equal(truncated, policy.sample(batch.noise, None))
+    states = policy.states(batch.noise, None)
+    (own,) = torch.autograd.grad(truncated.sum(), next(policy.network.parameters()), retain_graph=True)
+    last = policy.finish(2, states[2].detach(), policy.estimate(2, states[2].detach(), None), None)
+    (wanted,) = torch.autograd.grad(last.sum(), next(policy.network.parameters()))
+    assert torch.allclose(own, wanted)
+    run.meter.student_calls = run.meter.gradient_samples = 0
+    run._step(0.5)
+    if method == "draft":
+        assert (run.meter.student_calls, run.meter.gradient_samples) == (2 * 16, 16)
+    else:
+        assert run.meter.gradient_samples == 16
+
+
 def test_matching_is_in_a_share_of_redifs_updates(teacher: Teacher) -> None:
     """The supervised term finds the distribution that the reward says nothing of, at the cost of its share."""
     settings: dict[str, object] = {

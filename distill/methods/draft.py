@@ -36,7 +36,7 @@ class Draft(Method):
         if progress < config.warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
-        output = context.policy.sample(batch.noise, batch.condition)
+        output = context.policy.sample(batch.noise, batch.condition, config.gradient_rows)
         learnt = context.advantage.learn(context, output, batch, generator)
         gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
         residual = visible_residual(output, batch.target, context.bounds)

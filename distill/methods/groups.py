@@ -64,7 +64,7 @@ class SameStateGroups:
         pathwise = config.estimator == "pathwise"
         last = rows == 1 or pathwise or float(torch.rand((), generator=generator)) >= config.earlier_rows
         if last:
-            mean = output = policy.sample(batch.noise, batch.condition)  # gradients flow through the whole rollout
+            mean = output = policy.sample(batch.noise, batch.condition, config.gradient_rows)
             row, state = rows - 1, batch.noise
             if check:
                 with torch.no_grad():

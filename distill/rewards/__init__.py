@@ -162,7 +162,10 @@ class Advantage:
 
     @torch.no_grad()
     def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Tensor]:
-        """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) or (N, h, w) each."""
+        """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) or (N, h, w) each.
+
+        Targets may be fewer, where outputs are groups of them one after the other.
+        """
         return self._judged(self.rewards, outputs, self.images(outputs), targets, condition, 1)
 
     def _judged(
@@ -175,9 +178,11 @@ class Advantage:
         passes: int,
     ) -> list[Tensor]:
         """``passes``: what a call costs in forward ones: 3 where its gradient is taken."""
-        wanted, values = self.images(targets), []
+        repeats, values = (len(outputs) // len(targets), 1, 1, 1), []
+        wanted = self.images(targets).repeat(repeats)
         for index, (reward, _) in enumerate(rewards):
-            given = (outputs, targets) if getattr(reward, "space", "images") == "latents" else (images, wanted)
+            in_latents = getattr(reward, "space", "images") == "latents"
+            given = (outputs, targets.repeat(repeats)) if in_latents else (images, wanted)
             value = reward(*given, condition).float().to(images.device)
             if (index, len(images)) not in self._costs:
                 self._costs[index, len(images)] = flops(reward, given[0].detach(), given[1], condition)
@@ -203,9 +208,8 @@ class Advantage:
         ``by_place``: (G, B, H, W) where a reward gives a map, each place's advantage being that of the map around it.
         """
         group, batch = outputs.shape[:2]
-        wanted = targets.expand(group, *targets.shape).flatten(0, 1)
         labels = None if condition is None else condition.repeat(group)
-        values = self.values(outputs.flatten(0, 1), wanted, labels)
+        values = self.values(outputs.flatten(0, 1), targets, labels)
         by_place = by_place and any(value.dim() == 3 for value in values)
         total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()), device=outputs.device)
         pixels = self.images(targets[:1]).shape[-2] if by_place else 0

@@ -268,7 +268,8 @@ class _Page:
         outputs = [self.gallery, self.compared, self.formed, self.report, self.details]
         address = [self.student, self.prompt, self.steps, self.seed, self.number]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-        running: dict[str, Any] = {"show_progress": "minimal", "concurrency_id": "pictures"}
+        # The report says how far it is. Gradio's own sign would often say "Error" over a run that was cancelled.
+        running: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "pictures"}
         unnamed: dict[str, Any] = {**running, "api_visibility": "private"}
 
         drawn = self.generate.click(
@@ -300,13 +301,8 @@ class _Page:
             outputs,
             **unnamed,
         )
-        self.cancel.click(
-            lambda: "Cancelled. What was finished stays.",
-            None,
-            self.report,
-            cancels=[made, by_key, shown, followed],
-            **hidden,
-        )
+        ended = self.cancel.click(None, cancels=[made, by_key, shown, followed])
+        ended.then(lambda: "Cancelled. What was finished stays.", None, self.report, **hidden)  # nothing comes after it
         self.random.click(lambda: (random_seed(), True), None, [self.seed, self.keep], **hidden)
         self.share.click(None, address, self.link, js=style.share(many))
         self.student.input(

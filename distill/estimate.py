@@ -61,7 +61,7 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
         pool_seconds=round(pool_seconds, 3),
         updates=updates,
         training_seconds=round(training, 1),
-        forward_equivalents=round(cost * training / each),
+        forward_equivalents=round(cost * (training / each if updates is None else updates)),
         peak_memory_mb=round(_peak_memory(), 1),
     )
 

@@ -7,6 +7,7 @@ likelihood, the last one and K = 1 included; at deployment e = 0. No reward and 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -41,12 +42,16 @@ class Meter:
 
 @dataclass
 class StudentPolicy:
-    """A network, called as ``(x, t, condition) -> f``, and a step table; ``schedule`` is where its times live."""
+    """A network, called as ``(x, t, condition) -> f``, and a step table; ``schedule`` is where its times live.
+
+    ``exact``: in float32, as it is exported and served. Training computes in bfloat16 where that is faster.
+    """
 
     network: nn.Module
     table: StepTable
     schedule: NoiseSchedule | None = None
     meter: Meter = field(default_factory=Meter)
+    exact: bool = False
 
     @property
     def num_inference_steps(self) -> int:
@@ -62,7 +67,7 @@ class StudentPolicy:
         else:
             self.meter.student_calls += len(x)
         t = torch.full((len(x),), float(self.table.timesteps[k]), device=x.device)
-        with autocast(x.device.type):
+        with nullcontext() if self.exact else autocast(x.device.type):
             f = self.network(x, t, condition)
         mean: Tensor = self.table.clean(k, x, f.float())
         return mean

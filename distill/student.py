@@ -63,7 +63,7 @@ class Student:
 
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
         table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
-        return StudentPolicy(self.network, table, self.teacher.schedule)
+        return StudentPolicy(self.network, table, self.teacher.schedule, exact=True)
 
     def manifest(self, name: str) -> Manifest:
         teacher = self.teacher

@@ -202,7 +202,8 @@ class Trainer:
             log.close()
         if tracker:
             tracker.finish()
-        student = StudentPolicy(merged(self.ema), self.context.policy.table, self.teacher.schedule, self.meter)
+        table = self.context.policy.table
+        student = StudentPolicy(merged(self.ema), table, self.teacher.schedule, self.meter, exact=True)
         self.method.finish(self.context, student)
         student.network.cpu()  # judged, saved and exported there
         return student

@@ -72,7 +72,8 @@ def verify(
     device, num_inference_steps, batch, size, max_abs, mean_abs, relative_rmse, psnr (dB), nonfinite (values), measure
     and threshold (what was asked of it), passed. An undefined figure, such as the psnr of equal pictures, is None. An
     engine that cannot be had for a precision gives one row with the `reason`, and None for the rest: it is not passed.
-    A bf16 graph that no engine here computes is checked by emulation (runtime "emulated", see `emulate.py`).
+    A bf16 graph that no engine here computes is checked by emulation (runtime "emulated", see `emulate.py`); so is the
+    fused one where the engine is OpenVINO, which is given the network alone.
 
     `precisions`, `batches` and `sizes` (height, width in pixels) restrict the checks to some of what was recorded.
 
@@ -125,17 +126,22 @@ def _check_precision(
     """The rows of one precision's graphs in every engine."""
     rows: list[dict[str, Any]] = []
     absent: list[dict[str, Any]] = []
+    left = {graph.file: graph for graph in graphs if graph.precision == "bf16"}  # to be emulated
     for engine in engines:
         try:
             for graph in graphs:
                 if graph.component == "denoiser" or not steps_alone(engine, graph.precision):
                     rows += _check_graph(load(engine, student, graph), records)
+                    left.pop(graph.file, None)
         except RuntimeUnavailable as error:
             absent.append(_absent(engine, graphs[0].precision, str(error)))
-    if not rows and graphs[0].precision == "bf16":
-        rows = [
-            row for graph in graphs for row in _check_graph(Emulated.load(student, graph, RuntimeOptions()), records)
-        ]
+    for graph in left.values():
+        try:
+            rows += _check_graph(Emulated.load(student, graph, RuntimeOptions()), records)
+        except RuntimeUnavailable as error:
+            if not rows:
+                raise
+            absent.append(_absent("emulated", graph.precision, str(error)))
     return rows + absent
 
 

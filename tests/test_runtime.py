@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,6 @@ from redif_sdk import FastPipeline, runtimes
 from redif_sdk.errors import IntegrityError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.runtimes import RUNTIMES, Engine, RuntimeOptions, ort
-
-#: Where the tests keep off AMX (conftest.py), OpenVINO still takes bfloat16 for what the processor has.
-limited_bf16 = pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="bfloat16 is limited on this machine")
 
 needs_no_gpu = pytest.mark.skipif(
     ort.CUDA in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is installed here"
@@ -211,7 +210,16 @@ def test_a_provider_runs_on_its_own_device(tiny_student: Path) -> None:
         )
 
 
-@limited_bf16
+def test_openvino_s_plugin_is_told_the_graph_s_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it computes fp32 graphs in bfloat16 where that is fast."""
+    plugin = pytest.importorskip("onnxruntime_ep_openvino")
+    cpu = SimpleNamespace(ep_name=plugin.get_ep_name(), device=SimpleNamespace(type=SimpleNamespace(name="CPU")))
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [cpu])
+    for precision, hint in (("fp32", "f32"), ("int8", "f32"), ("bf16", "bf16")):
+        target = ort._target(RuntimeOptions(provider="onnxruntime-ep-openvino"), "graph", precision)
+        assert json.loads(target.settings["load_config"]) == {"CPU": {"INFERENCE_PRECISION_HINT": hint}}
+
+
 def test_a_plugin_provider(tiny_student: Path) -> None:
     """Of a package of its own, on plain onnxruntime. This one serves Intel's processors alone."""
     plugin = pytest.importorskip("onnxruntime_ep_openvino")

@@ -9,6 +9,7 @@ and refuse loudly where they cannot be had; they were not run on a GPU.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -41,6 +42,7 @@ if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # as `redif_sdk` sets it; Wi
 
 VERSION: str = onnxruntime.__version__
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"  # a plugin's
 
 #: The providers that ONNX Runtime's own packages hold: the device of each, and the package that has it.
 PROVIDERS = {
@@ -87,11 +89,11 @@ class Target(NamedTuple):
     plugin: tuple[Any, ...] = ()  # OrtEpDevice
 
 
-def _target(options: RuntimeOptions, prefix: str) -> Target:
+def _target(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Target:
     """The provider and device that `options` ask for. `prefix` is the graph's own: TensorRT caches engines by it."""
     kind, index = parse_device(options.device)
     if options.provider is not None and options.provider not in PROVIDERS:
-        return _plugin(options.provider, kind)
+        return _plugin(options.provider, kind, precision)
     if options.provider is not None:
         provider = options.provider
         if kind not in ("auto", PROVIDERS[provider][0]):
@@ -118,7 +120,13 @@ def _target(options: RuntimeOptions, prefix: str) -> Target:
     return Target(provider, f"{kind}:{index}" if kind in ("cuda", "dml") else kind, settings)
 
 
-def _plugin(package: str, kind: str) -> Target:
+def _openvino_precision(place: str, precision: str) -> dict[str, str]:
+    """OpenVINO computes in bfloat16 wherever it is fast, whatever the graph says, unless it is told not to."""
+    hint = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
+    return {"load_config": json.dumps({place.upper(): {"INFERENCE_PRECISION_HINT": hint}})}
+
+
+def _plugin(package: str, kind: str, precision: str) -> Target:
     """A provider from a package of its own, such as ``onnxruntime_ep_openvino``. Raises RuntimeUnavailable."""
     module = package.replace("-", "_")
     if not module.isidentifier() or find_spec(module) is None:
@@ -138,7 +146,8 @@ def _plugin(package: str, kind: str) -> Target:
     kinds = [device.device.type.name.lower() for device in found]
     for place in dict.fromkeys(["cpu", "gpu", "npu"] if kind == "auto" else [kind]):
         if place in kinds:
-            return Target(name, place, {}, tuple(d for d, k in zip(found, kinds, strict=True) if k == place)[:1])
+            settings = _openvino_precision(place, precision) if name == OPENVINO else {}
+            return Target(name, place, settings, tuple(d for d, k in zip(found, kinds, strict=True) if k == place)[:1])
     wanted = "device" if kind == "auto" else f"device {kind}"
     raise RuntimeUnavailable(
         f"{name} offers no {wanted} on this machine (it offers: {', '.join(dict.fromkeys(kinds)) or 'none'}); "
@@ -225,7 +234,7 @@ class OnnxRuntime:
             raise InvalidRequest(
                 "engine_dir is for TensorRT's runtimes; onnxruntime keeps what it compiles in cache_dir"
             )
-        target = _target(options, f"redif-{student.sha256(graph.file)[:16]}")
+        target = _target(options, f"redif-{student.sha256(graph.file)[:16]}", graph.precision)
         if graph.precision == "bf16" and target.provider == CPU:
             raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
         model, data = student.read_graph(graph)

@@ -20,7 +20,7 @@ from redif_sdk.distill.methods.groups import TrajectoryGroups, check_drift, scor
 from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names
+from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
 from redif_sdk.distill.schedule_policy import learn_times, times_of
 from redif_sdk.distill.teacher import Teacher, check_deterministic
 from redif_sdk.distill.trainer import Trainer
@@ -257,6 +257,16 @@ def test_texture_is_blind_to_form_and_sees_blur() -> None:
     assert reward(sharp, sharp, None).abs().max() == 0
     same_kind, blur = (float(reward(images, sharp, None).mean()) for images in (other, blurred))
     assert blur < 3 * same_kind < 0
+
+
+def test_texture_averages_energies_over_windows_and_compares_each_group_with_its_targets() -> None:
+    draw = torch.Generator().manual_seed(0)
+    maps = torch.rand(3, 4, 17, 12, generator=draw)
+    pooled = torch.nn.functional.avg_pool2d(maps, texture.WINDOW, 2)
+    torch.testing.assert_close(texture._pooled(maps), pooled)
+    images, targets = (torch.rand(n, 1, 12, 12, generator=draw) for n in (150, 3))
+    reward = TextureReward()
+    torch.testing.assert_close(reward(images, targets, None), reward(images, targets.repeat(50, 1, 1, 1), None))
 
 
 def test_a_far_pixel_does_not_change_the_map() -> None:

@@ -43,9 +43,11 @@ def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
 
     ``advantage`` is (G, B), or (G, B, H, W): then every place has its own.
     """
-    if advantage.dim() == 2:
-        return torch.einsum("gb,gbchw->bchw", advantage, xi) / len(xi)
-    return torch.einsum("gbhw,gbchw->bchw", advantage, xi) / len(xi)
+    weights = advantage[:, :, None, None, None] if advantage.dim() == 2 else advantage[:, :, None]
+    direction = torch.zeros_like(xi[0])
+    for weight, drawn in zip(weights, xi, strict=True):  # several times as fast as einsum
+        direction.addcmul_(weight, drawn)
+    return direction / len(xi)
 
 
 @dataclass

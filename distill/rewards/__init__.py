@@ -52,7 +52,8 @@ class Reward(Protocol):
     A reward that is learnt beside the student also has ``learn(context, outputs, batch, generator)``, called once an
     update before it judges, ``state_dict()`` and ``load_state_dict(state, context)``. With the attribute ``space`` =
     "latents" it is given latents, unclamped, in place of images. With ``local`` it judges around the outputs that it
-    learnt from in this update, and nothing else.
+    learnt from in this update, and nothing else. With ``grouped`` it is given each target once, where images are groups
+    of as many, one after the other.
     """
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor: ...
@@ -179,10 +180,12 @@ class Advantage:
     ) -> list[Tensor]:
         """``passes``: what a call costs in forward ones: 3 where its gradient is taken."""
         repeats, values = (len(outputs) // len(targets), 1, 1, 1), []
-        wanted = self.images(targets).repeat(repeats)
+        wanted = self.images(targets)
         for index, (reward, _) in enumerate(rewards):
             in_latents = getattr(reward, "space", "images") == "latents"
-            given = (outputs, targets.repeat(repeats)) if in_latents else (images, wanted)
+            given = (outputs, targets) if in_latents else (images, wanted)
+            if not getattr(reward, "grouped", False):
+                given = (given[0], given[1].repeat(repeats))
             value = reward(*given, condition).float().to(images.device)
             if (index, len(images)) not in self._costs:
                 self._costs[index, len(images)] = flops(reward, given[0].detach(), given[1], condition)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redif_sdk.distill.rewards.feature import period
-
 WINDOW = 5  # pixels of the local mean
 AT_ONCE = 64  # images whose differences stay in the processor's cache
 FLOOR = 1e-3  # added under the root: an energy of less is no detail that is seen
@@ -33,7 +31,17 @@ def energy(images: Tensor) -> Tensor:
         slope[..., 2:] - slope[..., :-2],
     )
     squares = torch.stack([difference.square().mean(1) for difference in differences], 1) / 4
-    return (F.avg_pool2d(squares, WINDOW, 2) + FLOOR).sqrt()
+    return (_pooled(squares) + FLOOR).sqrt()
+
+
+def _pooled(maps: Tensor) -> Tensor:
+    """``avg_pool2d(maps, WINDOW, 2)``, rows by sums and columns by a product: several times as fast."""
+    height, width = ((side - WINDOW) // 2 + 1 for side in maps.shape[-2:])
+    rows = maps[..., 0 : 2 * height - 1 : 2, :]
+    for k in range(1, WINDOW):
+        rows = rows + maps[..., k : k + 2 * height - 1 : 2, :]
+    place = torch.arange(maps.shape[-1], device=maps.device)[:, None] - 2 * torch.arange(width, device=maps.device)
+    return rows @ (((place >= 0) & (place < WINDOW)).to(maps.dtype) / WINDOW**2)
 
 
 class TextureReward:
@@ -41,9 +49,14 @@ class TextureReward:
 
     name = "texture"
     reach = 1 + WINDOW // 2
+    grouped = True
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        repeats = period(targets)
-        wanted = energy(targets[:repeats]).repeat(len(images) // repeats, 1, 1, 1)
-        found = torch.cat([energy(part) for part in images.split(AT_ONCE)])
-        return -((found - wanted) ** 2).mean(1)
+        wanted = energy(targets)
+        count = max(1, AT_ONCE // len(wanted)) * len(wanted)
+        return torch.cat([self._compare(part, wanted) for part in images.split(count)])
+
+    @staticmethod
+    def _compare(images: Tensor, wanted: Tensor) -> Tensor:
+        groups = energy(images).unflatten(0, (-1, len(wanted)))
+        return -(groups - wanted).square().mean(2).flatten(0, 1)

@@ -59,6 +59,9 @@ def distill_command(
     step_delta: Annotated[float, typer.Option(help="redif: rms step of the output along the reward's rise.")] = 0.15,
     exploration: Annotated[float, typer.Option(help="redif: standard deviation of an action.")] = 0.1,
     lora_rank: Annotated[int, typer.Option(help="Train low-rank adapters of this rank; 0: all weights.")] = 0,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Several processes (torchrun): each keeps a part of the weights (FSDP2).")
+    ] = False,
     exploration_rank: Annotated[int, typer.Option(help="redif: principal components of it; 0: white.")] = 40,
     group_size: Annotated[int, typer.Option(help="redif: actions a state, or trajectories a start.")] = 16,
     start: Annotated[
@@ -117,6 +120,7 @@ def distill_command(
         "warm_start": warm_start,
         "step_delta": step_delta,
         "lora_rank": lora_rank,
+        "shard": shard,
         "exploration": exploration,
         "exploration_rank": exploration_rank,
         "group_size": group_size,

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from redif_sdk.errors import InvalidRequest
 
@@ -104,7 +105,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Each gradient becomes its mean over the processes; one that lacks it here counts as 0."""
     if world() == 1:
         return
-    wanted = [p for p in parameters if p.requires_grad]
+    wanted = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]  # FSDP averages its own
+    if not wanted:
+        return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in wanted])
     dist.all_reduce(flat)
     for parameter, part in zip(wanted, (flat / world()).split([p.numel() for p in wanted]), strict=True):

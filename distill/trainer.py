@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from redif_sdk.distill import draws
+from redif_sdk.distill import draws, sharding
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.costs import flops
 from redif_sdk.distill.evaluate import precision_recall
@@ -74,6 +74,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer = field(init=False)
     update: int = 0
     stopped: str = ""  # why the run ended before its budget did
+    sharded: bool = field(init=False, default=False)
     _last_check: dict[str, float] | None = field(init=False, default=None)
     _best: float = field(init=False, default=-math.inf)
     _stale: int = field(init=False, default=0)
@@ -118,6 +119,11 @@ class Trainer:
                 f"forward_equivalents {config.forward_equivalents:g} would all go to the calibration, which takes "
                 f"{self._reserved:.0f}; allow more, or set calibration to 0"
             )
+        self.sharded = config.shard and draws.world() > 1
+        if self.sharded:
+            sharding.refuse(config.method, config.kl)
+            for part in (network, self.ema):
+                sharding.shard(part, device)
         self.optimizer = torch.optim.AdamW(
             [weight for weight in network.parameters() if weight.requires_grad],
             lr=config.learning_rate,
@@ -133,6 +139,14 @@ class Trainer:
         if self.config.lora_rank:
             network = adapted(network, self.config.lora_rank, self.config.seed)
         return network.eval()  # dropout and label dropout off, in rollouts and updates alike
+
+    def _whole(self, network: nn.Module) -> nn.Module:
+        """The network itself, or where it is sharded a whole copy, for which every process must ask."""
+        if not self.sharded:
+            return network
+        copy = self._network().to(self.context.device).requires_grad_(False)
+        copy.load_state_dict(sharding.weights(network))
+        return copy
 
     @property
     def meter(self) -> Meter:
@@ -192,9 +206,11 @@ class Trainer:
             self.meter.seconds = spent + time.monotonic() - began
             if self.on_progress:
                 self.on_progress(self.progress, figures)
-            if not draws.rank() and (self.update % self.config.log_every == 0 or self.finished):
-                self._write_log(log, figures, tracker)
-            if time.monotonic() - saved >= self.config.checkpoint_seconds:
+            late = time.monotonic() - saved >= self.config.checkpoint_seconds
+            ended, keep = draws.agreed(self.finished, late)
+            if self.update % self.config.log_every == 0 or ended:
+                self._write_log(log, figures, tracker, bool(ended))
+            if keep:
                 self._save(log)
                 saved = time.monotonic()
         self._save(log)
@@ -203,7 +219,7 @@ class Trainer:
         if tracker:
             tracker.finish()
         table = self.context.policy.table
-        student = StudentPolicy(merged(self.ema), table, self.teacher.schedule, self.meter, exact=True)
+        student = StudentPolicy(merged(self._whole(self.ema)), table, self.teacher.schedule, self.meter, exact=True)
         self.method.finish(self.context, student)
         student.network.cpu()  # judged, saved and exported there
         return student
@@ -224,13 +240,14 @@ class Trainer:
             self.optimizer.zero_grad()
             loss.backward()
             draws.average_gradients(network.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+            norm = sharding.total(torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip))
             if not torch.isfinite(norm):
                 raise TrainingDiverged(f"the gradient is not finite at update {self.update}; lower the learning rate")
             self.optimizer.step()
             figures = draws.averaged(figures) | {"loss": value, "grad_norm": norm.item()}
         decay = min(config.ema_decay, (1 + self.update) / (10 + self.update))
-        torch._foreach_lerp_(list(self.ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
+        ours, new = sharding.local(self.ema.parameters()), sharding.local(network.parameters())
+        torch._foreach_lerp_(ours, new, 1 - decay)
         self.update += 1
         self.meter.updates = self.update
         return figures
@@ -238,13 +255,13 @@ class Trainer:
     # -- watching -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def check(self) -> dict[str, float]:
+    def check(self, network: nn.Module | None = None) -> dict[str, float]:
         """Reward, paired error, recall and contrast of the EMA student on the pool's first entries, which a large pool
-        keeps from training; the meter does not count it.
+        keeps from training; the meter does not count it. ``network``: the whole EMA, where it is sharded.
         """
         meter, spent = self.meter, self.meter.auxiliary_calls
         pool = self.pairs[: min(CHECK_PAIRS, len(self.pairs))]
-        policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
+        policy = StudentPolicy(network or self.ema, self.context.policy.table, self.teacher.schedule)
         slices = policy.table.noise_slices
         output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
         advantage = self.context.advantage
@@ -275,13 +292,13 @@ class Trainer:
         tracker.store_init_configuration({key: value for key, value in flat.items() if isinstance(value, str | float)})
         return tracker
 
-    def _track(self, tracker: Any, row: dict[str, Any]) -> None:
+    def _track(self, tracker: Any, row: dict[str, Any], network: nn.Module) -> None:
         """The row's numbers; with a check also a grid of the EMA student's pictures over the teacher's."""
         tracker.log({key: value for key, value in row.items() if isinstance(value, float)}, step=self.update)
         if "check_mse" not in row:
             return
         pool = self.pairs[: min(GRID, len(self.pairs))]
-        policy = StudentPolicy(self.ema, self.context.policy.table, self.teacher.schedule)
+        policy = StudentPolicy(network, self.context.policy.table, self.teacher.schedule)
         slices = policy.table.noise_slices
         with torch.no_grad():
             output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
@@ -291,10 +308,14 @@ class Trainer:
             grid = levels.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
             tracker.log_images({"student over teacher": grid[None].cpu().numpy()}, step=self.update, dataformats="NHWC")
 
-    def _write_log(self, log: TextIO | None, figures: dict[str, float], tracker: Any = None) -> None:
+    def _write_log(self, log: TextIO | None, figures: dict[str, float], tracker: Any, ended: bool) -> None:
+        checked = self.update % self.config.check_every == 0 or ended
+        watched = self._whole(self.ema) if checked else self.ema
+        if draws.rank():
+            return  # the first process writes; the others helped to gather
         row: dict[str, Any] = {"update": self.update, "progress": round(self.progress, 6), **figures}
-        if self.update % self.config.check_every == 0 or self.finished:
-            now = self.check()
+        if checked:
+            now = self.check(watched)
             row |= now
             before = self._last_check
             if before and now["reward"] > before["reward"] and now["recall"] < before["recall"] - 0.1:
@@ -308,7 +329,7 @@ class Trainer:
             log.write(json.dumps(row) + "\n")
             log.flush()
         if tracker:
-            self._track(tracker, row)
+            self._track(tracker, row, watched)
 
     def _watch(self, reward: float, *, hacked: bool) -> None:
         """Early stop: ``early_stop`` checks in a row whose reward is no better than the best, or that look hacked."""
@@ -344,14 +365,22 @@ class Trainer:
         return log
 
     def _save(self, log: TextIO | None) -> None:
-        if self.folder is None or draws.rank():
+        if self.folder is None:
+            return
+        network = self.context.policy.network
+        if self.sharded:  # every process gathers, the first writes
+            weights, ema = sharding.weights(network), sharding.weights(self.ema)
+            optimizer = sharding.states(network, self.optimizer)
+        else:
+            weights, ema, optimizer = network.state_dict(), self.ema.state_dict(), self.optimizer.state_dict()
+        if draws.rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "config": self._identity(),
-            "network": self.context.policy.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "network": weights,
+            "ema": ema,
+            "optimizer": optimizer,
             "table": json.dumps(self.context.policy.table.to_dict()),
             "method": self.method.state_dict(),
             "rewards": self.context.advantage.state_dict(),
@@ -383,9 +412,14 @@ class Trainer:
                 "resume with the same ones, or remove the folder to start anew"
             )
         policy = self.context.policy
-        policy.network.load_state_dict(state["network"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:
+            sharding.restore(policy.network, state["network"])
+            sharding.restore(self.ema, state["ema"])
+            sharding.restore_states(policy.network, self.optimizer, state["optimizer"])
+        else:
+            policy.network.load_state_dict(state["network"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
         policy.table = StepTable.from_dict(json.loads(state["table"]))
         self.method.load_state_dict(state["method"], self.context)
         self.context.advantage.load_state_dict(state["rewards"], self.context)

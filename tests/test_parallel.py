@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_other_methods import SCHEDULE, SHAPE, Small, exact
 
-from redif_sdk.distill import DistillConfig, Teacher, draws, precision
+from redif_sdk.distill import DistillConfig, Teacher, draws, precision, sharding
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.trainer import Trainer
@@ -44,11 +44,31 @@ def make_teacher() -> Teacher:
     )
 
 
-def train(name: str, teacher: Teacher, pairs: pool.Pairs) -> tuple[torch.Tensor, dict[str, float]]:
-    """The trained student's outputs on the pool, and its meter."""
+#: Those that can be sharded.
+SHARDED = ("regression", "redif", "redif, pathwise", "dmd2", "draft")
+
+
+def settings_of(name: str, **more: object) -> DistillConfig:
     settings = {"num_inference_steps": 2, "updates": 8, "warm_start": 0.25, "schedule_updates": 2, "group_size": 4}
     settings |= {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.01, **RUNS[name]}
-    policy = Trainer(teacher, DistillConfig.checked(**settings), pairs).run()
+    return DistillConfig.checked(**settings, **more)
+
+
+def train(
+    name: str, teacher: Teacher, pairs: pool.Pairs, cut: Path | None = None, **more: object
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The trained student's outputs on the pool, and its meter. ``cut``: a folder in which it is cut and resumed."""
+    config = settings_of(name, **more)
+    if cut is not None:
+        config = config.model_copy(update={"checkpoint_seconds": 0, "check_every": 2, "log_every": 1})
+
+        def stop(share: float, figures: dict[str, float]) -> None:
+            if share > 0.6:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(teacher, config, pairs, cut, on_progress=stop).run()
+    policy = Trainer(teacher, config, pairs, cut).run(resume=cut is not None)
     with torch.no_grad():
         slices = policy.table.noise_slices
         output = policy.sample(pairs.slices(slices) if slices > 1 else pairs.noise, pairs.condition)
@@ -63,6 +83,11 @@ def main(folder: Path) -> None:
     teacher = make_teacher()
     pairs = pool.get(teacher, 64, "train", cache=folder)[0]
     found = {name: train(name, teacher, pairs) for name in RUNS}
+    found |= {f"{name}, sharded": train(name, teacher, pairs, shard=True) for name in SHARDED}
+    found["redif, sharded, cut"] = train("redif", teacher, pairs, folder / "cut", shard=True)
+    made = Trainer(teacher, settings_of("redif", shard=True), pairs)
+    kept, whole = (sum(map(torch.numel, sharding.local(n.parameters()))) for n in (made.ema, teacher.make_student()))
+    found["share"] = kept / whole
     torch.save(found, folder / f"found-{draws.rank()}-of-{draws.world()}.pt")
 
 
@@ -85,14 +110,24 @@ def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     first, second = (torch.load(tmp_path / f"found-{rank}-of-2.pt") for rank in (0, 1))
     teacher = make_teacher()
     pairs = pool.get(teacher, 64, "train", cache=tmp_path)[0]
-    for name in RUNS:
-        output, spent = train(name, teacher, pairs)
+    alone = {name: train(name, teacher, pairs) for name in RUNS}
+    arms = [(name, name) for name in RUNS] + [(f"{name}, sharded", name) for name in SHARDED]
+    assert 0.4 < first["share"] < 0.6  # of the weights that a process keeps
+    for name, as_alone in [*arms, ("redif, sharded, cut", "redif")]:
+        output, spent = alone[as_alone]
         assert torch.equal(first[name][0], second[name][0]), name  # no process strays
         assert (first[name][0] - output).abs().max() < 1e-5, name
         assert first[name][1]["gradient_samples"] * 2 == spent["gradient_samples"], name
         start = StudentPolicy(teacher.make_student(), teacher.table(2))
         with torch.no_grad():
             assert (output - start.sample(pairs.noise, pairs.condition)).abs().max() > 1e-3, name  # it did learn
+
+
+def test_what_cannot_be_sharded_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="the method consistency keeps a copy of the network"):
+        sharding.refuse("consistency", 0.0)
+    with pytest.raises(InvalidRequest, match=r"kl 0\.1 keeps a copy"):
+        sharding.refuse("redif", 0.1)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

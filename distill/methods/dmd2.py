@@ -45,7 +45,7 @@ class Dmd2(Method):
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
         fake = self._begin(context)
-        output = context.policy.sample(batch.noise, batch.condition)
+        output = context.policy.sample(batch.noise, batch.condition, config.gradient_rows)
         matching, fake_loss = fake.matching(output, batch.condition, generator, config.fake_updates)
         residual = visible_residual(output, batch.target, context.bounds)
         loss = config.step_delta * matching + config.anchor * error(residual, config.huber)

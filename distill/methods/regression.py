@@ -46,7 +46,7 @@ class Regression(Method):
                 states = policy.states(batch.noise, batch.condition)
             outputs = [policy.estimate(row, state, batch.condition) for row, state in enumerate(states)]
         else:
-            outputs = [policy.sample(batch.noise, batch.condition)]
+            outputs = [policy.sample(batch.noise, batch.condition, context.config.regression_rows)]
         residuals = [visible_residual(output, batch.target, context.bounds) for output in outputs]
         loss = torch.stack([error(residual, context.config.huber) for residual in residuals]).mean()
         yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}

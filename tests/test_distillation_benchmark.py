@@ -91,7 +91,6 @@ def test_where_a_curve_reaches_a_level() -> None:
     assert overhead.crossing(curve, 2.0) is None
 
 
-@pytest.mark.slow  # nearly three minutes: make bench-distill-smoke
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' scheduler
 @pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
 def test_the_whole_benchmark_at_a_toy_budget(

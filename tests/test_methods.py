@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -342,6 +343,43 @@ def test_kl_has_a_gradient(teacher: Teacher, pairs: pool.Pairs) -> None:
     assert kl.item() > 0
     assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in made.policy.network.parameters())
     assert all(p.grad is None for p in reference.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["trajectory", "same-state"])
+def test_under_a_guided_teacher_rollout_and_update_are_one_function(teacher_folder: Path, estimator: str) -> None:
+    """A ratio of guided to unguided means would be biased from the start; here the student needs no guidance at all."""
+    plain = Teacher.load(teacher_folder)
+    guided = plain.guided(4.0)
+    pairs = pool.compute(guided, 16, "train")
+    assert (pairs.target - pool.compute(plain, 16, "train").target).abs().max() > 0.01  # the targets are guided
+    run = trainer(guided, pairs, estimator=estimator, warm_start=0.0, group_size=4, anchor=0.0, delta_over_e=1e-3)
+    figures = run._step(0.0)  # raises if the mean drifts between rollout and update
+    assert figures.get("clip_fraction", 0.0) == 0.0  # the ratio is 1
+    assert run.meter.teacher_calls == 0
+
+
+def test_every_row_s_gradient_weighs_the_same(
+    teacher: Teacher, pairs: pool.Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows explore by different amounts c, gradients scale as 1 / c, and the last row rules. Here all explore
+    x0 by the same e."""
+    made = context(teacher, pairs, estimator="trajectory", anchor=0.0, group_size=64, num_inference_steps=4)
+    means, estimate = [], made.policy.estimate
+
+    def kept(k: int, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        mean = estimate(k, x, condition)
+        if mean.requires_grad:
+            mean.retain_grad()
+            means.append(mean)
+        return mean
+
+    monkeypatch.setattr(made.policy, "estimate", kept)
+    draw = torch.Generator().manual_seed(0)
+    ((loss, _),) = TrajectoryGroups(made, Exploration.white(16), None).losses(pairs[:16], draw, check=False)
+    loss.backward()
+    norms = [float(mean.grad.norm()) for mean in means]
+    assert len(norms) == 4
+    assert max(norms) < 1.1 * min(norms)
 
 
 def test_the_clip_range_is_a_change_of_the_mean(teacher: Teacher, pairs: pool.Pairs) -> None:

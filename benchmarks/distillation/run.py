@@ -29,6 +29,7 @@ from PIL import Image
 from benchmarks.distillation.judges import Panel, sheet
 from redif_sdk.distill import DistillConfig, Teacher, pairs
 from redif_sdk.distill.methods import method_names
+from redif_sdk.distill.presets import preset
 from redif_sdk.distill.quality import outputs
 from redif_sdk.distill.trainer import Trainer
 from redif_sdk.files import atomic_write
@@ -71,11 +72,17 @@ SMOKE = Scale(budget=1000, pool=64, samples=32, judge_updates=5, clocked=2)
 
 
 def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") -> dict[str, Any]:
-    """The method's settings at K steps: its own, then those for this K."""
+    """The method's settings at K steps: those of its preset (but for its length), its own, then those for this K."""
     everything = yaml.safe_load(file.read_text())
     own = everything["methods"].get(method, {})
-    chosen: dict[str, Any] = {**everything["all"], **own.get("settings", {}), **own.get("steps", {}).get(steps, {})}
-    return chosen
+    recipe = preset(own["preset"], steps) if "preset" in own else {}
+    chosen: dict[str, Any] = {
+        **everything["all"],
+        **recipe,
+        **own.get("settings", {}),
+        **own.get("steps", {}).get(steps, {}),
+    }
+    return {name: value for name, value in chosen.items() if name not in ("method", "num_inference_steps", "updates")}
 
 
 def dpm_solver(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor:

@@ -132,10 +132,27 @@ def test_the_whole_benchmark_at_a_toy_budget(
 @pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
 def test_a_black_box_is_followed_and_draft_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The experiment with a reward behind HTTP at a toy budget: it runs to the plot, and says why draft cannot."""
-    small = ["--align", "1000", "--updates", "1", "--anchors", "1", "--pool", "64", "--samples", "16"]
+    small = [
+        "--align",
+        "1000",
+        "--updates",
+        "1",
+        "--anchors",
+        "1",
+        "--weights",
+        "0",
+        "2",
+        "--pool",
+        "64",
+        "--samples",
+        "16",
+    ]
     black_box.main([*small, "-o", str(tmp_path / "found.json"), "--plot", str(tmp_path / "plot.svg")])
     written = json.loads((tmp_path / "found.json").read_text())
-    assert [row["contender"] for row in written["rows"]] == ["the teacher", "aligned", "regression goes on", "redif"]
+    assert [row["contender"] for row in written["rows"]] == [
+        *("the teacher", "aligned", "regression goes on"),
+        *(black_box.ALONE, black_box.BESIDE, black_box.BESIDE),
+    ]
     assert all(row["jpeg_bytes"] > 300 for row in written["rows"])
     assert "has no gradient; use the estimator same-state" in written["draft"]
     assert (tmp_path / "plot.svg").is_file()

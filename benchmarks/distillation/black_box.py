@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.distillation.black_box [-o FILE]``: a one-step student is aligned with its teacher first. Then a
 server, asked over HTTP, answers with minus the bytes of each picture's JPEG, which has no gradient, and `redif` follows
-it with the alignment as an anchor of several weights: each is a point of the trade-off between bytes and distance to
-the teacher. The control goes on with regression alone for the same updates. `draft` is asked for the same and refuses.
+it: alone, with the alignment as an anchor of several weights, and beside the alignment's own reward, at several weights
+of the bytes. Each is a point of the trade-off between bytes and distance to the teacher. The controls go on for the
+same updates with regression alone, and with the alignment's reward alone. `draft` is asked for the same and refuses.
 Judged on the validation noises in EfficientNet-Lite0's features.
 """
 
@@ -40,6 +41,8 @@ from redif_sdk.images import to_pil
 from redif_sdk.report import document, write_json
 
 ANCHORS = (16.0, 4.0, 2.0, 1.0, 0.5, 0.25)
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the bytes, where texture's is 1
+ALONE, BESIDE = "redif, bytes alone", "redif, bytes beside texture"
 QUALITY = 90
 HERE = Path(__file__).parent
 
@@ -85,14 +88,17 @@ def mean_bytes(images: Tensor) -> float:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bytes against distance; each point is a student."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    curve = sorted((row for row in rows if row["anchor"] is not None), key=lambda row: row["jpeg_bytes"])
-    axis.plot([r["jpeg_bytes"] for r in curve], [r["fd_teacher"] for r in curve], marker="o", label="redif, anchor")
-    for row in curve:
-        place = (row["jpeg_bytes"], row["fd_teacher"])
-        axis.annotate(f"{row['anchor']:g}", place, (4, 4), textcoords="offset points", fontsize=7)
+    for contender, setting in ((ALONE, "anchor"), (BESIDE, "weight")):
+        curve = [row for row in rows if row["contender"] == contender]
+        label = f"{contender}; at each point the {setting}"
+        axis.plot([r["jpeg_bytes"] for r in curve], [r["fd_teacher"] for r in curve], marker="o", label=label)
+        for row in curve:
+            place = (row["jpeg_bytes"], row["fd_teacher"])
+            axis.annotate(f"{row[setting]:g}", place, (4, 4), textcoords="offset points", fontsize=7)
     for row in rows:
-        if row["anchor"] is None and row["fd_teacher"] is not None:
-            axis.scatter(row["jpeg_bytes"], row["fd_teacher"], marker="s", label=row["contender"])
+        if row["contender"] not in (ALONE, BESIDE) and row["fd_teacher"] is not None:
+            axis.scatter(row["jpeg_bytes"], row["fd_teacher"], marker="s", color="0.4", label=row["contender"])
+    axis.set_ylim(top=min(20, axis.get_ylim()[1]))
     axis.set(xlabel=f"bytes of a JPEG of quality {QUALITY}", ylabel="FD to the teacher")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
@@ -109,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--align", type=float, default=48_000, help="Forward-equivalents of the alignment.")
     parser.add_argument("--updates", type=int, default=100, help="Updates that follow the reward.")
     parser.add_argument("--anchors", type=float, nargs="+", default=list(ANCHORS))
+    parser.add_argument("--weights", type=float, nargs="+", default=list(WEIGHTS))
     parser.add_argument("--pool", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("-o", "--output", type=Path, default=HERE / "black_box.json")
@@ -121,28 +128,34 @@ def main(arguments: list[str] | None = None) -> None:
     judge = Judge(target, features.embed)
     rows: list[dict[str, Any]] = []
 
-    def note(contender: str, anchor: float | None, images: Tensor, **more: Any) -> None:
+    def note(contender: str, images: Tensor, **more: Any) -> None:
         quality = judge.quality(images).row()
-        rows.append({"contender": contender, "anchor": anchor, "jpeg_bytes": mean_bytes(images), **quality, **more})
+        rows.append({"contender": contender, "jpeg_bytes": mean_bytes(images), **quality, **more})
         print(json.dumps(rows[-1]), flush=True)
 
-    note("the teacher", None, target)
+    note("the teacher", target)
     rows[-1]["fd_teacher"] = None  # its distance to itself
     settings = settings_of("redif", 1) | {"forward_equivalents": asked.align}
     first = DistillConfig.checked(method="redif", num_inference_steps=1, **settings)
     aligned = Trainer(teacher, first, pool).run()
-    note("aligned", None, teacher.images(outputs(aligned.sample, held)))
+    note("aligned", teacher.images(outputs(aligned.sample, held)))
     shared = {"num_inference_steps": 1, "updates": asked.updates, "batch_size": 32, "learning_rate": 5e-4}
     follow = {"warm_start": 0.0, "group_size": 16, "step_delta": 0.3, "exploration": 0.1, "exploration_rank": 40}
+    hold = {name: settings[name] for name in ("group_size", "step_delta", "exploration", "exploration_rank", "huber")}
     with served() as address:
-        arms: list[tuple[str, float | None, dict[str, Any]]] = [("regression goes on", None, {"method": "regression"})]
-        arms += [("redif", anchor, {"reward": address, "anchor": anchor, **follow}) for anchor in asked.anchors]
-        for contender, anchor, settings in arms:
-            config = DistillConfig.checked(**shared, **settings)
+        arms: list[tuple[str, dict[str, float], dict[str, Any]]] = [
+            ("regression goes on", {}, {"method": "regression"})
+        ]
+        arms += [(ALONE, {"anchor": a}, {"reward": address, "anchor": a, **follow}) for a in asked.anchors]
+        for weight in asked.weights:
+            reward = {"texture": 1.0, address: weight} if weight else "texture"
+            arms.append((BESIDE, {"weight": weight}, {"reward": reward, "warm_start": 0.0, **hold}))
+        for contender, place, chosen in arms:
+            config = DistillConfig.checked(**shared, **chosen)
             trainer = Trainer(teacher, config, pool, start=aligned.network, start_table=aligned.table)
             policy = trainer.run()
             spent = {"forward_equivalents": policy.meter.forward_equivalents, "seconds": policy.meter.seconds}
-            note(contender, anchor, teacher.images(outputs(policy.sample, held)), **spent)
+            note(contender, teacher.images(outputs(policy.sample, held)), **place, **spent)
         try:
             draft = DistillConfig.checked(**shared, method="draft", reward=address, warm_start=0.0)
             Trainer(teacher, draft, pool, start=aligned.network).run()

@@ -34,14 +34,7 @@ RECIPE: dict[str, Any] = {
 #: through the last row alone are worth more than their length: the earlier rows are the teacher's.
 BY_STEPS: dict[int, dict[str, Any]] = {
     1: {"step_delta": 2.5},
-    2: {
-        "warm_start": 0.6,
-        "step_delta": 1.2,
-        "gradient_rows": 1,
-        "matching": 1.0,  # distribution matching's own gradient, in half of the updates
-        "matching_share": 0.5,
-        "fake_updates": 1,
-    },
+    2: {"step_delta": 1.2, "gradient_rows": 1},
     4: {"step_delta": 0.6, "gradient_rows": 1, "regression_rows": 1, "calibration": 0},
 }
 LARGEST_FILE = 1 << 20  # bytes

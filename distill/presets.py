@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
 #: through the last row alone are worth more than their length: the earlier rows are the teacher's.
 BY_STEPS: dict[int, dict[str, Any]] = {
     1: {"step_delta": 2.5},
-    2: {"step_delta": 1.2, "gradient_rows": 1},
+    2: {"warm_start": 0.7, "step_delta": 1.2, "gradient_rows": 1},
     4: {"step_delta": 0.6, "gradient_rows": 1, "regression_rows": 1, "calibration": 0},
 }
 LARGEST_FILE = 1 << 20  # bytes

@@ -80,7 +80,7 @@ def test_a_dry_run_prints_the_settings_and_the_cost_and_writes_nothing(tmp_path:
     (row,) = json.loads(report.read_text())["rows"]
     assert row["pool_seconds"] == 0  # it is shipped
     assert row["training_seconds"] > 0
-    assert row["forward_equivalents"] >= preset("fast", 1)["updates"] * 4 * 3  # and what the reward costs
+    assert row["forward_equivalents"] > 200 * 4 * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 

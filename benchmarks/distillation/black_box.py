@@ -98,7 +98,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         if row["contender"] not in (ALONE, BESIDE) and row["fd_teacher"] is not None:
             axis.scatter(row["jpeg_bytes"], row["fd_teacher"], marker="s", color="0.4", label=row["contender"])
-    axis.set_ylim(top=min(20, axis.get_ylim()[1]))
     axis.set(xlabel=f"bytes of a JPEG of quality {QUALITY}", ylabel="FD to the teacher")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

@@ -300,7 +300,7 @@ def _teacher_sampler(teacher: Teacher, work: Workload, device: torch.device) -> 
     network = Denoiser(unet.to(device).eval().requires_grad_(False), diffusers_call=True, guidance=teacher.guidance)
     scheduler = DDIMScheduler.from_pretrained(teacher.folder / "scheduler")
     start = torch.randn((work.batch, *teacher.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    classes = None if teacher.condition is None else teacher.condition.num_classes
+    classes = teacher.num_conditions or None
 
     @torch.no_grad()
     def generate(noise: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:

@@ -58,7 +58,7 @@ def learn_times(
         UnsupportedModel: the table has no integer times of a discrete schedule to start from.
     """
     schedule = policy.schedule
-    if schedule is None:
+    if schedule is None or schedule.edm is not None:
         raise UnsupportedModel("learnt times need a discrete noise schedule; set schedule_updates to 0")
     start, prediction_type = [round(float(t)) for t in policy.table.timesteps], policy.table.prediction_type
     fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in itertools.pairwise(start)])

@@ -183,6 +183,7 @@ class Tokenizer(_Part):
 
     A prompt has `max_length` ids: longer ones are cut (the last id stays the end's), shorter ones are padded with
     `pad_token_id`. `mask` names the input that is 1 at tokens and 0 at padding, of encoders that take one.
+    With `lowercase` prompts are stripped and lower-cased first, as PixArt's pipeline does.
     """
 
     file: SafePath
@@ -190,6 +191,7 @@ class Tokenizer(_Part):
     mask: Text | None = None
     max_length: Extent
     pad_token_id: Count
+    lowercase: bool = False
 
 
 class TextEncoder(_Part):

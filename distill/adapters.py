@@ -142,13 +142,13 @@ def text_to_image(
     scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     scale = int(pipeline.vae_scale_factor)
     latents = _latents(pipeline, network, kind, scale, height, width)
-    encoders, condition = _text(pipeline, kind)
+    encoders, described = _text(pipeline, kind)
     bank = Prompts(
         texts,
         encoders,
         null_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
     )
-    condition = condition(bank)
+    condition = described(bank)
     tokens = latents.height * latents.width // 4
     schedule, prediction_type, shift = noise_process(scheduler_config, image_tokens=tokens)
     embedded = (kind.embedded or kind.guidance) if _embeds(network) else None
@@ -265,7 +265,7 @@ def _embeds(network: Any) -> bool:
 
 
 def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int | None, width: int | None) -> Latents:
-    size = network.config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
+    size: Any = network.config.get("sample_size") or pipeline.default_sample_size
     own = (size, size) if isinstance(size, int) else tuple(size)
     sides = []
     for axis, pixels, default in (("height", height, own[0]), ("width", width, own[1])):

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.bench import Contender, Fresh, Generate, Prepared, Workload
+from redif_sdk.distill.networks import Denoiser, guided
 from redif_sdk.distill.precision import cpu_has_bf16
-from redif_sdk.distill.teacher import Denoiser, Teacher, guided
+from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import scale_and_offset
 from redif_sdk.manifest import Postprocess

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redif_sdk.distill.networks import Denoiser
 from redif_sdk.distill.samplers import own_sampler
@@ -95,7 +95,9 @@ def load_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidRequest(f"the pipeline in {folder} cannot be loaded: {first}; copy it again") from error
-    pipeline.to(torch.float32)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float32)  # diffusers' own warns of what it then does not do
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, about
 

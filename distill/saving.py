@@ -31,16 +31,20 @@ BETAS = (
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without the bars that transformers and diffusers draw while they load and save a file."""
+    """Without the bars that transformers and diffusers draw while they load and save a file, and without transformers'
+    remark that torchvision is absent: no picture is read by it here."""
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 
     before = [(log, log.is_progress_bar_enabled()) for log in (ours, theirs)]
     for log, _ in before:
         log.disable_progress_bar()
+    loud = theirs.get_verbosity()
+    theirs.set_verbosity_error()
     try:
         yield
     finally:
+        theirs.set_verbosity(loud)
         for log, shown in before:
             if shown:
                 log.enable_progress_bar()

@@ -340,7 +340,9 @@ def _as_teacher(folder: Path, manifest: Manifest) -> Teacher:
     if manifest.network.pipeline is None:
         return replace(Teacher.from_diffusers(folder), folder=None)
     height, width, _ = manifest.image_shape
-    sized = {"prompts": manifest.text.examples, "height": height, "width": width} if manifest.text else {}
+    sized: dict[str, Any] = {}
+    if manifest.text is not None:
+        sized = {"prompts": manifest.text.examples, "height": height, "width": width}
     source = Teacher.from_diffusers(folder, **sized)
     if manifest.network.embedded_guidance is not None:
         source = source.guided(manifest.network.embedded_guidance)
@@ -374,13 +376,13 @@ def import_pipeline(
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)
-    tables = [own_table(teacher, count) for count in dict.fromkeys(steps)]
-    own = None not in tables
-    tables = [table or teacher.table(count) for table, count in zip(tables, dict.fromkeys(steps), strict=True)]
+    counts = list(dict.fromkeys(steps))
+    own = [own_table(teacher, count) for count in counts]
+    tables = [table or teacher.table(count) for table, count in zip(own, counts, strict=True)]
     network = teacher.make_student()
     if isinstance(network, Denoiser):
         network.guidance = teacher.guidance
     student = Student(teacher, network, tables, teacher.name)
-    if own and teacher.pipeline is not None:
+    if None not in own and teacher.pipeline is not None:
         student.scheduler = teacher.pipeline.scheduler
     return student.save_pretrained(output, overwrite=overwrite)

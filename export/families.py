@@ -96,12 +96,13 @@ def _unet(network: Any, call: Call) -> Tensor:
 
 def _unet_with_text(network: Any, call: Call) -> Tensor:
     """Stable Diffusion's; SDXL's also takes pooled embeddings and the picture's size, LCM's the guidance scale."""
-    config, batch, more = network.config, call.x.shape[0], {}
+    config, batch = network.config, call.x.shape[0]
+    more: dict[str, Any] = {}
     if config.addition_embed_type == "text_time":
         sides = [side * call.scale for side in call.x.shape[2:]]
         # original size, crop, target size: the micro-conditioning of SDXL (arXiv 2307.01952, section 2.2)
         ids = [call.x.new_ones(batch) * side for side in (*sides, 0, 0, *sides)]
-        more["added_cond_kwargs"] = {"text_embeds": call.conditions[POOLED], "time_ids": torch.stack(ids, 1)}
+        more["added_cond_kwargs"] = {"text_embeds": call.conditions[POOLED].float(), "time_ids": torch.stack(ids, 1)}
     elif config.addition_embed_type is not None:
         raise UnsupportedModel(f"addition_embed_type {config.addition_embed_type!r} is not supported; text_time is")
     if config.time_cond_proj_dim is not None:

@@ -19,9 +19,8 @@ import numpy as np
 import onnxruntime
 
 from redif_sdk import FastPipeline
-from redif_sdk.bench import interleave
+from redif_sdk.bench import Workload, interleave
 from redif_sdk.folder import StudentFolder
-from redif_sdk.noise import noise
 from redif_sdk.report import document, write_json
 
 CALLS = 32
@@ -38,12 +37,13 @@ def callers(folder: Path, runtime: str, rounds: int) -> list[dict[str, Any]]:
     """The same 32 calls from one thread and from eight."""
     pipe = FastPipeline.from_pretrained(folder, runtime=runtime)
     pool = ThreadPoolExecutor(THREADS)
-    conditional = pipe.manifest.condition is not None
+    asked: dict[str, Any] = {} if pipe.manifest.classes is None else {"class_labels": 0}
+    if pipe.manifest.text is not None:
+        asked = {"prompt": pipe.manifest.text.examples[0]}
     kept: dict[str, list[Any]] = {}
 
     def call(seed: int) -> Any:
-        labels = {"class_labels": 0} if conditional else {}
-        return pipe(seed=seed, output_type="uint8", **labels).images
+        return pipe(seed=seed, output_type="uint8", **asked).images
 
     def one() -> None:
         kept["one"] = [call(seed) for seed in range(CALLS)]
@@ -69,18 +69,10 @@ def session(model: bytes, *, arena: bool) -> Any:
 def memory(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
     """One thread of ONNX Runtime with and without its memory arena, and with outputs bound beforehand."""
     student = StudentFolder(folder)
-    manifest = student.manifest
-    graph = manifest.graph("generator", "fp32")
+    graph = student.manifest.graph("generator", "fp32")
     assert graph is not None
-    model, table, latents = student.read(graph.file), manifest.step_table(), manifest.latents
-    shape = (latents.channels, latents.height, latents.width)
-    feed: dict[str, Any] = {
-        "noise": noise([(0, index) for index in range(batch)], shape, slices=table.noise_slices),
-        "table": table.rows,
-        "init_scale": np.asarray(table.init_scale, np.float32),
-    }
-    if manifest.condition is not None:
-        feed["class_labels"] = np.zeros(batch, np.int64)
+    model, work = student.read(graph.file), Workload.of(folder, batch=batch)
+    feed = work.inputs(work.noise)
     plain, bare = session(model, arena=True), session(model, arena=False)
     bound = plain.io_binding()
     for name, value in feed.items():

@@ -92,7 +92,7 @@ def seconds_of(text: str) -> float:
 def measure_page(student: Path, browser: Any) -> dict[str, Any]:
     pipe = FastPipeline.from_pretrained(student, runtime="onnxruntime", precision="fp32", num_threads=1)
     manifest = pipe.manifest
-    labels = {} if manifest.condition is None else {"class_labels": 0}
+    labels = {} if manifest.classes is None else {"class_labels": 0}
     with tempfile.TemporaryDirectory() as folder:
         target = build_page(student, Path(folder) / "web", engines=("wasm",))
         size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

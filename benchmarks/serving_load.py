@@ -33,6 +33,7 @@ import psutil
 from PIL import Image
 
 from redif_sdk import FastPipeline
+from redif_sdk.manifest import Manifest
 from redif_sdk.report import document, write_json
 
 PATH = "/v1/images/generations"
@@ -68,14 +69,28 @@ def server(student: str, max_batch: int, core: int | None = None) -> Iterator[tu
             raise SystemExit(f"the server ended with {process.returncode}")
 
 
-def plan(requests: int, classes: int | None) -> list[dict[str, Any]]:
+def choices(manifest: Manifest) -> list[dict[str, Any]]:
+    """What a request may say of what is drawn: each class, each example prompt, or nothing."""
+    if manifest.text is not None:
+        return [{"prompt": prompt} for prompt in manifest.text.examples]
+    return (
+        [{}] if manifest.classes is None else [{"class_label": label} for label in range(manifest.classes.num_classes)]
+    )
+
+
+def in_python(body: dict[str, Any]) -> dict[str, Any]:
+    """The same as arguments of a pipeline."""
+    names = {"prompt": "prompt", "class_label": "class_labels"}
+    return {names[name]: value for name, value in body.items() if name in names}
+
+
+def plan(requests: int, asks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What to ask for: {"kind": good, cancelled or bad, "body", "after": seconds until a cancelled client leaves}."""
     drawn = random.Random(0)
     asked = []
     for _ in range(requests):
         body: dict[str, Any] = {"seed": drawn.randrange(2**64), "n": drawn.choices([1, 2, 4], [8, 1, 1])[0]}
-        if classes is not None:
-            body["class_label"] = drawn.randrange(classes)
+        body |= drawn.choice(asks)
         kind = drawn.choices(["good", "cancelled", "bad"], [1 - CANCELLED - BAD, CANCELLED, BAD])[0]
         data = drawn.choice(BAD_BODIES) if kind == "bad" else json.dumps(body).encode()
         asked.append({"kind": kind, "body": body, "data": data, "after": drawn.uniform(0.0, 0.2)})
@@ -135,8 +150,9 @@ def wrong(pipeline: FastPipeline, asked: list[dict[str, Any]]) -> Counter[str]:
         if entry["kind"] == "bad" or entry["status"] != 200:
             continue
         body = entry["body"]
-        labels = {"class_labels": body["class_label"]} if "class_label" in body else {}
-        expected = pipeline(**labels, num_images_per_prompt=body["n"], seed=body["seed"], output_type="uint8").images
+        expected = pipeline(
+            **in_python(body), num_images_per_prompt=body["n"], seed=body["seed"], output_type="uint8"
+        ).images
         data = json.loads(entry["answer"])["data"]
         got = [np.asarray(Image.open(io.BytesIO(b64decode(image["b64_json"])))) for image in data]
         grey = expected.shape[3] == 1
@@ -149,17 +165,15 @@ def metric(text: str, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
-def engine_rate(pipeline: FastPipeline, classes: int | None, batch: int) -> float:
+def engine_rate(pipeline: FastPipeline, asks: list[dict[str, Any]], batch: int) -> float:
     """Pictures a second of the engine alone, in batches of that size."""
-    labels = {} if classes is None else {"class_labels": [0] * batch}
-    count = 1 if labels else batch
     begun = time.perf_counter()
     for seed in range(128 // batch):
-        pipeline(**labels, num_images_per_prompt=count, seed=seed, output_type="uint8")
+        pipeline(**in_python(asks[0]), num_images_per_prompt=batch, seed=seed, output_type="uint8")
     return 128 / (time.perf_counter() - begun)
 
 
-def gains(student: str, classes: int | None, concurrency: int, apart: bool) -> dict[str, list[float]]:
+def gains(student: str, asks: list[dict[str, Any]], concurrency: int, apart: bool) -> dict[str, list[float]]:
     """Pictures a second of two servers, one without batches, and of the engine, in interleaved rounds.
 
     `apart`: a server, and the engine by itself, have one core, and the clients another; else all share the machine.
@@ -172,9 +186,9 @@ def gains(student: str, classes: int | None, concurrency: int, apart: bool) -> d
     with server(student, 1, own) as (_, plain), server(student, BATCH, own) as (_, batched):
         for turn in range(ROUNDS + 1):
             os.sched_setaffinity(0, other)
-            found = [served_rate(address, classes, concurrency) for address in (plain, batched)]
+            found = [served_rate(address, asks, concurrency) for address in (plain, batched)]
             os.sched_setaffinity(0, every if own is None else [own])
-            found += [engine_rate(pipeline, classes, batch) for batch in (1, BATCH)]
+            found += [engine_rate(pipeline, asks, batch) for batch in (1, BATCH)]
             if turn:  # the first one warms all of them up
                 for name, rate in zip(names, found, strict=True):
                     rates[name].append(rate)
@@ -198,9 +212,9 @@ def gain_row(rates: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def served_rate(address: str, classes: int | None, concurrency: int) -> float:
+def served_rate(address: str, asks: list[dict[str, Any]], concurrency: int) -> float:
     """Pictures a second that clients see."""
-    asked = [entry for entry in plan(360, classes) if entry["kind"] == "good"]
+    asked = [entry for entry in plan(360, asks) if entry["kind"] == "good"]
     for entry in asked:
         entry["body"]["n"] = 1
         entry["data"] = json.dumps(entry["body"]).encode()
@@ -218,15 +232,14 @@ def main() -> None:
     parser.add_argument("--json", default=None, metavar="FILE")
     options = parser.parse_args()
     pipeline = FastPipeline.from_pretrained(options.student, runtime="onnxruntime")
-    condition = pipeline.manifest.condition
-    classes = condition.num_classes if condition else None
-    asked = plan(options.requests, classes)
+    asks = choices(pipeline.manifest)
+    asked = plan(options.requests, asks)
     with server(options.student, BATCH) as (process, address):
         out = asyncio.run(load(address, asked, options.concurrency, process.pid))
     counts = wrong(pipeline, asked)
     seconds = sorted(entry["seconds"] for entry in asked if entry["kind"] == "good" and entry["status"] == 200)
     half = out["memory"][len(out["memory"]) // 2 :]
-    apart, shared = (gain_row(gains(options.student, classes, options.concurrency, one)) for one in (True, False))
+    apart, shared = (gain_row(gains(options.student, asks, options.concurrency, one)) for one in (True, False))
     good = sum(entry["kind"] == "good" for entry in asked)
     row = {
         "contender": "redif serve",

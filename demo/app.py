@@ -27,6 +27,7 @@ from redif_sdk.demo.studio import NOTHING, Captioned, Shown, Studio, parse_seed,
 from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import Manifest
+from redif_sdk.request import LONGEST_PROMPT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,9 +36,10 @@ __all__ = ["DemoSettings", "build_demo", "card_text", "launch"]
 
 SMALL = 128  # pixels: smaller pictures are shown with hard edges
 MOST_CHOICES = 2000  # classes in a list that a browser draws; with more, the class is typed
+MOST_LISTED = 20  # classes named below a box that they are typed into
 _GENERATE = (
-    "Pictures of a class. Returns the pictures, those of the teacher, the steps in between, a sentence on the latency, "
-    "and details: seeds, seconds, runtime. An empty seed is drawn."
+    "Pictures of a prompt, or of a class. Returns the pictures, those of the teacher, the steps in between, a sentence "
+    "on the latency, and details: seeds, seconds, runtime. An empty seed is drawn."
 )
 _KEPT_SECONDS = 3600  # how long pictures stay on the server's disk
 _UNUSUAL = re.compile(r"[^A-Za-z0-9.-]+")
@@ -199,7 +201,9 @@ class _Page:
         few = "height" in manifest.latents.dynamic, "width" in manifest.latents.dynamic
         height, width, _ = manifest.image_shape
         self.student = gr.Dropdown(names, value=self.first, label="Student", visible=len(names) > 1)
-        self.prompt = gr.Dropdown(label="Class", filterable=True, **_classes(manifest))
+        self.typed = any(self.studio.manifest(name).text is not None for name in names)
+        field = self._field(manifest)
+        self.prompt: Any = gr.Textbox(max_lines=4, **field) if self.typed else gr.Dropdown(filterable=True, **field)
         self.steps = gr.Radio(steps, value=steps[0], label="Steps")
         self.number = gr.Slider(
             1, self.studio.max_images, value=min(4, self.studio.max_images), step=1, label="Pictures"
@@ -244,16 +248,28 @@ class _Page:
             )
         self.details = gr.JSON(label="Details", visible="hidden")
 
-    def _examples(self, manifest: Manifest) -> None:
-        """Some wishes, ready to click: they fill the form and run."""
-        classes = manifest.condition
-        labels = ([None] if classes is None else _names(manifest)[:5]) or ["0"]
+    def _field(self, manifest: Manifest) -> dict[str, Any]:
+        """What is drawn: a box to type in where any student here takes prompts, else a list of classes."""
+        if not self.typed:
+            return {"label": "Class", **_classes(manifest)}
+        if manifest.text is not None:
+            return {"label": "Prompt", "value": manifest.text.examples[0], "info": None, "visible": True}
+        names = _names(manifest)
+        listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
+        return {"label": "Class", "value": names[0] if names else None, "info": listed, "visible": bool(names)}
+
+    def _rows(self, manifest: Manifest) -> list[list[Any]]:
+        """Some wishes."""
+        labels: list[Any] = (_names(manifest) if manifest.text is None else manifest.text.examples)[:5] or [None]
         steps = manifest.supported_steps
-        rows = [[label, steps[-1 - place % len(steps)], str(place + 1), 4] for place, label in enumerate(labels)]
+        return [[label, steps[-1 - place % len(steps)], str(place + 1), 4] for place, label in enumerate(labels)]
+
+    def _examples(self, manifest: Manifest) -> None:
+        """Wishes ready to click: they fill the form and run."""
         self.examples = gr.Dataset(
             components=[self.prompt, self.steps, self.seed, self.number],
-            samples=rows,
-            headers=["class", "steps", "seed", "pictures"],
+            samples=self._rows(manifest),
+            headers=["prompt" if self.typed else "class", "steps", "seed", "pictures"],
             label="Examples",
             type="values",
             samples_per_page=5,
@@ -263,7 +279,7 @@ class _Page:
 
     def _events(self, blocks: gr.Blocks) -> None:
         many = len(self.studio.students) > 1
-        wish = [self.prompt, self.steps, self.seed, self.number, self.student, self.previews, self.compare]
+        wish: list[Any] = [self.prompt, self.steps, self.seed, self.number, self.student, self.previews, self.compare]
         wish += [self.height, self.width]
         outputs = [self.gallery, self.compared, self.formed, self.report, self.details]
         address = [self.student, self.prompt, self.steps, self.seed, self.number]
@@ -277,7 +293,9 @@ class _Page:
         )
         made = drawn.then(self._generate, wish, outputs, api_name="generate", api_description=_GENERATE, **running)
         made.success(None, address, [], js=style.write_address(many))
-        by_key = self.seed.submit(self._generate, wish, outputs, **unnamed)
+        by_key = gr.on(
+            [self.seed.submit, *([self.prompt.submit] if self.typed else [])], self._generate, wish, outputs, **unnamed
+        )
         by_key.success(None, address, [], js=style.write_address(many))
 
         chosen = self.examples.click(
@@ -308,20 +326,22 @@ class _Page:
         self.student.input(
             self._choose,
             self.student,
-            [self.prompt, self.steps, self.previews, self.height, self.width, self.card],
+            [self.prompt, self.steps, self.previews, self.height, self.width, self.card, self.examples],
             **hidden,
         )
         named_endpoint(self._students, api_name="students", api_description="The students, and what each can do.")
 
     def _students(self) -> list[dict[str, Any]]:
-        """The students: name, numbers of steps (the first is the default), classes, and the size of a picture."""
+        """The students: name, numbers of steps (the first is the default), classes, examples of prompts, and the size
+        of a picture."""
         found = []
         for name in self.studio.students:
             manifest = self.studio.manifest(name)
             height, width, _ = manifest.image_shape
-            classes = None if manifest.condition is None else _names(manifest)
+            classes = None if manifest.classes is None else _names(manifest)
+            prompts = None if manifest.text is None else manifest.text.examples
             found.append(
-                {"name": name, "num_inference_steps": manifest.supported_steps, "classes": classes}
+                {"name": name, "num_inference_steps": manifest.supported_steps, "classes": classes, "prompts": prompts}
                 | {"height": height, "width": width}
             )
         return found
@@ -380,12 +400,13 @@ class _Page:
         steps = manifest.supported_steps
         height, width, _ = manifest.image_shape
         return (
-            gr.update(**_classes(manifest)),
+            gr.update(**self._field(manifest)),
             gr.update(choices=steps, value=steps[0]),
             gr.update(value=False, interactive=manifest.supported_steps != [1]),
             gr.update(value=height, interactive="height" in manifest.latents.dynamic),
             gr.update(value=width, interactive="width" in manifest.latents.dynamic),
             self.cards.get(student, ""),
+            gr.update(samples=self._rows(manifest)),
         )
 
     def _read_address(self, request: gr.Request) -> tuple[Any, ...]:
@@ -393,8 +414,9 @@ class _Page:
         asked = dict(request.query_params)
         student = asked.get("student") if asked.get("student") in self.studio.students else self.first
         manifest = self.studio.manifest(str(student))
-        names = [] if manifest.condition is None else _names(manifest)
-        prompt = next((name for name in names if name.casefold() == asked.get("prompt", "").casefold()), None)
+        prompt: str | None = asked.get("prompt", "")[:LONGEST_PROMPT]
+        if manifest.text is None:
+            prompt = next((name for name in _names(manifest) if name.casefold() == str(prompt).casefold()), None)
         steps = {str(count): count for count in manifest.supported_steps}
         try:
             parse_seed(asked.get("seed", ""))
@@ -405,7 +427,7 @@ class _Page:
         count = int(number) if number.isdecimal() and len(number) < 6 else 4
         return (
             student,
-            gr.update(**(_classes(manifest) | ({"value": prompt} if prompt else {}))),
+            gr.update(**(self._field(manifest) | ({"value": prompt} if prompt else {}))),
             gr.update(choices=[*steps.values()], value=steps.get(asked.get("steps", ""), manifest.supported_steps[0])),
             asked["seed"] if linked else random_seed(),
             min(max(count, 1), self.studio.max_images),
@@ -417,10 +439,10 @@ class _Page:
 
 def _names(manifest: Manifest) -> list[str]:
     """Classes by name, or by number where they have none."""
-    condition = manifest.condition
-    if condition is None:
+    classes = manifest.classes
+    if classes is None:
         return []
-    return list(condition.class_names or map(str, range(min(condition.num_classes, MOST_CHOICES))))
+    return list(classes.class_names or map(str, range(min(classes.num_classes, MOST_CHOICES))))
 
 
 def _classes(manifest: Manifest) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class Studio:
         for name, pipeline in self.students.items():
             if teacher is not None and _kind(pipeline.manifest) != _kind(teacher.manifest):
                 raise InvalidRequest(
-                    f"{teacher.manifest.name} is no teacher of {name}: their pictures, noise or classes differ"
+                    f"{teacher.manifest.name} is no teacher of {name}: their pictures, noise, classes or kinds of "
+                    f"prompt differ"
                 )
 
     def manifest(self, student: str) -> Manifest:
@@ -103,8 +104,10 @@ class Studio:
         """Make a picture with each, so that a visitor's first one takes as long as any other."""
         for pipeline in [*self.students.values(), *([self.teacher] if self.teacher is not None else [])]:
             manifest = pipeline.manifest
-            steps = min(manifest.supported_steps)
-            pipeline(class_labels=None if manifest.condition is None else 0, num_inference_steps=steps, seed=0)
+            first: dict[str, Any] = {} if manifest.classes is None else {"class_labels": 0}
+            if manifest.text is not None:
+                first = {"prompt": manifest.text.examples[0]}
+            pipeline(num_inference_steps=min(manifest.supported_steps), seed=0, **first)
 
     def comparisons(self) -> list[str]:
         """What a picture can be compared with."""
@@ -194,19 +197,21 @@ class Studio:
 
 
 def _kind(manifest: Manifest) -> tuple[Any, ...]:
-    condition, latents = manifest.condition, manifest.latents
-    classes = None if condition is None else condition.num_classes
-    return manifest.image_shape, (latents.channels, latents.height, latents.width), classes
+    latents, classes = manifest.latents, manifest.classes
+    asked = "prompts" if manifest.text is not None else None if classes is None else classes.num_classes
+    return manifest.image_shape, (latents.channels, latents.height, latents.width), asked
 
 
 def _name(seed: tuple[int, int]) -> str:
     return f"seed {seed[0]}" + (f":{seed[1]}" if seed[1] else "")
 
 
-def _wish(order: Order) -> dict[str, Any]:
-    """A class by its name, or by its number where classes have none."""
+def _wish(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
+    """A prompt; or a class by its name, or by its number where classes have none."""
     wish: dict[str, Any] = {"height": order.height, "width": order.width}
-    if order.prompt is not None:
+    if pipeline.manifest.text is not None:
+        wish["prompt"] = order.prompt
+    elif order.prompt is not None:
         text = str(order.prompt).strip()
         wish["class_labels"] = int(text) if text.isdecimal() else text
     return wish
@@ -214,7 +219,7 @@ def _wish(order: Order) -> dict[str, Any]:
 
 def _previews(pipeline: FastPipeline, order: Order, seed: tuple[int, int]) -> Iterator[Image]:
     """The clean-image estimate after every step but the last: the picture itself is the fused graph's."""
-    stream = pipeline.stream(num_inference_steps=order.num_inference_steps, seed=[seed], **_wish(order))
+    stream = pipeline.stream(num_inference_steps=order.num_inference_steps, seed=[seed], **_wish(pipeline, order))
     for _ in range(order.num_inference_steps - 1):
         yield next(stream)
 
@@ -222,5 +227,5 @@ def _previews(pipeline: FastPipeline, order: Order, seed: tuple[int, int]) -> It
 def _render(
     pipeline: FastPipeline, order: Order, seeds: list[tuple[int, int]], steps: int
 ) -> tuple[list[Image], float, dict[str, Any]]:
-    out = pipeline(num_images_per_prompt=len(seeds), num_inference_steps=steps, seed=seeds, **_wish(order))
+    out = pipeline(num_images_per_prompt=len(seeds), num_inference_steps=steps, seed=seeds, **_wish(pipeline, order))
     return out.images, out.timings["total"], out.runtime_info

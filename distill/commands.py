@@ -16,6 +16,17 @@ GuidanceScale = Annotated[
     float | None, typer.Option(help="The teacher's classifier-free guidance, if not its own; 1 is none.")
 ]
 Teacher = Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher: fashion-mnist, emoji.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text-to-image: a file of prompts, one a line.")]
+Height = Annotated[int | None, typer.Option(help="Of a picture in pixels, where the pipeline draws several sizes.")]
+Width = Annotated[int | None, typer.Option(help="Likewise.")]
+
+
+def _options(prompts: Path | None, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+    """What a teacher is loaded with, of what was given."""
+    from redif_sdk.distill.prompts import read_prompts
+
+    given = {"prompts": None if prompts is None else read_prompts(prompts), "height": height, "width": width}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _progress(quiet: bool) -> Any:
@@ -55,6 +66,10 @@ def distill_command(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     estimator: Annotated[str, typer.Option(help="redif: same-state, pathwise or trajectory.")] = "same-state",
     guidance_scale: GuidanceScale = None,
+    prompts: PromptFile = None,
+    height: Height = None,
+    width: Width = None,
+    reward_space: Annotated[str, typer.Option(help="What rewards see: images, or latents undecoded.")] = "images",
     warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
     step_delta: Annotated[float, typer.Option(help="redif: rms step of the output along the reward's rise.")] = 0.15,
     exploration: Annotated[float, typer.Option(help="redif: standard deviation of an action.")] = 0.1,
@@ -110,6 +125,7 @@ def distill_command(
         "num_inference_steps": steps,
         "method": method,
         "reward": reward,
+        "reward_space": reward_space,
         "updates": updates,
         "seconds": seconds,
         "teacher_calls": teacher_calls,
@@ -147,7 +163,7 @@ def distill_command(
     folder = training_folder(output)
     if (folder / CHECKPOINT).exists() and not resume:
         raise InvalidRequest(f"{folder} holds an unfinished run; go on with --resume, or remove it")
-    model = TeacherModel.load(teacher)
+    model = TeacherModel.load(teacher, **_options(prompts, height, width))
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
     count = allowed(model, config)
@@ -207,16 +223,24 @@ def distill_command(
 def import_command(
     pipeline: Annotated[str, typer.Argument(help="A diffusers folder, or a shipped teacher's name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The student's folder; it must not exist yet.")],
-    steps: Annotated[list[int], typer.Option("--steps", help="DDIM steps an image; may be given several times.")],
+    steps: Annotated[list[int], typer.Option("--steps", help="Steps an image; may be given several times.")],
     guidance_scale: GuidanceScale = None,
+    prompts: PromptFile = None,
+    height: Height = None,
+    width: Width = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Take an existing pipeline as a student, as it is: DDIM at K steps, nothing is trained."""
+    """Take an existing pipeline as a student, as it is, at K steps of its own scheduler; nothing is trained.
+
+    A scheduler that no step table can say (PNDM, DPM-Solver++(2M)) is replaced by DDIM. LCM, Turbo, Lightning and
+    schnell pipelines are made for --guidance-scale 1.
+    """
     from redif_sdk.distill.student import import_pipeline
     from redif_sdk.report import document, write_json
 
-    manifest = import_pipeline(pipeline, output, steps, guidance_scale=guidance_scale)
+    options = _options(prompts, height, width)
+    manifest = import_pipeline(pipeline, output, steps, guidance_scale=guidance_scale, **options)
     if json:
         rows = [{"output": str(output), "num_inference_steps": count} for count in manifest.supported_steps]
         write_json(json, document("import", rows))
@@ -229,6 +253,7 @@ def eval_command(
     against: Annotated[str, typer.Option(help="The teacher to compare with.")] = "fashion-mnist",
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
     data: Annotated[str | None, typer.Option(help="Take the real images from this data set: fashion-mnist.")] = None,
+    prompts: PromptFile = None,
     baselines: Annotated[bool, typer.Option(help="Also judge untrained DDIM at the same steps.")] = True,
     save: Annotated[
         bool, typer.Option("--save", help="Record the figures in the student's manifest and card.")
@@ -251,6 +276,7 @@ def eval_command(
             num_samples,
             data=data,
             baselines=baselines,
+            **_options(prompts),
             on_progress=lambda done, note: progress.update(task, completed=done, note=note),
         )
     if save:
@@ -262,31 +288,51 @@ def eval_command(
 
 
 def quickstart_command(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for students, report and results.")] = Path(
-        "build/quickstart"
-    ),
-    steps: Annotated[list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for students, report and results; default build/quickstart."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Text to image: the mini Stable Diffusion; default build/quickstart-text.")
+    ] = False,
+    teacher: Annotated[str, typer.Option(help="With --text: another teacher's folder.")] = "mini-sd",
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4, with --text 2 and 4.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.4,
     updates: Annotated[int | None, typer.Option(help="Updates a student, instead of the preset's.")] = None,
-    num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Held-out noises to judge on; default 2000, with --text 500.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     rebuild_bank: Annotated[bool, typer.Option("--rebuild-bank", help="Sample the teacher anew (takes long).")] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """The main job end to end: distil the shipped teacher, export, verify, generate, evaluate, and write a report."""
+    from redif_sdk.errors import InvalidRequest
     from redif_sdk.quickstart import quickstart
+    from redif_sdk.quickstart_text import text_quickstart
     from redif_sdk.report import write_json
 
-    results = quickstart(
-        output,
-        steps=steps or [1, 2, 4],
-        minutes=minutes,
-        updates=updates,
-        num_samples=num_samples,
-        seed=seed,
-        rebuild_bank=rebuild_bank,
-        quiet=quiet,
-    )
+    shared: dict[str, Any] = {"minutes": minutes, "updates": updates, "seed": seed, "quiet": quiet}
+    if text:
+        if rebuild_bank:
+            raise InvalidRequest("--rebuild-bank is of the quickstart on classes; leave it out with --text")
+        results = text_quickstart(
+            output or Path("build/quickstart-text"),
+            steps=steps or [2, 4],
+            num_samples=num_samples or 500,
+            teacher=teacher,
+            **shared,
+        )
+    else:
+        results = quickstart(
+            output or Path("build/quickstart"),
+            steps=steps or [1, 2, 4],
+            num_samples=num_samples or 2000,
+            rebuild_bank=rebuild_bank,
+            **shared,
+        )
     if json:
         write_json(json, results)

@@ -20,6 +20,9 @@ class DistillConfig(BaseModel):
     num_inference_steps: int = Field(4, ge=1, le=64, description="The student's network calls an image, K.")
     method: str = Field("redif", description="redif, regression, progressive, consistency, dmd2, draft or grpo.")
     reward: Any = Field("feature", description="A name, an address, 'a+b', a callable, a list, or {reward: weight}.")
+    reward_space: Literal["images", "latents"] = Field(
+        "images", description="What rewards see: pictures, or a latent model's latents, undecoded."
+    )
     updates: int | None = Field(None, ge=1, description="Optimiser updates.")
     seconds: float | None = Field(None, gt=0, description="Wall seconds of training.")
     forward_equivalents: float | None = Field(None, gt=0, description="Training's cost; the pool's is not in it.")

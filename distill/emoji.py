@@ -12,6 +12,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -52,12 +53,12 @@ def held_out(character: str) -> bool:
     return hashlib.sha256(character.encode()).digest()[0] % HELD_OUT == 0
 
 
-def picture(data: bytes) -> NDArray[np.uint8]:
-    """One file -> (3, SIZE, SIZE) uint8: on white, scaled down by averaging."""
+def picture(data: bytes, size: int = SIZE) -> NDArray[np.uint8]:
+    """One file -> (3, size, size) uint8: on white, scaled down by averaging."""
     with Image.open(io.BytesIO(data)) as image:
         coloured = image.convert("RGBA")
     white = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
-    return np.asarray(white.resize((SIZE, SIZE), Image.Resampling.BOX)).transpose(2, 0, 1)
+    return np.asarray(white.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def read_package(path: Path, pattern: str) -> dict[str, bytes]:
@@ -74,10 +75,12 @@ def read_package(path: Path, pattern: str) -> dict[str, bytes]:
     return files
 
 
-def build(tarballs: dict[str, Path]) -> dict[str, NDArray[Any]]:
-    """The arrays of the data set from the three tarballs, by style: images, labels, characters, held_out."""
+def characters(tarballs: dict[str, Path]) -> Iterator[tuple[dict[str, Any], str, bytes]]:
+    """Each character in each style that has it, from the three tarballs: its entry of emoji.json, style, picture file.
+
+    Characters are whole: no skin tones by themselves, and none applied.
+    """
     packages = {style: read_package(path, PACKAGES[style][1]) for style, path in tarballs.items()}
-    images, labels, characters = [], [], []
     for entry in json.loads(packages["Noto"]["emoji.json"]):
         if entry["category"] not in CATEGORIES:
             continue  # the skin tones by themselves
@@ -86,21 +89,38 @@ def build(tarballs: dict[str, Path]) -> dict[str, NDArray[Any]]:
             names = (codes, (entry["non_qualified"] or codes).lower())  # Fluent's files are named after either
             data = next((files[name] for name in names if name in files), None)
             if data is not None:
-                images.append(picture(data))
-                labels.append(CLASSES.index(f"{entry['category']}, {style}"))
-                characters.append(codes)
+                yield entry, style, data
+
+
+def build(tarballs: dict[str, Path]) -> dict[str, NDArray[Any]]:
+    """The arrays of the data set from the three tarballs, by style: images, labels, characters, held_out."""
+    images, labels, codes = [], [], []
+    for entry, style, data in characters(tarballs):
+        images.append(picture(data))
+        labels.append(CLASSES.index(f"{entry['category']}, {style}"))
+        codes.append(entry["unified"].lower())
     return {
         "images": np.stack(images),
         "labels": np.array(labels, np.int64),
-        "characters": np.array(characters),
-        "held_out": np.array([held_out(codes) for codes in characters]),
+        "characters": np.array(codes),
+        "held_out": np.array([held_out(character) for character in codes]),
     }
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """The three tarballs, through ``npm pack``: those that lie in ``folder`` already are not fetched again."""
-    found = {}
-    for style, (package, _) in PACKAGES.items():
+    """The three tarballs, by style, as :func:`fetch_packages` gets them."""
+    paths = fetch_packages(folder, [package for package, _ in PACKAGES.values()])
+    return dict(zip(PACKAGES, paths, strict=True))
+
+
+def fetch_packages(folder: Path, packages: Iterable[str]) -> list[Path]:
+    """npm's tarballs of ``packages``, through ``npm pack``: those that lie in ``folder`` already are not fetched again.
+
+    Raises:
+        InvalidRequest: npm is missing or fails.
+    """
+    found = []
+    for package in packages:
         path = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
         if not path.is_file():
             try:
@@ -111,7 +131,7 @@ def fetch(folder: Path) -> dict[str, Path]:
                     f"npm pack {package} failed ({said.decode(errors='replace').strip()[:200]}); "
                     "install npm, or put the package's .tgz into a folder and name it with --packages"
                 ) from error
-        found[style] = path
+        found.append(path)
     return found
 
 

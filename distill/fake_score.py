@@ -16,6 +16,7 @@ from redif_sdk.distill import draws
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.precision import autocast
 from redif_sdk.distill.teacher import Teacher
+from redif_sdk.errors import UnsupportedModel
 
 T_MIN, T_MAX = 0.02, 0.98  # of the schedule: where the scores are compared
 
@@ -94,8 +95,16 @@ class FakeScore:
 
 
 def levels(teacher: Teacher, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma of the teacher's schedule at times t (B,) int64, each (B, 1, 1, 1)."""
+    """alpha and sigma of the teacher's schedule at times t (B,) int64, each (B, 1, 1, 1).
+
+    Raises:
+        UnsupportedModel: EDM's network is not fed times of a schedule.
+    """
     schedule = teacher.schedule
+    if schedule.edm is not None:
+        raise UnsupportedModel(
+            f"{teacher.name} is fed EDM's noise levels, not times of a schedule; use redif, regression, draft or grpo"
+        )
     alphas, sigmas = (torch.from_numpy(v.copy()).float().to(t.device) for v in (schedule.alphas, schedule.sigmas))
     return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 

@@ -113,19 +113,20 @@ def compute(
 
 
 def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
-    """The bank that lies beside a shipped teacher (uint8 images), if it holds ``count`` entries of ``split``."""
+    """The bank that lies beside a shipped teacher, if it holds ``count`` entries of ``split``: uint8 images, or of a
+    latent model float16 latents."""
     if teacher.folder is None or not (teacher.folder / BANK_FILE).is_file():
         return None
     try:
         with (teacher.folder / BANK_FILE).open("rb") as handle, np.load(handle, allow_pickle=False) as bank:
             if str(bank["fingerprint"]) != teacher.identity or len(bank[split]) < count:
                 return None
-            images = bank[split][:count]
+            kept = torch.from_numpy(bank[split][:count]).float()
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InvalidRequest(
             f"{teacher.folder / BANK_FILE} cannot be read ({error}); recompute it with --rebuild-bank"
         ) from error
-    target = teacher.latents_of(torch.from_numpy(images).float() / 127.5 - 1)
+    target = kept if teacher.decode is not None else teacher.latents_of(kept / 127.5 - 1)
     return _pairs(teacher, target, split, 0)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.bench import Contender, Fresh, Generate, Prepared, Workload
+from redif_sdk.distill.networks import Denoiser, guided
 from redif_sdk.distill.precision import cpu_has_bf16
-from redif_sdk.distill.teacher import Denoiser, Teacher, guided
+from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import scale_and_offset
 from redif_sdk.manifest import Postprocess
@@ -300,7 +301,7 @@ def _teacher_sampler(teacher: Teacher, work: Workload, device: torch.device) -> 
     network = Denoiser(unet.to(device).eval().requires_grad_(False), diffusers_call=True, guidance=teacher.guidance)
     scheduler = DDIMScheduler.from_pretrained(teacher.folder / "scheduler")
     start = torch.randn((work.batch, *teacher.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    classes = None if teacher.condition is None else teacher.condition.num_classes
+    classes = teacher.num_conditions or None
 
     @torch.no_grad()
     def generate(noise: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ The distances themselves are in ``evaluate.py``; here stands who is judged, on w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from redif_sdk.distill.publish_teacher import read_reference
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.manifest import Condition, TextCondition
 
 OnProgress = Callable[[float, str], object]
 Sampler = Callable[[Tensor, Tensor | None], Tensor]
@@ -99,7 +100,7 @@ class Arena:
 
     def ddim_row(self, steps: int) -> dict[str, Any]:
         """The teacher itself, its guidance included, with DDIM at ``steps``: untrained."""
-        latents = outputs(partial(self.teacher.sample, num_inference_steps=steps), self.pairs)
+        latents = outputs(partial(self.teacher.few_steps, num_inference_steps=steps), self.pairs)
         return self.row("ddim", steps, latents, calls_per_step=self.teacher.calls_per_step)
 
     def student_row(self, student: Student, steps: int) -> dict[str, Any]:
@@ -121,18 +122,23 @@ def evaluate_folder(
     *,
     data: str | None = None,
     baselines: bool = True,
+    prompts: Sequence[str] | None = None,
     on_progress: OnProgress = lambda done, note: None,
 ) -> list[dict[str, Any]]:
     """Rows for every step table of a student folder, the teacher, and untrained DDIM at the same steps.
 
+    ``prompts``: what a text-to-image teacher is asked for here, if not the prompts that its folder names.
+
     Raises:
         ManifestError, IntegrityError: the folder is no student. InvalidRequest: teacher and student do not fit.
     """
-    student, teacher = load_student(folder), Teacher.load(against)
-    if student.teacher.shape != teacher.shape or student.teacher.condition != teacher.condition:
+    more = {} if prompts is None else {"prompts": prompts}
+    student, teacher = load_student(folder), Teacher.load(against, **more)
+    if student.teacher.shape != teacher.shape or not _asked_alike(student.teacher.condition, teacher.condition):
         raise InvalidRequest(
             f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
         )
+    student.ask_by(teacher.prompts)
     arena = Arena.of(teacher, num_samples, data=data)
     steps = [table.num_inference_steps for table in student.tables]
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
@@ -146,6 +152,13 @@ def evaluate_folder(
         rows.append(job())
     on_progress(1.0, "")
     return rows
+
+
+def _asked_alike(ours: Condition | TextCondition | None, theirs: Condition | TextCondition | None) -> bool:
+    """Whether a student and a teacher are asked for the same: equal classes, or prompts that become equal tensors."""
+    if isinstance(ours, TextCondition) and isinstance(theirs, TextCondition):
+        return (ours.tokenizers, ours.encoders, ours.tensors) == (theirs.tokenizers, theirs.encoders, theirs.tensors)
+    return ours == theirs
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -58,7 +58,7 @@ def learn_times(
         UnsupportedModel: the table has no integer times of a discrete schedule to start from.
     """
     schedule = policy.schedule
-    if schedule is None:
+    if schedule is None or schedule.edm is not None:
         raise UnsupportedModel("learnt times need a discrete noise schedule; set schedule_updates to 0")
     start, prediction_type = [round(float(t)) for t in policy.table.timesteps], policy.table.prediction_type
     fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in itertools.pairwise(start)])
@@ -108,7 +108,11 @@ def learn_gain(context: Context, student: StudentPolicy, count: int) -> float:
     outputs = torch.cat([student.sample(part.noise, part.condition) for part in parts])
     with torch.enable_grad():
         judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, FIT_UPDATES, FIT_BATCH)
-    to_images = context.advantage.images
+    bounds = context.teacher.postprocess.value_range
+
+    def to_images(latents: Tensor) -> Tensor:  # pictures, also where the rewards see latents
+        return context.teacher.images(latents).clamp(*bounds)
+
     wanted = Statistics.of(judge.embed(to_images(pool.target)))
     distances = [frechet_distance(Statistics.of(judge.embed(to_images(gain * outputs))), wanted) for gain in GAINS]
     context.policy.meter.auxiliary_calls += gain_cost(context, count) - len(pool) * student.num_inference_steps

@@ -10,29 +10,44 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from redif_sdk.card import CARD_NAME, is_generated, read_card, render_over, user_sections
-from redif_sdk.distill import draws
+from redif_sdk.distill import draws, saving
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
+from redif_sdk.distill.networks import Denoiser
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.precision import chosen_device
+from redif_sdk.distill.prompts import Prompts
 from redif_sdk.distill.rewards import reward_names
-from redif_sdk.distill.teacher import Denoiser, Teacher, check_deterministic
+from redif_sdk.distill.samplers import own_table
+from redif_sdk.distill.teacher import Teacher, check_deterministic
 from redif_sdk.distill.trainer import Progress, Trainer
 from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
 from redif_sdk.files import atomic_folder, atomic_write
 from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Budget, Distillation, Guidance, Manifest, Network, TeacherInfo, calls_per_step
+from redif_sdk.manifest import (
+    Budget,
+    Distillation,
+    Guidance,
+    Manifest,
+    Network,
+    TeacherInfo,
+    calls_per_step,
+)
 from redif_sdk.steps import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
+TASKS: dict[str | None, Literal["unconditional", "class-conditional", "text-to-image"]] = {
+    None: "unconditional",
+    "class": "class-conditional",
+    "text": "text-to-image",
+}
 
 
 @dataclass
@@ -46,6 +61,7 @@ class Student:
     distillation: Distillation | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""  # why training ended before its budget did
+    scheduler: Any = None  # diffusers' own, of an imported pipeline that keeps it
 
     @property
     def guidance(self) -> Guidance | None:
@@ -61,32 +77,50 @@ class Student:
         """The network itself, without the signature that the distiller wraps around it."""
         return self.network.network if isinstance(self.network, Denoiser) else self.network
 
+    @property
+    def folder(self) -> str:
+        """Of the network in the student's folder."""
+        return self.teacher.network_folder or "unet"
+
+    def ask_by(self, prompts: Prompts | None) -> None:
+        """Let conditions be places among ``prompts``, a teacher's, in place of the student's own few."""
+        if prompts is not None and isinstance(self.network, Denoiser):
+            self.network.prompts = prompts
+
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
         table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
         return StudentPolicy(self.network, table, self.teacher.schedule, exact=True)
 
     def manifest(self, name: str) -> Manifest:
-        teacher = self.teacher
+        teacher, guidance = self.teacher, self.guidance
         inner = self.inner
+        if guidance is not None and teacher.prompts is not None:
+            guidance = guidance.model_copy(update={"null_class": 0})  # a place among prompts that do not travel
         package = type(inner).__module__.partition(".")[0]
-        class_path = f"diffusers.{type(inner).__name__}" if package == "diffusers" else _class_path(inner)
+        class_path = f"diffusers.{type(inner).__name__}" if package == "diffusers" else saving.class_path(inner)
         return Manifest(
             name=name,
             licence=teacher.licence,
-            task="unconditional" if teacher.condition is None else "class-conditional",
+            task=TASKS[teacher.condition.kind if teacher.condition else None],
             teacher=TeacherInfo(
                 id=teacher.name,
                 revision=teacher.revision,
                 hash=teacher.fingerprint or None,
                 num_inference_steps=teacher.num_inference_steps,
-                guidance_scale=teacher.guidance.scale if teacher.guidance else 1.0,
+                guidance_scale=teacher.guidance.scale if teacher.guidance else teacher.embedded_guidance or 1.0,
             ),
             distillation=self.distillation,
             step_tables=[table.to_dict() for table in self.tables],
             latents=teacher.latents,
             condition=teacher.condition,
             postprocess=teacher.postprocess,
-            network=Network(class_path=class_path, folder="unet", guidance=self.guidance),
+            network=Network(
+                class_path=class_path,
+                folder=self.folder,
+                guidance=guidance,
+                embedded_guidance=teacher.embedded_guidance,
+                pipeline=saving.pipeline_name(teacher, self._scheduler()),
+            ),
             metrics=self.metrics,
         )
 
@@ -112,65 +146,33 @@ class Student:
         user_sections(old or "")  # malformed ones are refused before anything is written
         with atomic_folder(folder, overwrite=overwrite) as staging:
             try:
-                inner.save_pretrained(staging / "unet", safe_serialization=True)
+                self._write_models(staging, inner)
             except SafetensorError as error:
                 raise RedifError(f"{folder} cannot be written: {error}; is the disk full?") from error
-            scheduler = _scheduler(self.teacher, self.tables[0])
-            scheduler.save_pretrained(staging / "scheduler")
-            index = {
-                "_class_name": "DDIMPipeline",
-                "_diffusers_version": version("diffusers"),
-                "scheduler": ["diffusers", type(scheduler).__name__],
-                "unet": ["diffusers", type(inner).__name__],
-            }
-            (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-            for config in ("unet/config.json", "scheduler/scheduler_config.json"):
-                _forget_origin(staging / config)
+            for config in (*staging.glob("*/config.json"), staging / "scheduler/scheduler_config.json"):
+                saving.forget_origin(config)
             manifest = write_manifest(staging, self.manifest(folder.name))
             atomic_write(staging / CARD_NAME, render_over(manifest, old).encode())
             return manifest
 
+    def _scheduler(self) -> Any:
+        return self.scheduler or saving.scheduler_of(self.teacher, self.tables[0])
 
-def _forget_origin(config: Path) -> None:
-    """Take the path that the model was loaded from out of diffusers' configuration: it names a machine's folders."""
-    content = json.loads(config.read_text())
-    content.pop("_name_or_path", None)
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _class_path(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _scheduler(teacher: Teacher, table: StepTable) -> Any:
-    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM, and
-    LCMScheduler is consistency multistep. Of flows it is the teacher's, which takes the table's times as sigmas.
-
-    No stock scheduler takes a score network: its ``prediction_type`` is written as it is, and diffusers refuses it.
-    """
-    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
-
-    if teacher.schedule.flow:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=len(teacher.schedule) - 1, shift=teacher.shift)
-    if teacher.scheduler_config is not None:
-        config = teacher.scheduler_config
-        wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        betas = {key: config[key] for key in wanted if config.get(key) is not None}
-    else:
-        products = torch.tensor(teacher.schedule.alphas) ** 2
-        ratios = products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
-        betas = {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(products)}
-    if table.sampler == "consistency":
-        return LCMScheduler(**betas, prediction_type=table.prediction_type, clip_sample=False, set_alpha_to_one=True)
-    return DPMSolverMultistepScheduler(
-        **betas,
-        prediction_type=table.prediction_type,
-        algorithm_type="dpmsolver++",
-        solver_order=1,
-        final_sigmas_type="zero",
-        timestep_spacing="trailing",
-        thresholding=False,
-    )
+    def _write_models(self, staging: Path, inner: Any) -> None:
+        """diffusers' folder: the network and a scheduler, or the teacher's whole pipeline with these two in it."""
+        scheduler = self._scheduler()
+        if self.teacher.pipeline is not None:
+            saving.write_pipeline(self.teacher, staging, {self.folder: inner, "scheduler": scheduler})
+            return
+        inner.save_pretrained(staging / "unet", safe_serialization=True)
+        scheduler.save_pretrained(staging / "scheduler")
+        index = {
+            "_class_name": "DDIMPipeline",
+            "_diffusers_version": version("diffusers"),
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "unet": ["diffusers", type(inner).__name__],
+        }
+        (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def training_folder(output: Path) -> Path:
@@ -188,6 +190,7 @@ def distill(
     resume: bool = False,
     on_progress: Progress | None = None,
     pairs: pool.Pairs | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Student:
     """Distil a teacher into a student of ``config.num_inference_steps`` network calls.
 
@@ -198,6 +201,7 @@ def distill(
         folder: where checkpoint and log are kept; None: nowhere.
         resume: go on from ``folder``'s checkpoint.
         pairs: the pool, when the caller holds it already.
+        prompts: of a text-to-image teacher, what the student is to draw, if the teacher's folder has none.
 
     Raises:
         InvalidRequest: an argument is wrong. UnsupportedModel: this teacher cannot be distilled.
@@ -207,10 +211,16 @@ def distill(
     draws.join()
     make_method(config.method)
     names = reward_names(config.reward)
-    teacher = Teacher.load(source)
+    teacher = Teacher.load(source, prompts=prompts) if prompts is not None else Teacher.load(source)
     if student is not None:
-        diffusers_call = type(student).__module__.startswith("diffusers.")
-        teacher = _with_student(teacher, Denoiser(student, diffusers_call=diffusers_call))
+        network = Denoiser(
+            student,
+            diffusers_call=type(student).__module__.startswith("diffusers."),
+            prompts=teacher.prompts,
+            embedded_guidance=teacher.embedded_guidance,
+            scale=teacher.postprocess.scale,
+        )
+        teacher = _with_student(teacher, network)
     check_deterministic(teacher)
     if pairs is None:
         pairs, calls = pool.get(teacher, pool_size(teacher, config), "train", device=chosen_device(config.device))
@@ -270,21 +280,24 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
     """
     checked = StudentFolder(Path(folder))
     manifest = checked.manifest
-    others = {entry.path.partition("/")[0] for entry in manifest.files} - {"unet", "scheduler"}
-    for part in ("unet", "scheduler"):
+    ours = _model_folders(manifest)
+    others = {entry.path.partition("/")[0] for entry in manifest.files} - ours
+    for part in ours - {"model_index.json"}:
         for path in checked.files(part):
             checked.read(path)
     with TemporaryDirectory(prefix="redif-") as copy:
         checked.copy_to(Path(copy), without=(*others, ""))
         try:
-            source = replace(Teacher.from_diffusers(Path(copy)), folder=None)
+            source = _as_teacher(Path(copy), manifest)
         except RedifError as error:
             raise ManifestError(str(error).replace(copy, str(folder))) from error
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise ManifestError(f"{folder} holds no network that diffusers makes: {error!s:.300}") from error
     inner = source.make_student()
     if isinstance(inner, Denoiser):
-        inner.guidance = manifest.network.guidance
+        null = {} if source.prompts is None else {"null_class": source.prompts.null}
+        guidance = manifest.network.guidance
+        inner.guidance = guidance and guidance.model_copy(update=null)
     origin = manifest.teacher
     described = replace(
         source,
@@ -296,7 +309,7 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
         postprocess=manifest.postprocess,
         licence=manifest.licence,
     )
-    return Student(
+    student = Student(
         teacher=teacher or described,
         network=inner.eval().requires_grad_(False),
         tables=[StepTable.from_dict(table) for table in manifest.step_tables],
@@ -304,6 +317,36 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
         distillation=manifest.distillation,
         metrics=list(manifest.metrics),
     )
+    student.ask_by(teacher.prompts if teacher else None)
+    return student
+
+
+def _model_folders(manifest: Manifest) -> set[str]:
+    """The top-level names of what diffusers loads."""
+    folders = {manifest.network.folder, "scheduler"}
+    if manifest.network.pipeline is None:
+        return folders
+    folders.add("model_index.json")
+    if manifest.postprocess.decoder is not None:
+        folders.add(manifest.postprocess.decoder.folder)
+    if manifest.text is not None:
+        folders |= {encoder.folder for encoder in manifest.text.encoders}
+        folders |= {tokenizer.file.partition("/")[0] for tokenizer in manifest.text.tokenizers}
+    return folders
+
+
+def _as_teacher(folder: Path, manifest: Manifest) -> Teacher:
+    """The student's network and what is around it, as a teacher without guidance of its own."""
+    if manifest.network.pipeline is None:
+        return replace(Teacher.from_diffusers(folder), folder=None)
+    height, width, _ = manifest.image_shape
+    sized: dict[str, Any] = {}
+    if manifest.text is not None:
+        sized = {"prompts": manifest.text.examples, "height": height, "width": width}
+    source = Teacher.from_diffusers(folder, **sized)
+    if manifest.network.embedded_guidance is not None:
+        source = source.guided(manifest.network.embedded_guidance)
+    return replace(source, folder=None, guidance=None, sampler=None)
 
 
 def import_pipeline(
@@ -312,23 +355,34 @@ def import_pipeline(
     steps: Sequence[int],
     *,
     guidance_scale: float | None = None,
+    prompts: Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Any existing pipeline as a student, as it is: its weights, its guidance, and DDIM at each of ``steps``.
+    """Any existing pipeline as a student, as it is: its weights, its guidance, and a table for each of ``steps``.
 
-    Nothing is trained; a guided pipeline still makes two network calls a step. ``guidance_scale`` replaces its own.
+    Nothing is trained; a guided pipeline still makes two network calls a step. The tables are those of the pipeline's
+    own scheduler where a table can say what it does (LCM, Euler, Euler ancestral, DDIM, flow matching), else DDIM with
+    trailing spacing. ``guidance_scale`` replaces the pipeline's own: few-step pipelines are made for 1.
+    ``prompts``: examples of what a text-to-image pipeline can draw, for its page and its check.
     """
     if not steps:
         raise InvalidRequest("no number of steps is given; name at least one, e.g. --steps 4")
     for count in steps:
         if count < 1:
             raise InvalidRequest(f"steps must be at least 1, not {count}")
-    teacher = Teacher.load(source)
+    options = {"prompts": prompts, "height": height, "width": width}
+    teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)
-    tables = [teacher.table(count) for count in dict.fromkeys(steps)]
+    counts = list(dict.fromkeys(steps))
+    own = [own_table(teacher, count) for count in counts]
+    tables = [table or teacher.table(count) for table, count in zip(own, counts, strict=True)]
     network = teacher.make_student()
     if isinstance(network, Denoiser):
         network.guidance = teacher.guidance
     student = Student(teacher, network, tables, teacher.name)
+    if None not in own and teacher.pipeline is not None:
+        student.scheduler = teacher.pipeline.scheduler
     return student.save_pretrained(output, overwrite=overwrite)

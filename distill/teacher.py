@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,52 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redif_sdk.distill.networks import Denoiser, Predict, guided
+from redif_sdk.distill.prompts import Prompts
+from redif_sdk.distill.samplers import Sampler
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
-from redif_sdk.manifest import Condition, Guidance, Latents, Postprocess, calls_per_step
+from redif_sdk.manifest import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
+from redif_sdk.schedulers import edm_table, read_preconditioning
 from redif_sdk.steps import NoiseSchedule, StepTable
 
 SHIPPED = Path(__file__).parent / "teachers"
 TEACHER_FILE = "redif_teacher.json"
-HUB_FILES = (TEACHER_FILE, "model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
-
-Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-    """``predict``'s output (B, C, H, W) under ``guidance``: one call on a doubled batch."""
-    if guidance is None or condition is None:
-        return predict(x, t, condition)
-    null = torch.full_like(condition, guidance.null_class)
-    asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
-    mixed: Tensor = guidance.mix(asked, unasked)
-    return mixed
-
-
-class Denoiser(nn.Module):
-    """A network behind one signature: ``(x (B, C, H, W), t (B,) float32, condition (B,) int64 or None) -> f``.
-
-    ``f`` is the first C channels of what the network gives (learned-variance networks give 2C). ``guidance``: it is
-    the guided output, at two calls of the network.
-    """
-
-    def __init__(self, network: nn.Module, *, diffusers_call: bool, guidance: Guidance | None = None) -> None:
-        super().__init__()
-        self.network = network
-        self.diffusers_call = diffusers_call
-        self.guidance = guidance
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        return guided(self._call, self.guidance, x, t, condition)
-
-    def _call(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        if not self.diffusers_call:
-            out = self.network(x, t, condition)
-        elif condition is None:
-            out = self.network(x, t).sample
-        else:
-            out = self.network(x, t, class_labels=condition).sample
-        return out[:, : x.shape[1]]
+DECODE_BATCH = 64  # latents at once
+HUB_FILES = (
+    TEACHER_FILE,
+    "model_index.json",
+    *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model")),  # networks, schedulers, tokenizers
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +54,7 @@ class Teacher:
     schedule: NoiseSchedule
     prediction_type: str
     latents: Latents
-    condition: Condition | None
+    condition: Condition | TextCondition | None
     postprocess: Postprocess
     num_inference_steps: int
     make_student: Callable[[], nn.Module]
@@ -96,6 +67,11 @@ class Teacher:
     fingerprint: str = ""
     guidance: Guidance | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    prompts: Prompts | None = None  # of a text-to-image teacher: a condition is a prompt's place among them
+    decode: nn.Module | None = None  # latents -> images, where they are not pixels
+    sampler: Sampler | None = None  # the pipeline's own; None: by `table`
+    embedded_guidance: float | None = None  # the scale that the network takes as an input
+    pipeline: Any = None  # diffusers' own, whose other parts a student is saved with
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,12 +85,21 @@ class Teacher:
     @property
     def identity(self) -> str:
         """Names this teacher's outputs: its weights and its guidance. Empty: unknown, outputs are not cached."""
+        told = "" if self.embedded_guidance is None else f" told {self.embedded_guidance:g}"
         if not self.fingerprint or self.guidance is None:
-            return self.fingerprint
-        return f"{self.fingerprint} guidance {self.guidance.scale:g} {self.guidance.null_class}"
+            return self.fingerprint and self.fingerprint + told
+        return f"{self.fingerprint}{told} guidance {self.guidance.scale:g} {self.guidance.null_class}"
+
+    @property
+    def num_conditions(self) -> int:
+        """How many classes or prompts there are to ask for; 0: it is unconditional."""
+        if self.prompts is not None:
+            return len(self.prompts)
+        return self.condition.num_classes if isinstance(self.condition, Condition) else 0
 
     def guided(self, scale: float, null_class: int | None = None) -> Teacher:
-        """This teacher under classifier-free guidance of ``scale``; 1 is none.
+        """This teacher under classifier-free guidance of ``scale``; 1 is none. A network that takes the scale as an
+        input (Flux dev, LCM) is told it, and makes one call.
 
         Args:
             null_class: the entry of the class table that means 'no class'; None: the one the teacher comes with.
@@ -124,6 +109,10 @@ class Teacher:
         """
         if not 0 < scale < math.inf:
             raise InvalidRequest(f"guidance_scale must be a number above 0, not {scale:g}")
+        if self.embedded_guidance is not None:
+            from redif_sdk.distill.adapters import with_embedded_guidance
+
+            return replace(self, **with_embedded_guidance(self, scale))
         if scale == 1:
             return replace(self, guidance=None)
         if null_class is None:
@@ -132,7 +121,8 @@ class Teacher:
             raise InvalidRequest(
                 f"{self.name} has no 'no class' entry (null_class), so it cannot be guided; use guidance_scale 1"
             )
-        return replace(self, guidance=Guidance(scale=scale, null_class=null_class))
+        null = {key: self.extra[key] for key in ("null_prompt", "null_zeros") if key in self.extra}
+        return replace(self, guidance=Guidance(scale=scale, null_class=null_class, **null))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
@@ -140,8 +130,10 @@ class Teacher:
         return guided(self.predict, self.guidance, x, t, condition)
 
     def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
-        """DDIM with trailing spacing: the untrained student, and the teacher's own sampler. For flows it is Euler's
-        method on linspace(1, 1 / K, K), shifted."""
+        """DDIM with trailing spacing: the untrained student, and the sampler of a teacher without one of its own. For
+        flows it is Euler's method on linspace(1, 1 / K, K), shifted, for EDM on its own noise levels."""
+        if self.schedule.edm is not None:
+            return edm_table(self.schedule.edm, num_inference_steps, eta)
         if self.schedule.flow:
             return StepTable.flow_euler(
                 num_inference_steps=num_inference_steps,
@@ -159,8 +151,16 @@ class Teacher:
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int | None = None) -> Tensor:
-        """The teacher's deterministic output (eta = 0) for ``noise`` (B, C, H, W): latents of the same shape."""
-        table = self.table(num_inference_steps or self.num_inference_steps)
+        """The teacher's deterministic output for ``noise`` (B, C, H, W), by its own sampler: latents of that shape."""
+        steps = num_inference_steps or self.num_inference_steps
+        if self.sampler is None:
+            return self.few_steps(noise, condition, steps)
+        return self.sampler(lambda x, t: self(x, t, condition), noise, steps)
+
+    @torch.no_grad()
+    def few_steps(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int) -> Tensor:
+        """What the untrained student would give: the teacher's network, guided, by :meth:`table`."""
+        table = self.table(num_inference_steps)
         x = table.init_scale * noise
         for k, t in enumerate(table.timesteps):
             f = self(x, torch.full((len(x),), float(t), device=x.device), condition)
@@ -168,7 +168,16 @@ class Teacher:
         return x
 
     def images(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``."""
+        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``.
+
+        Differentiable where the latents are."""
+        if self.decode is not None:
+            decode = self.decode.to(latents.device)
+            if torch.is_grad_enabled() and latents.requires_grad:
+                images: Tensor = decode(latents)
+                return images
+            with torch.no_grad():
+                return torch.cat([decode(part) for part in latents.split(DECODE_BATCH)])
         factor = self.postprocess.pixel_shuffle
         return F.pixel_shuffle(latents, factor) if factor > 1 else latents
 
@@ -178,83 +187,65 @@ class Teacher:
         return F.pixel_unshuffle(images, factor) if factor > 1 else images
 
     def labels(self, index: np.ndarray) -> Tensor | None:
-        """The condition of pool entry ``index``: classes in turn, so that every batch of indices is balanced."""
-        return None if self.condition is None else torch.as_tensor(index % self.condition.num_classes).long()
+        """The condition of pool entry ``index``: classes or prompts in turn, so that every batch of indices is
+        balanced."""
+        return torch.as_tensor(index % self.num_conditions).long() if self.num_conditions else None
 
     @classmethod
-    def load(cls, source: Any) -> Teacher:
-        """A shipped teacher's name, a diffusers folder or its Hub id, a pipeline, or a :class:`Teacher` itself."""
+    def load(cls, source: Any, **options: Any) -> Teacher:
+        """A shipped teacher's name, a diffusers folder or its Hub id, a pipeline, or a :class:`Teacher` itself.
+
+        ``options`` as for :meth:`from_diffusers`.
+        """
         if isinstance(source, Teacher):
             return source
         if not isinstance(source, (str, Path)):
-            return cls.from_diffusers(source)
+            return cls.from_diffusers(source, **options)
         if (SHIPPED / str(source) / TEACHER_FILE).is_file():
-            return cls.from_diffusers(SHIPPED / str(source))
+            return cls.from_diffusers(SHIPPED / str(source), **options)
         if not Path(source).exists() and is_hub_id(str(source)):
             folder = fetch(str(source), HUB_FILES)
-            return replace(cls.from_diffusers(folder), name=str(source), revision=folder.name)
-        return cls.from_diffusers(Path(source))
+            return replace(cls.from_diffusers(folder, **options), name=str(source), revision=folder.name)
+        return cls.from_diffusers(Path(source), **options)
 
     @classmethod
-    def from_diffusers(cls, source: Any) -> Teacher:
-        """From a diffusers folder (``unet/`` + ``scheduler/``, UNet2DModel) or a pipeline that has the two.
+    def from_diffusers(
+        cls,
+        source: Any,
+        *,
+        prompts: Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Teacher:
+        """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
+        `redif_sdk.distill.adapters.register` was given; or any UNet2DModel with its scheduler.
 
-        ``redif_teacher.json`` beside ``model_index.json`` says what diffusers has no place for: class names, steps,
-        the pixel shuffle, guidance. Without it: 50 steps, no names, latents are pixels, no guidance.
+        ``redif_teacher.json`` beside ``model_index.json`` says what diffusers has no place for: class names, prompts,
+        steps, the pixel shuffle, guidance. Without it: the pipeline's usual steps and guidance.
+
+        Args:
+            prompts: of a text-to-image pipeline, what the student is to draw.
+            height, width: of a picture in pixels, where the pipeline draws several sizes; None: its own.
+            num_inference_steps: of the teacher's own sampler; None: as many as usual.
 
         Raises:
-            InvalidRequest: the folder is not there, or is no diffusers folder.
-            UnsupportedModel: a network or scheduler that this adapter does not take.
+            InvalidRequest: the folder is not there, or is no diffusers folder; or prompts are missing.
+            UnsupportedModel: a pipeline, network or scheduler that no adapter takes.
         """
-        from diffusers import UNet2DModel
+        from redif_sdk.distill import adapters, pixels
 
-        if isinstance(source, (str, Path)):
-            network, scheduler_config, about, folder = _read_folder(Path(source))
-        else:
-            folder, about = None, {}
-            network, scheduler = getattr(source, "unet", None), getattr(source, "scheduler", None)
-            if not isinstance(network, UNet2DModel) or scheduler is None:
-                raise UnsupportedModel(
-                    f"the pipeline {type(source).__name__} has no UNet2DModel and scheduler; "
-                    "pass its network with Teacher.from_callable"
-                )
-            scheduler_config = {"_class_name": type(scheduler).__name__, **scheduler.config}
-        config, size = network.config, network.config.sample_size
-        if config.class_embed_type is not None:
-            raise UnsupportedModel(
-                f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is"
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        classes = about.get("num_classes", config.num_class_embeds)
-        network = network.float().eval().requires_grad_(False)
-        denoiser = Denoiser(network, diffusers_call=True)
-
-        @torch.no_grad()
-        def predict(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            out: Tensor = denoiser.to(x.device)(x, t, condition)
-            return out
-
-        schedule, prediction_type, shift = _noise_process(scheduler_config)
-        teacher = cls(
-            name=about.get("name", folder.name if folder else type(source).__name__),
-            predict=predict,
-            schedule=schedule,
-            prediction_type=prediction_type,
-            shift=shift,
-            latents=Latents(channels=config.in_channels, height=height, width=width),
-            condition=Condition(kind="class", num_classes=classes, class_names=about.get("class_names"))
-            if classes
-            else None,
-            postprocess=Postprocess(pixel_shuffle=about.get("pixel_shuffle", 1)),
-            num_inference_steps=about.get("num_inference_steps", 50),
-            make_student=lambda: Denoiser(copy.deepcopy(network).requires_grad_(True), diffusers_call=True),
-            licence=about.get("licence", "unknown"),
-            folder=folder,
-            scheduler_config=scheduler_config if folder is not None else None,
-            fingerprint=_fingerprint(network, scheduler_config),
-            extra=about,
-        )
-        return teacher.guided(about.get("guidance_scale", 1.0))
+        options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
+        if not isinstance(source, (str, Path)):
+            if pixels.takes(source):
+                return pixels.from_pipeline(source, **options)
+            return adapters.adapter_of(type(source).__name__)(source, **options)
+        folder = Path(source)
+        name = pixels.pipeline_name(folder)
+        if name not in adapters.supported():
+            return pixels.from_folder(folder, name, **options)
+        pipeline, about = pixels.load_pipeline(folder)
+        return replace(adapters.adapter_of(name)(pipeline, about=about, **options), folder=folder)
 
     @classmethod
     def from_callable(
@@ -310,49 +301,41 @@ class Teacher:
         )
 
 
-def _read_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], Path]:
-    from diffusers import UNet2DModel
-    from safetensors import SafetensorError
+def noise_process(
+    scheduler_config: dict[str, Any], image_tokens: int | None = None
+) -> tuple[NoiseSchedule, str, float]:
+    """A scheduler's noise schedule, prediction type and, of a flow, its shift.
 
-    if not folder.is_dir():
-        known = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if p.is_dir() and p.name[0] not in "._"))
-        raise InvalidRequest(
-            f"{folder} is no folder and no shipped teacher; give a diffusers folder or one of: {known}"
-        )
-    for needed in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (folder / needed).is_file():
-            raise InvalidRequest(f"{folder} is no teacher: {needed} is missing; give a folder saved by diffusers")
-    try:
-        about = json.loads((folder / TEACHER_FILE).read_text()) if (folder / TEACHER_FILE).is_file() else {}
-        scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-        class_name = json.loads((folder / "unet/config.json").read_text()).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{folder} is no teacher: a JSON file in it does not parse ({error})") from error
-    if class_name != "UNet2DModel":
-        raise UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
-    try:
-        network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidRequest(f"the weights in {folder}/unet cannot be read: {first}; copy the teacher again") from error
-    return network, scheduler_config, about, folder
-
-
-def _noise_process(scheduler_config: dict[str, Any]) -> tuple[NoiseSchedule, str, float]:
-    """A scheduler's noise schedule, prediction type and, of a flow, its shift."""
-    if "FlowMatch" not in scheduler_config.get("_class_name", ""):
+    ``image_tokens``: how many the transformer sees, which some flows' shift depends on.
+    """
+    name = str(scheduler_config.get("_class_name", ""))
+    if name.startswith("EDM"):
+        return NoiseSchedule.of_edm(read_preconditioning(scheduler_config)), "edm", 1.0
+    if "FlowMatch" not in name:
         kind = scheduler_config.get("prediction_type", "epsilon")
         return NoiseSchedule.from_config(scheduler_config), kind, 1.0
-    if scheduler_config.get("use_dynamic_shifting"):
-        raise UnsupportedModel("the scheduler shifts its times by the image's size; set use_dynamic_shifting to false")
     schedule = NoiseSchedule.linear_flow(scheduler_config.get("num_train_timesteps", 1000))
-    return schedule, "flow", float(scheduler_config.get("shift", 1.0))
+    if not scheduler_config.get("use_dynamic_shifting"):
+        return schedule, "flow", float(scheduler_config.get("shift", 1.0))
+    if image_tokens is None:
+        raise UnsupportedModel("the scheduler shifts its times by the image's size; set use_dynamic_shifting to false")
+    few, many = (scheduler_config.get(f"{kind}_image_seq_len", n) for kind, n in (("base", 256), ("max", 4096)))
+    low, high = (scheduler_config.get(f"{kind}_shift", n) for kind, n in (("base", 0.5), ("max", 1.15)))
+    mu = low + (high - low) * (image_tokens - few) / (many - few)
+    exponential = scheduler_config.get("time_shift_type", "exponential") == "exponential"
+    return schedule, "flow", math.exp(mu) if exponential else mu
 
 
-def _fingerprint(network: nn.Module, scheduler_config: dict[str, Any]) -> str:
+def fingerprint(networks: Sequence[nn.Module], scheduler_config: dict[str, Any], *more: str) -> str:
+    """Names what networks' weights, a scheduler and further facts make together."""
     digest = hashlib.sha256(json.dumps(scheduler_config, sort_keys=True, default=str).encode())
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    for fact in more:
+        digest.update(fact.encode())
+    for network in networks:
+        for key, value in sorted(network.state_dict().items()):
+            plain = value.detach().cpu().contiguous()
+            plain = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+            digest.update(key.encode() + plain.numpy().tobytes())
     return digest.hexdigest()
 
 

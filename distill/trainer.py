@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,12 +31,14 @@ from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.files import atomic_write
+from redif_sdk.manifest import Postprocess
 from redif_sdk.steps import StepTable
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LATE = 0.15  # by how much the clock must be ahead of the updates to rule
 GRID = 10  # pictures of the student, and of the teacher, that a tracker is shown
 CHECK_PAIRS = 192  # pool entries on which a run is watched
+NO_RANGE = 1e3  # latents have none: nothing is clamped at it
 SPARED = 8  # a pool of so many times CHECK_PAIRS keeps them from training
 
 Progress = Callable[[float, dict[str, float]], object]
@@ -92,9 +94,10 @@ class Trainer:
         network, self.ema = (self._network().to(device) for _ in range(2))
         self.ema.requires_grad_(False)
         refuse_dropout(network)
-        rewards = make_rewards(
-            config.reward if self.method.rewarded else "pixel", self.teacher, self.pairs, config.seed
-        )
+        in_latents = config.reward_space == "latents"
+        plain = Postprocess(value_range=(-NO_RANGE, NO_RANGE))  # rewards are then given latents as they are
+        judged = replace(self.teacher, decode=None, postprocess=plain) if in_latents else self.teacher
+        rewards = make_rewards(config.reward if self.method.rewarded else "pixel", judged, self.pairs, config.seed)
         table = self.start_table or self.teacher.table(config.num_inference_steps)
         if table.num_inference_steps != config.num_inference_steps:
             raise InvalidRequest(
@@ -105,10 +108,9 @@ class Trainer:
                 f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
             )
         policy = StudentPolicy(network, table, self.teacher.schedule, Meter(processes=draws.world()))
-        advantage = Advantage(rewards, self.teacher.images)
-        self.context = Context(
-            policy, self.teacher, self.pairs, advantage, config, self.teacher.postprocess.value_range
-        )
+        advantage = Advantage(rewards, judged.images, clamped=not in_latents)
+        bounds = None if self.teacher.decode is not None else self.teacher.postprocess.value_range
+        self.context = Context(policy, self.teacher, self.pairs, advantage, config, bounds)
         first = self.pairs[:1]
         first_time = torch.zeros(1, device=device)
         self.context.unit = flops(network, first.noise, first_time, first.condition) or math.inf
@@ -302,7 +304,7 @@ class Trainer:
         slices = policy.table.noise_slices
         with torch.no_grad():
             output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
-        both = torch.cat([self.context.advantage.images(part) for part in (output, pool.target)])
+        both = torch.cat([self.teacher.images(part).clamp(-1, 1) for part in (output, pool.target)])
         levels = ((both + 1) * 127.5).round().to(torch.uint8)
         if levels.shape[1] in (1, 3):
             grid = levels.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)

@@ -40,18 +40,21 @@ def export(
 ) -> Manifest:
     """Compile the student in `folder`: its ONNX graphs, checked and added to the folder, and engines built of these.
 
-    "onnx" records golden outputs and passes the parity gate; graphs and golden files that were there are replaced.
-    "tensorrt-rtx" and "tensorrt" build engines of the graphs that are then there, for the compute capabilities `sm`,
-    into `engine_dir` or this machine's cache; `build_engines` has more settings for them. "web" writes a static page
-    that runs the first of `precisions` in the visitor's browser, into `web_dir` or beside the folder: see `build_page`.
+    "onnx" records golden outputs and passes the parity gate; graphs and golden files that were there are replaced. The
+    graphs are of the network ("denoiser"), of what a student has beside it ("text_encoder", "decoder"), and of network
+    and decoder in one ("generator"). "tensorrt-rtx" and "tensorrt" build engines of the graphs that are then there, for
+    the compute capabilities `sm`, into `engine_dir` or this machine's cache; `build_engines` has more settings for
+    them. "web" writes a static page that runs the first of `precisions` in the visitor's browser, into `web_dir` or
+    beside the folder: see `build_page`.
 
-    `precisions`: of "fp32", "fp16", "bf16", "int8". `batches` and `sizes` (height, width in pixels) are what the gate
-    looks at, in `runtimes` (default: those that run here); an axis on which `sizes` differ from the student's own
-    becomes free, in the graphs and in requests. `network` takes the place of the one in the folder, for classes that
-    are not diffusers'; it must compute what the folder's weights compute. Returns the new manifest.
+    `precisions`: of "fp32", "fp16", "bf16", "int8"; int8 is the network's alone, and what is beside it stays fp32.
+    `batches` and `sizes` (height, width in pixels) are what the gate looks at, in `runtimes` (default: those that run
+    here); an axis on which `sizes` differ from the student's own becomes free, in the graphs and in requests. `network`
+    takes the place of the one in the folder, for classes that are not diffusers'; it must compute what the folder's
+    weights compute. Returns the new manifest.
 
     Raises IntegrityError if the folder was altered (or holds files of which its manifest does not know, which would be
-    lost), UnsupportedModel or ExportError if the network cannot be compiled, ParityError if a graph does not compute
+    lost), UnsupportedModel or ExportError if a network cannot be compiled, ParityError if a graph does not compute
     what torch computes. In each case, and on a full disk (OSError), the folder stays as it was.
     """
     for target in targets:
@@ -59,6 +62,10 @@ def export(
             raise InvalidRequest(f"target {target!r} is unknown to this release; use {', '.join(TARGETS)}")
     if not targets:
         raise InvalidRequest(f"no target was given; use {', '.join(TARGETS)}")
+    if PAGE_TARGET in targets:
+        from redif_sdk.export.web import check_supported
+
+        check_supported(StudentFolder(folder))  # before minutes are spent on graphs
     if "onnx" in targets:
         try:
             from redif_sdk.export.build import build_graphs

@@ -1,40 +1,51 @@
 """`export`: the graphs of a student, checked against torch, added to its folder in one piece.
 
-It puts together what `onnx.py`, `precision.py`, `fuse.py`, `golden.py` and `verify.py` do, and writes the files, with
-samples and the card. The folder is replaced only when everything has passed; a failed export leaves it as it was.
+It puts together what `onnx.py`, `precision.py`, `fuse.py`, `golden.py` and `verify.py` do, with samples and the card.
+The folder is replaced only when everything has passed; a failed export leaves it as it was.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import torch
-from onnx import TensorProto
 
 from redif_sdk import samples
 from redif_sdk.card import read_card, user_sections, write_card
-from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable
-from redif_sdk.export import golden
+from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
+from redif_sdk.export import golden, store
+from redif_sdk.export.components import load_decoder, load_encoders, load_network
+from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.families import LatentDecoder, TextEncoders, is_supported
 from redif_sdk.export.fuse import generator_model
-from redif_sdk.export.onnx import Denoiser, denoiser_model, load_network, size_multiple
+from redif_sdk.export.onnx import (
+    Denoiser,
+    decoder_model,
+    denoiser_model,
+    part_precision,
+    size_multiple,
+    text_encoder_model,
+)
 from redif_sdk.export.verify import absent, summary, verify
 from redif_sdk.files import atomic_folder
 from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Graph, Latents, Manifest, TensorSpec
+from redif_sdk.manifest import Graph, Latents, Manifest
 from redif_sdk.runtimes import PRECISIONS
 
 __all__ = ["build_graphs"]
 
-FOLDER = "onnx"
 
-#: A protobuf ends at 2 GiB. A larger denoiser keeps its weights in a file beside it. A larger generator is not made:
-#: ONNX Runtime takes such a file from memory for a graph, but not for a loop's body. Pipelines then step the denoiser.
-LARGEST_FILE = (1 << 31) - (1 << 24)
+class Source(NamedTuple):
+    """A student in torch, as its graphs are made of it."""
 
-_DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"}
+    denoiser: Denoiser
+    encoders: TextEncoders | None
+    decoder: LatentDecoder | None
+    conditions: Conditions
 
 
 def build_graphs(
@@ -55,20 +66,25 @@ def build_graphs(
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
     loaded = load_network(student) if network is None else network.eval()
     manifest, further = _with_sizes(student.manifest, loaded, sizes)
-    denoiser = Denoiser(loaded, manifest.latents.channels, manifest.network.guidance)
+    source = _source(student, loaded)
     with atomic_folder(student.path, overwrite=True) as new:
-        student.copy_to(new, without=(FOLDER, golden.FOLDER, samples.FOLDER))
+        student.copy_to(new, without=(store.FOLDER, golden.FOLDER, samples.FOLDER))
         student.keep_foreign(new)
-        entries = golden.record(denoiser, manifest, new, batches, further)
-        graphs = [graph for precision in precisions for graph in _graphs(denoiser, manifest, new, precision)]
+        entries = golden.record(source.denoiser, source.decoder, source.conditions, manifest, new, batches, further)
+        graphs = _Graphs(source, manifest, new).write(precisions)
         manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
         write_manifest(new, manifest)
         rows = verify(new, runtimes)
         if failed := summary(rows):
             raise ParityError(f"the graphs of {folder} do not compute what torch computes: {failed}")
+        if unrun := [
+            row for row in rows if row["runtime"] == "onnxruntime" and row["reason"] and row["precision"] != "bf16"
+        ]:
+            raise ExportError(f"the graphs of {folder} do not run as they should: {absent(unrun)}")
         checked = [row for row in rows if row["passed"] is not None]
-        seen = {row["precision"] for row in checked if row["runtime"] != "numpy"}
-        if missing := [precision for precision in precisions if precision not in seen]:
+        seen = {(row["component"], row["precision"]) for row in checked}
+        unseen = {g.precision for g in graphs if g.component != "generator" and (g.component, g.precision) not in seen}
+        if missing := [precision for precision in precisions if precision in unseen]:
             raise RuntimeUnavailable(f"nothing here can check {', '.join(missing)}: {absent(rows)}")
         samples.write_samples(new)
         manifest = write_manifest(new, manifest.model_copy(update={"verification": checked}))
@@ -84,11 +100,19 @@ def _check_precisions(asked: Sequence[str]) -> None:
         raise InvalidRequest(f"precisions are {list(asked)}; give each once, at least one of {', '.join(PRECISIONS)}")
 
 
+def _source(student: StudentFolder, network: torch.nn.Module) -> Source:
+    """The student's parts around its network, from its checked bytes."""
+    encoders = load_encoders(student)
+    conditions = Conditions(student, encoders)
+    denoiser = Denoiser.of(network, student.manifest, conditions)
+    return Source(denoiser, encoders, load_decoder(student), conditions)
+
+
 def _with_sizes(
     manifest: Manifest, network: torch.nn.Module, sizes: Sequence[tuple[int, int]]
 ) -> tuple[Manifest, list[golden.Size]]:
     """The manifest with the axes free that `sizes` (pixels) vary, and the latents' sizes to record besides its own."""
-    scale = manifest.postprocess.pixel_shuffle
+    scale = manifest.postprocess.scale
     own = manifest.latents
     axes = [
         axis
@@ -97,7 +121,8 @@ def _with_sizes(
     ]
     if not axes:
         return manifest, []
-    multiple = own.multiple if own.multiple > 1 else size_multiple(network)
+    known = own.multiple > 1 and not is_supported(network)  # whoever brings a network may say it
+    multiple = own.multiple if known else math.lcm(own.multiple, size_multiple(network))
     latents = Latents.model_validate(own.model_dump() | {"dynamic": axes, "multiple": multiple})
     further = [latents.size(height, width, scale) for height, width in sizes]
     if not further:  # an axis is free, and nobody says which size to check: half as much again
@@ -110,41 +135,46 @@ def _larger(extent: int, multiple: int, free: bool) -> int:
     return -(-extent * 3 // (2 * multiple)) * multiple if free else extent
 
 
-def _graphs(denoiser: Denoiser, manifest: Manifest, folder: Path, precision: str) -> list[Graph]:
-    """Write the denoiser's graph in `precision`, and the generator's if it fits into a file."""
-    model = denoiser_model(denoiser, manifest, precision)
-    graphs = [_write(folder, "denoiser", precision, model)]
-    if model.ByteSize() <= LARGEST_FILE:
-        graphs.append(_write(folder, "generator", precision, generator_model(model, manifest)))
-    return graphs
+class _Graphs:
+    """Compiles a student and writes its graphs into `folder`. A part that two precisions share is written once."""
 
+    def __init__(self, source: Source, manifest: Manifest, folder: Path) -> None:
+        self._source = source
+        self._manifest = manifest
+        self._folder = folder
+        self._written: dict[tuple[str, str], Graph] = {}
 
-def _write(folder: Path, component: str, precision: str, model: onnx.ModelProto) -> Graph:
-    """Write a model to ``onnx/COMPONENT.PRECISION.onnx``, its weights beside it if it is too large, and describe it."""
-    file = f"{FOLDER}/{component}.{precision}.onnx"
-    (folder / FOLDER).mkdir(exist_ok=True)
-    data = []
-    if model.ByteSize() > LARGEST_FILE:
-        data = [f"{file}.data"]
-        model = copy.deepcopy(model)  # the conversion empties the tensors in place
-        onnx.external_data_helper.convert_model_to_external_data(model, location=Path(data[0]).name)
-        onnx.save_model(model, folder / file)
-    else:
-        (folder / file).write_bytes(model.SerializeToString(deterministic=True))
-    return Graph.model_validate(
-        {
-            "component": component,
-            "precision": precision,
-            "file": file,
-            "data": data,
-            "opset": next(opset.version for opset in model.opset_import if not opset.domain),
-            "inputs": [_spec(value) for value in model.graph.input],
-            "outputs": [_spec(value) for value in model.graph.output],
-        }
-    )
+    def write(self, precisions: Sequence[str]) -> list[Graph]:
+        """The graphs of each precision: of all parts that the student has, and the generator where it fits."""
+        return [graph for precision in precisions for graph in self._chain(precision)]
 
+    def _chain(self, precision: str) -> list[Graph]:
+        source, manifest = self._source, self._manifest
+        graphs = []
+        if source.encoders is not None:
+            graphs.append(self._part("text_encoder", precision, None))
+        model = denoiser_model(source.denoiser, manifest, precision, source.conditions)
+        decoder = None
+        if source.decoder is not None:
+            decoder = decoder_model(source.decoder, manifest, self._computed("decoder", precision))
+        fits = store.size_of(model) + (store.size_of(decoder) if decoder is not None else 0) <= store.LARGEST_FILE
+        generator = generator_model(model, manifest, decoder) if fits else None
+        graphs.append(store.write_graph(self._folder, "denoiser", precision, model))
+        if decoder is not None:
+            graphs.append(self._part("decoder", precision, decoder))
+        if generator is not None:
+            graphs.append(store.write_graph(self._folder, "generator", precision, generator))
+        return graphs
 
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=shape)
+    def _part(self, component: str, precision: str, model: onnx.ModelProto | None) -> Graph:
+        """The graph of the text encoders, or of the decoder (`model`), for a student in `precision`."""
+        computed = self._computed(component, precision)
+        if (component, computed) not in self._written:
+            if model is None:
+                assert self._source.encoders is not None
+                model = text_encoder_model(self._source.encoders, self._manifest, computed)
+            self._written[component, computed] = store.write_graph(self._folder, component, computed, model)
+        return self._written[component, computed].model_copy(update={"precision": precision})
+
+    def _computed(self, component: str, precision: str) -> str:
+        return part_precision(component, precision, self._manifest, self._source.decoder)

@@ -74,7 +74,8 @@ def export_command(
         ),
     ] = None,
     component: Annotated[
-        list[str] | None, typer.Option(help="Engines: generator or denoiser; may be repeated. Default: both.")
+        list[str] | None,
+        typer.Option(help="Engines: text_encoder, denoiser, decoder, generator; may be repeated. Default: all."),
     ] = None,
     sm: Annotated[
         str | None, typer.Option(metavar="N,...", help="Engines: compute capabilities to build for, as in 86,89,120.")

@@ -1,4 +1,4 @@
-"""The fused generator: an ONNX `Loop` around the denoiser, with the step table and the noise as inputs.
+"""The fused generator: an ONNX `Loop` around the denoiser, and the decoder after it; table and noise are its inputs.
 
 One graph serves any number of steps and any sampler that a table can say, and holds no random generator. It is put
 together from ONNX nodes, without torch; the arithmetic is that of `redif_sdk.steps.sample` and `redif_sdk.images`.
@@ -6,6 +6,7 @@ together from ONNX nodes, without torch; the arithmetic is that of `redif_sdk.st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from redif_sdk.steps import COLUMNS
 __all__ = ["generator_model"]
 
 _PREFIX = "redif."  # of every name of ours, so that none is one of the network's
+_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
 @dataclass
@@ -42,28 +44,31 @@ class _Builder:
         return output
 
 
-def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
-    """The generator around `denoiser` (sample, timestep[, class_labels] -> f).
+def generator_model(
+    denoiser: onnx.ModelProto, manifest: Manifest, decoder: onnx.ModelProto | None = None
+) -> onnx.ModelProto:
+    """The generator around `denoiser` (sample, timestep, conditions -> f), with `decoder` (latents -> sample) after it.
 
-    Inputs: noise (N, batch, C, H, W) float32, table (K, 6) float32, init_scale () float32[, class_labels (batch,)
-    int64]; output: images (batch, H', W', C') uint8. Row k, with f of the state x and z = noise[min(k + 1, N - 1)]::
+    Inputs: noise (N, batch, C, H, W) float32, table (K, 6) float32, init_scale () float32, and the denoiser's
+    conditions; output: images (batch, H', W', C') uint8. Row k, with f of the state x, z = noise[min(k + 1, N - 1)]::
 
         x0 = p x + q f
         x' = r x0 + s x + c z
 
-    The weights are initialisers inside the loop's body: in the outer graph, engines would not fold constants into them.
+    The denoiser's weights are initialisers inside the loop's body: in the outer graph, engines would not fold constants
+    into them. The decoder's are in the outer graph, where it is. Raises ExportError for names that clash.
     """
     latents = manifest.latents
     size = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
     height, width, channels = manifest.image_shape
     picture = [f"image_{axis}" if axis in latents.dynamic else n for axis, n in (("height", height), ("width", width))]
+    conditions = manifest.condition_tensors
     inputs = [
         _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, *size]),
         _tensor("table", TensorProto.FLOAT, ["steps", len(COLUMNS)]),
         _tensor("init_scale", TensorProto.FLOAT, []),
+        *(_tensor(spec.name, _DTYPES[spec.dtype], spec.shape) for spec in conditions),
     ]
-    if manifest.condition is not None:
-        inputs.append(_tensor("class_labels", TensorProto.INT64, ["batch"]))
 
     outer = _Builder()
     zero = outer.constant("zero", 0, np.int64)
@@ -74,6 +79,8 @@ def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.Model
     start = outer.add("Mul", [outer.add("Gather", ["noise", zero], "noise_0", axis=0), "init_scale"], "start")
     go = outer.constant("go", True, np.bool_)
     final = outer.add("Loop", [steps, go, start], "final", body=_body(denoiser))
+    if decoder is not None:
+        final = _include(outer, decoder.graph, "decoder", {"latents": final})["sample"]
     _postprocess(outer, final, manifest)
 
     graph = helper.make_graph(
@@ -83,14 +90,49 @@ def generator_model(denoiser: onnx.ModelProto, manifest: Manifest) -> onnx.Model
         [_tensor("images", TensorProto.UINT8, ["batch", *picture, channels])],
         initializer=outer.constants,
     )
-    _check_names(graph, denoiser.graph)
+    _check_names(graph, denoiser.graph, {spec.name for spec in conditions})
     return helper.make_model(
         graph,
-        opset_imports=denoiser.opset_import,
+        opset_imports=_newest(denoiser, decoder).opset_import,
         ir_version=denoiser.ir_version,
         producer_name=denoiser.producer_name,
         producer_version=denoiser.producer_version,
     )
+
+
+def _newest(denoiser: onnx.ModelProto, decoder: onnx.ModelProto | None) -> onnx.ModelProto:
+    """The one of the later opset: bf16 is declared as another (`precision.declare_bf16`), and is the same otherwise."""
+    if decoder is None:
+        return denoiser
+    return max(denoiser, decoder, key=lambda model: max(opset.version for opset in model.opset_import))
+
+
+def _include(outer: _Builder, graph: onnx.GraphProto, part: str, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Add the nodes and weights of a flat graph, under names of ours, and return those of its outputs.
+
+    `inputs`: what it takes, by its own names.
+    """
+    given = {"": "", **inputs}  # an optional input that is left out has no name
+
+    def named(name: str) -> str:
+        return given.get(name, f"{_PREFIX}{part}.{name}")
+
+    for tensor in graph.initializer:
+        outer.constants.append(TensorProto())
+        outer.constants[-1].CopyFrom(tensor)
+        outer.constants[-1].name = named(tensor.name)
+    for node in graph.node:
+        if any(attribute.HasField("g") for attribute in node.attribute):
+            raise ExportError(f"the graph of the {part} has a graph inside its node {node.name}; it cannot be fused")
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = named(node.name)
+        for side in (copy.input, copy.output):
+            names = [named(name) for name in side]
+            del side[:]
+            side.extend(names)
+        outer.nodes.append(copy)
+    return {value.name: named(value.name) for value in graph.output}
 
 
 def _tensor(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto:
@@ -98,7 +140,7 @@ def _tensor(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProt
 
 
 def _body(denoiser: onnx.ModelProto) -> onnx.GraphProto:
-    """One row: (k, go, x) -> (go, x'). The table, the noise and the labels come from the graph around it."""
+    """One row: (k, go, x) -> (go, x'). The table, the noise and the conditions come from the graph around it."""
     graph = denoiser.graph
     before, after = _Builder(), _Builder()
     k, go = _PREFIX + "k", _PREFIX + "go_in"
@@ -155,9 +197,9 @@ def _postprocess(outer: _Builder, x: str, manifest: Manifest) -> None:
     outer.add("Cast", [x], "images", to=TensorProto.UINT8)  # last: TensorRT has uint8 for outputs alone
 
 
-def _check_names(graph: onnx.GraphProto, network: onnx.GraphProto) -> None:
+def _check_names(graph: onnx.GraphProto, network: onnx.GraphProto, conditions: set[str]) -> None:
     """ONNX forbids a name of the body that the outer graph has too; ours begin with a prefix, but for the inputs."""
-    ours = {value.name for value in (*graph.input, *graph.output)} - {"class_labels"}
+    ours = {value.name for value in (*graph.input, *graph.output)} - conditions
     theirs = {name for node in network.node for name in node.output} | {tensor.name for tensor in network.initializer}
     clash = {name for name in theirs if name in ours or name.startswith(_PREFIX)}
     if clash:

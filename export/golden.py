@@ -1,18 +1,25 @@
 """Golden outputs: what torch computes for a few inputs, recorded at export, so that the parity gate needs no torch.
 
-One compressed ``.npz`` holds, for one step table and one batch of B pictures: ``seeds`` (B, 2) uint64, ``class_labels``
-(B,) int64 of a conditional student, ``rows`` (R,) int64, the rows looked at, ``x`` and ``f`` (R, B, C, H, W) float32,
-the network's input and output there, and ``images`` (B, H', W', C') uint8. The reader is in `verify.py`.
+One compressed ``.npz`` holds, for one step table and one batch of B pictures: ``seeds`` (B, 2) uint64, ``rows`` (R,)
+int64, the rows looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and ``images``
+(B, H', W', C') uint8. Of a student with a decoder also ``latents`` (B, C, H, W) float32, the final ones. Of one that is
+asked for classes ``class_labels`` (B,) int64; of one that is asked by prompts ``prompts`` (B,) text, ``tokens.NAME``
+(B, L) int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs. `recorded.py` reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.families import LatentDecoder
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.manifest import Golden, Manifest
 from redif_sdk.noise import noise as draw
@@ -30,6 +37,8 @@ Size = tuple[int, int]  # height and width of latents
 
 def record(
     denoiser: Denoiser,
+    decoder: LatentDecoder | None,
+    conditions: Conditions,
     manifest: Manifest,
     folder: Path,
     batches: Sequence[int] = BATCHES,
@@ -45,7 +54,9 @@ def record(
             for batch in batches:
                 place = "" if size == own else f"-{size[0]}x{size[1]}"
                 file = f"{FOLDER}/steps-{steps}-batch-{batch}{place}.npz"
-                arrays = _run(denoiser, manifest, manifest.step_table(steps), range(first, first + batch), size)
+                indices = range(first, first + batch)
+                arrays = _asked(conditions, manifest, indices)
+                arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
                 np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type]
                 other = {} if size == own else {"height": size[0], "width": size[1]}
                 entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
@@ -53,32 +64,56 @@ def record(
     return entries
 
 
+def _asked(conditions: Conditions, manifest: Manifest, indices: range) -> dict[str, NDArray[Any]]:
+    """What the pictures are asked for, on its way from a class or a prompt to the network's inputs."""
+    given = {name: value.numpy() for name, value in conditions.of(indices).items()}
+    if manifest.text is None:
+        return given
+    prompts = conditions.prompts(indices)
+    tokens = {f"tokens.{name}": value for name, value in conditions.tokens(prompts).items()}
+    return {"prompts": np.array(prompts), **tokens, **{f"conditions.{name}": value for name, value in given.items()}}
+
+
 @torch.no_grad()
-def _run(denoiser: Denoiser, manifest: Manifest, table: StepTable, indices: range, size: Size) -> dict[str, np.ndarray]:
-    """The arrays of one file: pictures `indices` of `SEED`, in torch from the noise to the uint8 images."""
-    shape, shuffle = (manifest.latents.channels, *size), manifest.postprocess.pixel_shuffle
+def _run(
+    denoiser: Denoiser,
+    decoder: LatentDecoder | None,
+    conditions: Conditions,
+    manifest: Manifest,
+    table: StepTable,
+    indices: range,
+    size: Size,
+) -> dict[str, NDArray[Any]]:
+    """Pictures `indices` of `SEED`, in torch from the noise to the uint8 images."""
     seeds = [(SEED, index) for index in indices]
-    noise = torch.from_numpy(draw(seeds, shape, slices=table.noise_slices))
-    labels = None
-    if manifest.condition is not None:
-        labels = torch.tensor([index % manifest.condition.num_classes for index in indices])
+    noise = torch.from_numpy(draw(seeds, (manifest.latents.channels, *size), slices=table.noise_slices))
+    asked = conditions.of(indices).values()
     steps = table.num_inference_steps
     rows = sorted({round(row) for row in np.linspace(0, steps - 1, min(steps, MOST_ROWS))})
     x = noise[0] * table.init_scale
     states, outputs = [], []
     for k in range(steps):
-        f = denoiser(x, torch.full((len(x),), float(table.timesteps[k])), labels)
+        f = denoiser(x, torch.full((len(x),), float(table.timesteps[k])), *asked)
         if k in rows:
             states.append(x)
             outputs.append(f)
         x = table.advance(k, x, table.clean(k, x, f), noise[min(k + 1, len(noise) - 1)])
-    low, high = manifest.postprocess.value_range
-    pictures = (torch.nn.functional.pixel_shuffle(x, shuffle) - low) * (255 / (high - low))
     arrays = {
         "seeds": np.array(seeds, dtype=np.uint64),
         "rows": np.array(rows, dtype=np.int64),
         "x": torch.stack(states).numpy(),
         "f": torch.stack(outputs).numpy(),
-        "images": pictures.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(),
+        "images": _pictures(x, decoder, manifest).numpy(),
     }
-    return arrays if labels is None else arrays | {"class_labels": labels.numpy()}
+    return arrays if decoder is None else arrays | {"latents": x.numpy()}
+
+
+def _pictures(x: Tensor, decoder: LatentDecoder | None, manifest: Manifest) -> Tensor:
+    """Latents (B, C, H, W) to pictures, uint8 (B, H', W', C')."""
+    if decoder is None:
+        pictures = torch.nn.functional.pixel_shuffle(x, manifest.postprocess.pixel_shuffle)
+    else:  # one after another: an autoencoder takes gigabytes for a batch
+        pictures = torch.cat([decoder(one) for one in x.split(1)])
+    low, high = manifest.postprocess.value_range
+    levels = (pictures - low) * (255 / (high - low))
+    return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,7 +1,8 @@
 """Graphs in less than fp32: fp16 and bf16 by the dtype of the network, int8 by quantising its convolutions.
 
 Engines compute in the types that the graph has, so a precision is a property of the file and no engine's option. The
-sampler's arithmetic around the network stays fp32 in all of them (`fuse.py`).
+sampler's arithmetic around the network stays fp32 in all of them (`fuse.py`); which component is in which precision,
+`onnx.py` says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from onnx import numpy_helper
 
 from redif_sdk.errors import ExportError
+from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.store import LARGEST_FILE, size_of
 from redif_sdk.manifest import Manifest
 from redif_sdk.noise import noise as draw
 
@@ -63,13 +66,13 @@ def declare_bf16(model: onnx.ModelProto) -> None:
         getattr(model.graph, field).extend(values)
 
 
-def int8_model(fp32: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: Conditions) -> onnx.ModelProto:
     """The denoiser with int8 convolutions: static, symmetric, weights by channel, for ONNX Runtime and TensorRT alike.
 
     The first and the last convolution, which see the picture itself, stay fp32, and biases too (TensorRT takes no int32
     ones). Weights take seven of the eight bits: processors without VNNI add two products in 16 bits, and would saturate
     (relative error .27 instead of .05 with a UNet of 6.5 M). The ranges are those of the student's own trajectories, on
-    noise that only training uses. Raises ExportError.
+    noise that only training uses, for `conditions`. Raises ExportError.
     """
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -81,12 +84,14 @@ def int8_model(fp32: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
             f"{manifest.name} has {len(convolutions)} convolutions, and int8 quantises all but the first and the last: "
             f"there is nothing to gain; leave int8 out"
         )
+    if size_of(fp32) > LARGEST_FILE:
+        raise ExportError(f"the network of {manifest.name} is above 2 GiB, which int8 does not take; leave int8 out")
     with tempfile.TemporaryDirectory(prefix="redif-int8-") as folder, _quiet():
         target = Path(folder) / "int8.onnx"
         quantize_static(
             onnx.ModelProto.FromString(fp32.SerializeToString()),
             target,
-            _Feeds(trajectories(fp32, manifest)),
+            _Feeds(trajectories(fp32, manifest, conditions)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
             nodes_to_exclude=[convolutions[0], convolutions[-1]],
@@ -110,7 +115,9 @@ def int8_model(fp32: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
     return model
 
 
-def trajectories(denoiser: onnx.ModelProto, manifest: Manifest) -> Iterator[dict[str, np.ndarray]]:
+def trajectories(
+    denoiser: onnx.ModelProto, manifest: Manifest, conditions: Conditions
+) -> Iterator[dict[str, np.ndarray]]:
     """The denoiser's inputs at every row of every step table, for `CALIBRATION_IMAGES` noises each."""
     import onnxruntime
 
@@ -126,10 +133,9 @@ def trajectories(denoiser: onnx.ModelProto, manifest: Manifest) -> Iterator[dict
             seeds = [(CALIBRATION_SEED, index) for index in indices]
             noise = draw(seeds, shape, slices=table.noise_slices, first_slot=CALIBRATION_SLOT)
             x = noise[0] * np.float32(table.init_scale)
+            asked = {name: value.numpy() for name, value in conditions.of(indices).items()}
             for k in range(steps):
-                feed = {"sample": x, "timestep": np.full((PIECE,), table.timesteps[k], np.float32)}
-                if manifest.condition is not None:
-                    feed["class_labels"] = np.array([index % manifest.condition.num_classes for index in indices])
+                feed = {"sample": x, "timestep": np.full((PIECE,), table.timesteps[k], np.float32), **asked}
                 yield feed
                 x0 = table.clean(k, x, session.run(["f"], feed)[0])
                 x = table.advance(k, x, x0, noise[min(k + 1, len(noise) - 1)])

@@ -189,7 +189,7 @@ def _axes(
         )
     slices = [table.noise_slices for table in tables]
     most_slices = most + 1 if any(table.stochastic for table in tables) else 1
-    latents, scale = manifest.latents, manifest.postprocess.pixel_shuffle
+    latents, scale = manifest.latents, manifest.postprocess.scale
     extents = [latents.size(height, width, scale) for height, width in sizes or [(None, None)] * 3]
     return {
         "batch": _range("batches", batches),

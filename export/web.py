@@ -20,7 +20,7 @@ from typing import Any
 
 import redif_sdk
 from redif_sdk.card_metadata import hub_licence
-from redif_sdk.errors import ExportError, InvalidRequest, RedifError
+from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.files import FOREIGN_FOLDERS, atomic_folder, atomic_write, list_files
 from redif_sdk.folder import StudentFolder
 from redif_sdk.hub.space import SPACE_MARKER
@@ -30,7 +30,7 @@ from redif_sdk.pipeline import FastPipeline
 from redif_sdk.runtimes.base import cache_folder
 from redif_sdk.web_folder import CONFIG_NAME, FORMAT, check_page
 
-__all__ = ["RUNTIME_VERSION", "build_page"]
+__all__ = ["RUNTIME_VERSION", "build_page", "check_supported"]
 
 RUNTIME_VERSION = "1.30.0"
 
@@ -108,14 +108,16 @@ def build_page(
     `precision`: which graphs it takes, of `PRECISIONS`. `engines`: "wasm", which every browser runs, and "webgpu",
     which is loaded only where there is one. A page that is there is replaced, unless something in it was changed.
 
-    Raises InvalidRequest for a folder that is there and no page, or an altered one; ExportError where the graphs or
-    npm are missing, or what npm brings is not what this release knows; IntegrityError for an altered student.
+    Raises UnsupportedModel for a student that takes prompts or decodes latents, InvalidRequest for a folder that is
+    there and no page, or an altered one; ExportError where the graphs or npm are missing, or what npm brings is not
+    what this release knows; IntegrityError for an altered student.
     """
     if precision not in PRECISIONS:
         raise InvalidRequest(f"precision is {precision!r}; a page takes one of {', '.join(PRECISIONS)}")
     if "wasm" not in engines or not set(engines) <= set(ENGINES):
         raise InvalidRequest(f"engines are {', '.join(engines)}; give wasm, or wasm and webgpu")
     student = StudentFolder(folder)
+    check_supported(student)
     graphs = {
         component: graph
         for component in ("generator", "denoiser")
@@ -146,6 +148,16 @@ def build_page(
         for name in kept:
             shutil.copytree(target / name, new / name, symlinks=True)
     return target
+
+
+def check_supported(student: StudentFolder) -> None:
+    """Raise UnsupportedModel for a student that takes more than a page has: prompts, or a decoder."""
+    manifest = student.manifest
+    does = "takes prompts" if manifest.text is not None else "decodes its latents with a network"
+    if manifest.text is not None or manifest.postprocess.decoder is not None:
+        raise UnsupportedModel(
+            f"{student.path} {does}, which a page does not; serve it instead: redif serve {student.path}"
+        )
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> list[str]:
@@ -185,7 +197,7 @@ def _config(
     """``student.json``. Numbers are the manifest's own; JSON holds every float32 exactly."""
     manifest = student.manifest
     scale, offset = scale_and_offset(manifest.postprocess)
-    condition, teacher, distillation = manifest.condition, manifest.teacher, manifest.distillation
+    classes, teacher, distillation = manifest.classes, manifest.teacher, manifest.distillation
     second = graphs.get("denoiser") if "generator" in graphs else None
     return {
         "format": FORMAT,
@@ -198,8 +210,8 @@ def _config(
         "method": distillation.method if distillation is not None else None,
         "digest": manifest.digest,
         "precision": precision,
-        "numClasses": condition.num_classes if condition is not None else None,
-        "classNames": condition.class_names if condition is not None else None,
+        "numClasses": classes.num_classes if classes is not None else None,
+        "classNames": classes.class_names if classes is not None else None,
         "latents": manifest.latents.model_dump(mode="json"),
         "pixelShuffle": manifest.postprocess.pixel_shuffle,
         "scale": float(scale),
@@ -218,7 +230,7 @@ def _recorded(student: StudentFolder, precision: str) -> list[dict[str, Any]]:
     height, width, _ = manifest.image_shape
     recorded = []
     for place, steps in enumerate(manifest.supported_steps):
-        label = None if manifest.condition is None else place % manifest.condition.num_classes
+        label = None if manifest.classes is None else place % manifest.classes.num_classes
         picture = pipe(class_labels=label, num_inference_steps=steps, seed=_CHECKED_SEED, output_type="uint8").images[0]
         request = {"classLabel": label, "steps": steps, "seed": str(_CHECKED_SEED), "index": "0"}
         request |= {"height": height, "width": width}

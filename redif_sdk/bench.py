@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk import runtimes
+from redif_sdk.components import Components
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import Manifest
 from redif_sdk.noise import noise as draw
+from redif_sdk.runtimes import RuntimeOptions
 from redif_sdk.steps import StepTable
 
 __all__ = [
@@ -43,8 +46,9 @@ __all__ = [
     "row",
 ]
 
-#: Noise (N, B, C, H, W) and labels (B,) to pictures, uint8 (B, H, W, C): one whole generation.
-Generate = Callable[[NDArray[np.float32], NDArray[np.int64] | None], NDArray[np.uint8]]
+#: Noise (N, B, C, H, W) and the condition to pictures, uint8 (B, H, W, C): one whole generation. The condition is
+#: labels (B,) int64, or what prompts became: the arrays by name (the text encoder is not timed), or None.
+Generate = Callable[[NDArray[np.float32], Any], NDArray[np.uint8]]
 
 #: What a row says; what was not measured is None. `ratio` is how many times faster than `ratio_to` it is: the median of
 #: the rounds' own ratios, with their 10th and 90th percentile. `round_seconds` is each round's median.
@@ -100,7 +104,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender computes: the pictures of `noise` and `labels`, by `table`.
+    """What every contender computes: the pictures of `noise` and `condition`, by `table`.
 
     `num_threads`: of the processor, the same for all; None leaves every contender its own default.
     """
@@ -108,7 +112,7 @@ class Workload:
     student: StudentFolder
     table: StepTable
     noise: NDArray[np.float32]
-    labels: NDArray[np.int64] | None
+    condition: NDArray[np.int64] | dict[str, NDArray[Any]] | None
     num_threads: int | None = None
     device: str = "cpu"
 
@@ -123,15 +127,16 @@ class Workload:
         device: str = "cpu",
         seed: int = 0,
     ) -> Workload:
-        """`batch` pictures of the student in `folder`, of its classes in turn. InvalidRequest for steps it has not."""
+        """`batch` pictures of the student in `folder`, of its classes or example prompts in turn.
+
+        Raises InvalidRequest for steps that it has not, RuntimeUnavailable where nothing here encodes its prompts.
+        """
         student = StudentFolder(folder)
         manifest = student.manifest
         table, latents = manifest.step_table(steps), manifest.latents
         shape = (latents.channels, latents.height, latents.width)
         noise = draw([(seed, index) for index in range(batch)], shape, slices=table.noise_slices)
-        classes = None if manifest.condition is None else manifest.condition.num_classes
-        labels = None if classes is None else np.arange(batch, dtype=np.int64) % classes
-        return cls(student, table, noise, labels, num_threads, device)
+        return cls(student, table, noise, _condition(student, batch), num_threads, device)
 
     @property
     def batch(self) -> int:
@@ -153,11 +158,44 @@ class Workload:
         """Calls of the network for one picture."""
         return self.steps * self.manifest.network.calls_per_step
 
-    def inputs(self, noise: NDArray[np.float32], labels: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """The classes of a class-conditional student."""
+        return self.condition if isinstance(self.condition, np.ndarray) else None
+
+    @property
+    def conditions(self) -> dict[str, NDArray[Any]]:
+        """What the graphs take besides the state, by name."""
+        if isinstance(self.condition, dict):
+            return self.condition
+        return {} if self.condition is None else {"class_labels": self.condition}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The same as arguments of a `FastPipeline`, JSON-safe; each picture's own."""
+        if (text := self.manifest.text) is not None:
+            return {"prompt": _in_turn(text.examples, self.batch)}
+        return {"num_images_per_prompt": self.batch} if self.labels is None else {"class_labels": self.labels.tolist()}
+
+    def inputs(self, noise: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Inputs of the fused generator's graph."""
-        scale = np.asarray(self.table.init_scale, dtype=np.float32)
-        fixed: dict[str, NDArray[Any]] = {"noise": noise, "table": self.table.rows, "init_scale": scale}
-        return fixed if labels is None else fixed | {"class_labels": labels}
+        return {"noise": noise, "table": self.table.rows, "init_scale": self.table.scale, **self.conditions}
+
+
+def _in_turn(items: Sequence[Any], count: int) -> list[Any]:
+    return [items[place % len(items)] for place in range(count)]
+
+
+def _condition(student: StudentFolder, batch: int) -> NDArray[np.int64] | dict[str, NDArray[Any]] | None:
+    """Classes in turn; of example prompts in turn what they become, by the student's own fp32 text encoder."""
+    manifest = student.manifest
+    if manifest.text is not None:
+        options = RuntimeOptions(device="cpu")
+        encoder, _ = runtimes.choose(student, "text_encoder", "auto", "fp32", options)
+        return Components(student, encoder, options).encode(_in_turn(manifest.text.examples, batch))
+    if manifest.classes is not None:
+        return np.arange(batch, dtype=np.int64) % manifest.classes.num_classes
+    return None
 
 
 @dataclass(frozen=True)
@@ -364,7 +402,7 @@ def _set_up(contender: Contender, work: Workload, clock: Clock, say: Callable[[s
     start = clock()
     try:
         prepared = contender.prepare(work)
-        images = prepared.generate(work.noise, work.labels)
+        images = prepared.generate(work.noise, work.condition)
     except RuntimeUnavailable as error:
         if contender.required:
             raise
@@ -385,7 +423,7 @@ def _reference(entries: Sequence[_Entry]) -> _Entry:
 def _call(entry: _Entry, work: Workload) -> Callable[[], object]:
     assert entry.prepared is not None
     generate = entry.prepared.generate
-    return lambda: generate(work.noise, work.labels)
+    return lambda: generate(work.noise, work.condition)
 
 
 def _figures(rounds: Sequence[Sequence[float]], batch: int) -> dict[str, Any]:

@@ -55,17 +55,15 @@ def _fast(name: str, runtime: str, precision: str) -> Contender:
         pipe = _pipeline(work, runtime, precision)
         info = pipe.runtime_info
         return Prepared(
-            lambda noise, labels: pipe.generate_array(noise, labels, work.steps), info["runtime"], info["precision"]
+            lambda noise, condition: pipe.generate_array(noise, condition, work.steps),
+            info["runtime"],
+            info["precision"],
         )
 
     def fresh(work: Workload) -> Fresh:
-        labels = None if work.labels is None else work.labels.tolist()
-        asked = {"runtime": runtime, "precision": precision, "device": work.device, "threads": work.num_threads}
-        number = work.batch if labels is None else 1
-        return Fresh(
-            FAST_PROGRAM,
-            {"student": str(work.student.path), "labels": labels, "number": number, "steps": work.steps, **asked},
-        )
+        options = {"runtime": runtime, "device": work.device, "precision": precision, "num_threads": work.num_threads}
+        call = {**work.asked, "num_inference_steps": work.steps, "seed": 0}
+        return Fresh(FAST_PROGRAM, {"student": str(work.student.path), "options": options, "call": call})
 
     return Contender(name, runtime, precision, prepare, fresh)
 
@@ -104,9 +102,7 @@ def _onnxruntime(precision: str) -> Contender:
             raise RuntimeUnavailable(f"onnxruntime cannot run {graph.file}: {_line(error)}") from error
         if session.get_providers()[0] != provider:
             raise RuntimeUnavailable(f"onnxruntime took {session.get_providers()[0]} in place of {provider}")
-        return Prepared(
-            lambda noise, labels: session.run(["images"], work.inputs(noise, labels))[0], "onnxruntime", precision
-        )
+        return Prepared(lambda noise, _: session.run(["images"], work.inputs(noise))[0], "onnxruntime", precision)
 
     def fresh(work: Workload) -> Fresh:
         path = work.student.path / _graph(work, "generator", precision).file
@@ -194,26 +190,27 @@ def _compiled(work: Workload, component: str, precision: str, shapes: dict[str, 
 
 
 def _openvino_fused(work: Workload, precision: str) -> Generate:
-    inputs = work.inputs(work.noise, work.labels)
+    inputs = work.inputs(work.noise)
     run = _compiled(work, "generator", precision, {name: list(value.shape) for name, value in inputs.items()})
-    return lambda noise, labels: run(work.inputs(noise, labels))
+    return lambda noise, _: run(work.inputs(noise))
 
 
 def _openvino_stepped(work: Workload, precision: str) -> Generate:
     shapes = {"sample": list(work.noise.shape[1:]), "timestep": [work.batch]}
-    if work.labels is not None:
-        shapes["class_labels"] = [work.batch]
+    shapes |= {name: list(value.shape) for name, value in work.conditions.items()}
     network = _compiled(work, "denoiser", precision, shapes)
+    decode = None
+    if work.manifest.postprocess.decoder is not None:
+        decode = _compiled(work, "decoder", precision, {"latents": shapes["sample"]})
     table = work.table
     times = [np.full((work.batch,), time, dtype=np.float32) for time in table.timesteps]
 
-    def generate(noise: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
+    def generate(noise: NDArray[np.float32], _: Any) -> NDArray[np.uint8]:
         x = noise[0] * np.float32(table.init_scale)
         for k in range(table.num_inference_steps):
-            inputs: dict[str, NDArray[Any]] = {"sample": x, "timestep": times[k]}
-            f = network(inputs if labels is None else inputs | {"class_labels": labels})
+            f = network({"sample": x, "timestep": times[k], **work.conditions})
             x = table.advance(k, x, table.clean(k, x, f), noise[min(k + 1, len(noise) - 1)])
-        return to_uint8(x, work.manifest.postprocess)
+        return to_uint8(x if decode is None else decode({"latents": x}), work.manifest.postprocess)
 
     return generate
 
@@ -237,7 +234,7 @@ def overhead(work: Workload, runtime: str, precision: str) -> dict[str, float]:
     engine = _engine_alone(pipe, work)
 
     def whole() -> object:
-        return pipe.generate_array(work.noise, work.labels, work.steps)
+        return pipe.generate_array(work.noise, work.condition, work.steps)
 
     low, high = OVERHEAD_PAIRS
     first = interleave({"whole": whole, "engine": engine}, 1, min_seconds=0.0, settle=False)
@@ -258,13 +255,15 @@ def overhead(work: Workload, runtime: str, precision: str) -> dict[str, float]:
 
 def _engine_alone(pipe: FastPipeline, work: Workload) -> Callable[[], object]:
     """The pipeline's own engine: one call of the fused graph, or the network once a step where that is not used."""
-    generator = pipe._generator
+    generator = pipe._components.generator
     if generator is not None:
-        inputs = work.inputs(work.noise, work.labels)
+        inputs = work.inputs(work.noise)
         return lambda: generator.run(inputs)
-    denoiser = pipe._get_denoiser()
-    steps = _steps(work)
-    return lambda: [denoiser.run(step) for step in steps]
+    denoiser, steps = pipe._components["denoiser"], _steps(work)
+    if work.manifest.postprocess.decoder is None:
+        return lambda: [denoiser.run(step) for step in steps]
+    decoder, latents = pipe._components["decoder"], {"latents": work.noise[0]}
+    return lambda: [*(denoiser.run(step) for step in steps), decoder.run(latents)]
 
 
 class _AtOnce:
@@ -280,29 +279,28 @@ class _AtOnce:
 
 def _without_engine(pipe: FastPipeline, work: Workload) -> float:
     """Seconds of a call of a pipeline whose engine takes none."""
-    other = copy.copy(pipe)
-    if pipe._generator is not None:
-        other._generator = cast(Runtime, _AtOnce(pipe._generator, work.inputs(work.noise, work.labels)))
+    other, parts = copy.copy(pipe), pipe._components
+    if parts.generator is not None:
+        at_once = _AtOnce(parts.generator, work.inputs(work.noise))
+        other._components = parts.replaced("generator", cast(Runtime, at_once))
     else:
-        other._denoiser = cast(Runtime, _AtOnce(pipe._get_denoiser(), _steps(work)[0]))
-    calls = {"alone": lambda: other.generate_array(work.noise, work.labels, work.steps)}
+        at_once = _AtOnce(parts["denoiser"], _steps(work)[0])
+        other._components = parts.replaced("denoiser", cast(Runtime, at_once))
+    calls = {"alone": lambda: other.generate_array(work.noise, work.condition, work.steps)}
     times = interleave(calls, OVERHEAD_PAIRS[1], min_seconds=0.0, settle=False)
     return statistics.median(turn[0] for turn in times["alone"])
 
 
 def _steps(work: Workload) -> list[dict[str, NDArray[Any]]]:
     """Inputs of the network at each row of the table; the state is the noise in all of them."""
-    found: list[dict[str, NDArray[Any]]] = []
-    for moment in work.table.timesteps:
-        state = {"sample": work.noise[0], "timestep": np.full((work.batch,), moment, dtype=np.float32)}
-        found.append(state if work.labels is None else state | {"class_labels": work.labels})
-    return found
+    return [
+        {"sample": work.noise[0], "timestep": np.full((work.batch,), moment, dtype=np.float32), **work.conditions}
+        for moment in work.table.timesteps
+    ]
 
 
 def _plain_call(pipe: FastPipeline, work: Workload) -> Any:
-    number = work.batch if work.labels is None else 1
-    labels = None if work.labels is None else work.labels.tolist()
-    return pipe(class_labels=labels, num_images_per_prompt=number, num_inference_steps=work.steps, seed=0)
+    return pipe(**work.asked, num_inference_steps=work.steps, seed=0)
 
 
 # ---------------------------------------------------------------- the same in a fresh process
@@ -311,13 +309,7 @@ FAST_PROGRAM = """
 import json, sys
 asked = json.loads(sys.argv[1])
 from redif_sdk import FastPipeline
-pipe = FastPipeline.from_pretrained(
-    asked["student"], runtime=asked["runtime"], device=asked["device"], precision=asked["precision"],
-    num_threads=asked["threads"],
-)
-images = pipe(
-    class_labels=asked["labels"], num_images_per_prompt=asked["number"], num_inference_steps=asked["steps"], seed=0
-).images
+images = FastPipeline.from_pretrained(asked["student"], **asked["options"])(**asked["call"]).images
 """
 
 ONNXRUNTIME_PROGRAM = """

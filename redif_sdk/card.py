@@ -1,7 +1,7 @@
 """The model card: ``README.md`` of a student, made from its manifest alone, with the sections that its user wrote.
 
-What the Hub reads of it is `card_metadata.py`; how strings become harmless Markdown, and what no card may hold, is
-`card_text.py`.
+What the Hub reads of it is `card_metadata.py`, the lines for plain diffusers are `card_diffusers.py`; how strings
+become harmless Markdown, and what no card may hold, is `card_text.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redif_sdk import card_measured, strict_json
+from redif_sdk.card_diffusers import no_plain_diffusers, plain_diffusers
 from redif_sdk.card_measured import MOST, listed
 from redif_sdk.card_metadata import KEPT_KEYS, front_matter, hub_licence, is_hub_teacher, licence_url
 from redif_sdk.card_text import (
@@ -32,7 +33,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import ORIGIN, atomic_write, read_checked
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import CARD_NAME, Manifest
-from redif_sdk.steps import StepTable
+from redif_sdk.samples import shown_prompts
 
 __all__ = [
     "CARD_LIMIT",
@@ -56,13 +57,6 @@ __all__ = [
 
 SAMPLES = "samples"
 
-#: What first-order DPM-Solver of diffusers takes; it has no score and no raw EDM output.
-_PLAIN_PREDICTIONS = {
-    "ddim": frozenset({"epsilon", "v_prediction", "sample"}),
-    "consistency": frozenset({"epsilon", "v_prediction", "sample"}),
-    "flow-euler": frozenset({"flow"}),
-}
-
 #: The tags that the front matter makes by itself; others in an existing card are the user's.
 _OWN_TAGS = frozenset({"diffusion", "few-step", "distillation", "redif", "onnx", "diffusers", "class-conditional"})
 LARGEST_FRONT_MATTER = 1 << 16  # characters that are parsed
@@ -85,7 +79,7 @@ def render(
     """
     sections = dict(user_sections or {})
     place = repo_id or manifest.name
-    plain = _plain_diffusers(manifest, place)
+    plain = plain_diffusers(manifest, place)
     end = marked("end", sections.pop("end", ""))
     about = marked("about", sections.pop("about", ""))
     name = repo_id.rpartition("/")[2] if repo_id else manifest.name
@@ -95,7 +89,7 @@ def render(
         _samples(manifest),
         about,
         _usage(manifest, place, repo_id is not None),
-        plain or _no_plain_diffusers(manifest),
+        plain or no_plain_diffusers(manifest),
         _origin(manifest),
         _budget(manifest),
         card_measured.quality(manifest),
@@ -238,7 +232,9 @@ def _samples(manifest: Manifest) -> str:
     files = sorted(files, key=lambda path: (len(path), path))[:MOST]
     if not files:
         return ""
-    order = ", one column a class" if manifest.task == "class-conditional" else ""
+    order = ", one column a class" if manifest.classes is not None else ""
+    if prompts := shown_prompts(manifest):
+        order = f", one column a prompt ({', '.join(code(prompt[:100]) for prompt in prompts)})"
     pictures = "\n\n".join(f"![{markdown(_described(path))}]({path})" for path in files)
     return f"{pictures}\n\nSeed 0{order}, not picked."
 
@@ -249,17 +245,21 @@ def _described(path: str) -> str:
 
 
 def _usage(manifest: Manifest, place: str, on_hub: bool) -> str:
-    call = "class_labels=[0], seed=0" if manifest.task == "class-conditional" else "seed=0"
-    label = " --class-label 0" if manifest.task == "class-conditional" else ""
+    call, option, about = "seed=0", "", ""
     where = "" if on_hub else ", from the folder that holds this one"
-    classes = ""
-    if manifest.condition is not None:
-        names = manifest.condition.class_names or []
+    if manifest.classes is not None:
+        call, option = "class_labels=[0], seed=0", " --class-label 0"
+        names = manifest.classes.class_names or []
         shown = ", ".join(f"{index} {markdown(name)}" for index, name in enumerate(names[:MOST]))
         more = f", and {len(names) - MOST} more" if len(names) > MOST else ""
-        classes = f"\n\nIts {manifest.condition.num_classes} classes" + (
+        about = f"\n\nIts {manifest.classes.num_classes} classes" + (
             f": {shown}{more}." if names else " have no names."
         )
+    elif manifest.text is not None:
+        example = manifest.text.examples[0]
+        call, option = f"{python_string(example)}, seed=0", f" {_shell_text(example)}"
+        length = min(tokenizer.max_length for tokenizer in manifest.text.tokenizers)
+        about = f"\n\nA prompt may have {length} tokens; what is beyond is cut off, with a warning."
     return f"""## How to use it
 
 With redif-sdk, without torch (`pip install "redif-sdk[cpu]"`){where}:
@@ -272,10 +272,10 @@ image = pipe({call}).images[0]
 ```
 
 ```bash
-redif generate {_shell(place)}{label} --seed 0 -o out.png
+redif generate {_shell(place)}{option} --seed 0 -o out.png
 ```
 
-The same seed gives the same picture, in every batch; engines differ by rounding alone.{classes}"""
+The same seed gives the same picture, in every batch; engines differ by rounding alone.{about}"""
 
 
 def _shell(place: str) -> str:
@@ -283,75 +283,9 @@ def _shell(place: str) -> str:
     return shlex.quote(place) if re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9 ._/-]{0,200}", place) else "FOLDER"
 
 
-def _plain_diffusers(manifest: Manifest, place: str) -> str:
-    """The lines that sample the first table with stock classes; empty where none of them computes it.
-
-    First-order DPM-Solver at the table's own times is DDIM, LCMScheduler is consistency multistep; the flow scheduler
-    takes the times as sigmas. What the last row's r is besides 1 is a gain on the output.
-    """
-    row, guidance = manifest.tables[0], manifest.network.guidance
-    last = row.rows[-1]
-    if (
-        manifest.network.class_path != "diffusers.UNet2DModel"
-        or manifest.task == "text-to-image"
-        or row.prediction_type not in _PLAIN_PREDICTIONS.get(row.sampler, frozenset())
-        or row.stochastic != (row.sampler == "consistency" and row.num_inference_steps > 1)
-        or row.init_scale != 1
-        or (row.sampler != "flow-euler" and any(not float(time).is_integer() for time in row.timesteps))
-        or abs(float(last[4])) > 1e-6
-    ):
-        return ""
-    kind, options, times, note = _stock_scheduler(row)
-    latents, shuffle = manifest.latents, manifest.postprocess.pixel_shuffle
-    low, high = manifest.postprocess.value_range
-    label = ", class_labels=torch.tensor([0])" if manifest.condition else ""
-    first = f"[:, :{latents.channels}]"  # networks with a learned variance give twice as many
-    predict = f"f = unet(x, t{label}).sample{first}"
-    if guidance:
-        unasked = f"unet(x, t, class_labels=torch.tensor([{guidance.null_class}])).sample{first}"
-        predict = f"asked = unet(x, t{label}).sample{first}\n        unasked = {unasked}"
-        predict += f"\n        f = unasked + {guidance.scale!r} * (asked - unasked)"
-    gained = "x" if abs(float(last[3]) - 1) <= 1e-6 else f"{round(float(last[3]), 6)!r} * x"
-    pictures = f"torch.nn.functional.pixel_shuffle({gained}, {shuffle})" if shuffle > 1 else f"({gained})"
-    source = python_string(place)
-    return f"""With plain diffusers, {row.num_inference_steps} step{"s" * (row.num_inference_steps > 1)}{note}:
-
-```python
-import torch
-from diffusers import {kind}, UNet2DModel
-
-source = {source}
-unet = UNet2DModel.from_pretrained(source, subfolder={python_string(manifest.network.folder)})
-scheduler = {kind}.from_pretrained(
-    source, subfolder="scheduler"{options}
-)
-scheduler.set_timesteps({times})
-x = torch.randn(1, {latents.channels}, {latents.height}, {latents.width})
-for t in scheduler.timesteps:
-    with torch.no_grad():
-        {predict}
-    x = scheduler.step(f, t, x).prev_sample
-images = {pictures}.clamp({low!r}, {high!r})
-```"""
-
-
-def _stock_scheduler(table: StepTable) -> tuple[str, str, str, str]:
-    """Of the scheduler that runs `table`: its class, its options, what sets its times, and what to say beside it."""
-    times = f"timesteps={[int(time) for time in table.timesteps]}"
-    if table.sampler == "consistency":
-        note = " (it draws other noise between the steps than FastPipeline does)" if table.stochastic else ""
-        return "LCMScheduler", "", times, note
-    if table.sampler == "flow-euler":
-        sigmas = [round(-float(row[2]), 7) for row in table.rows]  # x0 = x - sigma f
-        return "FlowMatchEulerDiscreteScheduler", ", shift=1.0", f"sigmas={sigmas}", ""
-    options = ', solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero"'
-    return "DPMSolverMultistepScheduler", options, times, ""
-
-
-def _no_plain_diffusers(manifest: Manifest) -> str:
-    if manifest.tables[0].prediction_type == "score":
-        return "Its network predicts the score, which no stock diffusers scheduler takes."
-    return ""
+def _shell_text(prompt: str) -> str:
+    """A prompt for a command line; one with unusual characters is not written out."""
+    return shlex.quote(prompt) if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ,.'_-]{0,200}", prompt) else "PROMPT"
 
 
 # ---------------------------------------------------------------- where it comes from

@@ -102,12 +102,17 @@ def parity(manifest: Manifest) -> str:
             ]
         )
     head = ["part", "precision", "runtime", "checks", "worst difference", "worst PSNR", "passed"]
+    text = (
+        ' "tokenizer" and "text_encoder" are what prompts become, "decoder" is pictures of recorded latents.'
+        if manifest.text is not None
+        else ""
+    )
     return f"""## Does it compute what torch computed?
 
 {table(head, cells)}
 
 Each graph against outputs that torch gave at export. "denoiser" is the network's own output, "loop" and "generator" are
-pictures (differences in levels of 255), stepped outside and inside the graph. Equal pictures have no PSNR."""
+pictures (differences in levels of 255), stepped outside and inside the graph. Equal pictures have no PSNR.{text}"""
 
 
 def files(manifest: Manifest) -> str:
@@ -138,7 +143,7 @@ def _bytes(count: int) -> str:
 
 
 def limits(manifest: Manifest) -> str:
-    latents, scale = manifest.latents, manifest.postprocess.pixel_shuffle
+    latents, scale = manifest.latents, manifest.postprocess.scale
     height, width, _ = manifest.image_shape
     steps = listed(map(str, manifest.supported_steps[:MOST]))
     lines = [f"It runs in {steps} step{'s' * (manifest.supported_steps != [1])}; any other number is refused."]

@@ -80,9 +80,11 @@ FINDINGS = {"subject": "subject", "status": "status", "detail": "detail"}
 @app.command("generate")
 def generate_command(
     student: Annotated[str, typer.Argument(metavar="DIR", help="A student's folder, or its id on the Hub.")],
-    prompt: Annotated[str | None, typer.Argument(help="A class by name.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What to draw; a class by name of a class-conditional student.")
+    ] = None,
     class_label: Annotated[list[str] | None, typer.Option(help="A class by number or name; may be repeated.")] = None,
-    number: Annotated[int, typer.Option("-n", help="Pictures a class.")] = 1,
+    number: Annotated[int, typer.Option("-n", help="Pictures a prompt or class.")] = 1,
     steps: Annotated[int | None, typer.Option("--steps", help="Network calls; default: the student's first.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
     output: Annotated[
@@ -120,7 +122,7 @@ def generate_command(
         revision=revision,
     )
     out = pipe(
-        prompt,
+        prompt or None,
         class_labels=labels or None,
         num_images_per_prompt=number,
         num_inference_steps=steps,

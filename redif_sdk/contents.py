@@ -51,9 +51,9 @@ _LARGEST = 1 << 63
 MOST_ARRAYS = 32
 LARGEST_ARRAYS = 256 * _MIB
 _ENTRY = b"PK\x01\x02"  # begins an entry of a zip's directory
-_ARRAY = re.compile(r"[a-z][a-z0-9_]{0,40}\.npy")
+_ARRAY = re.compile(r"[a-z][a-z0-9_]{0,40}(\.[A-Za-z0-9_]{1,60})?\.npy")
 _NPY_HEADER = re.compile(
-    rb"\{'descr': '([<|][biuf][1248])', 'fortran_order': False, 'shape': \(((?:\d{1,12},? ?){0,8})\), \} *\n"
+    rb"\{'descr': '([<|][biuf][1248]|<U\d{1,5})', 'fortran_order': False, 'shape': \(((?:\d{1,12},? ?){0,8})\), \} *\n"
 )
 
 #: Of a network's configuration: layers one after another, any number, and numbers in one setting.
@@ -159,7 +159,7 @@ def _is_size(value: object) -> bool:
 
 
 def npz_arrays(data: bytes, where: str) -> dict[str, NDArray[Any]]:
-    """The arrays of an ``.npz``, which hold at most `LARGEST_ARRAYS` bytes unpacked, and no Python objects.
+    """The arrays of an ``.npz``, which hold at most `LARGEST_ARRAYS` bytes unpacked: numbers and text, no objects.
 
     Raises IntegrityError for anything else.
     """
@@ -191,13 +191,17 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDAr
     start = 10 + int.from_bytes(raw[8:10], "little")
     header = _NPY_HEADER.fullmatch(raw[10:start]) if raw[:8] == b"\x93NUMPY\x01\x00" else None
     if header is None:
-        raise ValueError(f"{member.filename} is no plain array of numbers")
+        raise ValueError(f"{member.filename} is no plain array of numbers or text")
     dtype, shape = (
         np.dtype(header[1].decode()),
         tuple(int(extent) for extent in header[2].split(b",") if extent.strip()),
     )
     if len(raw) - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{member.filename} has {len(raw) - start} bytes, which are not of its shape {shape!s:.100}")
+    if dtype.kind == "U":
+        codes = np.frombuffer(raw, "<u4", offset=start)
+        if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
+            raise ValueError(f"{member.filename} holds text that is none")
     return member.filename.removesuffix(".npy"), np.frombuffer(raw, dtype, offset=start).reshape(shape)
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from redif_sdk.errors import InvalidRequest, ManifestError
 from redif_sdk.files import atomic_write, read_checked
 from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import MANIFEST_NAME, Graph, Precision, TensorSpec
+from redif_sdk.manifest import MANIFEST_NAME, Component, Graph, Precision, TensorSpec
 from redif_sdk.runtimes.base import RuntimeOptions, cache_folder
 from redif_sdk.runtimes.cuda import Gpu
 
@@ -67,7 +67,7 @@ class EngineKey(_Part):
     """All that an engine depends on. Two equal keys mean the same engine."""
 
     graph: Sha256  # of the graph's file and data files: see `graph_digest`
-    component: Literal["denoiser", "generator"]
+    component: Component
     precision: Precision
     flavour: Flavour
     version: str  # of the TensorRT library

@@ -31,6 +31,7 @@ from redif_sdk.onnx_check import check_graph
 __all__ = ["StudentFolder", "write_manifest"]
 
 MANIFEST_LIMIT = 4 << 20  # bytes; ours have some ten thousand
+TOKENIZER = "tokenizer.json"  # by this name `contents.check` knows what to look for
 UNHASHED = frozenset({MANIFEST_NAME, CARD_NAME, ".gitattributes"})  # the Hub edits the last two by itself
 
 
@@ -86,15 +87,18 @@ class StudentFolder:
             check_pickle(path)
 
     def _check_uses(self) -> None:
-        """IntegrityError for a graph or golden file that is not listed, ManifestError for one of a wrong kind."""
+        """IntegrityError for a graph, golden file or tokenizer that is not listed, ManifestError for one of a wrong
+        kind."""
         kinds = [(graph.file, ".onnx") for graph in self.manifest.graphs]
         kinds += [(golden.file, ".npz") for golden in self.manifest.golden]
         kinds += [(file, ".data") for graph in self.manifest.graphs for file in graph.data]
-        for file, suffix in kinds:
+        text = self.manifest.text
+        kinds += [(tokenizer.file, TOKENIZER) for tokenizer in (text.tokenizers if text else [])]
+        for file, kind in kinds:
             if file not in self._entries:
                 raise IntegrityError(f"{file} is used by {self.path} but is not in its list of files; export it again")
-            if PurePosixPath(file).suffix != suffix:
-                raise ManifestError(f"{file} of {self.path} is used as a {suffix} file; export it again")
+            if kind not in (PurePosixPath(file).suffix, PurePosixPath(file).name):
+                raise ManifestError(f"{file} of {self.path} is used as a {kind} file; export it again")
 
     def read(self, relative: str) -> bytes:
         """The bytes of a listed file, from one open, hashed and looked into before they are returned.

@@ -1,6 +1,6 @@
 """Latents to pictures in numpy, and arrays to PIL: the arithmetic that the fused graph does in ONNX.
 
-No file is read or written here.
+A student with a decoder has its latents decoded first, by a graph. No file is read or written here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def scale_and_offset(postprocess: Postprocess) -> tuple[np.float32, np.float32]:
 
 
 def to_uint8(x: NDArray[np.float32], postprocess: Postprocess) -> NDArray[np.uint8]:
-    """Latents (B, C, H, W) to pictures, uint8 (B, H', W', C'): shuffled, scaled, clipped, rounded half to even."""
+    """Latents (B, C, H, W), or what a decoder made of them, to pictures, uint8 (B, H', W', C').
+
+    They are shuffled, scaled, clipped, and rounded half to even.
+    """
     scale, offset = scale_and_offset(postprocess)
     levels = np.rint(np.clip(pixel_shuffle(x, postprocess.pixel_shuffle) * scale + offset, 0.0, 255.0))
     # NaN becomes 0, on every processor alike; a plain cast would be undefined.

@@ -32,7 +32,9 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "Budget",
+    "Component",
     "Condition",
+    "Decoder",
     "Distillation",
     "FileEntry",
     "Golden",
@@ -43,9 +45,12 @@ __all__ = [
     "Postprocess",
     "TeacherInfo",
     "TensorSpec",
+    "TextCondition",
+    "TextEncoder",
+    "Tokenizer",
 ]
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
 CARD_LIMIT = 1 << 20  # bytes of it that we read
@@ -80,6 +85,7 @@ Positive = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Component = Literal["text_encoder", "denoiser", "decoder", "generator"]
 
 
 class _Part(BaseModel):
@@ -148,6 +154,14 @@ class Latents(_Part):
         return pixels // scale
 
 
+class TensorSpec(_Part):
+    """A graph's input or output; an axis is a number, or the name of what it runs over."""
+
+    name: Text
+    dtype: Text
+    shape: Annotated[list[Count | Text], Field(max_length=16)]
+
+
 class Condition(_Part):
     """What an image is asked for by: a class from 0 to ``num_classes - 1``, which may have a name."""
 
@@ -164,27 +178,100 @@ class Condition(_Part):
         return self
 
 
+class Tokenizer(_Part):
+    """Prompts to token ids: Hugging Face's ``tokenizer.json``, and how ids become the text encoder's input `input`.
+
+    A prompt has `max_length` ids: longer ones are cut (the last id stays the end's), shorter ones are padded with
+    `pad_token_id`. `mask` names the input that is 1 at tokens and 0 at padding, of encoders that take one.
+    With `lowercase` prompts are stripped and lower-cased first, as PixArt's pipeline does.
+    """
+
+    file: SafePath
+    input: Text = "input_ids"
+    mask: Text | None = None
+    max_length: Extent
+    pad_token_id: Count
+    lowercase: bool = False
+
+
+class TextEncoder(_Part):
+    """The class that loads a text encoder, and its folder; a deployer never imports it."""
+
+    class_path: Text  # e.g. "transformers.CLIPTextModel"
+    folder: SafeFolder
+
+
+class TextCondition(_Part):
+    """What an image is asked for by: a prompt. The text encoder's graph makes `tensors` of the tokenizers' ids, and
+    the denoiser and the generator take them by name."""
+
+    kind: Literal["text"]
+    tokenizers: Annotated[list[Tokenizer], Field(min_length=1, max_length=4)]
+    encoders: Annotated[list[TextEncoder], Field(min_length=1, max_length=4)]
+    tensors: Annotated[list[TensorSpec], Field(min_length=1, max_length=8)]  # their first axis is "batch"
+    examples: Annotated[list[Text], Field(min_length=1, max_length=100)]  # prompts that it can draw
+
+    @model_validator(mode="after")
+    def _named_once(self) -> TextCondition:
+        names = [tensor.name for tensor in self.tensors]
+        inputs = [name for part in self.tokenizers for name in (part.input, part.mask) if name is not None]
+        for kind in (names, inputs):
+            if len(set(kind)) != len(kind):
+                raise ValueError(f"a tensor is named twice: {', '.join(kind)}")
+        if any(not tensor.shape or tensor.shape[0] != "batch" for tensor in self.tensors):
+            raise ValueError("a tensor that prompts become has no batch axis first")
+        return self
+
+
+class Decoder(_Part):
+    """The network that turns latents into pictures, `scale` pixels a latent on each side: an autoencoder's decoder,
+    given latents / `scaling_factor` + `shift_factor`."""
+
+    class_path: Text  # e.g. "diffusers.AutoencoderKL"
+    folder: SafeFolder
+    scale: Extent
+    channels: Extent = 3
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+
 class Postprocess(_Part):
-    """Latents to pictures: torch's pixel shuffle, then `value_range` to 0..255, clipped and rounded half to even."""
+    """Latents to pictures: torch's pixel shuffle or a decoder, then `value_range` to 0..255, clipped and rounded half
+    to even."""
 
     pixel_shuffle: Annotated[int, Field(ge=1, le=256)] = 1
     value_range: tuple[float, float] = (-1.0, 1.0)
+    decoder: Decoder | None = None
+
+    @property
+    def scale(self) -> int:
+        """Pixels a latent, on each side."""
+        return self.decoder.scale if self.decoder else self.pixel_shuffle
+
+    def channels(self, latents: int) -> int:
+        """Channels of the picture of so many channels of latents."""
+        return self.decoder.channels if self.decoder else latents // self.pixel_shuffle**2
 
     @model_validator(mode="after")
     def _rising(self) -> Postprocess:
         if self.value_range[1] <= self.value_range[0]:
             raise ValueError("value_range must rise")
+        if self.decoder is not None and self.pixel_shuffle != 1:
+            raise ValueError("latents are either decoded or pixel-shuffled")
         return self
 
 
 class Guidance(_Part):
     """Classifier-free guidance (Ho and Salimans 2022, eq. 6 with w + 1 = scale): f = u + scale (c - u).
 
-    u is the network's output for the class ``null_class``, c for the asked one: two network calls a step.
+    u is the network's output for the class ``null_class``, c for the asked one: two network calls a step. Where
+    prompts ask, u is that of ``null_prompt``, or with ``null_zeros`` of zeros in place of what a prompt becomes.
     """
 
     scale: Annotated[float, Field(gt=0)]
-    null_class: Count
+    null_class: Count = 0
+    null_prompt: Text | None = None
+    null_zeros: bool = False
 
     def mix(self, asked: Any, unasked: Any) -> Any:
         """f of the network's two outputs, arrays or tensors of one shape."""
@@ -200,30 +287,25 @@ class Network(_Part):
     """The class that loads the network for training, and its folder. A deployer never imports it.
 
     ``guidance``: the graphs call the network twice a step and mix the two (an imported guided pipeline; distilled
-    students need none).
+    students need none). ``embedded_guidance``: the scale that a network takes as an input of its own (Flux, LCM).
+    ``pipeline``: the class of diffusers that loads the folder, where it is more than network and scheduler.
     """
 
     class_path: Text  # e.g. "diffusers.UNet2DModel"
     folder: SafeFolder
     guidance: Guidance | None = None
+    embedded_guidance: float | None = None
+    pipeline: Text | None = None  # e.g. "StableDiffusionPipeline"
 
     @property
     def calls_per_step(self) -> int:
         return calls_per_step(self.guidance)
 
 
-class TensorSpec(_Part):
-    """A graph's input or output; an axis is a number, or the name of what it runs over."""
-
-    name: Text
-    dtype: Text
-    shape: Annotated[list[Count | Text], Field(max_length=16)]
-
-
 class Graph(_Part):
     """One compiled graph. `data` names the files that hold its weights where they do not fit into `file` itself."""
 
-    component: Literal["denoiser", "generator"]
+    component: Component
     precision: Precision
     file: SafePath
     data: Annotated[list[SafePath], Field(max_length=64)] = []
@@ -287,7 +369,7 @@ class Manifest(_Part):
         WithJsonSchema({"type": "array", "minItems": 1, "maxItems": 64, "items": _TABLE}),
     ]
     latents: Latents
-    condition: Condition | None = None
+    condition: Annotated[Condition | TextCondition, Field(discriminator="kind")] | None = None
     postprocess: Postprocess = Postprocess()
     network: Network
     graphs: Annotated[list[Graph], Field(max_length=64)] = []
@@ -302,7 +384,8 @@ class Manifest(_Part):
         steps = self.supported_steps
         if len(set(steps)) != len(steps):
             raise ValueError("two step tables have the same number of steps")
-        if (self.task == "class-conditional") != (self.condition is not None):
+        tasks = {None: "unconditional", "class": "class-conditional", "text": "text-to-image"}
+        if self.task != tasks[self.condition.kind if self.condition else None]:
             raise ValueError(f"task {self.task!r} does not go with condition {self.condition!r}")
         if self.latents.channels % self.postprocess.pixel_shuffle**2:
             raise ValueError(
@@ -362,8 +445,25 @@ class Manifest(_Part):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a picture."""
-        factor = self.postprocess.pixel_shuffle
-        return self.latents.height * factor, self.latents.width * factor, self.latents.channels // factor**2
+        scale = self.postprocess.scale
+        return self.latents.height * scale, self.latents.width * scale, self.postprocess.channels(self.latents.channels)
+
+    @property
+    def classes(self) -> Condition | None:
+        """The condition of a student that is asked for classes."""
+        return self.condition if isinstance(self.condition, Condition) else None
+
+    @property
+    def text(self) -> TextCondition | None:
+        """The condition of a student that is asked by prompts."""
+        return self.condition if isinstance(self.condition, TextCondition) else None
+
+    @property
+    def condition_tensors(self) -> list[TensorSpec]:
+        """What the denoiser and the generator take besides the state: class_labels, or what prompts become."""
+        if isinstance(self.condition, TextCondition):
+            return self.condition.tensors
+        return [TensorSpec(name="class_labels", dtype="int64", shape=["batch"])] if self.condition else []
 
     def graph(self, component: str, precision: str) -> Graph | None:
         """The graph of that component and precision, if there is one."""

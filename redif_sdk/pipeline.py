@@ -1,16 +1,16 @@
 """`FastPipeline`: a student's folder in, pictures out, without torch.
 
-It draws the noise, and runs the fused graph, or the denoiser step by step where every step is to be seen. Engines are
-in `runtimes/`, the arithmetic of a step is in `steps.py`, what a request may say is in `request.py`.
+It draws the noise, has prompts encoded, and runs the fused graph, or the denoiser step by step where every step is to
+be seen. The graphs are in `components.py`, engines in `runtimes/`, the arithmetic of a step in `steps.py`, and what a
+request may say in `request.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,25 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from redif_sdk import hub, runtimes
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable, UnsupportedModel
+from redif_sdk.components import Components
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.files import atomic_folder
 from redif_sdk.folder import StudentFolder
-from redif_sdk.images import to_pil, to_uint8
+from redif_sdk.images import to_pil
 from redif_sdk.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.request import OUTPUT_TYPES, Labels, Seeds, check_labels, check_latents, check_noise, check_request
+from redif_sdk.request import (
+    OUTPUT_TYPES,
+    Asked,
+    Conditions,
+    Labels,
+    Request,
+    Seeds,
+    check_conditions,
+    check_guidance,
+    check_latents,
+    check_noise,
+    check_request,
+)
 from redif_sdk.runtimes import Runtime, RuntimeOptions
 from redif_sdk.steps import StepTable
 
@@ -37,7 +50,8 @@ class PipelineOutput:
     """What a call returns.
 
     `images`: a list of PIL pictures, or an array (B, H, W, C), by output_type. `seeds`: (seed, image index) of each,
-    which as ``seed=`` give the same pictures again. `timings`: seconds by stage. `runtime_info`: what computed it.
+    which as ``seed=`` give the same pictures again. `timings`: seconds by stage: noise, text (of a student that is
+    asked by prompts: tokens and text encoder), network, output, total. `runtime_info`: what computed it.
     """
 
     images: Any
@@ -64,20 +78,14 @@ class FastPipeline:
         provider: str | None = None,
         engine_dir: str | Path | None = None,
     ) -> None:
-        if student.manifest.task == "text-to-image":
-            raise UnsupportedModel(f"{student.path} takes prompts, which this release does not; update redif-sdk")
         self._student = student
-        self._options = RuntimeOptions(
+        options = RuntimeOptions(
             device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)
         )
         self._remote: hub.Remote | None = None  # where the files come from that were not downloaded
-        self._lock = Lock()
         self._tables: dict[int | None, StepTable] = {t.num_inference_steps: t for t in student.manifest.tables}
-        engine, self._choice = runtimes.choose(student, "generator", runtime, precision, self._options)
-        fused = engine.info.component == "generator"
-        self._generator: Runtime | None = engine if fused else None
-        self._denoiser: Runtime | None = None if fused else engine
-        self._device = engine.info.device
+        engine, self._choice = runtimes.choose(student, "generator", runtime, precision, options)
+        self._components = Components(student, engine, options)
 
     @classmethod
     def from_pretrained(
@@ -125,7 +133,10 @@ class FastPipeline:
         )
         tried = {choice.precision for choice in runtimes.candidates(remote.manifest, runtime, precision)}
         wanted = [graph for graph in remote.manifest.graphs if graph.precision in tried]
-        student = remote.student(path for graph in wanted for path in (graph.file, *graph.data))
+        paths = [path for graph in wanted for path in (graph.file, *graph.data)]
+        if remote.manifest.text is not None:
+            paths += [tokenizer.file for tokenizer in remote.manifest.text.tokenizers]
+        student = remote.student(paths)
         pipeline = cls(student, **options)
         pipeline._remote = remote
         return pipeline
@@ -146,7 +157,7 @@ class FastPipeline:
 
         `choice` says why that engine and precision were taken.
         """
-        return self._info(self._generator or self._get_denoiser())
+        return self._info(self._components.generator or self._components["denoiser"])
 
     def _info(self, engine: Runtime) -> dict[str, Any]:
         return asdict(engine.info) | {"choice": self._choice.reason}
@@ -164,17 +175,26 @@ class FastPipeline:
         latents: ArrayLike | None = None,
         height: int | None = None,
         width: int | None = None,
+        prompt_embeds: ArrayLike | None = None,
+        pooled_prompt_embeds: ArrayLike | None = None,
+        prompt_attention_mask: ArrayLike | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
     ) -> PipelineOutput:
         """Generate pictures.
 
-        A class-conditional student is asked for one or more classes, by name (`prompt`) or by number or name
-        (`class_labels`), each `num_images_per_prompt` times; an unconditional one for `num_images_per_prompt` pictures.
+        A text-to-image student is asked by one or more prompts (`prompt`), each `num_images_per_prompt` times; a
+        class-conditional one for one or more classes, by name (`prompt`) or by number or name (`class_labels`); an
+        unconditional one for `num_images_per_prompt` pictures.
 
         `seed`: one int, and picture i has the noise (seed, i); or one int or (seed, index) a picture; or None, drawn
         from the operating system. `latents` (B, C, H, W), standard normal, replace the starting noise.
         `height` and `width`, in pixels, of a student that was exported with free sizes; default: its own.
+        `prompt_embeds`, `pooled_prompt_embeds` and `prompt_attention_mask`, all that the student takes of them, one row
+        a prompt, as `encode_prompt` makes them, stand in for `prompt`. `negative_prompt` is refused, and every
+        `guidance_scale` that the student has not: its guidance is in its graphs, or it has none.
         `output_type`: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
         `callback_on_step_end(pipe, step, timestep, {"latents": x})` is called after every step, and may return
         {"latents": other}, which go on from there.
@@ -184,6 +204,7 @@ class FastPipeline:
         start = time.perf_counter()
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
+        check_guidance(self.manifest, guidance_scale, negative_prompt)
         request = check_request(
             self.manifest,
             prompt,
@@ -194,10 +215,13 @@ class FastPipeline:
             latents,
             height,
             width,
+            _embeds(prompt_embeds, pooled_prompt_embeds, prompt_attention_mask),
         )
         noise = request.noise(self.manifest)
         ready = time.perf_counter()
-        images = self._images(noise, request.labels, request.table, callback_on_step_end)
+        conditions = self._conditions(request)
+        encoded = time.perf_counter()
+        images = self._images(noise, conditions, request.table, callback_on_step_end)
         done = time.perf_counter()
         result: Any = images
         if output_type == "pil":
@@ -205,9 +229,11 @@ class FastPipeline:
         elif output_type == "np":
             result = images.astype(np.float32) / np.float32(255)
         end = time.perf_counter()
-        timings = {"noise": ready - start, "network": done - ready, "output": end - done, "total": end - start}
-        used = self._generator if callback_on_step_end is None else None
-        return PipelineOutput(result, request.seeds, timings, self._info(used or self._get_denoiser()))
+        text = {} if self.manifest.text is None else {"text": encoded - ready}
+        timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
+        used = self._components.generator if callback_on_step_end is None else None
+        info = self._info(used or self._components["denoiser"])
+        return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
 
     def stream(
         self,
@@ -219,95 +245,93 @@ class FastPipeline:
         latents: ArrayLike | None = None,
         height: int | None = None,
         width: int | None = None,
+        prompt_embeds: ArrayLike | None = None,
+        pooled_prompt_embeds: ArrayLike | None = None,
+        prompt_attention_mask: ArrayLike | None = None,
     ) -> Iterator[Image.Image]:
         """One picture, as it forms: after each step, the clean-image estimate x0; the last one is the picture.
 
-        The request is checked at once, and the steps are computed as they are asked for.
+        The request is checked at once, and the prompt and the steps are computed as they are asked for.
         """
         request = check_request(
-            self.manifest, prompt, class_labels, 1, num_inference_steps, seed, latents, height, width
+            self.manifest,
+            prompt,
+            class_labels,
+            1,
+            num_inference_steps,
+            seed,
+            latents,
+            height,
+            width,
+            _embeds(prompt_embeds, pooled_prompt_embeds, prompt_attention_mask),
         )
         if len(request.seeds) != 1:
-            raise InvalidRequest(f"stream makes one picture, not {len(request.seeds)}; ask for one class")
-        self._get_denoiser()
-        return self._previews(request.noise(self.manifest), request.labels, request.table)
+            raise InvalidRequest(f"stream makes one picture, not {len(request.seeds)}; ask for one thing")
+        self._components.prepare_steps()
+        return self._previews(request)
 
     def generate_array(
-        self,
-        noise: NDArray[np.float32],
-        class_labels: NDArray[np.int64] | Sequence[int] | None = None,
-        num_inference_steps: int | None = None,
+        self, noise: NDArray[np.float32], conditions: Asked = None, num_inference_steps: int | None = None
     ) -> NDArray[np.uint8]:
-        """Pictures uint8 (B, H, W, C) for noise (N, B, C, H, W) float32 and labels (B,), for evaluation.
+        """Pictures uint8 (B, H, W, C) for noise (N, B, C, H, W) float32, for evaluation.
 
-        N is at least the table's `noise_slices`. Raises InvalidRequest for other shapes and for bad labels.
+        `conditions`: labels (B,) of a class-conditional student; the arrays of `encode_prompt` of one that is asked by
+        prompts. N is at least the table's `noise_slices`. Raises InvalidRequest for other shapes and for bad labels.
         """
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
-        return self._images(checked, check_labels(self.manifest, class_labels, checked.shape[1]), table)
+        return self._images(checked, check_conditions(self.manifest, conditions, checked.shape[1]), table)
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
+        """What prompts become: the arrays that denoiser and generator take, float32, by name, a row a prompt.
+
+        Equal prompts are encoded once. Raises InvalidRequest, and for a student that is not asked by prompts too.
+        """
+        if self.manifest.text is None:
+            raise InvalidRequest(f"{self.manifest.name} is not asked by prompts; there is nothing to encode")
+        return self._conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
+
+    def _conditions(self, request: Request) -> Conditions:
+        """The conditions of a request, its prompts encoded."""
+        return request.conditions if request.prompts is None else self._components.encode(request.prompts)
 
     def _images(
         self,
         noise: NDArray[np.float32],
-        labels: NDArray[np.int64] | None,
+        conditions: Conditions,
         table: StepTable,
         callback: OnStepEnd | None = None,
     ) -> NDArray[np.uint8]:
         """Pictures from the fused graph, or step by step where there is none, or a callback that wants to see them."""
-        if self._generator is None or callback is not None:
+        generator = self._components.generator
+        if generator is None or callback is not None:
             x = noise[0]
-            for k, x, _ in self._steps(noise, labels, table):
+            for k, x, _ in self._steps(noise, conditions, table):
                 returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
                 if returned is not None and "latents" in returned:
                     x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-            return to_uint8(x, self.manifest.postprocess)
-        inputs: dict[str, NDArray[Any]] = {
-            "noise": noise,
-            "table": table.rows,
-            "init_scale": table.scale,
-        }
-        if labels is not None:
-            inputs["class_labels"] = labels
-        return self._generator.run(inputs)["images"]
+            return self._components.pictures(x)
+        inputs: dict[str, NDArray[Any]] = {"noise": noise, "table": table.rows, "init_scale": table.scale}
+        return generator.run(inputs | conditions)["images"]
 
     def _steps(
-        self, noise: NDArray[np.float32], labels: NDArray[np.int64] | None, table: StepTable
+        self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable
     ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
         """(k, x', x0) after every row. Whoever iterates may write into x', and the next row starts from that."""
-        denoiser = self._get_denoiser()
+        denoiser = self._components["denoiser"]
         slices, batch = noise.shape[:2]
         x = noise[0] * np.float32(table.init_scale)
         for k in range(table.num_inference_steps):
-            inputs: dict[str, NDArray[Any]] = {
-                "sample": x,
-                "timestep": np.full((batch,), table.timesteps[k], dtype=np.float32),
-            }
-            if labels is not None:
-                inputs["class_labels"] = labels
-            x0 = table.clean(k, x, denoiser.run(inputs)["f"])
+            t = np.full((batch,), table.timesteps[k], dtype=np.float32)
+            x0 = table.clean(k, x, denoiser.run({"sample": x, "timestep": t, **conditions})["f"])
             x = table.advance(k, x, x0, noise[min(k + 1, slices - 1)])
             yield k, x, x0
 
-    def _previews(
-        self, noise: NDArray[np.float32], labels: NDArray[np.int64] | None, table: StepTable
-    ) -> Iterator[Image.Image]:
-        for k, x, x0 in self._steps(noise, labels, table):
+    def _previews(self, request: Request) -> Iterator[Image.Image]:
+        conditions, table = self._conditions(request), request.table
+        for k, x, x0 in self._steps(request.noise(self.manifest), conditions, table):
             last = k == table.num_inference_steps - 1
-            yield to_pil(to_uint8(x if last else x0, self.manifest.postprocess))[0]
-
-    def _get_denoiser(self) -> Runtime:
-        """The denoiser, loaded when it is first needed: plain calls with a fused graph never do."""
-        with self._lock:
-            if self._denoiser is None:
-                graph = self.manifest.graph("denoiser", self._choice.precision)
-                if graph is None:
-                    raise RuntimeUnavailable(
-                        f"{self._student.path} has no graph of its network in {self._choice.precision}, which single "
-                        f"steps need; run redif export {self._student.path}"
-                    )
-                options = replace(self._options, device=self._device)
-                self._denoiser = runtimes.load(self._choice.runtime, self._student, graph, options)
-            return self._denoiser
+            yield to_pil(self._components.pictures(x if last else x0))[0]
 
     # ------------------------------------------------------------------ saving
 
@@ -362,3 +386,13 @@ class FastPipeline:
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
+
+
+def _embeds(
+    prompt_embeds: ArrayLike | None, pooled_prompt_embeds: ArrayLike | None, prompt_attention_mask: ArrayLike | None
+) -> Mapping[str, ArrayLike | None]:
+    return {
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "prompt_attention_mask": prompt_attention_mask,
+    }

@@ -175,7 +175,7 @@ def quickstart(
     write_json(output / "results.json", results)
     poster(sheets).save(output / "samples.png", optimize=True)
     atomic_write(output / "report.html", render(results, sheets).encode())
-    _summary(report, results, output, steps[-1])
+    summarise(report, results, output, steps[-1])
     return results
 
 
@@ -291,7 +291,8 @@ def _speed(
     return rows
 
 
-def _summary(report: Reporter, results: dict[str, Any], output: Path, most: int) -> None:
+def summarise(report: Reporter, results: dict[str, Any], output: Path, most: int) -> None:
+    """The table, the seconds, and where to look."""
     from redif_sdk.distill.quality import print_table
 
     if not report.console.quiet:

@@ -62,6 +62,40 @@ def poster(sheets: Sequence[Sheet], scale: int = 2) -> Image.Image:
     return whole
 
 
+def grid(sheet: Sheet, captions: Sequence[str], columns: int, scale: int = 1) -> Image.Image:
+    """Blocks of ``columns`` captions, each with a line of pictures for every row of the sheet, titles at their left."""
+    font, small, margin, line, gap = ImageFont.load_default(13), ImageFont.load_default(9), 130, 26, 10
+    count, height, width = sheet.rows[0][1].shape[:3]
+    height, width = height * scale, width * scale
+    blocks = -(-count // columns)
+    tall = line + len(sheet.rows) * (height + 2) + gap
+    whole = Image.new("RGB", (margin + columns * (width + 2), blocks * tall), "white")
+    pen = ImageDraw.Draw(whole)
+    for place in range(count):
+        x, y = margin + place % columns * (width + 2), place // columns * tall
+        words = _wrapped(captions[place], small, width)
+        pen.multiline_text((x + 1, y), "\n".join(words), fill="black", font=small, spacing=1)
+        for row, (title, images) in enumerate(sheet.rows):
+            top = y + line + row * (height + 2)
+            if place % columns == 0:
+                pen.text((6, top + height // 2 - 8), title, fill="black", font=font)
+            picture = Image.fromarray(images[place][..., 0] if images.shape[-1] == 1 else images[place])
+            whole.paste(picture.resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, top))
+    return whole
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """At most two lines of a caption."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:2]
+
+
 def _inline(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)

@@ -5,41 +5,53 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from redif_sdk.errors import RuntimeUnavailable, UnsupportedModel
 from redif_sdk.folder import StudentFolder
 from redif_sdk.images import contact_sheet
+from redif_sdk.manifest import Manifest
 
 if TYPE_CHECKING:
     from redif_sdk.pipeline import FastPipeline
 
-__all__ = ["FOLDER", "sample_grid", "write_samples"]
+__all__ = ["FOLDER", "sample_grid", "shown_prompts", "write_samples"]
 
 FOLDER = "samples"
 SEED = 0
 MOST_CLASSES = 10  # a column each
+MOST_PROMPTS = 8  # a column each
 ROWS = 4
-COLUMNS = 8  # of a student without classes
+COLUMNS = 8  # of a student that is asked for nothing
+LARGE = 256  # pixels: of pictures this wide there are fewer, since they take long and a card is narrow
+LARGE_COLUMNS = 4
 SMALLEST_TILE = 56  # pixels
 MOST_TABLES = 4  # numbers of steps that are shown
 
 
 def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) -> Image.Image:
-    """Four rows of pictures of seed 0, none picked: one column a class (the first ten), or eight columns.
+    """Rows of pictures of seed 0, none picked: a column a class (the first ten), or one of the prompts that the
+    manifest gives as examples (the first eight), or eight columns. Four rows; one of four columns of large pictures.
 
     A picture keeps its own pixels; small ones are enlarged by a whole factor. It takes one row of memory at a time.
     """
-    condition = pipeline.manifest.condition
-    labels = None if condition is None else list(range(min(condition.num_classes, MOST_CLASSES)))
-    columns = COLUMNS if labels is None else len(labels)
+    manifest = pipeline.manifest
+    large = _large(manifest)
+    columns = LARGE_COLUMNS if large else COLUMNS
+    asked: dict[str, Any] = {}
+    if manifest.classes is not None:
+        columns = min(manifest.classes.num_classes, LARGE_COLUMNS if large else MOST_CLASSES)
+        asked = {"class_labels": list(range(columns))}
+    elif manifest.text is not None:
+        asked = {"prompt": shown_prompts(manifest)}
+        columns = len(asked["prompt"])
     images: list[Image.Image] = []
-    for row in range(ROWS):
+    for row in range(1 if large else ROWS):
         out = pipeline(
-            class_labels=labels,
-            num_images_per_prompt=columns if labels is None else 1,
+            **asked,
+            num_images_per_prompt=1 if asked else columns,
             num_inference_steps=num_inference_steps,
             seed=[(SEED, row * columns + column) for column in range(columns)],
         )
@@ -48,6 +60,17 @@ def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) 
     width, height = images[0].size
     tiles = [image.resize((width * factor, height * factor), Image.Resampling.NEAREST) for image in images]
     return contact_sheet(tiles, columns)
+
+
+def shown_prompts(manifest: Manifest) -> list[str]:
+    """The prompts of a student's columns."""
+    if manifest.text is None:
+        return []
+    return manifest.text.examples[: LARGE_COLUMNS if _large(manifest) else MOST_PROMPTS]
+
+
+def _large(manifest: Manifest) -> bool:
+    return max(manifest.image_shape[:2]) >= LARGE
 
 
 def write_samples(folder: str | Path) -> list[str]:

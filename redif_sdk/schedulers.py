@@ -17,6 +17,7 @@ from redif_sdk.coefficients import to_float32, update_rows
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.schedules import (
     NoiseSchedule,
+    Preconditioning,
     falling_times,
     inference_times,
     karras_sigmas,
@@ -25,7 +26,7 @@ from redif_sdk.schedules import (
 )
 from redif_sdk.steps import StepTable
 
-__all__ = ["read_scheduler"]
+__all__ = ["edm_table", "read_preconditioning", "read_scheduler"]
 
 Floats = NDArray[np.float64]
 
@@ -78,8 +79,9 @@ def read_scheduler(
     - DDIMScheduler; DDPMScheduler and PNDMScheduler in their DDIM reading (DDPM's fixed_small is ``eta=1``)
     - LCMScheduler, its boundary scaling included
     - DPMSolverMultistepScheduler of order 1
-    - EulerDiscreteScheduler, with Karras' noise levels if it has them
+    - EulerDiscreteScheduler, with Karras' noise levels if it has them; EulerAncestralDiscreteScheduler
     - FlowMatchEulerDiscreteScheduler
+    - EDMEulerScheduler, with Karras' noise levels
 
     ``clip_sample`` and ``thresholding`` are not affine and are left out: a table describes the unclipped sampler.
     Raises UnsupportedModel for any other scheduler or option, InvalidRequest for steps that it does not have.
@@ -266,6 +268,11 @@ def _euler_times(request: _Request, schedule: NoiseSchedule) -> Floats:
     return _grid(request, schedule, "linspace").astype(np.float64)
 
 
+def _read_euler_ancestral(request: _Request) -> StepTable:
+    """The noise of eta = 1 is the ancestral sampler's."""
+    return _read_euler(request._replace(eta=1.0))
+
+
 def _times_of_levels(sigmas: Floats, log_levels: NDArray[np.float32]) -> Floats:
     """The times of these noise levels, by interpolating between the schedule's log levels."""
     wanted = np.log(np.maximum(sigmas, 1e-10))
@@ -295,6 +302,41 @@ def _read_flow(request: _Request) -> StepTable:
     )
 
 
+def read_preconditioning(config: Mapping[str, Any]) -> Preconditioning:
+    """EDM's preconditioning of a diffusers scheduler's configuration; diffusers' defaults where it is silent."""
+    kind, name = config.get("prediction_type", "epsilon"), config.get("_class_name", "an EDM scheduler")
+    if config.get("sigma_schedule", "karras") != "karras" or config.get("final_sigmas_type", "zero") != "zero":
+        raise UnsupportedModel(f"{name} has other noise levels than Karras' down to 0; set sigma_schedule to karras")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UnsupportedModel(f"{name} has prediction_type {kind!r}; use one with epsilon or v_prediction")
+    return Preconditioning(
+        sigma_min=float(config.get("sigma_min", 0.002)),
+        sigma_max=float(config.get("sigma_max", 80.0)),
+        sigma_data=float(config.get("sigma_data", 0.5)),
+        rho=float(config.get("rho", 7.0)),
+        v_prediction=kind == "v_prediction",
+    )
+
+
+def edm_table(edm: Preconditioning, num_inference_steps: int, eta: float = 0.0) -> StepTable:
+    """EDMEulerScheduler's table: it starts from sqrt(sigma_max^2 + 1) times noise."""
+    start = np.sqrt(edm.sigma_max**2 + 1.0) / np.sqrt(edm.sigma_max**2 + edm.sigma_data**2)
+    return StepTable.edm(
+        edm.levels(num_inference_steps),
+        sigma_data=edm.sigma_data,
+        eta=eta,
+        v_prediction=edm.v_prediction,
+        init_scale=float(start),
+    )
+
+
+def _read_edm(request: _Request) -> StepTable:
+    if request.timesteps is not None:
+        raise InvalidRequest(f"{request.name} has Karras noise levels and takes no timesteps; give a number of steps")
+    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    return edm_table(read_preconditioning({"_class_name": request.name, **request.config}), steps, request.eta)
+
+
 def _grid(request: _Request, schedule: NoiseSchedule, default_spacing: str) -> NDArray[np.int64]:
     """The DDIM grid by the configuration's spacing and offset."""
     steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
@@ -317,5 +359,7 @@ _READERS: dict[str, Callable[[_Request], StepTable]] = {
     "LCMScheduler": _read_lcm,
     "DPMSolverMultistepScheduler": _read_dpm_solver,
     "EulerDiscreteScheduler": _read_euler,
+    "EulerAncestralDiscreteScheduler": _read_euler_ancestral,
     "FlowMatchEulerDiscreteScheduler": _read_flow,
+    "EDMEulerScheduler": _read_edm,
 }

@@ -20,6 +20,7 @@ from redif_sdk.errors import InvalidRequest, UnsupportedModel
 
 __all__ = [
     "NoiseSchedule",
+    "Preconditioning",
     "falling_sigmas",
     "falling_times",
     "inference_times",
@@ -35,18 +36,37 @@ _BETA_DEFAULTS: dict[str, tuple[float, float, str]] = {"LCMScheduler": (0.00085,
 _GENERAL_BETA_DEFAULTS = (0.0001, 0.02, "linear")
 
 
+@dataclass(frozen=True)
+class Preconditioning:
+    """EDM's (Karras et al. 2022, table 1): the noise levels, and what the raw network is to the clean image.
+
+    ``v_prediction``: diffusers' schedulers have c_out with the other sign.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    rho: float = 7.0
+    v_prediction: bool = False
+
+    def levels(self, num_inference_steps: int) -> NDArray[np.float64]:
+        """The K falling noise levels of EDM's own grid."""
+        return karras_sigmas(num_inference_steps, self.sigma_min, self.sigma_max, self.rho)
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """A discrete noise schedule: x_t = alphas[t] x0 + sigmas[t] noise.
 
     ``alphas`` and ``sigmas`` are float64 arrays of shape (T,), read-only: sqrt(alphas_cumprod) and
-    sqrt(1 - alphas_cumprod), or with ``flow`` the levels of :meth:`linear_flow`. Raises InvalidRequest where they are
-    not finite, or alpha^2 + sigma^2 (with ``flow`` alpha + sigma) is not 1.
+    sqrt(1 - alphas_cumprod), with ``flow`` the levels of :meth:`linear_flow`, with ``edm`` those of :meth:`of_edm`.
+    Raises InvalidRequest where they are not finite, or alpha^2 + sigma^2 (with ``flow`` alpha + sigma) is not 1.
     """
 
     alphas: NDArray[np.float64]
     sigmas: NDArray[np.float64]
     flow: bool = False
+    edm: Preconditioning | None = None
 
     def __post_init__(self) -> None:
         for name in ("alphas", "sigmas"):
@@ -63,6 +83,8 @@ class NoiseSchedule:
             if not np.all(np.abs(self.alphas + self.sigmas - 1.0) <= 1e-5):
                 raise InvalidRequest("a flow's noise schedule has steps with alpha + sigma != 1")
             return
+        if self.edm is not None:
+            return  # its levels are of the scaled input: c_in and c_in sigma
         if not np.all(np.abs(self.alphas**2 + self.sigmas**2 - 1.0) <= 1e-5):
             raise InvalidRequest(
                 "a noise schedule has steps with alpha^2 + sigma^2 != 1; it must preserve the variance"
@@ -84,6 +106,16 @@ class NoiseSchedule:
         """
         sigmas = np.arange(num_train_timesteps + 1) / num_train_timesteps
         return cls(alphas=1.0 - sigmas, sigmas=sigmas, flow=True)
+
+    @classmethod
+    def of_edm(cls, preconditioning: Preconditioning, levels: int = 1000) -> NoiseSchedule:
+        """EDM's levels, rising, in the coordinates that the network takes: alpha = c_in and sigma = c_in sigma_VE.
+
+        The network is fed ln(sigma_VE) / 4 as time, which is no index of the schedule.
+        """
+        noise = preconditioning.levels(levels)[::-1]
+        c_in = 1.0 / np.sqrt(noise**2 + preconditioning.sigma_data**2)
+        return cls(alphas=c_in, sigmas=c_in * noise, edm=preconditioning)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:

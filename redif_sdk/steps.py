@@ -326,10 +326,20 @@ class StepTable:
         )
 
     @classmethod
-    def edm(cls, sigmas: Sequence[float] | Floats, *, sigma_data: float = 0.5, eta: float = 0.0) -> StepTable:
+    def edm(
+        cls,
+        sigmas: Sequence[float] | Floats,
+        *,
+        sigma_data: float = 0.5,
+        eta: float = 0.0,
+        v_prediction: bool = False,
+        init_scale: float | None = None,
+    ) -> StepTable:
         """Euler's method for EDM's raw network F with its preconditioning (Table 1 of EDM); t = ln(sigma) / 4.
 
         ``sigmas`` (K, falling, without the final 0), e.g. :func:`karras_sigmas`. ``eta`` 1 is the ancestral sampler.
+        ``v_prediction``: F has the other sign. ``init_scale`` defaults to the first row's sigma, i.e. a start of
+        sigma_max * noise.
         """
         levels = falling_sigmas(sigmas)
         if not sigma_data > 0.0:
@@ -347,9 +357,9 @@ class StepTable:
             noise=ancestral_noise(alphas, scaled, next_alphas, next_sigmas, eta),
             prediction_type="edm",
             sampler="edm",
-            init_scale=float(scaled[0]),
+            init_scale=float(scaled[0]) if init_scale is None else init_scale,
             c_skip=sigma_data**2 / total,
-            c_out=levels * sigma_data / np.sqrt(total),
+            c_out=(-1.0 if v_prediction else 1.0) * levels * sigma_data / np.sqrt(total),
             c_in=c_in,
         )
 

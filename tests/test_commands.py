@@ -143,4 +143,5 @@ def test_a_guided_teacher_from_the_command_line(
     assert (
         run(["import", str(teacher_folder), "-o", str(imported), "--steps", "2", *guided], monkeypatch, capsys)[0] == 0
     )
-    assert json.loads((imported / "redif.json").read_text())["network"]["guidance"] == {"scale": 2.0, "null_class": 3}
+    guidance = json.loads((imported / "redif.json").read_text())["network"]["guidance"]
+    assert (guidance["scale"], guidance["null_class"], guidance["null_prompt"]) == (2.0, 3, None)

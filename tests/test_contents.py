@@ -95,6 +95,8 @@ def test_what_numpy_writes_is_read(compressed: bool) -> None:
         "seeds": np.array([[0, 2**63]], dtype=np.uint64),
         "images": np.zeros((0, 2, 1), np.uint8),
         "scalar": np.array(3.5),
+        "prompts": np.array(["red heart", "\U0001f600"]),
+        "tokens.input_ids": np.zeros((2, 3), np.int64),
     }
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, **wanted)  # type: ignore[arg-type]
@@ -128,7 +130,11 @@ HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }
         (npz(**{"__etc__x.npy": npy(np.zeros(1))}), "member '/etc/x.npy'"),
         (npz(**{"x.pkl": b"x"}), r"member 'x\.pkl'"),
         (npz(**{"x.npy": npy(np.array([{}], dtype=object))}), "no plain array"),
-        (npz(**{"x.npy": npy(np.zeros(2, dtype="U4"))}), "no plain array"),
+        (npz(**{"x.npy": npy(np.zeros(2, dtype="S4"))}), "no plain array"),
+        (npz(**{"x.npy": npy(np.array(["\ud800"]))}), "text that is none"),
+        (npz(**{"x.npy": npy(np.array(["a"])).replace(b"a\x00\x00\x00", b"\xff" * 4)}), "text that is none"),
+        (npz(**{"x.npy": npy(np.array([""])).replace(b"<U1", b"<U0")}), "x"),
+        (npz(**{"x.y.z.npy": npy(np.zeros(1))}), "is no array of numpy's"),
         (npz(**{"x.npy": npy(np.asfortranarray(np.zeros((2, 3))))}), "no plain array"),
         (npz(**{"x.npy": npy(np.zeros(2))[:-1]}), "15 bytes"),
         (npz(**{"x.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", len(HEADER) + 1) + HEADER + b"\n"}), "0 bytes"),

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from redif_sdk.demo.studio import NOTHING, SAME_STEPS, Studio, parse_seed, rando
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.folder import StudentFolder
 from redif_sdk.metrics import record
+from tests.prompted import EXAMPLES, build_prompted
 
 ROOT = Path(__file__).resolve().parent.parent
 REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()")
@@ -143,22 +145,29 @@ def test_a_card_shows_its_own_pictures_and_asks_nobody(tiny_student: Path, copy_
 # ---------------------------------------------------------------------- the command, and its endpoints
 
 
-@pytest.fixture(scope="module")
-def address(tiny_student: Path) -> Iterator[str]:
-    """`redif demo` in a process of its own, which ends cleanly when it is told to."""
-    environment = os.environ | {"NO_PROXY": "*"}
+@contextmanager
+def demo_of(*folders: Path) -> Iterator[str]:
+    """The address of `redif demo` in a process of its own, which ends cleanly when it is told to."""
     process = subprocess.Popen(
-        [*REDIF, "demo", str(tiny_student), "--port", str(free_port())],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        [*REDIF, "demo", *map(str, folders), "--port", str(free_port())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"NO_PROXY": "*"},
     )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line.startswith("tiny at "), process.communicate()[1]
-    yield line.split()[2]
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    assert line.startswith(f"{', '.join(folder.name for folder in folders)} at "), process.communicate()[1]
+    try:
+        yield line.partition(" at ")[2].split()[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in errors
+
+
+@pytest.fixture(scope="module")
+def address(tiny_student: Path) -> Iterator[str]:
+    with demo_of(tiny_student) as url:
+        yield url
 
 
 def free_port() -> int:
@@ -196,6 +205,47 @@ def test_the_endpoints_tell_programs_what_is_wrong(address: str) -> None:
         client.predict(prompt="zebra", api_name="/generate")
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/students", "/generate"}
     client.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_page_of_prompts(tiny_student: Path, tmp_path: Path) -> None:
+    """A text-to-image student, with a class-conditional one beside it in the same page."""
+    from gradio_client import Client
+
+    folder = build_prompted(tmp_path / "prompted")
+    prompted = FastPipeline.from_pretrained(folder, runtime="onnxruntime")
+    with demo_of(folder, tiny_student) as url:
+        client = Client(url, verbose=False)
+        students = client.predict(api_name="/students")
+        assert [(student["prompts"], bool(student["classes"])) for student in students] == [
+            (EXAMPLES, False),
+            (None, True),
+        ]
+        made = client.predict(prompt="Blue star!", num_inference_steps=3, seed="7", num_images=2, api_name="/generate")
+        wanted = prompted("Blue star!", num_images_per_prompt=2, num_inference_steps=3, seed=7, output_type="uint8")
+        shown = np.stack([np.asarray(Image.open(entry["image"]).convert("RGB")) for entry in made[0]])
+        assert np.abs(shown.astype(int) - wanted.images).max() <= 1
+        assert client.predict(prompt="c", student="tiny", height=28, width=28, api_name="/generate")[0]
+        with pytest.raises(Exception, match="give a prompt, as"):
+            client.predict(prompt=None, api_name="/generate")
+        client.close()
+
+
+def test_a_studio_of_prompts(tmp_path: Path, pipe: FastPipeline) -> None:
+    folder = build_prompted(tmp_path / "prompted")
+    prompted = FastPipeline.from_pretrained(folder, runtime="onnxruntime")
+    studio = Studio({"prompted": prompted}, prompted)
+    studio.warm_up()
+    order = studio.order("prompted", "red heart", 3, "5", 2, previews=True, compare=SAME_STEPS)
+    *_, last = studio.make(order)
+    wanted = prompted("red heart", num_images_per_prompt=2, num_inference_steps=3, seed=5, output_type="uint8").images
+    assert np.abs(arrays(last.pictures).astype(int) - wanted).max() <= 1
+    assert np.array_equal(arrays(last.pictures), arrays(last.compared))
+    assert len(last.formed) == 4
+    with pytest.raises(InvalidRequest, match="give a prompt"):
+        list(studio.make(studio.order("prompted", None, 3, "5", 1)))
+    with pytest.raises(InvalidRequest, match="kinds of prompt differ"):
+        Studio({"prompted": prompted}, pipe)
 
 
 def test_the_command_refuses(tiny_student: Path, teacher_folder: Path, tmp_path: Path) -> None:

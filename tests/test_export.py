@@ -18,9 +18,7 @@ from conftest import SMALL, build_student
 
 from redif_sdk import FastPipeline, StepTable
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
-from redif_sdk.export import build as build_module
-from redif_sdk.export import export, verify
-from redif_sdk.export import onnx as onnx_module
+from redif_sdk.export import export, store, trace, verify
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
 from redif_sdk.files import list_files
@@ -183,7 +181,7 @@ def test_a_network_of_ones_own_and_the_postprocessing_to_the_last_level(tmp_path
 
 
 def test_weights_that_fit_in_no_protobuf_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "LARGEST_FILE", 0)
+    monkeypatch.setattr(store, "LARGEST_FILE", 0)
     folder = custom_student(tmp_path / "large")
     manifest = export(folder, network=Convolution())
     assert [graph.component for graph in manifest.graphs] == ["denoiser"]
@@ -336,19 +334,19 @@ def test_a_second_network_of_the_same_kind_is_traced_once_and_exported_alike(tmp
     """Tracing is reused with other weights in place; the graph is the one that a fresh trace would give."""
     folders = [build_student(tmp_path / f"seed-{seed}", seed=seed, **SMALL) for seed in (1, 2)]
     traces = []
-    real = onnx_module._torch_export
+    real = trace._torch_export
 
     def counted(*args: Any) -> onnx.ModelProto:
         traces.append(1)
         return real(*args)
 
-    monkeypatch.setattr(onnx_module, "_torch_export", counted)
-    monkeypatch.setattr(onnx_module, "_traced", {})
+    monkeypatch.setattr(trace, "_torch_export", counted)
+    monkeypatch.setattr(trace, "_traced", {})
     for folder in folders:
         export(folder)
     assert len(traces) == 1
     reused = (folders[1] / "onnx" / "denoiser.fp32.onnx").read_bytes()
     assert reused != (folders[0] / "onnx" / "denoiser.fp32.onnx").read_bytes()
-    onnx_module._traced.clear()
+    trace._traced.clear()
     export(folders[1])
     assert (folders[1] / "onnx" / "denoiser.fp32.onnx").read_bytes() == reused

@@ -25,12 +25,12 @@ TRAINING_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 # What each room may use of the others.
 MAY_IMPORT = {
     "redif_sdk": set(),
-    "distill": {"redif_sdk"},
+    "distill": {"redif_sdk", "export"},  # of export its families alone: see below
     "export": {"redif_sdk"},
     "demo": {"redif_sdk"},
 }
 # These join the rooms, inside functions only. The command line also collects the other rooms' commands when it starts.
-JOINING = {"redif_sdk/cli.py", "redif_sdk/quickstart.py", "redif_sdk/bench_command.py"}
+JOINING = {"redif_sdk/cli.py", "redif_sdk/quickstart.py", "redif_sdk/quickstart_text.py", "redif_sdk/bench_command.py"}
 COMMANDS = ("redif_sdk/cli.py", re.compile(r"redif_sdk\.\w+\.commands(\.\w+)?"))
 
 
@@ -145,6 +145,17 @@ def test_the_command_line_starts_without_torch() -> None:
     script = f"import redif_sdk.cli, sys; print(sorted(set(sys.modules) & {set(TRAINING_PACKAGES)}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_distill_takes_from_export_only_how_networks_are_called() -> None:
+    """Both call the same networks, so that is written once; distill needs nothing of ONNX."""
+    taken = {
+        entry.module.split(".")[2]
+        for path in modules("distill")
+        for entry in imports(path)
+        if room_of(entry.module) == "export"
+    }
+    assert taken == {"families"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

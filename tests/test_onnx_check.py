@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk import onnx_check
 from redif_sdk.errors import IntegrityError
-from redif_sdk.export.build import _spec
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.onnx import Denoiser, denoiser_model, load_network
+from redif_sdk.export.store import spec_of
 from redif_sdk.folder import StudentFolder
 from redif_sdk.manifest import Graph
 from redif_sdk.onnx_check import OPERATORS, OPSETS, check_graph
@@ -72,7 +72,7 @@ def build(opset: int = 20) -> onnx.ModelProto:
 
 
 def described(model: onnx.ModelProto, data: tuple[str, ...] = ()) -> Graph:
-    sides = {"inputs": [_spec(v) for v in model.graph.input], "outputs": [_spec(v) for v in model.graph.output]}
+    sides = {"inputs": [spec_of(v) for v in model.graph.input], "outputs": [spec_of(v) for v in model.graph.output]}
     kind: dict[str, Any] = {"component": "denoiser", "precision": "fp32", "opset": model.opset_import[0].version}
     return Graph(**kind, **sides, file="onnx/x.onnx", data=list(data))
 

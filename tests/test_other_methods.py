@@ -20,7 +20,8 @@ from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.methods.groups import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.student import _scheduler, distill, load_student
+from redif_sdk.distill.saving import scheduler_of
+from redif_sdk.distill.student import distill, load_student
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.distill.trainer import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -310,7 +311,7 @@ def test_a_consistency_table_runs_by_numpy_and_as_lcm_as_in_training(
 
     theirs = sample(network, policy.table, draw([(pool.HELD_OUT_SEED, i) for i in range(6)], SHAPE, slices=5))
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
-    scheduler = _scheduler(teacher, policy.table)
+    scheduler = scheduler_of(teacher, policy.table)
     again = StepTable.from_scheduler(scheduler, timesteps=[int(t) for t in policy.table.timesteps])
     np.testing.assert_allclose(again.rows, policy.table.rows, atol=1e-3)
 
@@ -388,7 +389,7 @@ def test_a_flow_teacher_samples_as_diffusers_does(flow_teacher: Teacher) -> None
     for t in scheduler.timesteps:
         x = scheduler.step(exact_flow(x, t.expand(len(x)), None), t, x).prev_sample
     torch.testing.assert_close(flow_teacher.sample(start, None), x, atol=2e-5, rtol=0)
-    kept = _scheduler(flow_teacher, flow_teacher.table(2))
+    kept = scheduler_of(flow_teacher, flow_teacher.table(2))
     assert (type(kept).__name__, kept.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
 
 

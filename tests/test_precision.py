@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from redif_sdk import FastPipeline
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.export import export, precision, verify
+from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.emulate import emulate
 from redif_sdk.export.onnx import Denoiser, load_network
 from redif_sdk.export.verify import absent, summary
@@ -86,7 +87,8 @@ def test_int8_is_symmetric_on_all_but_the_outermost_convolutions(full_student: P
 
 def test_ranges_are_those_of_noise_that_no_evaluation_uses(full_student: Path) -> None:
     manifest = StudentFolder(full_student).manifest
-    feeds = list(precision.trajectories(model(full_student, "denoiser", "fp32"), manifest))
+    conditions = Conditions(StudentFolder(full_student))
+    feeds = list(precision.trajectories(model(full_student, "denoiser", "fp32"), manifest, conditions))
     assert len(feeds) == (2 + 3) * precision.CALIBRATION_IMAGES // precision.PIECE
     times = {float(feed["timestep"][0]) for feed in feeds}
     assert times == {float(t) for k in (2, 3) for t in manifest.step_table(k).timesteps}
@@ -182,7 +184,7 @@ def test_int8_needs_something_to_quantise() -> None:
     graph = helper.make_graph([helper.make_node("Identity", ["sample"], ["f"])], "none", [], [])
     manifest: Any = type("Named", (), {"name": "flat"})
     with pytest.raises(ExportError, match="flat has 0 convolutions"):
-        precision.int8_model(helper.make_model(graph), manifest)
+        precision.int8_model(helper.make_model(graph), manifest, manifest)
 
 
 # ---------------------------------------------------------------- asking for a precision

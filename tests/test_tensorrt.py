@@ -82,17 +82,30 @@ def add_graph(folder: Path, component: str, precision: str, model: onnx.ModelPro
     write_manifest(folder, manifest.model_copy(update={"graphs": [*manifest.graphs, graph]}))
 
 
-def compile_student(folder: Path, precisions: list[str]) -> None:
-    """Both graphs in every precision, without the parity gate: not every engine here runs every precision."""
+def compile_student(folder: Path, precisions: list[str], free: tuple[str, ...] = ()) -> None:
+    """All graphs in every precision, without the parity gate: not every engine here runs every precision."""
+    from redif_sdk.export.components import load_decoder, load_encoders, load_network
+    from redif_sdk.export.conditions import Conditions
     from redif_sdk.export.fuse import generator_model
-    from redif_sdk.export.onnx import Denoiser, denoiser_model, load_network
+    from redif_sdk.export.onnx import Denoiser, decoder_model, denoiser_model, size_multiple, text_encoder_model
 
     student = StudentFolder(folder)
-    denoiser = Denoiser(load_network(student), student.manifest.latents.channels)
+    network, encoders, decoder = load_network(student), load_encoders(student), load_decoder(student)
+    latents = student.manifest.latents
+    if free:
+        latents = latents.model_copy(update={"dynamic": list(free), "multiple": size_multiple(network)})
+    manifest = write_manifest(folder, student.manifest.model_copy(update={"latents": latents}))
+    conditions = Conditions(student, encoders)
+    denoiser = Denoiser.of(network, manifest, conditions)
     for precision in precisions:
-        model = denoiser_model(denoiser, student.manifest, precision)
+        model = denoiser_model(denoiser, manifest, precision, conditions)
+        decoded = decoder_model(decoder, manifest, precision) if decoder is not None else None
+        if encoders is not None:
+            add_graph(folder, "text_encoder", precision, text_encoder_model(encoders, manifest, precision))
         add_graph(folder, "denoiser", precision, model)
-        add_graph(folder, "generator", precision, generator_model(model, student.manifest))
+        if decoded is not None:
+            add_graph(folder, "decoder", precision, decoded)
+        add_graph(folder, "generator", precision, generator_model(model, manifest, decoded))
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +121,19 @@ def free_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unconditional one whose network returns 2C channels. Read only."""
     folder = build_student(tmp_path_factory.mktemp("trt") / "free", classes=None, channels_out=8, **MINI)
     compile_student(folder, ["fp32"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of the shape of Stable Diffusion, guided and of free height, in fp32 and fp16. Read only."""
+    import pipelines
+
+    from redif_sdk.distill import import_pipeline
+
+    folder = tmp_path_factory.mktemp("trt") / "sd"
+    import_pipeline(pipelines.stable_diffusion(), folder, steps=[2], prompts=pipelines.PROMPTS, guidance_scale=3.0)
+    compile_student(folder, ["fp32", "fp16"], free=("height",))
     return folder
 
 
@@ -168,6 +194,33 @@ def test_every_precision_builds(
     [output] = row["outputs"]
     assert output["dtype"] == {"denoiser": "float32", "generator": "uint8"}[component]
     print(f"{component} {precision} {sm}: {row['seconds']} s")
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_part_of_a_text_to_image_student_builds(text_student: Path, engines: Path, precision: str) -> None:
+    sizes = ((16, 16), (24, 16), (32, 16))
+    rows = build_engines(
+        text_student, precisions=[precision], sm=[89], engine_dir=engines, batches=(1, 2, 4), sizes=sizes
+    )
+    profiles = {row["component"]: row["profile"] for row in rows}
+    hidden, state = [[1, 16, 32], [2, 16, 32], [4, 16, 32]], [[1, 4, 8, 8], [2, 4, 12, 8], [4, 4, 16, 8]]
+    assert profiles == {
+        "text_encoder": {"input_ids": [[1, 16], [2, 16], [4, 16]]},
+        "denoiser": {"sample": state, "timestep": [[1], [2], [4]], "encoder_hidden_states": hidden},
+        "decoder": {"latents": state},
+        "generator": {
+            "noise": [[1, *shape] for shape in state],
+            "table": [[2, 6]] * 3,
+            "encoder_hidden_states": hidden,
+        },
+    }
+    assert all(Path(row["file"]).read_bytes()[:4] == b"vtrt" for row in rows)
+    assert [row["cache"].partition(":")[0] for row in rows] == ["miss"] * 4
+    again = build_engines(
+        text_student, precisions=[precision], sm=[89], engine_dir=engines, batches=(1, 2, 4), sizes=sizes
+    )
+    assert [row["cache"] for row in again] == ["hit"] * 4
 
 
 @needs_rtx

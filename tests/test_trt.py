@@ -23,7 +23,7 @@ from redif_sdk import FastPipeline, runtimes
 from redif_sdk.engines import Built, EngineCache, EngineKey, graph_digest
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Graph, TensorSpec
+from redif_sdk.manifest import Decoder, Graph, Postprocess, TensorSpec, TextCondition, TextEncoder, Tokenizer
 from redif_sdk.runtimes import cuda, trt
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, nvidia_driver
 from redif_sdk.runtimes.cuda import Gpu
@@ -65,6 +65,11 @@ PROFILES = {
         "table": ((2, 6), (2, 6), (3, 6)),
         "class_labels": ((1,), (4,), (5,)),
     },
+    "text_encoder": {
+        "input_ids": ((1, 5), (4, 5), (5, 5)),
+        "attention_mask": ((1, 5), (4, 5), (5, 5)),
+    },
+    "decoder": {"latents": ((1, 4, 14, 14), (4, 4, 14, 14), (5, 4, 14, 14))},
 }
 
 
@@ -81,6 +86,39 @@ def described_student(bare_student: Path, tmp_path_factory: pytest.TempPathFacto
             sides = {"inputs": INPUTS[component], "outputs": OUTPUTS[component]}
             graphs.append(Graph(component=component, precision=precision, file=file, opset=20, **sides))
     write_manifest(folder, StudentFolder(folder).manifest.model_copy(update={"graphs": graphs}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def described_text_student(bare_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of one that is asked by prompts and decodes its latents. Read only."""
+    folder = Path(shutil.copytree(bare_student, tmp_path_factory.mktemp("described") / "text"))
+    hidden = TensorSpec(name="encoder_hidden_states", dtype="float32", shape=["batch", 5, 8])
+    state = TensorSpec(name="latents", dtype="float32", shape=["batch", 4, 14, 14])
+    ids = [TensorSpec(name=name, dtype="int64", shape=["batch", 5]) for name in ("input_ids", "attention_mask")]
+    sample = TensorSpec(name="sample", dtype="float32", shape=["batch", 3, 28, 28])
+    sides = {"text_encoder": (ids, [hidden]), "decoder": ([state], [sample])}
+    (folder / "onnx").mkdir()
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer.json").write_text("{}")
+    graphs = []
+    for component, (inputs, outputs) in sides.items():
+        file = f"onnx/{component}.fp32.onnx"
+        (folder / file).write_text(file)
+        described = {"component": component, "precision": "fp32", "file": file, "opset": 20}
+        graphs.append(Graph.model_validate(described | {"inputs": inputs, "outputs": outputs}))
+    tokenizer = Tokenizer(file="tokenizer/tokenizer.json", mask="attention_mask", max_length=5, pad_token_id=0)
+    condition = TextCondition(
+        kind="text",
+        tokenizers=[tokenizer],
+        encoders=[TextEncoder(class_path="transformers.T5EncoderModel", folder="text_encoder")],
+        tensors=[hidden],
+        examples=["red heart"],
+    )
+    decoder = Decoder(class_path="diffusers.AutoencoderKL", folder="vae", scale=2, scaling_factor=0.5)
+    changes = {"graphs": graphs, "task": "text-to-image", "condition": condition}
+    changes["postprocess"] = Postprocess(decoder=decoder)
+    write_manifest(folder, StudentFolder(folder).manifest.model_copy(update=changes))
     return folder
 
 
@@ -248,15 +286,19 @@ class FakeContext:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name in self.shapes:
             return self.shapes[name]
-        batch = self.shapes["sample"][0] if name == "f" else self.shapes["noise"][1]
-        return (batch, 4, 14, 14) if name == "f" else (batch, 28, 28, 1)
+        spec = next(spec for spec in self.engine.graph.outputs if spec.name == name)
+        return tuple(self._batch() if size == "batch" else int(size) for size in spec.shape)
+
+    def _batch(self) -> int:
+        spec = next(spec for spec in self.engine.graph.inputs if "batch" in spec.shape)
+        return self.shapes[spec.name][spec.shape.index("batch")]
 
     def execute_async_v3(self, stream: int) -> bool:
         dtypes = {spec.name: np.dtype(spec.dtype) for spec in self.engine.graph.inputs}
         inputs = {name: self._array(name, dtype) for name, dtype in dtypes.items()}
         for name, value in self.engine.network.run(inputs).items():
             ctypes.memmove(self.addresses[name], np.ascontiguousarray(value).ctypes.data, value.nbytes)
-        self.engine.batches.append(max(shape[0] for name, shape in self.shapes.items() if name == "class_labels"))
+        self.engine.batches.append(self._batch())
         return True
 
     def _array(self, name: str, dtype: Any) -> Any:
@@ -370,6 +412,24 @@ def test_the_network_alone(bench: Bench) -> None:
     }
     expected = bench.engines[b"engine denoiser"].network.run(inputs)["f"]
     assert np.array_equal(bench.load("denoiser").run(inputs)["f"], expected)
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_text_encoders_and_decoders_are_cut_and_joined_like_networks(
+    described_text_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    bench = Bench(described_text_student, tmp_path, monkeypatch, flavour)
+    generator = np.random.default_rng(0)
+    ids = {name: generator.integers(0, 9, (7, 5)) for name in ("input_ids", "attention_mask")}
+    latents = {"latents": generator.standard_normal((7, 4, 14, 14)).astype(np.float32)}
+    for component, inputs, output in (
+        ("text_encoder", ids, "encoder_hidden_states"),
+        ("decoder", latents, "sample"),
+    ):
+        engine = bench.engines[f"engine {component}".encode()]
+        found = bench.load(component).run(inputs)[output]
+        assert np.array_equal(found, engine.network.run(inputs)[output])
+        assert engine.batches == [4, 3]
 
 
 def test_many_threads_share_a_few_contexts(bench: Bench) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from redif_sdk.errors import ExportError, InvalidRequest
+from redif_sdk.errors import ExportError, InvalidRequest, UnsupportedModel
 from redif_sdk.export import export
 from redif_sdk.export.web import RUNTIME_VERSION, build_page
 from redif_sdk.noise import normals
@@ -99,6 +99,23 @@ def test_what_it_refuses(
             build_page(tiny_student, other)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "dit"])
+def test_students_with_more_than_a_network_are_refused_before_the_work(tmp_path: Path, family: str) -> None:
+    import pipelines
+
+    from redif_sdk.distill import import_pipeline
+
+    prompts = pipelines.PROMPTS if family == "stable_diffusion" else None
+    folder = tmp_path / "student"
+    import_pipeline(getattr(pipelines, family)(), folder, steps=[2], prompts=prompts)
+    does = "takes prompts" if prompts else "decodes its latents with a network"
+    for refused in (lambda: export(folder, ["onnx", "web"]), lambda: build_page(folder, tmp_path / "web")):
+        with pytest.raises(UnsupportedModel, match=rf"{does}, which a page does not; serve it instead: redif serve"):
+            refused()
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert not (folder / "onnx").exists()
 
 
 def test_without_npm_it_says_what_to_do(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk import FastPipeline
+from redif_sdk.bench import Workload
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, RuntimeUnavailable
 from redif_sdk.export import verify
 from redif_sdk.folder import StudentFolder
-from redif_sdk.noise import noise as draw
 from redif_sdk.report import document, write_json
 from redif_sdk.runtimes.cuda import find_gpu
 
@@ -33,8 +33,9 @@ BATCHES, STEPS = (1, 8, 32), (2, 4)
 ROUNDS, WARM_UP = 50, 5
 REFERENCE = "torch eager fp32"
 
-#: Noise (N, B, C, H, W), labels (B,) or None, and the number of steps, to pictures uint8 (B, H, W, C).
-Generate = Callable[[NDArray[np.float32], NDArray[np.int64] | None, int], NDArray[np.uint8]]
+#: Noise (N, B, C, H, W), the condition (labels (B,), what prompts became, or None), and the number of steps, to
+#: pictures uint8 (B, H, W, C).
+Generate = Callable[[NDArray[np.float32], Any, int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def torch_loop(student: StudentFolder, precision: str, compiled: bool, device: s
         raise RuntimeUnavailable(f"torch {torch.__version__} has no CUDA; install a CUDA build of it")
     if student.manifest.network.guidance is not None:
         raise RuntimeUnavailable("the network alone is not what a student with guidance computes")
+    if student.manifest.text is not None:
+        raise RuntimeUnavailable("students that are asked by prompts are not stepped in torch here")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as in our engines
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
     # Not by the network's own `to`: diffusers' warns of what it then does not do.
@@ -141,11 +144,7 @@ def load_all(student: StudentFolder) -> Iterator[tuple[str, Generate | str, floa
 
 def measure(student: StudentFolder, contenders: dict[str, Generate], batch: int, steps: int, rounds: int) -> list[Any]:
     """A row for each contender, timed in turns. One that fails at this batch gets a row with the reason."""
-    manifest = student.manifest
-    shape = (manifest.latents.channels, manifest.latents.height, manifest.latents.width)
-    slices = manifest.step_table(steps).noise_slices
-    noise = draw([(0, index) for index in range(batch)], shape, slices=slices)
-    labels = None if manifest.condition is None else np.arange(batch) % manifest.condition.num_classes
+    work = Workload.of(student.path, batch=batch, steps=steps)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     failed: dict[str, str] = {}
     for turn in range(WARM_UP + rounds):
@@ -154,7 +153,7 @@ def measure(student: StudentFolder, contenders: dict[str, Generate], batch: int,
                 continue
             start = time.perf_counter()
             try:
-                generate(noise, labels, steps)
+                generate(work.noise, work.condition, steps)
             except (RedifError, RuntimeError) as error:  # torch: out of memory is a RuntimeError
                 failed[name] = " ".join(str(error).split())[:300]
                 continue

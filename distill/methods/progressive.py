@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill import draws
+from redif_sdk.distill.fake_score import levels
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
@@ -98,6 +99,5 @@ def two_steps(z: Tensor, k: int, fine: StepTable, coarse: StepTable, estimate: A
 
 def _level(table: StepTable, k: int, context: Context) -> tuple[float, float]:
     """alpha and sigma at row k's time."""
-    t = round(float(table.timesteps[k]))
-    schedule = context.teacher.schedule
-    return float(schedule.alphas[t]), float(schedule.sigmas[t])
+    alpha, sigma = levels(context.teacher, torch.tensor([round(float(table.timesteps[k]))]))
+    return float(alpha), float(sigma)

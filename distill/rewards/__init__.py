@@ -133,6 +133,7 @@ class Advantage:
     rewards: list[tuple[Reward, float]]
     to_images: Callable[[Tensor], Tensor]
     clip: float = 5.0
+    clamped: bool = True  # off: the rewards see latents, which have no range
     dropped: int = 0
     groups: int = 0
     charge: Callable[[float], None] = lambda operations: None  # is told what the rewards' networks cost
@@ -158,8 +159,9 @@ class Advantage:
             self.rewards[int(place)][0].load_state_dict(kept, context)  # type: ignore[attr-defined]
 
     def images(self, latents: Tensor) -> Tensor:
-        """What a user would see, in [-1, 1]."""
-        return self.to_images(latents).clamp(-1, 1)
+        """What a user would see, in [-1, 1]; or what the rewards see in its place."""
+        images = self.to_images(latents)
+        return images.clamp(-1, 1) if self.clamped else images
 
     @torch.no_grad()
     def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Tensor]:
@@ -242,7 +244,8 @@ class Advantage:
         variable = outputs.detach().requires_grad_()
         with torch.enable_grad():
             images = self.to_images(variable)
-            images = images + (images.clamp(-1, 1) - images).detach()
+            if self.clamped:
+                images = images + (images.clamp(-1, 1) - images).detach()
             values = self._judged(self.rewards, variable, images, targets, condition, 3)
             total = torch.zeros_like(outputs)
             for value, (reward, weight) in zip(values, self.rewards, strict=True):

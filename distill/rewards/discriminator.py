@@ -63,7 +63,7 @@ class Discriminator:
     @classmethod
     def make(cls, teacher: Teacher, seed: int, device: torch.device) -> Discriminator:
         images = teacher.images(torch.zeros(1, *teacher.shape, device=device))
-        classes = teacher.condition.num_classes if teacher.condition else 1
+        classes = teacher.num_conditions or 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 77)
             made = cls(PatchNetwork(images.shape[1], classes).to(device))

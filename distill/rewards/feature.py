@@ -69,10 +69,10 @@ class FeatureReward:
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
         """Train the features on the pool's outputs and labels (or keep the random ones where there are no labels)."""
-        images = teacher.images(pairs.target).clamp(-1, 1)
+        images = teacher.images(pairs.target).clamp(*teacher.postprocess.value_range)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = FeatureNetwork(images.shape[1], teacher.condition.num_classes if teacher.condition else 1)
+            network = FeatureNetwork(images.shape[1], teacher.num_conditions or 1)
         network = network.to(images.device)
         if pairs.condition is not None and updates:
             train_on(network, images, pairs.condition, seed, updates, batch)

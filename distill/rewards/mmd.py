@@ -34,7 +34,9 @@ class MmdReward:
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int) -> MmdReward:
         features = FeatureReward.fit(teacher, pairs, seed)
-        return cls(features, features.embed(teacher.images(pairs.target[:BANK]).clamp(-1, 1)))
+        return cls(
+            features, features.embed(teacher.images(pairs.target[:BANK]).clamp(*teacher.postprocess.value_range))
+        )
 
     def _embed(self, images: Tensor) -> Tensor:
         pooled = self.features.network.features(images)[-1].mean((2, 3))

@@ -213,12 +213,11 @@ def _serves(runtime: str, device: str) -> bool:
 
 
 def _graph(manifest: Manifest, component: str, choice: Choice) -> Graph | None:
-    """The graph to load: the network's own where there is no fused one, or it is not for this engine."""
-    if component == "generator" and not steps_alone(choice.runtime, choice.precision):
-        fused = manifest.graph("generator", choice.precision)
-        if fused is not None:
-            return fused
-    return manifest.graph("denoiser", choice.precision)
+    """The graph to load: for a generator the network's own where there is none, or it is not for this engine."""
+    if component != "generator":
+        return manifest.graph(component, choice.precision)
+    fused = None if steps_alone(*choice[:2]) else manifest.graph("generator", choice.precision)
+    return fused or manifest.graph("denoiser", choice.precision)
 
 
 def load(runtime: str, student: StudentFolder, graph: Graph, options: RuntimeOptions | None = None) -> Runtime:

@@ -14,20 +14,41 @@ from numpy.typing import NDArray
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.folder import StudentFolder
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Graph, Manifest
+from redif_sdk.manifest import Decoder, Graph, Manifest, TextCondition
 from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, parse_device
 from redif_sdk.steps import StepTable, sample
 
-__all__ = ["FakeRuntime", "network"]
+__all__ = ["FakeRuntime", "decode", "encode", "network"]
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
-def network(x: NDArray[np.float32], t: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.float32]:
-    """f = tanh(x + label / 8 + t / 1000), (B, C, H, W): bounded, and of every input."""
+def network(x: NDArray[np.float32], t: NDArray[np.float32], conditions: Arrays) -> NDArray[np.float32]:
+    """f = tanh(x + label / 8 + t / 1000), (B, C, H, W): bounded, and of every input. A tensor counts by its mean."""
     shift = t / np.float32(1000)
-    if labels is not None:
-        shift = shift + labels.astype(np.float32) / np.float32(8)
+    for name, value in conditions.items():
+        worth = value.astype(np.float32).reshape(len(value), -1).mean(1)
+        shift = shift + (worth / np.float32(8) if name == "class_labels" else worth)
     result: NDArray[np.float32] = np.tanh(x + shift.astype(np.float32)[:, None, None, None])
     return result
+
+
+def encode(ids: Arrays, text: TextCondition) -> dict[str, NDArray[Any]]:
+    """The tensors of prompts: one number in [0, 1) a prompt, of all its ids in their order."""
+    rows = np.concatenate([ids[part.input] for part in text.tokenizers], axis=1)
+    worth = (rows * np.arange(1, rows.shape[1] + 1)).sum(1) % 97 / 97
+    found = {}
+    for spec in text.tensors:
+        shape = [size if isinstance(size, int) else rows.shape[1] for size in spec.shape[1:]]
+        value = worth.reshape(-1, *[1] * len(shape))
+        found[spec.name] = np.broadcast_to(value, (len(rows), *shape)).astype(spec.dtype)
+    return found
+
+
+def decode(latents: NDArray[np.float32], decoder: Decoder) -> NDArray[np.float32]:
+    """The latents' channels in turn, every value `scale` pixels wide and high."""
+    chosen = latents[:, np.arange(decoder.channels) % latents.shape[1]] / np.float32(decoder.scaling_factor)
+    return (chosen + np.float32(decoder.shift_factor)).repeat(decoder.scale, 2).repeat(decoder.scale, 3)
 
 
 class FakeRuntime:
@@ -47,10 +68,19 @@ class FakeRuntime:
         )
         return cls(student.manifest, info)
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        labels = inputs.get("class_labels")
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        manifest = self._manifest
+        if self.info.component == "text_encoder":
+            assert manifest.text is not None
+            return encode(inputs, manifest.text)
+        if self.info.component == "decoder":
+            assert manifest.postprocess.decoder is not None
+            return {"sample": decode(inputs["latents"], manifest.postprocess.decoder)}
+        conditions = {spec.name: inputs[spec.name] for spec in manifest.condition_tensors}
         if self.info.component == "denoiser":
-            return {"f": network(inputs["sample"], inputs["timestep"], labels)}
+            return {"f": network(inputs["sample"], inputs["timestep"], conditions)}
         table = StepTable(inputs["table"], "sample", init_scale=float(inputs["init_scale"]))
-        latents = sample(network, table, inputs["noise"], labels)
-        return {"images": to_uint8(latents, self._manifest.postprocess)}
+        x = sample(network, table, inputs["noise"], conditions)
+        if manifest.postprocess.decoder is not None:
+            x = decode(x, manifest.postprocess.decoder)
+        return {"images": to_uint8(x, manifest.postprocess)}

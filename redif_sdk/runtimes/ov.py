@@ -42,6 +42,13 @@ __all__ = ["VERSION", "OpenVino", "capabilities", "devices", "refusal"]
 
 VERSION: str = openvino.__version__.split("-")[0]
 
+# OpenVINO makes its tables of dtypes at the first call that needs them, and two threads that come first at once wait
+# for each other for ever (seen with 2026.4). So they are made here, by the one thread that imports this.
+_first = openvino.Tensor(np.zeros(1, np.float32), shared_memory=True)
+_first.element_type.to_dtype()
+_first.data.copy()
+del _first
+
 #: Graph precision -> the precision that OpenVINO is told to compute in, and what a device must be capable of for it.
 HINTS = {"fp32": ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 #: Shapes that stay compiled at a time; the one that was not used for longest goes.

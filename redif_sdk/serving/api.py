@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.manifest import Manifest
-from redif_sdk.request import check_request
+from redif_sdk.request import LONGEST_PROMPT, check_request
 from redif_sdk.serving.backend import Picture
 
 __all__ = ["ImageRequest", "model_card", "pictures_of"]
@@ -23,15 +23,16 @@ SeedPair = tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict
 class ImageRequest(BaseModel):
     """The body of ``POST /v1/images/generations``.
 
-    As in OpenAI's API, but: `prompt` names a class of a class-conditional student, and is empty for an unconditional
-    one; `seed` (one number, or one number or [seed, index] a picture), `num_inference_steps` and `class_label` are
-    ours (``extra_body`` in OpenAI's client). `quality`, `style`, `moderation` and `user` change nothing; a transparent
-    background is refused, and so is every field that is not listed here.
+    As in OpenAI's API, but: `prompt` is what a text-to-image student draws, names a class of a class-conditional one,
+    and is empty for an unconditional one; `seed` (one number, or one number or [seed, index] a picture),
+    `num_inference_steps` and `class_label` are ours (``extra_body`` in OpenAI's client). `quality`, `style`,
+    `moderation` and `user` change nothing; a transparent background is refused, and so is every field that is not
+    listed here.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | None = Field(None, max_length=1000)
+    prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
     model: str | None = Field(None, max_length=200)
     n: Annotated[int, Field(ge=1, strict=True)] | None = None
     size: str | None = Field(None, max_length=20)
@@ -56,23 +57,33 @@ def pictures_of(request: ImageRequest, name: str, manifest: Manifest, *, most: i
     if n > most:
         raise InvalidRequest(f"n is {n}; this server makes at most {most} pictures a request")
     height, width = _size(request.size)
-    label = request.class_label if request.class_label is not None else request.prompt or None
-    if request.class_label is not None and request.prompt and request.prompt != str(request.class_label):
-        raise InvalidRequest("prompt and class_label both name the class; leave the prompt empty, or class_label out")
-    if manifest.condition is None and request.class_label is not None:
-        raise InvalidRequest(f"{manifest.name} is unconditional; it takes no class_label")
-    prompt, labels = (label, None) if isinstance(label, str) else (None, label)
-    checked = check_request(manifest, prompt, labels, n, request.num_inference_steps, request.seed, None, height, width)
-    scale = manifest.postprocess.pixel_shuffle
+    prompt, label = _asked(request, manifest)
+    checked = check_request(manifest, prompt, label, n, request.num_inference_steps, request.seed, None, height, width)
+    scale = manifest.postprocess.scale
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
         raise InvalidRequest(f"size is {width}x{height}; this server makes pictures of at most {pixels} pixels")
     steps = checked.table.num_inference_steps
-    classes: list[Any] = [None] * n if checked.labels is None else checked.labels.tolist()
+    labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
+    prompts: list[str] | list[None] = checked.prompts or [None] * n
     return [
-        Picture(name, label, seed, index, steps, height, width)
-        for label, (seed, index) in zip(classes, checked.seeds, strict=True)
+        Picture(name, label, seed, index, steps, height, width, prompt)
+        for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
+
+
+def _asked(request: ImageRequest, manifest: Manifest) -> tuple[str | None, int | None]:
+    """(prompt, class label): what is to be drawn, a class by its name being a prompt."""
+    if manifest.text is not None:
+        if request.class_label is not None:
+            raise InvalidRequest(f"{manifest.name} is asked by prompts; it takes no class_label")
+        return request.prompt, None
+    label = request.class_label if request.class_label is not None else request.prompt or None
+    if request.class_label is not None and request.prompt and request.prompt != str(request.class_label):
+        raise InvalidRequest("prompt and class_label both name the class; leave the prompt empty, or class_label out")
+    if manifest.classes is None and request.class_label is not None:
+        raise InvalidRequest(f"{manifest.name} is unconditional; it takes no class_label")
+    return (label, None) if isinstance(label, str) else (None, label)
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:
@@ -88,7 +99,7 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
 def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
     """A student as ``/v1/models`` lists it: OpenAI's fields, and what it can be asked for."""
     height, width, _ = manifest.image_shape
-    classes = manifest.condition
+    classes, text = manifest.classes, manifest.text
     return {
         "id": name,
         "object": "model",
@@ -102,4 +113,5 @@ def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
         "free_sizes": bool(manifest.latents.dynamic),
         "num_classes": classes.num_classes if classes else None,
         "class_names": classes.class_names if classes else None,
+        "example_prompts": text.examples if text else None,
     }

@@ -22,8 +22,8 @@ __all__ = ["Backend", "Picture"]
 class Picture:
     """One picture, as it was asked for. Two equal ones are the same picture, bit for bit, in whatever batch.
 
-    `model` names the student, `label` its class (None: unconditional), (`seed`, `index`) the noise, `height` and
-    `width` are in pixels.
+    `model` names the student, `label` its class (None: it has none), (`seed`, `index`) the noise, `height` and `width`
+    are in pixels, and `prompt` is what a text-to-image student is asked (None: it is no such).
     """
 
     model: str
@@ -33,6 +33,7 @@ class Picture:
     num_inference_steps: int
     height: int
     width: int
+    prompt: str | None = None
 
 
 class Backend(Protocol):

@@ -22,10 +22,12 @@ Pixels = NDArray[np.uint8]
 def render(pipeline: FastPipeline, pictures: Sequence[Picture]) -> list[Pixels]:
     """The pictures, which are of one size and number of steps, each uint8 (H, W, C), by one call of the engine."""
     first = pictures[0]
+    prompts = [picture.prompt for picture in pictures if picture.prompt is not None]
     labels = [picture.label for picture in pictures if picture.label is not None]
     out = pipeline(
+        prompts or None,
         class_labels=labels or None,
-        num_images_per_prompt=1 if labels else len(pictures),
+        num_images_per_prompt=1 if prompts or labels else len(pictures),
         num_inference_steps=first.num_inference_steps,
         seed=[(picture.seed, picture.index) for picture in pictures],
         height=first.height,
@@ -38,6 +40,7 @@ def render(pipeline: FastPipeline, pictures: Sequence[Picture]) -> list[Pixels]:
 def previews(pipeline: FastPipeline, picture: Picture) -> Callable[[], Pixels]:
     """A function that computes one more step at each call: the clean-image estimate after it, uint8 (H, W, C)."""
     steps = pipeline.stream(
+        picture.prompt,
         class_labels=picture.label,
         num_inference_steps=picture.num_inference_steps,
         seed=[(picture.seed, picture.index)],
@@ -78,8 +81,10 @@ class LocalBackend:
         for name, pipeline in self._pipelines.items():
             manifest = pipeline.manifest
             height, width, _ = manifest.image_shape
-            label = None if manifest.condition is None else 0
-            await batchers[name].submit(Picture(name, label, 0, 0, manifest.supported_steps[0], height, width))
+            label = None if manifest.classes is None else 0
+            prompt = None if manifest.text is None else manifest.text.examples[0]
+            first = Picture(name, label, 0, 0, manifest.supported_steps[0], height, width, prompt)
+            await batchers[name].submit(first)
         self._batchers = batchers
 
     def _batcher(self, name: str, pipeline: FastPipeline) -> MicroBatcher[Picture, Pixels]:
@@ -111,8 +116,8 @@ class LocalBackend:
 
     async def stream(self, picture: Picture) -> AsyncIterator[Pixels]:
         """Previews by single steps; the last picture by the fused graph like every other, so that it is the same."""
-        batcher = self._of(picture)
-        step = previews(self._pipelines[picture.model], picture)
+        batcher, pipeline = self._of(picture), self._pipelines[picture.model]
+        step = await batcher.run(lambda: previews(pipeline, picture))  # which may load the engines of single steps
         for _ in range(picture.num_inference_steps - 1):
             yield await batcher.run(step)
         yield await batcher.submit(picture)

@@ -7,7 +7,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-__all__ = ["JsonLines", "log_to_stderr"]
+__all__ = ["JsonLines", "keep_prompts_out", "log_to_stderr"]
 
 FIELDS = "fields"  # of a record: {"name": value} besides its message
 
@@ -28,8 +28,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def keep_prompts_out() -> None:
+    """Silence what quotes prompts: the warning that one was cut off."""
+    logging.getLogger("redif_sdk.text").setLevel(logging.ERROR)
+
+
 def log_to_stderr(level: str) -> None:
     """Let this package and uvicorn log JSON lines to standard error, from `level` on."""
+    keep_prompts_out()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("redif_sdk", "uvicorn"):

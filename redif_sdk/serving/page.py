@@ -25,10 +25,10 @@ p { margin: .3rem 0; }
 def page(openapi: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> str:
     """The page for an application's OpenAPI document and its students."""
     name, manifest = next(iter(manifests.items()))
-    names = manifest.condition.class_names if manifest.condition is not None else None
-    prompt = names[0] if names else ""
+    names = manifest.classes.class_names if manifest.classes is not None else None
+    prompt = manifest.text.examples[0] if manifest.text is not None else names[0] if names else ""
     body = {"model": name, "prompt": prompt, "n": 1, "response_format": "b64_json", "seed": 0}
-    if manifest.condition is not None and not names:
+    if manifest.classes is not None and not names:
         body["class_label"] = 0
     routes = [
         f'<h2><span class="method">{escape(method.upper())}</span> <code>{escape(path)}</code></h2>'

@@ -28,6 +28,7 @@ from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.app import create_app
 from redif_sdk.serving.backend import Picture
 from redif_sdk.serving.local import LocalBackend
+from redif_sdk.serving.logs import keep_prompts_out
 from redif_sdk.serving.settings import ServeSettings, keys_of_environment
 
 __all__ = ["Generator", "RayArguments", "RayBackend", "app"]
@@ -84,6 +85,7 @@ class Generator:
     """One replica of one student: the backend of one process, asked by ingresses."""
 
     async def __init__(self, student: str, arguments: RayArguments) -> None:  # type: ignore[misc]  # Ray awaits it
+        keep_prompts_out()
         pipeline = await asyncio.to_thread(
             FastPipeline.from_pretrained,
             student,

@@ -21,6 +21,8 @@ from PIL import Image
 from redif_sdk import FastPipeline
 from redif_sdk.folder import StudentFolder, write_manifest
 from tests.browser.conftest import Opener
+from tests.prompted import build_prompted
+from tests.test_demo import demo_of
 
 Until = Callable[..., Any]
 Look = Callable[[Any, str], None]
@@ -242,3 +244,38 @@ def test_a_phone_and_the_dark(url: str, open_page: Opener, until: Until, look: L
         colour = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
         light = sum(map(int, re.findall(r"\d+", colour)[:3])) > 3 * 128
         assert light == (name != "dark")
+
+
+@pytest.fixture(scope="module")
+def prompted_url(tiny_student: Path, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A demo of "prompted", which takes prompts, and of "tiny", which has classes."""
+    folder = build_prompted(tmp_path_factory.mktemp("prompted") / "prompted")
+    with demo_of(folder, tiny_student) as url:
+        yield url
+
+
+def test_a_prompt_is_typed(prompted_url: str, open_page: Opener, until: Until, look: Look) -> None:
+    """A prompt and Enter; an example; a link; and then the other student, whose class is typed in the same box."""
+    page = open_page(prompted_url)
+    opened(page, until)
+    number_of_pictures(page, 1)
+    prompt = page.get_by_label("Prompt", exact=True)
+    assert prompt.input_value() == "red heart"
+    prompt.fill("a purple cow")
+    prompt.press("Enter")
+    finished(page, until, 1)
+    until(page, lambda: "prompt=a+purple+cow" in page.url)
+    look(page, "typed")
+    page.get_by_role("row").filter(has_text="blue star").first.click()
+    finished(page, until, 4)
+    assert prompt.input_value() == "blue star"
+    again = open_page(f"{prompted_url}/?student=prompted&prompt=a+purple+cow&steps=2&seed=7&n=2")
+    finished(again, until, 2)
+    assert again.get_by_label("Prompt", exact=True).input_value() == "a purple cow"
+    choose(page, "Student", "tiny")
+    field = page.get_by_label("Class").first  # the label has the classes' names below it
+    until(page, lambda: field.input_value() == "a")
+    until(page, lambda: page.get_by_role("row").filter(has_text="c").count() > 0)
+    page.click("#generate")
+    finished(page, until, 4)
+    look(page, "classes")

@@ -1,0 +1,104 @@
+"""The prompts that a text-to-image teacher is distilled on. To a method a condition is a number: a prompt's place.
+
+So batches, groups, guidance and caches are those of class-conditional teachers, and no method knows what text is. The
+network's wrapper asks here for what its text encoders make of the prompts; each is encoded once, when first needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redif_sdk.errors import InvalidRequest
+
+Encode = Callable[[Sequence[str]], dict[str, Tensor]]
+ENCODE_BATCH = 32
+LONGEST = 10_000  # characters of one prompt
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines and repetitions are left out, the order stays.
+
+    Raises:
+        InvalidRequest: no such file, none in it, or one that is no text.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(
+            f"the prompts in {path} cannot be read ({error}); give a UTF-8 file, one a line"
+        ) from error
+    return checked(lines)
+
+
+def checked(prompts: Sequence[str]) -> list[str]:
+    """``prompts`` stripped, without repetitions. Raises InvalidRequest where there is none or one is too long."""
+    found = list(dict.fromkeys(stripped for prompt in prompts if (stripped := prompt.strip())))
+    if not found:
+        raise InvalidRequest("there is no prompt to distil on; give --prompts FILE with one a line")
+    if longest := next((prompt for prompt in found if len(prompt) > LONGEST), None):
+        raise InvalidRequest(f"a prompt has {len(longest)} characters; give at most {LONGEST}")
+    return found
+
+
+class Prompts:
+    """Prompts, and what they become: index (B,) int64 -> the tensors that the network takes, by name.
+
+    The index ``null`` = ``len(prompts)`` stands for no prompt: guidance's other half. Copies of a network share one
+    object, since nothing in it is trained.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], encode: Encode, *, null_prompt: str = "", null_zeros: bool = False
+    ) -> None:
+        self.texts = checked(texts)
+        self.null_prompt, self.null_zeros = null_prompt, null_zeros
+        self._encode = encode
+        self._rows: dict[str, Tensor] = {}
+        self._known = torch.zeros(len(self.texts) + 1, dtype=torch.bool)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def null(self) -> int:
+        return len(self.texts)
+
+    @property
+    def digest(self) -> str:
+        """Of the prompts themselves, in their order."""
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, without their batch axis."""
+        self._learn(torch.tensor([self.null]))
+        return {name: tuple(rows.shape[1:]) for name, rows in self._rows.items()}
+
+    def __call__(self, index: Tensor) -> dict[str, Tensor]:
+        """(B,) int64 -> each tensor (B, ...) float, on the index's device."""
+        places = index.cpu()
+        self._learn(places)
+        return {name: rows[places].to(index.device) for name, rows in self._rows.items()}
+
+    @torch.no_grad()
+    def _learn(self, places: Tensor) -> None:
+        if bool(self._known[places].all()):
+            return
+        missing = torch.unique(places[~self._known[places]])
+        for part in missing.split(ENCODE_BATCH):
+            wanted = [self.null_prompt if int(i) == self.null else self.texts[int(i)] for i in part]
+            for name, values in self._encode(wanted).items():
+                if self.null_zeros:
+                    values = torch.where((part == self.null).view(-1, *[1] * (values.dim() - 1)), 0, values.cpu())
+                if name not in self._rows:  # as large as all prompts need; the pages are taken when they are written
+                    self._rows[name] = torch.empty(len(self._known), *values.shape[1:], dtype=values.dtype)
+                self._rows[name][part] = values.cpu()
+        self._known[missing] = True

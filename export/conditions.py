@@ -1,0 +1,90 @@
+"""What the pictures that an export looks at are asked for: classes in turn, or the student's own example prompts.
+
+Prompts are tokenised as a deployer's are (`redif_sdk.text`) and encoded by the text encoders in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from redif_sdk.errors import ExportError
+from redif_sdk.export.families import TextEncoders
+from redif_sdk.folder import StudentFolder
+from redif_sdk.manifest import Guidance
+
+__all__ = ["Conditions"]
+
+
+class Conditions:
+    """The conditions of a student's pictures. `encoders` where prompts ask, else None."""
+
+    def __init__(self, student: StudentFolder, encoders: TextEncoders | None = None) -> None:
+        """Raises IntegrityError or ManifestError for a tokenizer that was altered or is none."""
+        self._manifest = student.manifest
+        self._encoders = encoders
+        self._encoded: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._tokenize: Any = None
+        if student.manifest.text is not None:
+            from redif_sdk.text import PromptTokenizer  # a package that other students need not load
+
+            self._tokenize = PromptTokenizer(student)
+
+    def of(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What the network takes for pictures of these numbers, by name, each (B, ...); nothing if it takes nothing."""
+        if self._manifest.text is not None:
+            return self.encode(self.prompts(indices))
+        classes = self._manifest.classes
+        if classes is None:
+            return {}
+        return {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
+
+    def nulls(self, guidance: Guidance) -> dict[str, Tensor]:
+        """What `guidance` leads away from, by name, for one picture: (1, ...)."""
+        if self._manifest.text is None:
+            return {"class_labels": torch.tensor([guidance.null_class])}
+        if guidance.null_zeros:
+            shapes = {spec.name: (1, *spec.shape[1:]) for spec in self._manifest.text.tensors}
+            return {name: torch.zeros(shape) for name, shape in shapes.items()}  # type: ignore[arg-type]
+        return self.encode([guidance.null_prompt or ""])
+
+    def prompts(self, indices: Sequence[int]) -> list[str]:
+        """The student's example prompts, in turn."""
+        assert self._manifest.text is not None
+        examples = self._manifest.text.examples
+        return [examples[index % len(examples)] for index in indices]
+
+    def tokens(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The text encoder's inputs by name, each (B, length) int64."""
+        tokens: dict[str, NDArray[np.int64]] = self._tokenize(prompts)
+        return tokens
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What prompts become, by name, each (B, ...) float32. Raises ExportError if it is not what the manifest says.
+
+        The same prompts are encoded once.
+        """
+        key = tuple(prompts)
+        if key not in self._encoded:
+            assert self._encoders is not None
+            inputs = [torch.from_numpy(value) for value in self.tokens(prompts).values()]
+            outputs = [value.float() for value in self._encoders(*inputs)]
+            self._encoded[key] = dict(zip(self._encoders.names, outputs, strict=True))
+            self._check(self._encoded[key], len(prompts))
+        return self._encoded[key]
+
+    def _check(self, encoded: Mapping[str, Tensor], batch: int) -> None:
+        assert self._manifest.text is not None
+        for spec in self._manifest.text.tensors:
+            shape, said = tuple(encoded[spec.name].shape), (batch, *spec.shape[1:])
+            if shape != said:
+                raise ExportError(
+                    f"the text encoders of {self._manifest.name} make {spec.name} of shape {shape}, and its manifest "
+                    f"says {said}; import the pipeline again"
+                )

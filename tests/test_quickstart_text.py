@@ -1,0 +1,58 @@
+"""``redif quickstart --text`` end to end on a tiny Stable Diffusion: students, pictures, figures and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pipelines
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from redif_sdk import FastPipeline
+from redif_sdk.cli import app
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("text")
+    teacher = place / "teacher"
+    pipelines.stable_diffusion().save_pretrained(teacher)
+    about = {"name": "tiny-sd", "prompts": pipelines.PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
+    (teacher / "redif_teacher.json").write_text(json.dumps(about))
+    options = ["--steps", "2", "--updates", "3", "--minutes", "2", "--num-samples", "24", "--quiet"]
+    result = CliRunner().invoke(
+        app, ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
+    )
+    assert result.exit_code == 0, result.output
+    return place / "out"
+
+
+def test_it_leaves_a_student_that_draws_prompts(done: Path) -> None:
+    pipe = FastPipeline.from_pretrained(done / "student-2")
+    pictures = pipe("red heart", num_images_per_prompt=2, seed=0, output_type="uint8").images
+    assert pictures.shape == (2, 16, 16, 3)
+    with Image.open(done / "student-2.png") as opened:
+        strip = np.asarray(opened)
+    assert np.array_equal(strip[:, :16], pictures[0]), "the strip shows what the same seed gives again"
+
+
+def test_its_results_have_the_teacher_ddim_and_the_student(done: Path) -> None:
+    results = json.loads((done / "results.json").read_text())
+    rows = {(row["method"], row["num_inference_steps"]): row for row in results["rows"]}
+    assert set(rows) == {("teacher", 4), ("ddim", 2), ("ddim", 4), ("redif", 2)}
+    assert rows["ddim", 4]["network_calls"] == 8, "the teacher is guided"
+    assert rows["redif", 2]["network_calls"] == 2
+    assert all(row["passed"] for row in results["verification"])
+    assert {row["contender"] for row in results["speed"]} == {"teacher", "student-2"}
+    assert results["prompts"] == pipelines.PROMPTS
+
+
+def test_its_page_and_grid_show_the_prompts(done: Path) -> None:
+    page = (done / "report.html").read_text()
+    assert "student: 2 calls" in page
+    with Image.open(done / "prompts-2.png") as opened:
+        assert opened.width > 200
+        assert opened.height > 3 * 16

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TEACHER = "mini-sd"
 PROMPT = "red heart"
-PROMPTS_FILE = "prompts-60.json"  # beside the teacher: what its card's grid shows
+PROMPTS_FILE = "prompts.json"  # beside the teacher: what its card's grid shows
 SHEET_SEED = 7
 COLUMNS = 10
 

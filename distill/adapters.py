@@ -267,6 +267,8 @@ def _embeds(network: Any) -> bool:
 def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int | None, width: int | None) -> Latents:
     size: Any = network.config.get("sample_size") or pipeline.default_sample_size
     own = (size, size) if isinstance(size, int) else tuple(size)
+    if len(own) != 2 or not all(isinstance(side, int) for side in own):
+        raise UnsupportedModel(f"the network's sample_size is {size!r:.50}; it must be one number or two")
     sides = []
     for axis, pixels, default in (("height", height, own[0]), ("width", width, own[1])):
         unit = scale * (2 if kind.packed else 1)

@@ -134,7 +134,9 @@ def _teacher(
     config, size = network.config, network.config.sample_size
     if config.class_embed_type is not None:
         raise UnsupportedModel(f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is")
-    sides = [size, size] if isinstance(size, int) else list(size)
+    sides = [size, size] if isinstance(size, int) else list(size or ())
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise UnsupportedModel(f"the network's sample_size is {size!r:.50}; it must be one number or two")
     shuffle = about.get("pixel_shuffle", 1)
     for axis, asked in enumerate((height, width)):
         if asked is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from redif_sdk.distill import captions
 from redif_sdk.distill.captions import Captioned
-from redif_sdk.distill.judge_text import CANDIDATES, Panel, describe
+from redif_sdk.distill.judge_text import CANDIDATES, UPDATES, Panel, describe
 from redif_sdk.distill.mini_sd import LARGEST, save_pipeline
 from redif_sdk.distill.teacher import TEACHER_FILE
 from redif_sdk.distill.train_text_teacher import Trained, pixels
@@ -61,7 +61,7 @@ class Effort:
     choosing_steps: int = 25
     judging: int = 300
     steps: int = 50
-    judge_updates: int = 1500
+    judge_updates: int = UPDATES
     grid: tuple[str, ...] = GRID
     scales: tuple[float, ...] = SCALES
 

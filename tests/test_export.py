@@ -18,7 +18,7 @@ from conftest import SMALL, build_student
 
 from redif_sdk import FastPipeline, StepTable
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
-from redif_sdk.export import export, store, trace, verify
+from redif_sdk.export import build, export, store, trace, verify
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
 from redif_sdk.files import list_files
@@ -204,6 +204,23 @@ def test_a_failed_gate_raises_and_leaves_the_folder_as_it_was(tmp_path: Path, mo
     before = contents(tmp_path)
     monkeypatch.setitem(THRESHOLDS, "fp32", (Threshold("relative_rmse", -1.0), Threshold("max_abs", 1)))  # type: ignore[misc]
     with pytest.raises(ParityError, match=r"denoiser fp32 on onnxruntime, 1 steps, batch 1: relative_rmse"):
+        export(folder, network=Convolution())
+    assert contents(tmp_path) == before
+
+
+def test_a_graph_that_onnx_runtime_does_not_run_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another engine takes it: what torch's exporter gets wrong, engines may read differently."""
+    folder = custom_student(tmp_path / "custom")
+    before = contents(tmp_path)
+
+    def with_a_miss(*arguments: Any) -> list[dict[str, Any]]:
+        rows = verify(*arguments)
+        missed = dict.fromkeys(rows[0]) | {"precision": "fp32", "runtime": "onnxruntime", "reason": "no such node"}
+        return [*rows, missed]
+
+    monkeypatch.setattr(build, "verify", with_a_miss)
+    monkeypatch.setattr(build, "nvidia_driver", lambda: None)
+    with pytest.raises(ExportError, match="do not run as they should: fp32 on onnxruntime: no such node"):
         export(folder, network=Convolution())
     assert contents(tmp_path) == before
 

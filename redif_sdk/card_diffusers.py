@@ -80,14 +80,13 @@ images = {pictures}.clamp({low!r}, {high!r})
 
 
 def _pipeline(manifest: Manifest, text: TextCondition, row: StepTable, place: str) -> str:
-    """A pipeline with a stock scheduler; it takes times or sigmas by its family, and cannot have a gain."""
+    """A pipeline with a stock scheduler: it cannot have a gain, and takes times or sigmas by its family."""
     name, network = manifest.network.pipeline or "", manifest.network
-    if name not in (_FLOW_PIPELINES if row.sampler == "flow-euler" else _TIME_PIPELINES):
-        return ""
-    if abs(float(row.rows[-1, 3]) - 1) > 1e-6:
+    flow = row.sampler == "flow-euler"
+    if name not in (_FLOW_PIPELINES if flow else _TIME_PIPELINES) or abs(float(row.rows[-1, 3]) - 1) > 1e-6:
         return ""
     kind, options, times, note = _stock_scheduler(row)
-    if row.sampler == "flow-euler":
+    if flow:
         options += ", use_dynamic_shifting=False"
     scale = network.guidance.scale if network.guidance else network.embedded_guidance
     height, width, _ = manifest.image_shape

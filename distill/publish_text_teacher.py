@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from redif_sdk.distill import captions
+from redif_sdk.distill import captions, pairs
 from redif_sdk.distill.captions import Captioned
 from redif_sdk.distill.judge_text import CANDIDATES, UPDATES, Panel, describe
 from redif_sdk.distill.mini_sd import LARGEST, save_pipeline
-from redif_sdk.distill.teacher import TEACHER_FILE
+from redif_sdk.distill.teacher import TEACHER_FILE, Teacher
 from redif_sdk.distill.train_text_teacher import Trained, pixels
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_folder
@@ -55,15 +55,16 @@ COLUMNS = 10
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is sampled: prompts that choose the scale, prompts of the figures, DDIM steps, the judges' updates."""
+    """How much is sampled: prompts that choose the scale, prompts of the figures, DDIM steps, the judges'
+    updates, the grid, the scales to choose from, and outputs of each split in the bank."""
 
     choosing: int = 150
-    choosing_steps: int = 25
     judging: int = 300
-    steps: int = 50
+    steps: int = 25
     judge_updates: int = UPDATES
     grid: tuple[str, ...] = GRID
     scales: tuple[float, ...] = SCALES
+    bank: Mapping[str, int] = field(default_factory=lambda: {"train": 3072, "held_out": 1000})
 
 
 def is_held_out(prompt: str) -> bool:
@@ -100,7 +101,7 @@ def choose_scale(
     prompts = [panel.data.prompt(place) for place in places]
     rows: list[dict[str, Any]] = []
     for scale in effort.scales:
-        images = sample(pipeline, prompts, scale=scale, steps=effort.choosing_steps, first_seed=2 * SEED)
+        images = sample(pipeline, prompts, scale=scale, steps=effort.steps, first_seed=2 * SEED)
         rows.append({"scale": scale, **panel.verdict(describe(images), places)})
     best = max(row["top1"] for row in rows)
     return min(row["scale"] for row in rows if row["top1"] >= best - WITHIN), rows
@@ -156,6 +157,7 @@ def publish(trained: Trained, data: Captioned, folder: Path, effort: Effort | No
                 name: sum(p.numel() for p in getattr(pipeline, name).parameters())
                 for name in ("text_encoder", "unet", "vae")
             },
+            "latents": [pipeline.unet.config.in_channels, *(pipeline.unet.config.sample_size,) * 2],
             "guidance_scale": scale,
             "guidance": tried,
             "autoencoder_psnr": {
@@ -182,20 +184,33 @@ def publish(trained: Trained, data: Captioned, folder: Path, effort: Effort | No
             "guidance_scale": scale,
             "prompts": training_prompts(data),
             "held_out": [data.prompt(place) for place in parts["held_out"]],
+            "bank": " and ".join(f"{count:,} ({split.replace('_', '-')})" for split, count in effort.bank.items()),
             "training": trained.facts,
         }
         (staging / PROMPTS_FILE).write_text(json.dumps(listed, indent=1) + "\n")
         (staging / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
         (staging / TEACHER_FILE).write_text(json.dumps(about, indent=2) + "\n")
         (staging / "README.md").write_text(card(about, figures, len(data.training)))
+        write_bank(Teacher.load(staging), staging, effort.bank)
     return figures
 
 
 def training_prompts(data: Captioned) -> list[str]:
-    """What students are distilled on: the name of every training picture, and its name with its style."""
+    """What students are distilled on: the name of every training picture, and its name with its style, shuffled, so
+    that the prompts of every pool are a fair part of them."""
     places = np.flatnonzero(~data.held_out).tolist()
     names = [str(data.subjects[place].name) for place in places]
-    return list(dict.fromkeys([*names, *(data.prompt(place) for place in places)]))
+    listed = list(dict.fromkeys([*names, *(data.prompt(place) for place in places)]))
+    return [listed[place] for place in np.random.default_rng(4).permutation(len(listed))]
+
+
+def write_bank(teacher: Teacher, folder: Path, sizes: Mapping[str, int]) -> None:
+    """The teacher's outputs for the first noises of each split, as float16 latents, for those who distil it."""
+    arrays: dict[str, Any] = {"fingerprint": np.array(teacher.identity)}
+    for split, count in sizes.items():
+        found, _ = pairs.get(teacher, count, split)  # by way of the cache: what is made is not made twice
+        arrays[split] = found.target.half().numpy()
+    np.savez_compressed(folder / pairs.BANK_FILE, **arrays)
 
 
 def _percent(share: float) -> str:
@@ -248,8 +263,9 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
 
 - **Model**: `StableDiffusionPipeline`, 64 x 64. `CLIPTextModel` with CLIP's own vocabulary,
   {counts["text_encoder"] / 1e6:.2f} M parameters; `UNet2DConditionModel`, {counts["unet"] / 1e6:.2f} M;
-  `AutoencoderKL` (4 x 16 x 16 latents), {counts["vae"] / 1e6:.2f} M. Saved in half precision:
-  {figures["bytes"] / 1e6:.1f} MB with the tokenizer. v-prediction, squared-cosine schedule, trailing spacing.
+  `AutoencoderKL`, {counts["vae"] / 1e6:.2f} M, with latents of {" x ".join(map(str, figures["latents"]))}.
+  {figures["bytes"] / 1e6:.1f} MB in half precision with the tokenizer. v-prediction, squared-cosine schedule, trailing
+  spacing.
 - **Guidance**: classifier-free against the empty prompt, scale {about["guidance_scale"]:g}: two network calls a step.
 - **Prompts**: names of emoji in English, "a ...", "an emoji of a ...", with a keyword ("fruit, food"), and with a
   style: "noto style", "twemoji style", "fluent 3d style". Words that no caption had mean nothing to it.
@@ -260,6 +276,8 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
   UNet together {diffusion["samples"]:,} samples in {diffusion["seconds"] / 60:.0f} minutes, batch
   {settings["batch_size"]}, AdamW, learning rate {settings["learning_rate"]:g}, EMA {settings["ema_decay"]}, seed
   {settings["seed"]}; {facts["precision"]} on {facts["processor"]}. Text encoder from scratch, no pretrained weights.
+- **Bank**: latents of {about["bank"]} for those who distil it, in the repository; a wheel leaves them out, and they are
+  sampled when they are needed.
 - **Autoencoder**: PSNR {figures["autoencoder_psnr"]["trained"]:.1f} dB on training pictures,
   {figures["autoencoder_psnr"]["held_out"]:.1f} dB on those held out.
 

@@ -26,6 +26,7 @@ from redif_sdk.export.onnx import (
     Denoiser,
     decoder_model,
     denoiser_model,
+    largest_extent,
     part_precision,
     size_multiple,
     text_encoder_model,
@@ -136,16 +137,21 @@ def _with_sizes(
         return manifest, []
     known = own.multiple > 1 and not is_supported(network)  # whoever brings a network may say it
     multiple = own.multiple if known else math.lcm(own.multiple, size_multiple(network))
-    latents = Latents.model_validate(own.model_dump() | {"dynamic": axes, "multiple": multiple})
+    free = {"dynamic": axes, "multiple": multiple, "largest": largest_extent(network) or own.largest}
+    latents = Latents.model_validate(own.model_dump() | free)
     further = [latents.size(height, width, scale) for height, width in sizes]
-    if not further:  # an axis is free, and nobody says which size to check: half as much again
-        height, width = (_larger(getattr(own, axis), multiple, axis in axes) for axis in ("height", "width"))
-        further = [(height, width)]
+    if not further:  # an axis is free, and nobody says which size to check
+        height, width = (_another(latents.height, latents), _another(latents.width, latents))
+        further = [(height if "height" in axes else own.height, width if "width" in axes else own.width)]
     return manifest.model_copy(update={"latents": latents}), further
 
 
-def _larger(extent: int, multiple: int, free: bool) -> int:
-    return -(-extent * 3 // (2 * multiple)) * multiple if free else extent
+def _another(extent: int, latents: Latents) -> int:
+    """Half as much again; where that is more than may be, two thirds."""
+    more = -(-extent * 3 // (2 * latents.multiple)) * latents.multiple
+    if latents.largest is None or more <= latents.largest:
+        return more
+    return max(1, extent * 2 // (3 * latents.multiple)) * latents.multiple
 
 
 class _Graphs:

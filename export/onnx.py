@@ -27,6 +27,7 @@ __all__ = [
     "Denoiser",
     "decoder_model",
     "denoiser_model",
+    "largest_extent",
     "load_network",
     "part_precision",
     "size_multiple",
@@ -239,6 +240,15 @@ def _kept_wide(module: torch.nn.Module) -> Iterator[str]:
 
 #: Networks of patches that place them by what the patches' number is, and not by a table of one size.
 _PATCHES = {"SD3Transformer2DModel": "patch_size", "FluxTransformer2DModel": None}
+
+
+def largest_extent(network: torch.nn.Module) -> int | None:
+    """The most rows or columns of the network's input: Stable Diffusion 3 has a table of its patches' places, which it
+    cuts to the picture; others have no end."""
+    config: Any = getattr(network, "config", None)
+    if any(kind.__name__ == "SD3Transformer2DModel" for kind in type(network).__mro__):
+        return int(config["pos_embed_max_size"]) * int(config["patch_size"])
+    return None
 
 
 def size_multiple(network: torch.nn.Module) -> int:

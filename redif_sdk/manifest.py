@@ -126,7 +126,8 @@ class Distillation(_Part):
 class Latents(_Part):
     """The network's own input, one image: (channels, height, width). `dynamic` names the axes that may differ.
 
-    They differ by whole multiples of `multiple`: a network that halves its input n times needs 2^n.
+    They differ by whole multiples of `multiple`: a network that halves its input n times needs 2^n. `largest`: the most
+    that either may be, for networks whose table of places ends.
     """
 
     channels: Extent
@@ -134,6 +135,7 @@ class Latents(_Part):
     width: Extent
     dynamic: list[Literal["height", "width"]] = []
     multiple: Extent = 1
+    largest: Extent | None = None
 
     def size(self, height: int | None, width: int | None, scale: int = 1) -> tuple[int, int]:
         """(height, width) of latents for a picture of that size, `scale` pixels a latent; None: the student's own.
@@ -148,9 +150,9 @@ class Latents(_Part):
             return own
         if axis not in self.dynamic:
             raise InvalidRequest(f"{axis} is {pixels}; this student makes pictures of {axis} {own * scale} alone")
-        unit = self.multiple * scale
-        if pixels < unit or pixels % unit or pixels // scale > LARGEST_EXTENT:
-            raise InvalidRequest(f"{axis} is {pixels}; give a multiple of {unit} up to {LARGEST_EXTENT * scale}")
+        unit, most = self.multiple * scale, (self.largest or LARGEST_EXTENT) * scale
+        if pixels < unit or pixels % unit or pixels > most:
+            raise InvalidRequest(f"{axis} is {pixels}; give a multiple of {unit} up to {most}")
         return pixels // scale
 
 

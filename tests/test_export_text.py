@@ -24,7 +24,7 @@ from torch import Tensor
 
 from redif_sdk import FastPipeline
 from redif_sdk.distill import import_pipeline
-from redif_sdk.errors import ExportError, IntegrityError, ManifestError, UnsupportedModel
+from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, UnsupportedModel
 from redif_sdk.export import export, store, verify
 from redif_sdk.export.components import load_decoder, load_encoders, load_network
 from redif_sdk.export.conditions import Conditions
@@ -357,6 +357,17 @@ def test_families_whose_places_are_of_one_size_refuse_others(tmp_path: Path, fam
     folder = imported(tmp_path / family, make(), **options)
     with pytest.raises(UnsupportedModel, match=r"knows its places in the picture for one size alone"):
         export(folder, sizes=[(24, 16)])
+
+
+def test_sizes_beyond_a_table_of_places_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = imported(tmp_path / "sd3", pipelines.stable_diffusion_3(with_t5=False))  # 16 patches of 2 x 2 latents
+    with pytest.raises(InvalidRequest, match="height is 68; give a multiple of 4 up to 64"):
+        export(folder, sizes=[(68, 16)])
+    latents = StudentFolder(folder).manifest.latents
+    free = latents.model_copy(update={"dynamic": ["height", "width"], "multiple": 2, "largest": 32})
+    assert free.size(64, 24, 2) == (32, 12)
+    with pytest.raises(InvalidRequest, match="width is 68; give a multiple of 4 up to 64"):
+        free.size(None, 68, 2)
 
 
 def test_a_network_of_ones_own_is_given_what_prompts_become_by_name(bare: Path, copy_of: Copy) -> None:

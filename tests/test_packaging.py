@@ -51,15 +51,15 @@ def names_in(wheel: Path) -> list[str]:
 
 
 def sources(root: Path) -> set[str]:
-    """What a wheel must hold of the checkout: modules, the type marker, the page, and all beside the teachers but the
-    bank of emoji, which is too large."""
+    """What a wheel must hold of the checkout: modules, the type marker, the page, and all beside the teachers but two
+    banks, which are too large."""
     found = {f"redif_sdk/{path.name}" for path in (root / "redif_sdk").glob("*.py")} | {"redif_sdk/py.typed"}
     for package in ("hub", "runtimes", "serving"):
         found |= {path.relative_to(root).as_posix() for path in (root / "redif_sdk" / package).rglob("*.py")}
     for folder, inside in FOLDERS.items():
         found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}
     teachers = root / "distill/teachers"
-    left_out = {teachers / "emoji" / "bank.npz"}
+    left_out = {teachers / "emoji" / "bank.npz", teachers / "mini-sd" / "bank.npz"}
     files = (p for p in teachers.rglob("*") if p.is_file() and p.parent.name != "__pycache__" and p not in left_out)
     found |= {f"redif_sdk/export/page/{path.name}" for path in (root / "export/page").iterdir()}
     return found | {f"redif_sdk/distill/teachers/{path.relative_to(teachers).as_posix()}" for path in files}

@@ -35,8 +35,8 @@ from redif_sdk.distill.train_text_teacher import Clock, Settings, Trained, read_
 from redif_sdk.errors import InvalidRequest
 
 TINY = Architecture(
-    image_size=16, vae_channels=(8, 8), vae_groups=4, text_width=32, text_layers=1, text_heads=1, max_length=40,
-    unet_channels=(16, 32), head_dim=16, groups=8,
+    image_size=16, vae_channels=(8, 8), vae_groups=4, latent_channels=4, text_width=32, text_layers=1, text_heads=1,
+    max_length=40, unet_channels=(16, 32), head_dim=16, groups=8,
 )  # fmt: skip
 AUTOENCODER = Settings(samples=24, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
 DIFFUSION = replace(AUTOENCODER, samples=32)
@@ -174,8 +174,8 @@ def test_only_tokens_of_captions_are_trained_and_the_rest_say_nothing(
 
 def test_the_published_folder_runs_in_plain_diffusers(trained: Trained, data: Captioned, tmp_path: Path) -> None:
     effort = Effort(
-        choosing=2, choosing_steps=2, judging=3, steps=2, judge_updates=3, scales=(1.0, 3.0),
-        grid=("red heart", "blue heart, twemoji style"),
+        choosing=2, judging=3, steps=2, judge_updates=3, scales=(1.0, 3.0),
+        grid=("red heart", "blue heart, twemoji style"), bank={"train": 3, "held_out": 2},
     )  # fmt: skip
     figures = publish(trained, data, tmp_path / "teacher", effort)
     folder = tmp_path / "teacher"

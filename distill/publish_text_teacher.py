@@ -26,7 +26,7 @@ from redif_sdk.files import atomic_folder
 
 NAME, LICENCE = "mini-sd", "CC-BY-4.0"
 CARD_IMAGE, PROMPTS_FILE = "samples.png", "prompts.json"
-SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 7.5)
+SCALES = (1.0, 2.0, 3.0, 4.5, 6.0)
 WITHIN = 0.01  # the lowest scale is taken whose share of right captions is so near to the best
 SEED = 1000  # of the samples that are judged; the grid's seeds are its places
 
@@ -58,13 +58,13 @@ class Effort:
     """How much is sampled: prompts that choose the scale, prompts of the figures, DDIM steps, the judges'
     updates, the grid, the scales to choose from, and outputs of each split in the bank."""
 
-    choosing: int = 150
+    choosing: int = 100
     judging: int = 300
     steps: int = 25
     judge_updates: int = UPDATES
     grid: tuple[str, ...] = GRID
     scales: tuple[float, ...] = SCALES
-    bank: Mapping[str, int] = field(default_factory=lambda: {"train": 3072, "held_out": 1000})
+    bank: Mapping[str, int] = field(default_factory=lambda: {"train": 2048, "held_out": 1000})
 
 
 def is_held_out(prompt: str) -> bool:
@@ -234,7 +234,7 @@ def _rows(figures: Mapping[str, Any]) -> str:
 def card(about: Mapping[str, Any], figures: Mapping[str, Any], pictures: int) -> str:
     """The model card."""
     counts, facts = figures["parameters"], about["training"]
-    vae, diffusion = facts["autoencoder"], facts["diffusion"]
+    vae, text, diffusion = facts["autoencoder"], facts["text"], facts["diffusion"]
     settings = diffusion["settings"]
     tried = "\n".join(
         f"| {row['scale']:g} | {_percent(row['top1'])} | {_percent(row['top5'])} | {_percent(row['nearest_subject'])} |"
@@ -272,8 +272,9 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
 - **Data**: {pictures:,} pictures; {"; ".join(about["attribution"])}. Names from Unicode (unicode-emoji-json, MIT),
   keywords from emojilib (MIT). No skin tones, no flags of countries.
 - **Licence**: {about["licence"]} (the weights), after Twemoji's.
-- **Training**: autoencoder {vae["samples"]:,} samples in {vae["seconds"] / 60:.0f} minutes; text encoder and
-  UNet together {diffusion["samples"]:,} samples in {diffusion["seconds"] / 60:.0f} minutes, batch
+- **Training**: autoencoder {vae["samples"]:,} samples in {vae["seconds"] / 60:.0f} minutes; text encoder alone
+  {text["samples"]:,} in {text["seconds"] / 60:.0f}, matched with latents as CLIP's is with pictures; text encoder and
+  UNet together {diffusion["samples"]:,} in {diffusion["seconds"] / 60:.0f} minutes, batch
   {settings["batch_size"]}, AdamW, learning rate {settings["learning_rate"]:g}, EMA {settings["ema_decay"]}, seed
   {settings["seed"]}; {facts["precision"]} on {facts["processor"]}. Text encoder from scratch, no pretrained weights.
 - **Bank**: latents of {about["bank"]} for those who distil it, in the repository; a wheel leaves them out, and they are

@@ -90,11 +90,14 @@ def gain_cost(context: Context, count: int) -> float:
     """What :func:`learn_gain` spends, in forward-equivalents."""
     if not count:
         return 0.0
-    rollout = min(count, len(context.pairs)) * context.policy.num_inference_steps
+    used = min(count, len(context.pairs))
+    decoding = flops(context.teacher.images, context.pairs.target[:1]) / context.unit  # 0 where latents are pixels
+    decoded = len(context.pairs) + (len(GAINS) + 1) * used
     image = context.teacher.images(context.pairs.target[:1])
     with torch.random.fork_rng(devices=[]):
         judge = flops(FeatureNetwork(image.shape[1], 1).to(image.device), image) / context.unit
-    return rollout + judge * (3 * FIT_UPDATES * FIT_BATCH + (len(GAINS) + 1) * min(count, len(context.pairs)))
+    judged = 3 * FIT_UPDATES * FIT_BATCH + (len(GAINS) + 1) * used
+    return used * context.policy.num_inference_steps + decoding * decoded + judge * judged
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Train the mini Stable Diffusion on captioned emoji: ``python -m redif_sdk.distill.train_text_teacher -o DIR``.
 
-Two stages, each with its own checkpoint. The autoencoder comes first; with it every picture becomes a latent once, and
-text encoder and UNet are trained on these together (v-prediction, one caption in ten empty, for guidance). Every batch
+Three stages, each with its own checkpoint. The autoencoder comes first; with it every picture becomes a latent once.
+The text encoder learns which latents a caption means, as CLIP's did; then UNet and text encoder are trained together,
+the latter at a tenth of the rate (v-prediction, one caption in ten empty, for guidance). Every batch
 is drawn by its own index, so a run that was killed and resumed takes the path of one that was not. Then
 `publish_text_teacher.py` writes the folder. On a busy CPU two processes of one thread each do better than one of two:
 ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m redif_sdk.distill.train_text_teacher -o DIR``.
@@ -35,6 +36,7 @@ from redif_sdk.distill.mini_sd import (
     ARCHITECTURES,
     Architecture,
     TextDenoiser,
+    TextReader,
     build_autoencoder,
     build_scheduler,
     build_tokenizer,
@@ -48,7 +50,8 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
 from redif_sdk.report import machine
 
-STAGES = ("autoencoder", "diffusion", "publish")
+STAGES = ("autoencoder", "text", "diffusion", "publish")
+TRAINED = STAGES[:-1]
 LATENTS_FILE = "latents.npz"
 WARMUP = 200  # updates
 COOLDOWN = 0.3  # the last part of the updates, in which the learning rate falls to 0
@@ -56,6 +59,7 @@ SHIFT = 4  # most pixels that the autoencoder's pictures are moved by
 SQUARE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 1.0, 0.5, 1e-4
 COLOUR_WEIGHT, COLOUR_BLOCK = 10.0, 4  # of colours without their grey, in blocks of so many pixels
 CAPTION_DROPOUT = 0.1
+TEXT_RATE = 0.1  # the text encoder's learning rate beside the UNet's
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,14 @@ def train(
     path = folder / f"{stage}.pt"
     ema = copy.deepcopy(network).requires_grad_(False).eval()
     parameters = list(network.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    slow = {id(p) for p in network.text_encoder.parameters()} if isinstance(network, TextDenoiser) else set()
+    groups = [
+        {"params": [p for p in parameters if (id(p) in slow) == slower], "rate": rate}
+        for slower, rate in ((True, TEXT_RATE), (False, 1.0))
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     start, spent, losses = 0, 0.0, []
     state = read_checkpoint(path, settings)
     if state is not None:
@@ -154,7 +165,7 @@ def train(
         task = progress.add_task(stage, total=settings.updates, completed=start, loss=running)
         while update < settings.updates and not clock.over():
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate(update)
+                group["lr"] = settings.rate(update) * group["rate"]
             value = loss(network, update)
             optimizer.zero_grad()
             value.backward()
@@ -215,6 +226,29 @@ def autoencoder_loss(
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         squares = SQUARE_WEIGHT * (error**2).mean() + COLOUR_WEIGHT * (colours**2).mean()
         return error.abs().mean() + squares + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+
+    return loss
+
+
+def text_loss(
+    data: Captioned, latents: Tensor, tokenizer: CLIPTokenizer, settings: Settings
+) -> Callable[[nn.Module, int], Tensor]:
+    """:class:`TextReader`'s loss on captions drawn anew; they are cut to the longest, which changes no state."""
+    size = settings.batch_size
+    mine = draws.share(size)
+
+    def loss(reader: nn.Module, update: int) -> Tensor:
+        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + update)
+        index = torch.randint(0, len(latents), (size,), generator=draw)[mine]
+        keys = torch.randint(0, captions.KEYS, (size,), generator=draw)[mine]
+        drawn = [
+            captions.caption(data.subjects[place], data.styles[place], key)
+            for place, key in zip(index.tolist(), keys.tolist(), strict=True)
+        ]
+        ids = tokenize(tokenizer, drawn)
+        longest = int((ids == tokenizer.eos_token_id).int().argmax(1).max()) + 1
+        value: Tensor = reader(ids[:, :longest], latents[index])
+        return value
 
     return loss
 
@@ -289,13 +323,14 @@ def run(
     vocabulary: Path,
     architecture: Architecture,
     autoencoder: Settings,
+    text: Settings,
     diffusion: Settings,
     *,
-    stages: tuple[str, ...] = STAGES[:2],
+    stages: tuple[str, ...] = TRAINED,
     seconds: float | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Trained | None:
-    """Both stages, as far as ``stages`` and ``seconds`` go; what is trained already is read. None: not yet all."""
+    """All stages, as far as ``stages`` and ``seconds`` go; what is trained already is read. None: not yet all."""
     draws.join()
     folder.mkdir(parents=True, exist_ok=True)
     clock, training = Clock(seconds), data.training
@@ -317,37 +352,55 @@ def run(
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = build_tokenizer(vocabulary, architecture.max_length)
     used = used_tokens(tokenizer, captions.texts(sorted(set(data.subjects), key=lambda subject: subject.name)))
+    words = (architecture, used, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    torch.manual_seed(text.seed)
+    reader, read, done = train(
+        "text",
+        TextReader(*words),
+        text_loss(training, latents, tokenizer, text),
+        text,
+        folder,
+        clock if "text" in stages else Clock(0.0),
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    if not done or not {"diffusion", "publish"} & set(stages):
+        return None
     torch.manual_seed(diffusion.seed)
-    denoiser, second, done = train(
+    denoiser = TextDenoiser(*words)
+    denoiser.text_encoder.load_state_dict(reader.text_encoder.state_dict())  # type: ignore[union-attr]
+    trained, second, done = train(
         "diffusion",
-        TextDenoiser(architecture, used, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id),
+        denoiser,
         diffusion_loss(training, latents, tokenizer, diffusion),
         diffusion,
         folder,
         clock if "diffusion" in stages else Clock(0.0),
         checkpoint_seconds=checkpoint_seconds,
     )
-    assert isinstance(denoiser, TextDenoiser)
+    assert isinstance(trained, TextDenoiser)
     facts = {
         "autoencoder": first,
+        "text": read,
         "diffusion": second,
         "processor": machine()["processor"],
         "precision": "bf16" if cpu_has_bf16() else "fp32",
     }
-    return Trained(vae, denoiser, tokenizer, facts) if done or stages == ("publish",) else None
+    return Trained(vae, trained, tokenizer, facts) if done or stages == ("publish",) else None
 
 
 def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for checkpoints and latents.")],
-    stage: Annotated[str, typer.Option(help="all, or one of autoencoder, diffusion, publish.")] = "all",
+    stage: Annotated[str, typer.Option(help="all, or one of autoencoder, text, diffusion, publish.")] = "all",
     publish_to: Annotated[
         Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop training after so long; run again to go on.")] = None,
     samples: Annotated[int, typer.Option(help="Training samples of text encoder and UNet.")] = 288_000,
     autoencoder_samples: Annotated[int, typer.Option(help="Training samples of the autoencoder.")] = 42_000,
+    text_samples: Annotated[int, typer.Option(help="Training samples of the text encoder before it.")] = 600_000,
     batch_size: int = 32,
     autoencoder_batch_size: int = 16,
+    text_batch_size: int = 256,
     learning_rate: float = 1e-3,
     autoencoder_learning_rate: float = 2e-3,
     ema_decay: float = 0.999,
@@ -387,6 +440,7 @@ def main(
             seed,
             architecture,
         ),
+        Settings(text_samples, text_batch_size, learning_rate, ema_decay, seed, architecture),
         Settings(samples, batch_size, learning_rate, ema_decay, seed, architecture),
         stages=STAGES if stage == "all" else (stage,),
         seconds=seconds,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill import DistillConfig, Teacher, adapters, distill, import_pipeline, load_student
+from redif_sdk.distill.costs import flops
 from redif_sdk.distill.samplers import own_table
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.export.families import LAYOUTS
@@ -218,6 +219,22 @@ def test_a_student_learns_by_adapters_and_draws_the_same_in_plain_diffusers(
     pictures = plain_pictures(pipeline, teacher, student.tables[0], noise, [PROMPTS[1], PROMPTS[5]])
     wanted = teacher.images(ours).clamp(-1, 1)
     assert torch.allclose(pictures, wanted, atol=2e-3), (name, (pictures - wanted).abs().max())
+
+
+def test_rewards_of_pictures_are_charged_for_decoding_and_those_of_latents_are_not() -> None:
+    teacher = Teacher.from_diffusers(pipelines.stable_diffusion(), prompts=PROMPTS)
+    common = {"updates": 2, "warm_start": 0.0, "schedule_updates": 0, "pool_size": 8, "batch_size": 4, "group_size": 4}
+    spent = {}
+    for space in ("latents", "images"):
+        config = DistillConfig(num_inference_steps=1, reward="pixel", reward_space=space, device="cpu", **common)
+        made = distill(teacher, config).distillation
+        assert made is not None
+        spent[space] = made.budget.forward_equivalents
+    decoded = 2 * (4 + 4 * 4)  # an update's targets, and a group of each
+    call = flops(teacher.make_student(), torch.zeros(1, *teacher.shape), torch.zeros(1), torch.zeros(1).long())
+    assert spent["images"] - spent["latents"] == pytest.approx(
+        decoded * flops(teacher.images, torch.zeros(1, *teacher.shape)) / call, rel=0.01
+    )
 
 
 def plain_pictures(pipeline: Any, teacher: Teacher, table: StepTable, noise: Tensor, prompts: list[str]) -> Tensor:

@@ -1,12 +1,14 @@
-"""The text-to-image teacher's own training, on toy pictures: both stages, resumed, published, judged."""
+"""The text-to-image teacher's own training, on toy pictures: its stages, resumed, published, judged."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from redif_sdk.distill.mini_sd import (
     LARGEST,
     Architecture,
     TextDenoiser,
+    TextReader,
     build_tokenizer,
     fetch_vocabulary,
     parameter_counts,
@@ -39,6 +42,7 @@ TINY = Architecture(
     max_length=40, unet_channels=(16, 32), head_dim=16, groups=8,
 )  # fmt: skip
 AUTOENCODER = Settings(samples=24, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
+TEXT = replace(AUTOENCODER, samples=20)
 DIFFUSION = replace(AUTOENCODER, samples=32)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "purple": (160, 0, 200)}
 
@@ -73,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, data: Captioned, vocabulary: Path) -> Trained:
-    found = run(folder, data, vocabulary, TINY, AUTOENCODER, DIFFUSION)
+    found = run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION)
     assert found is not None
     return found
 
@@ -88,17 +92,18 @@ def test_the_vocabulary_is_in_clips_order(vocabulary: Path) -> None:
     assert used_tokens(tokenizer, ["red"]).tolist() == [513, 515, 516]
 
 
-def test_both_stages_end_and_are_read_when_they_are_asked_for_again(
+def test_all_stages_end_and_are_read_when_they_are_asked_for_again(
     folder: Path, trained: Trained, data: Captioned, vocabulary: Path
 ) -> None:
     assert trained.facts["diffusion"]["samples"] == 32
     assert trained.vae.config.scaling_factor == pytest.approx(float(np.load(folder / "latents.npz")["scaling_factor"]))
-    again = run(folder, data, vocabulary, TINY, AUTOENCODER, DIFFUSION, stages=("publish",))
+    again = run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, stages=("publish",))
     assert again is not None
     assert same_weights(again.denoiser, trained.denoiser)
-    assert run(folder, data, vocabulary, TINY, AUTOENCODER, DIFFUSION, stages=("autoencoder",)) is None
+    for stage in ("autoencoder", "text"):
+        assert run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, stages=(stage,)) is None
     with pytest.raises(InvalidRequest, match=r"diffusion\.pt was trained with batch_size 4"):
-        run(folder, data, vocabulary, TINY, AUTOENCODER, replace(DIFFUSION, batch_size=2))
+        run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, replace(DIFFUSION, batch_size=2))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -117,25 +122,25 @@ def interrupted(loss: Callable[[nn.Module, int], Tensor], at: int) -> Callable[[
 def test_a_killed_run_takes_the_same_path(
     folder: Path, trained: Trained, data: Captioned, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In both stages: killed at an update, begun again, equal to the last bit."""
-    for name in ("autoencoder_loss", "diffusion_loss"):
+    """In every stage: killed at an update, begun again, equal to the last bit."""
+    for name in ("autoencoder_loss", "text_loss", "diffusion_loss"):
         whole = getattr(train_text_teacher, name)
         with monkeypatch.context() as patch:
             patch.setattr(train_text_teacher, name, lambda *args, whole=whole: interrupted(whole(*args), 3))
             with pytest.raises(KeyboardInterrupt):
-                run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DIFFUSION, checkpoint_seconds=0)
-    again = run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DIFFUSION)
+                run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, checkpoint_seconds=0)
+    again = run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION)
     assert again is not None
     assert same_weights(again.vae, trained.vae)
     assert same_weights(again.denoiser, trained.denoiser)
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "text", "diffusion"):
         one, other = (torch.load(path / f"{stage}.pt", weights_only=True) for path in (folder, tmp_path))
         assert one["update"] == other["update"]
         assert all(torch.equal(one["network"][key], other["network"][key]) for key in one["network"])
 
 
 def test_a_stage_stops_when_its_time_is_over(data: Captioned, vocabulary: Path, tmp_path: Path) -> None:
-    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DIFFUSION, seconds=0.0) is None
+    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, seconds=0.0) is None
     assert not (tmp_path / "autoencoder.pt").exists()
 
 
@@ -154,6 +159,49 @@ def test_more_samples_may_be_asked_for_later(tmp_path: Path) -> None:
     assert more.rate(0) == pytest.approx(1e-3 / 200)
     assert replace(more, samples=40_000).rate(5000) == pytest.approx(1e-3)
     assert replace(more, samples=40_000).rate(9999) < 1e-6
+
+
+def test_the_text_encoder_learns_which_latents_a_caption_means(data: Captioned, vocabulary: Path) -> None:
+    """Colours are told apart after a while; what is behind a caption's end changes nothing."""
+    tokenizer = build_tokenizer(vocabulary, TINY.max_length)
+    used = used_tokens(tokenizer, captions.texts(sorted(set(data.subjects), key=lambda subject: subject.name)))
+    torch.manual_seed(0)
+    reader = TextReader(TINY, used, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    latents = torch.randn(len(data), TINY.latent_channels, TINY.latent_size, TINY.latent_size)
+    ids = tokenize(tokenizer, [data.prompt(place) for place in range(len(data))])
+    longest = int((ids == tokenizer.eos_token_id).int().argmax(1).max()) + 1
+    assert longest < TINY.max_length
+    with torch.no_grad():
+        assert torch.allclose(reader(ids, latents), reader(ids[:, :longest], latents), atol=1e-5)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
+    first = float(reader(ids, latents))
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = reader(ids, latents)
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.5 * first
+
+
+def test_the_diffusion_stage_begins_with_the_text_encoder_that_learnt_to_read(
+    trained: Trained, folder: Path, data: Captioned, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("autoencoder", "text"):
+        shutil.copy(folder / f"{stage}.pt", tmp_path)
+    begun: list[dict[str, Tensor]] = []
+    whole = train_text_teacher.train
+
+    def watched(stage: str, network: nn.Module, *rest: Any, **options: Any) -> Any:
+        if stage == "diffusion":
+            begun.append({key: value.clone() for key, value in network.state_dict().items()})
+        return whole(stage, network, *rest, **options)
+
+    monkeypatch.setattr(train_text_teacher, "train", watched)
+    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION) is not None
+    learnt = torch.load(folder / "text.pt", weights_only=True)["ema"]
+    names = [name for name in begun[0] if name.startswith("text_encoder.")]
+    assert names
+    assert all(torch.equal(begun[0][name], learnt[name]) for name in names)
 
 
 def test_only_tokens_of_captions_are_trained_and_the_rest_say_nothing(

@@ -136,10 +136,11 @@ class Advantage:
     clamped: bool = True  # off: the rewards see latents, which have no range
     dropped: int = 0
     groups: int = 0
-    charge: Callable[[float], None] = lambda operations: None  # is told what the rewards' networks cost
+    charge: Callable[[float], None] = lambda operations: None  # is told what decoding and the rewards' networks cost
 
     def __post_init__(self) -> None:
         self._costs: dict[tuple[int, int], float] = {}
+        self._decoding: float | None = None  # operations to make a picture of latents: 0 where they are pixels
 
     def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
         """Let the rewards that learn see the student's ``outputs`` (B, C, H, W) for this batch; figures for the log."""
@@ -160,6 +161,9 @@ class Advantage:
 
     def images(self, latents: Tensor) -> Tensor:
         """What a user would see, in [-1, 1]; or what the rewards see in its place."""
+        if self._decoding is None:
+            self._decoding = flops(self.to_images, latents[:1].detach())
+        self.charge((3 if latents.requires_grad else 1) * len(latents) * self._decoding)
         images = self.to_images(latents)
         return images.clamp(-1, 1) if self.clamped else images
 

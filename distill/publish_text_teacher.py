@@ -235,7 +235,9 @@ def card(about: Mapping[str, Any], figures: Mapping[str, Any], pictures: int) ->
     """The model card."""
     counts, facts = figures["parameters"], about["training"]
     vae, text, diffusion = facts["autoencoder"], facts["text"], facts["diffusion"]
-    settings = diffusion["settings"]
+    settings, runs = diffusion["settings"], [*facts.get("earlier", []), diffusion]
+    together = {name: sum(part[name] for part in runs) for name in ("samples", "seconds")}
+    in_runs = f" ({len(runs)} runs, each from the weights of the one before)" if len(runs) > 1 else ""
     tried = "\n".join(
         f"| {row['scale']:g} | {_percent(row['top1'])} | {_percent(row['top5'])} | {_percent(row['nearest_subject'])} |"
         for row in figures["guidance"]
@@ -274,7 +276,7 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
 - **Licence**: {about["licence"]} (the weights), after Twemoji's.
 - **Training**: autoencoder {vae["samples"]:,} samples in {vae["seconds"] / 60:.0f} minutes; text encoder alone
   {text["samples"]:,} in {text["seconds"] / 60:.0f}, matched with latents as CLIP's is with pictures; text encoder and
-  UNet together {diffusion["samples"]:,} in {diffusion["seconds"] / 60:.0f} minutes, batch
+  UNet together {together["samples"]:,} in {together["seconds"] / 60:.0f} minutes{in_runs}, batch
   {settings["batch_size"]}, AdamW, learning rate {settings["learning_rate"]:g}, EMA {settings["ema_decay"]}, seed
   {settings["seed"]}; {facts["precision"]} on {facts["processor"]}. Text encoder from scratch, no pretrained weights.
 - **Bank**: latents of {about["bank"]} for those who distil it, in the repository; a wheel leaves them out, and they are

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +45,7 @@ from redif_sdk.distill.mini_sd import (
     used_tokens,
 )
 from redif_sdk.distill.precision import autocast, cpu_has_bf16
+from redif_sdk.distill.teacher import TEACHER_FILE
 from redif_sdk.distill.trainer import save_state
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
@@ -317,6 +318,29 @@ class Trained:
     facts: dict[str, Any]
 
 
+def read_published(folder: Path, vae: AutoencoderKL, denoiser: TextDenoiser) -> dict[str, Any]:
+    """Fill both with the weights of a published teacher; returns the facts of its training.
+
+    Raises:
+        InvalidRequest: the folder is no teacher of this architecture.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / TEACHER_FILE).read_text(encoding="utf-8"))["training"]
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        vae.load_state_dict(pipeline.vae.state_dict())
+        denoiser.unet.load_state_dict(pipeline.unet.state_dict())
+        state = pipeline.text_encoder.state_dict()
+        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        denoiser.text_encoder.load_state_dict({**state, name: state[name][denoiser.used]})
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise InvalidRequest(
+            f"training cannot go on from {folder}: {said:.300}; name a folder that this script published, and its "
+            "--architecture"
+        ) from error
+    return facts
+
+
 def run(
     folder: Path,
     data: Captioned,
@@ -327,64 +351,53 @@ def run(
     diffusion: Settings,
     *,
     stages: tuple[str, ...] = TRAINED,
+    initial: Path | None = None,
     seconds: float | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Trained | None:
-    """All stages, as far as ``stages`` and ``seconds`` go; what is trained already is read. None: not yet all."""
+    """All stages, as far as ``stages`` and ``seconds`` go; what is trained already is read. None: not yet all.
+
+    ``initial``: a published teacher whose weights the last stage begins with; those before it are left out.
+    """
     draws.join()
     folder.mkdir(parents=True, exist_ok=True)
     clock, training = Clock(seconds), data.training
-    torch.manual_seed(autoencoder.seed)
-    vae, first, done = train(
-        "autoencoder",
-        build_autoencoder(architecture),
-        autoencoder_loss(training, autoencoder, architecture),
-        autoencoder,
-        folder,
-        clock if "autoencoder" in stages else Clock(0.0),
-        checkpoint_seconds=checkpoint_seconds,
-    )
-    if not done or stages == ("autoencoder",):
-        return None
-    assert isinstance(vae, AutoencoderKL)
-    with draws.first_before_others():
-        latents, scaling_factor = encode_all(vae, training, folder)
-    vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = build_tokenizer(vocabulary, architecture.max_length)
     used = used_tokens(tokenizer, captions.texts(sorted(set(data.subjects), key=lambda subject: subject.name)))
     words = (architecture, used, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    torch.manual_seed(text.seed)
-    reader, read, done = train(
-        "text",
-        TextReader(*words),
-        text_loss(training, latents, tokenizer, text),
-        text,
-        folder,
-        clock if "text" in stages else Clock(0.0),
-        checkpoint_seconds=checkpoint_seconds,
-    )
-    if not done or not {"diffusion", "publish"} & set(stages):
-        return None
+
+    def stage(name: str, network: nn.Module, loss: Callable[[nn.Module, int], Tensor], settings: Settings) -> Any:
+        own = clock if name in stages else Clock(0.0)
+        return train(name, network, loss, settings, folder, own, checkpoint_seconds=checkpoint_seconds)
+
+    torch.manual_seed(autoencoder.seed)
+    vae = build_autoencoder(architecture)
     torch.manual_seed(diffusion.seed)
     denoiser = TextDenoiser(*words)
-    denoiser.text_encoder.load_state_dict(reader.text_encoder.state_dict())  # type: ignore[union-attr]
-    trained, second, done = train(
-        "diffusion",
-        denoiser,
-        diffusion_loss(training, latents, tokenizer, diffusion),
-        diffusion,
-        folder,
-        clock if "diffusion" in stages else Clock(0.0),
-        checkpoint_seconds=checkpoint_seconds,
-    )
-    assert isinstance(trained, TextDenoiser)
-    facts = {
-        "autoencoder": first,
-        "text": read,
-        "diffusion": second,
-        "processor": machine()["processor"],
-        "precision": "bf16" if cpu_has_bf16() else "fp32",
-    }
+    if initial is not None:
+        facts = read_published(initial, vae, denoiser)
+        facts["earlier"] = [*facts.get("earlier", []), facts["diffusion"]]
+        vae.requires_grad_(False).eval()
+    else:
+        facts = {}
+        loss = autoencoder_loss(training, autoencoder, architecture)
+        vae, facts["autoencoder"], done = stage("autoencoder", vae, loss, autoencoder)
+        if not done or stages == ("autoencoder",):
+            return None
+    with draws.first_before_others():
+        latents, scaling_factor = encode_all(vae, training, folder)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    if initial is None:
+        torch.manual_seed(text.seed)
+        reader, facts["text"], done = stage(
+            "text", TextReader(*words), text_loss(training, latents, tokenizer, text), text
+        )
+        if not done or not {"diffusion", "publish"} & set(stages):
+            return None
+        denoiser.text_encoder.load_state_dict(reader.text_encoder.state_dict())
+    loss = diffusion_loss(training, latents, tokenizer, diffusion)
+    trained, facts["diffusion"], done = stage("diffusion", denoiser, loss, diffusion)
+    facts["processor"], facts["precision"] = machine()["processor"], "bf16" if cpu_has_bf16() else "fp32"
     return Trained(vae, trained, tokenizer, facts) if done or stages == ("publish",) else None
 
 
@@ -393,6 +406,9 @@ def main(
     stage: Annotated[str, typer.Option(help="all, or one of autoencoder, text, diffusion, publish.")] = "all",
     publish_to: Annotated[
         Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")
+    ] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="A published teacher, from whose weights UNet and text encoder are trained on.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop training after so long; run again to go on.")] = None,
     samples: Annotated[int, typer.Option(help="Training samples of text encoder and UNet.")] = 288_000,
@@ -421,6 +437,8 @@ def main(
         raise typer.BadParameter(f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     if stage not in ("all", *STAGES):
         raise typer.BadParameter(f"{stage!r} is not one of all, {', '.join(STAGES)}")
+    if initial is not None and stage in ("autoencoder", "text"):
+        raise typer.BadParameter(f"{initial} has these parts already; --initial goes with diffusion, publish and all")
     if threads:
         torch.set_num_threads(threads)
     draws.join()
@@ -443,6 +461,7 @@ def main(
         Settings(text_samples, text_batch_size, learning_rate, ema_decay, seed, architecture),
         Settings(samples, batch_size, learning_rate, ema_decay, seed, architecture),
         stages=STAGES if stage == "all" else (stage,),
+        initial=initial,
         seconds=seconds,
         checkpoint_seconds=checkpoint_seconds,
     )

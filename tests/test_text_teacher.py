@@ -174,13 +174,13 @@ def test_the_text_encoder_learns_which_latents_a_caption_means(data: Captioned, 
     with torch.no_grad():
         assert torch.allclose(reader(ids, latents), reader(ids[:, :longest], latents), atol=1e-5)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
-    first = float(reader(ids, latents))
+    first = reader(ids, latents).item()
     for _ in range(60):
         optimizer.zero_grad()
         loss = reader(ids, latents)
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.5 * first
+    assert loss.item() < 0.5 * first
 
 
 def test_the_diffusion_stage_begins_with_the_text_encoder_that_learnt_to_read(
@@ -251,6 +251,32 @@ def test_the_published_folder_runs_in_plain_diffusers(trained: Trained, data: Ca
     listed = json.loads((folder / "prompts.json").read_text())
     assert [row["held_out"] for row in listed] == [False, True]
     assert (folder / "samples.png").is_file()
+
+
+def test_training_goes_on_from_a_published_teacher(
+    trained: Trained, data: Captioned, vocabulary: Path, tmp_path: Path
+) -> None:
+    effort = Effort(
+        choosing=2, judging=3, steps=2, judge_updates=3, scales=(1.0,), grid=("red heart",),
+        bank={"train": 3, "held_out": 2},
+    )  # fmt: skip
+    first, folder = tmp_path / "first", tmp_path / "folder"
+    publish(trained, data, first, effort)
+    none = replace(DIFFUSION, learning_rate=0.0)
+    same = run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, none, initial=first)
+    assert same is not None
+    for ours, theirs in ((same.denoiser, trained.denoiser), (same.vae, trained.vae)):
+        pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+        assert all(torch.allclose(a.float(), b.float(), atol=2e-3) for a, b in pairs), "but for half precision"
+    assert [part["samples"] for part in same.facts["earlier"]] == [32]
+    publish(same, data, tmp_path / "second", effort)
+    text = (tmp_path / "second/README.md").read_text()
+    assert "UNet together 64 in" in text
+    assert "2 runs, each from the weights of the one before" in text
+    with pytest.raises(InvalidRequest, match=r"training cannot go on from .*UNet2DConditionModel"):
+        run(folder, data, vocabulary, replace(TINY, unet_channels=(16, 48)), AUTOENCODER, TEXT, none, initial=first)
+    with pytest.raises(InvalidRequest, match=r"training cannot go on from .*redif_teacher\.json"):
+        run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, none, initial=tmp_path)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -184,14 +184,15 @@ def publish(trained: Trained, data: Captioned, folder: Path, effort: Effort | No
             "guidance_scale": scale,
             "prompts": training_prompts(data),
             "held_out": [data.prompt(place) for place in parts["held_out"]],
-            "bank": " and ".join(f"{count:,} ({split.replace('_', '-')})" for split, count in effort.bank.items()),
+            "bank": dict(effort.bank),
             "training": trained.facts,
         }
         (staging / PROMPTS_FILE).write_text(json.dumps(listed, indent=1) + "\n")
         (staging / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
         (staging / TEACHER_FILE).write_text(json.dumps(about, indent=2) + "\n")
         (staging / "README.md").write_text(card(about, figures, len(data.training)))
-        write_bank(Teacher.load(staging), staging, effort.bank)
+        if effort.bank:
+            write_bank(Teacher.load(staging), staging, effort.bank)
     return figures
 
 
@@ -229,6 +230,14 @@ def _rows(figures: Mapping[str, Any]) -> str:
             near = f"{_percent(row['nearest_subject'])} | {_percent(row['nearest_style'])}" if row is found else " | "
             lines.append(f"| {name} | {row['pictures']} | {_percent(row['top1'])} | {_percent(row['top5'])} | {near} |")
     return "\n".join(lines)
+
+
+def banked(sizes: Mapping[str, int]) -> str:
+    """What the card says of outputs for distillation."""
+    if not sizes:
+        return "none; outputs to distil it on are sampled when they are needed"
+    counts = " and ".join(f"{count:,} ({split.replace('_', '-')})" for split, count in sizes.items())
+    return f"latents of {counts} outputs to distil it on, in the repository; a wheel samples them when they are needed"
 
 
 def card(about: Mapping[str, Any], figures: Mapping[str, Any], pictures: int) -> str:
@@ -279,8 +288,7 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
   UNet together {together["samples"]:,} in {together["seconds"] / 60:.0f} minutes{in_runs}, batch
   {settings["batch_size"]}, AdamW, learning rate {settings["learning_rate"]:g}, EMA {settings["ema_decay"]}, seed
   {settings["seed"]}; {facts["precision"]} on {facts["processor"]}. Text encoder from scratch, no pretrained weights.
-- **Bank**: latents of {about["bank"]} for those who distil it, in the repository; a wheel leaves them out, and they are
-  sampled when they are needed.
+- **Bank**: {banked(about["bank"])}.
 - **Autoencoder**: PSNR {figures["autoencoder_psnr"]["trained"]:.1f} dB on training pictures,
   {figures["autoencoder_psnr"]["held_out"]:.1f} dB on those held out.
 

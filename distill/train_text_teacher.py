@@ -428,10 +428,11 @@ def main(
         str | None, typer.Option(help="Folder with emoji-64.npz; default $REDIF_DATA/captions.")
     ] = None,
     checkpoint_seconds: float = 60.0,
+    bank: Annotated[bool, typer.Option(help="Publish outputs for distillation with it.")] = True,
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
 ) -> None:
     """Train the text-to-image teacher, then write its folder and card. Run again with the same folder to resume."""
-    from redif_sdk.distill.publish_text_teacher import publish
+    from redif_sdk.distill.publish_text_teacher import Effort, publish
 
     if architecture not in ARCHITECTURES:
         raise typer.BadParameter(f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}")
@@ -469,7 +470,7 @@ def main(
         if draws.rank() == 0:
             typer.echo(f"{output}: not all is trained yet; run again to go on")
     elif stage in ("all", "publish") and draws.rank() == 0:
-        figures = publish(trained, data, publish_to or output / "teacher")
+        figures = publish(trained, data, publish_to or output / "teacher", Effort() if bank else Effort(bank={}))
         typer.echo(json.dumps(figures, indent=1))
 
 

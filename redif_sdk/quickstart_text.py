@@ -37,7 +37,7 @@ COLUMNS = 10
 
 #: K -> share of the minutes, and settings over the preset "best"; chosen as docs/text-to-image.md says.
 SETTINGS: dict[int, tuple[float, dict[str, Any]]] = {1: (0.4, {}), 2: (0.35, {}), 4: (0.25, {})}
-COMMON = {"reward_space": "latents", "reward": "texture"}
+COMMON = {"reward_space": "latents", "reward": "texture", "pool_size": 2048}
 
 
 def text_quickstart(

@@ -186,9 +186,9 @@ def test_cancelling_keeps_what_is_finished(url: str, open_page: Opener, until: U
     page.get_by_role("radio", name="3").check()
     page.get_by_label("Show every step").check()
     page.click("#generate")
-    until(page, lambda: pictures(page) >= 2)
+    until(page, lambda: pictures(page) >= 2, 180)
     page.click("#cancel")
-    until(page, lambda: page.inner_text("#report").startswith("Cancelled"))
+    until(page, lambda: page.inner_text("#report").startswith("Cancelled"), 180)
     page.wait_for_timeout(600)
     kept = pictures(page)
     assert 1 <= kept < 200

@@ -411,7 +411,7 @@ def main(
         Path | None, typer.Option(help="A published teacher, from whose weights UNet and text encoder are trained on.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop training after so long; run again to go on.")] = None,
-    samples: Annotated[int, typer.Option(help="Training samples of text encoder and UNet.")] = 288_000,
+    samples: Annotated[int, typer.Option(help="Training samples of text encoder and UNet.")] = 400_000,
     autoencoder_samples: Annotated[int, typer.Option(help="Training samples of the autoencoder.")] = 42_000,
     text_samples: Annotated[int, typer.Option(help="Training samples of the text encoder before it.")] = 600_000,
     batch_size: int = 32,

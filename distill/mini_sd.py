@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -236,11 +236,22 @@ class TextStates(nn.Module):
         """The encoder of the whole vocabulary: a token that no caption had is a zero, and adds only its place."""
         whole = build_text_encoder(self.architecture, len(self.places), *self.marks)
         state = self.text_encoder.state_dict()
-        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        name = _token_table(state)
         table = torch.zeros(len(self.places), self.architecture.text_width)
         table[self.used] = state[name]
         whole.load_state_dict({**state, name: table})
         return whole
+
+    def read_text_encoder(self, whole: CLIPTextModel) -> None:
+        """The other way: the weights of an encoder of the whole vocabulary."""
+        state = whole.state_dict()
+        name = _token_table(state)
+        self.text_encoder.load_state_dict({**state, name: state[name][self.used]})
+
+
+def _token_table(state: Mapping[str, Tensor]) -> str:
+    """Its name differs between versions of transformers."""
+    return next(name for name in state if name.endswith("token_embedding.weight"))
 
 
 class TextReader(TextStates):
@@ -314,6 +325,18 @@ def save_pipeline(denoiser: TextDenoiser, vae: AutoencoderKL, tokenizer: CLIPTok
     _rewrite(folder / "tokenizer" / "tokenizer.json", indent=None)
     # transformers loads in the dtype that is noted here, where it is told none; diffusers tells float32
     _rewrite(folder / "text_encoder" / "config.json", indent=2, dtype="float32")
+
+
+def read_pipeline(denoiser: TextDenoiser, vae: AutoencoderKL, folder: Path) -> None:
+    """Fill the networks with the weights that :func:`save_pipeline` wrote.
+
+    Raises:
+        OSError, ValueError, RuntimeError: it wrote no such networks there.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    vae.load_state_dict(pipeline.vae.state_dict())
+    denoiser.unet.load_state_dict(pipeline.unet.state_dict())
+    denoiser.read_text_encoder(pipeline.text_encoder)
 
 
 def _rewrite(path: Path, *, indent: int | None, **changed: Any) -> None:

@@ -245,8 +245,11 @@ def card(about: Mapping[str, Any], figures: Mapping[str, Any], pictures: int) ->
     """The model card."""
     counts, facts = figures["parameters"], about["training"]
     vae, text, diffusion = facts["autoencoder"], facts["text"], facts["diffusion"]
-    settings, runs = diffusion["settings"], [*facts.get("earlier", []), diffusion]
-    together = {name: sum(part[name] for part in runs) for name in ("samples", "seconds")}
+    settings, runs = diffusion["settings"], [*facts.get("earlier", []), facts]
+    decoder, together = (
+        {name: sum(run[stage][name] for run in runs) for name in ("samples", "seconds")}
+        for stage in ("decoder", "diffusion")
+    )
     in_runs = f" ({len(runs)} runs, each from the weights of the one before)" if len(runs) > 1 else ""
     tried = "\n".join(
         f"| {row['scale']:g} | {_percent(row['top1'])} | {_percent(row['top5'])} | {_percent(row['nearest_subject'])} |"
@@ -284,7 +287,8 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
 - **Data**: {pictures:,} pictures; {"; ".join(about["attribution"])}. Names from Unicode (unicode-emoji-json, MIT),
   keywords from emojilib (MIT). No skin tones, no flags of countries.
 - **Licence**: {about["licence"]} (the weights), after Twemoji's.
-- **Training**: autoencoder {vae["samples"]:,} samples in {vae["seconds"] / 60:.0f} minutes; text encoder alone
+- **Training**: autoencoder {vae["samples"]:,} samples in {vae["seconds"] / 60:.0f} minutes, its decoder
+  {decoder["samples"]:,} more in {decoder["seconds"] / 60:.0f}; text encoder alone
   {text["samples"]:,} in {text["seconds"] / 60:.0f}, matched with latents as CLIP's is with pictures; text encoder and
   UNet together {together["samples"]:,} in {together["seconds"] / 60:.0f} minutes{in_runs}, batch
   {settings["batch_size"]}, AdamW, learning rate {settings["learning_rate"]:g}, EMA {settings["ema_decay"]}, seed

@@ -1,11 +1,11 @@
 """Train the mini Stable Diffusion on captioned emoji: ``python -m redif_sdk.distill.train_text_teacher -o DIR``.
 
-Three stages, each with its own checkpoint. The autoencoder comes first; with it every picture becomes a latent once.
-The text encoder learns which latents a caption means, as CLIP's did; then UNet and text encoder are trained together,
-the latter at a tenth of the rate (v-prediction, one caption in ten empty, for guidance). Every batch
-is drawn by its own index, so a run that was killed and resumed takes the path of one that was not. Then
-`publish_text_teacher.py` writes the folder. On a busy CPU two processes of one thread each do better than one of two:
-``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m redif_sdk.distill.train_text_teacher -o DIR``.
+Four stages, each with its own checkpoint. The autoencoder comes first; with it every picture becomes a latent once,
+and its decoder alone is trained on. The text encoder learns which latents a caption means, as CLIP's did; then UNet
+and text encoder are trained together, the latter at a tenth of the rate (v-prediction, one caption in ten empty, for
+guidance). Every batch is drawn by its own index, so a run that was killed and resumed takes the path of one that was
+not. Then `publish_text_teacher.py` writes the folder. On a busy CPU two processes of one thread each do better than one
+of two: ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m redif_sdk.distill.train_text_teacher -o DIR``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,6 +42,7 @@ from redif_sdk.distill.mini_sd import (
     build_scheduler,
     build_tokenizer,
     fetch_vocabulary,
+    read_pipeline,
     tokenize,
     used_tokens,
 )
@@ -51,7 +53,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
 from redif_sdk.report import machine
 
-STAGES = ("autoencoder", "text", "diffusion", "publish")
+STAGES = ("autoencoder", "decoder", "text", "diffusion", "publish")
 TRAINED = STAGES[:-1]
 LATENTS_FILE = "latents.npz"
 WARMUP = 200  # updates
@@ -127,7 +129,10 @@ def train(
     """
     path = folder / f"{stage}.pt"
     ema = copy.deepcopy(network).requires_grad_(False).eval()
-    parameters = list(network.parameters())
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    averaged: list[Tensor] = [
+        p for p, own in zip(ema.parameters(), network.parameters(), strict=True) if own.requires_grad
+    ]
     slow = {id(p) for p in network.text_encoder.parameters()} if isinstance(network, TextDenoiser) else set()
     groups = [
         {"params": [p for p in parameters if (id(p) in slow) == slower], "rate": rate}
@@ -174,7 +179,7 @@ def train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             decay = min(settings.ema_decay, (1 + update) / (10 + update))
-            torch._foreach_lerp_(list(ema.parameters()), [p.data for p in parameters], 1 - decay)
+            torch._foreach_lerp_(averaged, [p.data for p in parameters], 1 - decay)
             update += 1
             running = value.item() if math.isnan(running) else 0.98 * running + 0.02 * value.item()
             if update % 500 == 0:
@@ -231,6 +236,14 @@ def autoencoder_loss(
     return loss
 
 
+def captions_of(data: Captioned, index: Tensor, keys: Tensor) -> list[str]:
+    """One caption of each picture ``index`` (B,); ``keys`` (B,) say which of all that it may have."""
+    return [
+        captions.caption(data.subjects[place], data.styles[place], key)
+        for place, key in zip(index.tolist(), keys.tolist(), strict=True)
+    ]
+
+
 def text_loss(
     data: Captioned, latents: Tensor, tokenizer: CLIPTokenizer, settings: Settings
 ) -> Callable[[nn.Module, int], Tensor]:
@@ -242,11 +255,7 @@ def text_loss(
         draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + update)
         index = torch.randint(0, len(latents), (size,), generator=draw)[mine]
         keys = torch.randint(0, captions.KEYS, (size,), generator=draw)[mine]
-        drawn = [
-            captions.caption(data.subjects[place], data.styles[place], key)
-            for place, key in zip(index.tolist(), keys.tolist(), strict=True)
-        ]
-        ids = tokenize(tokenizer, drawn)
+        ids = tokenize(tokenizer, captions_of(data, index, keys))
         longest = int((ids == tokenizer.eos_token_id).int().argmax(1).max()) + 1
         value: Tensor = reader(ids[:, :longest], latents[index])
         return value
@@ -268,10 +277,8 @@ def diffusion_loss(
         t = torch.randint(0, len(alphas_cumprod), (size,), generator=draw)[mine]
         noise = torch.randn((size, *latents.shape[1:]), generator=draw)[mine]
         dropped = torch.rand(size, generator=draw) < CAPTION_DROPOUT
-        drawn = [
-            "" if gone else captions.caption(data.subjects[place], data.styles[place], key)
-            for place, key, gone in zip(index[mine].tolist(), keys[mine].tolist(), dropped[mine].tolist(), strict=True)
-        ]
+        drawn = captions_of(data, index[mine], keys[mine])
+        drawn = ["" if gone else text for text, gone in zip(drawn, dropped[mine].tolist(), strict=True)]
         alpha = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
         x0 = latents[index[mine]]
@@ -326,12 +333,7 @@ def read_published(folder: Path, vae: AutoencoderKL, denoiser: TextDenoiser) -> 
     """
     try:
         facts: dict[str, Any] = json.loads((folder / TEACHER_FILE).read_text(encoding="utf-8"))["training"]
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-        vae.load_state_dict(pipeline.vae.state_dict())
-        denoiser.unet.load_state_dict(pipeline.unet.state_dict())
-        state = pipeline.text_encoder.state_dict()
-        name = next(name for name in state if name.endswith("token_embedding.weight"))
-        denoiser.text_encoder.load_state_dict({**state, name: state[name][denoiser.used]})
+        read_pipeline(denoiser, vae, folder)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise InvalidRequest(
@@ -347,6 +349,7 @@ def run(
     vocabulary: Path,
     architecture: Architecture,
     autoencoder: Settings,
+    decoder: Settings,
     text: Settings,
     diffusion: Settings,
     *,
@@ -357,7 +360,8 @@ def run(
 ) -> Trained | None:
     """All stages, as far as ``stages`` and ``seconds`` go; what is trained already is read. None: not yet all.
 
-    ``initial``: a published teacher whose weights the last stage begins with; those before it are left out.
+    ``initial``: a published teacher whose weights decoder, UNet and text encoder begin with; the stages that made them
+    are left out.
     """
     draws.join()
     folder.mkdir(parents=True, exist_ok=True)
@@ -376,8 +380,8 @@ def run(
     denoiser = TextDenoiser(*words)
     if initial is not None:
         facts = read_published(initial, vae, denoiser)
-        facts["earlier"] = [*facts.get("earlier", []), facts["diffusion"]]
-        vae.requires_grad_(False).eval()
+        facts["earlier"] = [*facts.get("earlier", []), {name: facts[name] for name in ("decoder", "diffusion")}]
+        vae.eval()
     else:
         facts = {}
         loss = autoencoder_loss(training, autoencoder, architecture)
@@ -387,6 +391,13 @@ def run(
     with draws.first_before_others():
         latents, scaling_factor = encode_all(vae, training, folder)
     vae.register_to_config(scaling_factor=scaling_factor)
+    for part in (vae.decoder, vae.post_quant_conv):  # the latents stay as they are
+        part.requires_grad_(True)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    vae, facts["decoder"], done = stage("decoder", vae, autoencoder_loss(training, decoder, architecture), decoder)
+    if stages == ("decoder",) or not (done or {"text", "diffusion", "publish"} & set(stages)):
+        return None
     if initial is None:
         torch.manual_seed(text.seed)
         reader, facts["text"], done = stage(
@@ -403,24 +414,27 @@ def run(
 
 def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for checkpoints and latents.")],
-    stage: Annotated[str, typer.Option(help="all, or one of autoencoder, text, diffusion, publish.")] = "all",
+    stage: Annotated[str, typer.Option(help="all, or one of autoencoder, decoder, text, diffusion, publish.")] = "all",
     publish_to: Annotated[
         Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")
     ] = None,
     initial: Annotated[
-        Path | None, typer.Option(help="A published teacher, from whose weights UNet and text encoder are trained on.")
+        Path | None,
+        typer.Option(help="A published teacher, from whose weights decoder, UNet and text encoder are trained on."),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop training after so long; run again to go on.")] = None,
     samples: Annotated[int, typer.Option(help="Training samples of text encoder and UNet.")] = 400_000,
     autoencoder_samples: Annotated[int, typer.Option(help="Training samples of the autoencoder.")] = 42_000,
+    decoder_samples: Annotated[int, typer.Option(help="Training samples of its decoder alone, after it.")] = 60_000,
     text_samples: Annotated[int, typer.Option(help="Training samples of the text encoder before it.")] = 600_000,
     batch_size: int = 32,
     autoencoder_batch_size: int = 16,
     text_batch_size: int = 256,
     learning_rate: float = 1e-3,
     autoencoder_learning_rate: float = 2e-3,
+    decoder_learning_rate: float = 1e-3,
     ema_decay: float = 0.999,
-    autoencoder_ema_decay: float = 0.99,
+    autoencoder_ema_decay: float = 0.99,  # of the decoder too
     seed: int = 0,
     architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "64-128",
     vocabulary: Annotated[Path | None, typer.Option(help="CLIP's merges; default: out of pip's wheel.")] = None,
@@ -439,28 +453,25 @@ def main(
     if stage not in ("all", *STAGES):
         raise typer.BadParameter(f"{stage!r} is not one of all, {', '.join(STAGES)}")
     if initial is not None and stage in ("autoencoder", "text"):
-        raise typer.BadParameter(f"{initial} has these parts already; --initial goes with diffusion, publish and all")
+        raise typer.BadParameter(
+            f"{initial} has this part already; --initial goes with decoder, diffusion, publish, all"
+        )
     if threads:
         torch.set_num_threads(threads)
     draws.join()
     data = captions.load(data_dir)
     with draws.first_before_others():
         vocabulary = vocabulary or fetch_vocabulary(output)
+    settings = partial(Settings, seed=seed, architecture=architecture)
     trained = run(
         output,
         data,
         vocabulary,
         ARCHITECTURES[architecture],
-        Settings(
-            autoencoder_samples,
-            autoencoder_batch_size,
-            autoencoder_learning_rate,
-            autoencoder_ema_decay,
-            seed,
-            architecture,
-        ),
-        Settings(text_samples, text_batch_size, learning_rate, ema_decay, seed, architecture),
-        Settings(samples, batch_size, learning_rate, ema_decay, seed, architecture),
+        settings(autoencoder_samples, autoencoder_batch_size, autoencoder_learning_rate, autoencoder_ema_decay),
+        settings(decoder_samples, autoencoder_batch_size, decoder_learning_rate, autoencoder_ema_decay),
+        settings(text_samples, text_batch_size, learning_rate, ema_decay),
+        settings(samples, batch_size, learning_rate, ema_decay),
         stages=STAGES if stage == "all" else (stage,),
         initial=initial,
         seconds=seconds,

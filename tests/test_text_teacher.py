@@ -42,6 +42,7 @@ TINY = Architecture(
     max_length=40, unet_channels=(16, 32), head_dim=16, groups=8,
 )  # fmt: skip
 AUTOENCODER = Settings(samples=24, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
+DECODER = Settings(samples=16, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
 TEXT = replace(AUTOENCODER, samples=20)
 DIFFUSION = replace(AUTOENCODER, samples=32)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "purple": (160, 0, 200)}
@@ -77,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, data: Captioned, vocabulary: Path) -> Trained:
-    found = run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION)
+    found = run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION)
     assert found is not None
     return found
 
@@ -97,13 +98,13 @@ def test_all_stages_end_and_are_read_when_they_are_asked_for_again(
 ) -> None:
     assert trained.facts["diffusion"]["samples"] == 32
     assert trained.vae.config.scaling_factor == pytest.approx(float(np.load(folder / "latents.npz")["scaling_factor"]))
-    again = run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, stages=("publish",))
+    again = run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION, stages=("publish",))
     assert again is not None
     assert same_weights(again.denoiser, trained.denoiser)
-    for stage in ("autoencoder", "text"):
-        assert run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, stages=(stage,)) is None
+    for stage in ("autoencoder", "decoder", "text"):
+        assert run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION, stages=(stage,)) is None
     with pytest.raises(InvalidRequest, match=r"diffusion\.pt was trained with batch_size 4"):
-        run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, replace(DIFFUSION, batch_size=2))
+        run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, replace(DIFFUSION, batch_size=2))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -128,20 +129,27 @@ def test_a_killed_run_takes_the_same_path(
         with monkeypatch.context() as patch:
             patch.setattr(train_text_teacher, name, lambda *args, whole=whole: interrupted(whole(*args), 3))
             with pytest.raises(KeyboardInterrupt):
-                run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, checkpoint_seconds=0)
-    again = run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION)
+                run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION, checkpoint_seconds=0)
+    again = run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION)
     assert again is not None
     assert same_weights(again.vae, trained.vae)
     assert same_weights(again.denoiser, trained.denoiser)
-    for stage in ("autoencoder", "text", "diffusion"):
+    for stage in ("autoencoder", "decoder", "text", "diffusion"):
         one, other = (torch.load(path / f"{stage}.pt", weights_only=True) for path in (folder, tmp_path))
         assert one["update"] == other["update"]
         assert all(torch.equal(one["network"][key], other["network"][key]) for key in one["network"])
 
 
 def test_a_stage_stops_when_its_time_is_over(data: Captioned, vocabulary: Path, tmp_path: Path) -> None:
-    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION, seconds=0.0) is None
+    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION, seconds=0.0) is None
     assert not (tmp_path / "autoencoder.pt").exists()
+
+
+def test_the_decoder_is_trained_on_and_the_latents_stay(trained: Trained, folder: Path) -> None:
+    before = torch.load(folder / "autoencoder.pt", weights_only=True)["ema"]
+    after = trained.vae.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_more_samples_may_be_asked_for_later(tmp_path: Path) -> None:
@@ -186,7 +194,7 @@ def test_the_text_encoder_learns_which_latents_a_caption_means(data: Captioned, 
 def test_the_diffusion_stage_begins_with_the_text_encoder_that_learnt_to_read(
     trained: Trained, folder: Path, data: Captioned, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in ("autoencoder", "text"):
+    for stage in ("autoencoder", "decoder", "text"):
         shutil.copy(folder / f"{stage}.pt", tmp_path)
     begun: list[dict[str, Tensor]] = []
     whole = train_text_teacher.train
@@ -197,7 +205,7 @@ def test_the_diffusion_stage_begins_with_the_text_encoder_that_learnt_to_read(
         return whole(stage, network, *rest, **options)
 
     monkeypatch.setattr(train_text_teacher, "train", watched)
-    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, TEXT, DIFFUSION) is not None
+    assert run(tmp_path, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, DIFFUSION) is not None
     learnt = torch.load(folder / "text.pt", weights_only=True)["ema"]
     names = [name for name in begun[0] if name.startswith("text_encoder.")]
     assert names
@@ -263,20 +271,31 @@ def test_training_goes_on_from_a_published_teacher(
     first, folder = tmp_path / "first", tmp_path / "folder"
     publish(trained, data, first, effort)
     none = replace(DIFFUSION, learning_rate=0.0)
-    same = run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, none, initial=first)
+    still = replace(DECODER, learning_rate=0.0)
+    same = run(folder, data, vocabulary, TINY, AUTOENCODER, still, TEXT, none, initial=first)
     assert same is not None
     for ours, theirs in ((same.denoiser, trained.denoiser), (same.vae, trained.vae)):
         pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
         assert all(torch.allclose(a.float(), b.float(), atol=2e-3) for a, b in pairs), "but for half precision"
-    assert [part["samples"] for part in same.facts["earlier"]] == [32]
+    assert [part["diffusion"]["samples"] for part in same.facts["earlier"]] == [32]
     publish(same, data, tmp_path / "second", effort)
     text = (tmp_path / "second/README.md").read_text()
     assert "UNet together 64 in" in text
     assert "2 runs, each from the weights of the one before" in text
     with pytest.raises(InvalidRequest, match=r"training cannot go on from .*UNet2DConditionModel"):
-        run(folder, data, vocabulary, replace(TINY, unet_channels=(16, 48)), AUTOENCODER, TEXT, none, initial=first)
+        run(
+            folder,
+            data,
+            vocabulary,
+            replace(TINY, unet_channels=(16, 48)),
+            AUTOENCODER,
+            DECODER,
+            TEXT,
+            none,
+            initial=first,
+        )
     with pytest.raises(InvalidRequest, match=r"training cannot go on from .*redif_teacher\.json"):
-        run(folder, data, vocabulary, TINY, AUTOENCODER, TEXT, none, initial=tmp_path)
+        run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, none, initial=tmp_path)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

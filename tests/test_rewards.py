@@ -3,16 +3,21 @@ charged."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import pipelines
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.costs import flops
+from redif_sdk.distill.prompts import Prompts
 from redif_sdk.distill.rewards import Discriminator, make_rewards
+from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward, prompt_vectors, train_on
 from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward
 from redif_sdk.distill.teacher import Teacher
@@ -151,3 +156,41 @@ def test_the_mmd_witness_has_a_gradient(teacher: Teacher) -> None:
     reward(images, images.detach(), None).sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
+
+
+def test_features_of_a_text_teacher_learn_which_prompt_a_picture_belongs_to() -> None:
+    """Not one class a prompt: what the text encoder says of it is matched, so unseen prompts are told apart too."""
+    colours = {"red": 0, "green": 1, "blue": 2}
+    texts = [f"{colour} {thing}" for colour in colours for thing in ("heart", "star", "cat")]
+
+    def encode(asked: Sequence[str]) -> dict[str, Tensor]:
+        """(B, 4, 6): a place a word, the words in a space of six."""
+        states = torch.zeros(len(asked), 4, 6)
+        for row, text in enumerate(asked):
+            for place, word in enumerate(text.split()):
+                states[row, place, [*colours, "heart", "star", "cat"].index(word)] = 1.0
+        return {"encoder_hidden_states": states}
+
+    vectors = prompt_vectors(Prompts(texts, encode), torch.arange(9).repeat(20))
+    assert vectors.shape == (180, 6)
+    assert torch.allclose(vectors.std(0), torch.ones(6), atol=1e-3)
+    draw = torch.Generator().manual_seed(0)
+    images = 0.3 * torch.randn((180, 3, 16, 16), generator=draw)
+    for place in range(180):
+        images[place, colours[texts[place % 9].split()[0]]] += 0.5
+    torch.manual_seed(0)
+    network = FeatureNetwork(3, 6)
+    train_on(network, images, vectors, 0, 80, 32)
+    with torch.no_grad():
+        nearest = (F.normalize(network(images), dim=1) @ F.normalize(vectors[:9], dim=1).T).argmax(1)
+    right = [texts[int(found)].split()[0] == texts[place % 9].split()[0] for place, found in enumerate(nearest)]
+    assert sum(right) > 150
+
+
+def test_the_feature_reward_of_a_text_to_image_teacher_knows_no_classes() -> None:
+    teacher = Teacher.from_diffusers(pipelines.stable_diffusion(), prompts=pipelines.PROMPTS)
+    found = FeatureReward.fit(teacher, pool.compute(teacher, 8, "train"), 0, updates=2, batch=4)
+    assert found.network.head.out_features == 32  # the text encoder's width
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    assert torch.equal(found(images, images, None), torch.zeros(4))
+    assert bool((found(images, images.flip(0), None) < 0).all())

@@ -1,7 +1,8 @@
 """A perceptual paired reward in the features of a small convolutional network.
 
-The network is trained in seconds on the teacher's own labelled outputs (no data set is needed); without classes its
-random, seeded weights serve. It is never a judge: evaluation uses other networks (``distill/evaluate.py``).
+The network is trained in seconds on the teacher's own outputs (no data set is needed): to tell their classes, or which
+prompt each belongs to; without either its random, seeded weights serve. It is never a judge: evaluation uses other
+networks (``distill/evaluate.py``).
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.prompts import ENCODE_BATCH, Prompts
 from redif_sdk.distill.teacher import Teacher
+
+TEMPERATURE = 0.1  # of matching pictures with prompts
 
 
 class FeatureNetwork(nn.Module):
-    """Three convolutions; ``features`` gives the maps that are compared, ``forward`` the class logits."""
+    """Three convolutions; ``features`` gives the maps that are compared, ``forward`` class logits, or of prompts what
+    is compared with their vectors: (B, outputs)."""
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             [
@@ -26,7 +31,7 @@ class FeatureNetwork(nn.Module):
                 nn.Conv2d(48, 96, 3, stride=1, padding=1),
             ]
         )
-        self.head = nn.Linear(96, num_classes)
+        self.head = nn.Linear(96, outputs)
 
     def features(self, images: Tensor) -> list[Tensor]:
         maps, x = [], F.avg_pool2d(images, 2) if images.shape[-1] > 64 else images
@@ -41,7 +46,8 @@ class FeatureNetwork(nn.Module):
 
 
 def train_on(network: FeatureNetwork, images: Tensor, labels: Tensor, seed: int, updates: int, size: int) -> None:
-    """A short classification training: AdamW, a little noise on the images."""
+    """A short training: AdamW, a little noise on the images. ``labels`` are classes (N,), or vectors of prompts (N, D):
+    these are matched as CLIP's are (Radford et al. 2021, figure 3), each against those of the batch."""
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=updates)
@@ -49,11 +55,27 @@ def train_on(network: FeatureNetwork, images: Tensor, labels: Tensor, seed: int,
         index = torch.randint(0, len(images), (size,), generator=draw)
         batch = images[index]
         batch = batch + 0.1 * torch.randn(batch.shape, generator=draw).to(batch.device)
-        loss = F.cross_entropy(network(batch), labels[index])
+        logits, wanted = network(batch), labels[index]
+        if labels.dim() == 2:
+            logits = F.normalize(logits, dim=1) @ F.normalize(wanted, dim=1).T / TEMPERATURE
+            wanted = (index[:, None] == index).int().argmax(1).to(batch.device)
+        loss = F.cross_entropy(logits, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def prompt_vectors(prompts: Prompts, condition: Tensor) -> Tensor:
+    """What a text encoder makes of each prompt, averaged over its places: (N, D), each number of deviation 1."""
+    vectors = []
+    for part in condition.split(ENCODE_BATCH):
+        tensors = [tensor.float() for tensor in prompts(part).values() if tensor.is_floating_point()]
+        vectors.append(
+            torch.cat([tensor.flatten(1, -2).mean(1) if tensor.dim() > 2 else tensor for tensor in tensors], 1)
+        )
+    found = torch.cat(vectors)
+    return (found - found.mean(0)) / (found.std(0) + 1e-6)
 
 
 class FeatureReward:
@@ -68,14 +90,18 @@ class FeatureReward:
 
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
-        """Train the features on the pool's outputs and labels (or keep the random ones where there are no labels)."""
+        """Train the features on the pool's outputs and what they were asked for (or keep the random ones)."""
         images = teacher.images(pairs.target).clamp(*teacher.postprocess.value_range)
+        labels, outputs = pairs.condition, teacher.num_conditions or 1
+        if labels is not None and teacher.prompts is not None:
+            labels = prompt_vectors(teacher.prompts, labels).to(images.device)
+            outputs = labels.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = FeatureNetwork(images.shape[1], teacher.num_conditions or 1)
+            network = FeatureNetwork(images.shape[1], outputs)
         network = network.to(images.device)
-        if pairs.condition is not None and updates:
-            train_on(network, images, pairs.condition, seed, updates, batch)
+        if labels is not None and updates:
+            train_on(network, images, labels, seed, updates, batch)
         return cls(network)
 
     @torch.no_grad()

@@ -36,8 +36,12 @@ SHEET_SEED = 7
 COLUMNS = 10
 
 #: K -> share of the minutes, and settings over the preset "best"; chosen as docs/text-to-image.md says.
-SETTINGS: dict[int, tuple[float, dict[str, Any]]] = {1: (0.4, {}), 2: (0.35, {}), 4: (0.25, {})}
-COMMON = {"reward_space": "latents", "reward": "texture", "pool_size": 2048}
+SETTINGS: dict[int, tuple[float, dict[str, Any]]] = {
+    1: (0.3, {}),
+    2: (0.3, {"step_delta": 0.4}),
+    4: (0.4, {"step_delta": 0.4, "regression_rows": 0}),
+}
+COMMON = {"reward_space": "latents", "reward": "texture", "pool_size": 2048, "calibration": 0}
 
 
 def text_quickstart(
@@ -151,12 +155,13 @@ def _distil(
     chosen = {count: SETTINGS.get(count, (0.25, {})) for count in steps}
     whole = sum(share for share, _ in chosen.values())
     students: dict[int, Student] = {}
+    before: Student | None = None  # each begins with the weights of the one of fewer steps
     for count, (share, settings) in chosen.items():
         budget = {"seconds": 60 * minutes * share / whole} | ({"updates": updates} if updates else {})
         config = resolve({"num_inference_steps": count, "seed": seed, **COMMON, **settings, **budget}, name="best")
         pairs, _ = pool.get(teacher, config.pool_size, "train")
         with report.part(f"redif: student of {count} step(s)") as show:
-            students[count] = distill(teacher, config, pairs=pairs, on_progress=show)
+            students[count] = before = distill(teacher, config, start=before, pairs=pairs, on_progress=show)
             students[count].save_pretrained(output / f"student-{count}", overwrite=True)
     return students
 

@@ -130,9 +130,6 @@ def train(
     path = folder / f"{stage}.pt"
     ema = copy.deepcopy(network).requires_grad_(False).eval()
     parameters = [p for p in network.parameters() if p.requires_grad]
-    averaged: list[Tensor] = [
-        p for p, own in zip(ema.parameters(), network.parameters(), strict=True) if own.requires_grad
-    ]
     slow = {id(p) for p in network.text_encoder.parameters()} if isinstance(network, TextDenoiser) else set()
     groups = [
         {"params": [p for p in parameters if (id(p) in slow) == slower], "rate": rate}
@@ -179,7 +176,7 @@ def train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             decay = min(settings.ema_decay, (1 + update) / (10 + update))
-            torch._foreach_lerp_(averaged, [p.data for p in parameters], 1 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
             update += 1
             running = value.item() if math.isnan(running) else 0.98 * running + 0.02 * value.item()
             if update % 500 == 0:
@@ -391,12 +388,11 @@ def run(
     with draws.first_before_others():
         latents, scaling_factor = encode_all(vae, training, folder)
     vae.register_to_config(scaling_factor=scaling_factor)
-    for part in (vae.decoder, vae.post_quant_conv):  # the latents stay as they are
+    vae.requires_grad_(False)  # the latents stay as they are
+    for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
     vae, facts["decoder"], done = stage("decoder", vae, autoencoder_loss(training, decoder, architecture), decoder)
-    if stages == ("decoder",) or not (done or {"text", "diffusion", "publish"} & set(stages)):
+    if "decoder" in stages and (not done or stages == ("decoder",)):
         return None
     if initial is None:
         torch.manual_seed(text.seed)

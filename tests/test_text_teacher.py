@@ -152,6 +152,19 @@ def test_the_decoder_is_trained_on_and_the_latents_stay(trained: Trained, folder
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_a_decoder_that_is_not_trained_to_its_end_is_not_passed_over(
+    trained: Trained, folder: Path, data: Captioned, vocabulary: Path, tmp_path: Path
+) -> None:
+    """All the other stages are done: what is missing of the decoder still holds the whole run up."""
+    for path in folder.glob("*.pt"):
+        shutil.copy(path, tmp_path)
+    more = replace(DECODER, samples=400)
+    stages = ("autoencoder", "decoder", "text", "diffusion", "publish")
+    sizes = (TINY, AUTOENCODER, more, TEXT, DIFFUSION)
+    assert run(tmp_path, data, vocabulary, *sizes, stages=stages, seconds=0.0) is None
+    assert run(tmp_path, data, vocabulary, *sizes, stages=("diffusion",), seconds=0.0) is not None
+
+
 def test_more_samples_may_be_asked_for_later(tmp_path: Path) -> None:
     network = nn.Linear(2, 1)
 
@@ -282,18 +295,9 @@ def test_training_goes_on_from_a_published_teacher(
     text = (tmp_path / "second/README.md").read_text()
     assert "UNet together 64 in" in text
     assert "2 runs, each from the weights of the one before" in text
+    wider = replace(TINY, unet_channels=(16, 48))
     with pytest.raises(InvalidRequest, match=r"training cannot go on from .*UNet2DConditionModel"):
-        run(
-            folder,
-            data,
-            vocabulary,
-            replace(TINY, unet_channels=(16, 48)),
-            AUTOENCODER,
-            DECODER,
-            TEXT,
-            none,
-            initial=first,
-        )
+        run(folder, data, vocabulary, wider, AUTOENCODER, DECODER, TEXT, none, initial=first)
     with pytest.raises(InvalidRequest, match=r"training cannot go on from .*redif_teacher\.json"):
         run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, none, initial=tmp_path)
 

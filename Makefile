@@ -30,7 +30,7 @@ quickstart: $(READY)
 	$(BIN)/redif quickstart --output build/quickstart
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench-distill-smoke: $(READY)
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_distillation_benchmark.py

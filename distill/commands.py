@@ -190,6 +190,7 @@ def distill_command(
             rebuild=rebuild_bank,
             device=place,
             on_batch=lambda n: progress.update(task, advance=n),
+            path=config.segments > 0,
         )
         progress.update(task, completed=count)
         task = progress.add_task(f"{method}, {steps} step(s)", total=1.0, note="")

@@ -50,6 +50,9 @@ class DistillConfig(BaseModel):
     supervision: Literal["rollout", "trajectory"] = Field(
         "rollout", description="regression: of the output, or each row."
     )
+    segments: float = Field(
+        0.0, ge=0, le=1, description="regression, warm starts: share that is by rows, along the teacher's own path."
+    )
     huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
     anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
     matching: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")

@@ -41,6 +41,8 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
     trial = config.model_copy(update={"schedule_updates": 0, "early_stop": 0, "tracker": None})
     trainer = Trainer(teacher, trial, pairs)
     trainer.method.prepare(trainer.context)
+    if config.segments:
+        pool_seconds += trainer.follow() * pool_size / small
     spent, seconds = [], []
     for progress in POINTS:
         trainer._step(progress)  # the first of a phase makes its networks

@@ -49,7 +49,7 @@ def examine_teacher(
         _tried("deterministic", lambda: _determinism(teacher)),
     ]
     begun = time.monotonic()
-    pairs = compute(teacher, PICTURES, "train", batch_size=PICTURES)
+    pairs = compute(teacher, PICTURES, "train")
     per_call = (time.monotonic() - begun) / (PICTURES * teacher.num_inference_steps * teacher.calls_per_step)
     if not torch.isfinite(pairs.target).all():
         return [*found, _row("samples", "problem", "the teacher's samples are not finite; check its schedule")]

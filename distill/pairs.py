@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from redif_sdk.noise import TRAINING_SLOT, noise
 
 BANK_FILE = "bank.npz"
 HELD_OUT_SEED = 2026
+BATCH, CHUNK = 128, 512  # entries that the teacher is asked for at once, and of a file of the cache
+LARGEST_PATH = 4 << 30  # bytes
 PIXEL_BANK_SIZES = {"train": 4096, "held_out": 2000}
 
 
@@ -33,6 +36,7 @@ PIXEL_BANK_SIZES = {"train": 4096, "held_out": 2000}
 class Pairs:
     """``noise`` and ``target`` (N, C, H, W) float32 latents, ``condition`` (N,) int64 or None.
 
+    ``states`` (N, K, C, H, W): where each pair's teacher stood at the times of the student's K rows (`with_states`).
     ``index`` (N,) int64 and ``stream`` (seed, first slot) say which noise it is, so that a sampler that draws noise
     between its rows has the slots that follow.
     """
@@ -42,18 +46,20 @@ class Pairs:
     condition: Tensor | None
     index: Tensor | None = None
     stream: tuple[int, int] = (0, TRAINING_SLOT)
+    states: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def __getitem__(self, index: Tensor | slice) -> Pairs:
-        condition, own = (None if part is None else part[index] for part in (self.condition, self.index))
-        return Pairs(self.noise[index], self.target[index], condition, own, self.stream)
+        more = (self.condition, self.index, self.states)
+        condition, own, states = (None if part is None else part[index] for part in more)
+        return Pairs(self.noise[index], self.target[index], condition, own, self.stream, states)
 
     def to(self, device: torch.device | str) -> Pairs:
         """The same pairs on ``device``; the indices stay, since noise is drawn from them on the CPU."""
-        condition = None if self.condition is None else self.condition.to(device)
-        return Pairs(self.noise.to(device), self.target.to(device), condition, self.index, self.stream)
+        condition, states = (None if part is None else part.to(device) for part in (self.condition, self.states))
+        return Pairs(self.noise.to(device), self.target.to(device), condition, self.index, self.stream, states)
 
     def slices(self, count: int) -> Tensor:
         """``count`` slices of noise (count, N, C, H, W); the first is ``noise``.
@@ -77,16 +83,17 @@ def _stream(split: str, seed: int) -> tuple[int, int]:
     return (seed, TRAINING_SLOT) if split == "train" else (HELD_OUT_SEED, 0)
 
 
-def _pairs(teacher: Teacher, target: Tensor, split: str, seed: int) -> Pairs:
-    count = len(target)
-    start, index = pool_noise(teacher.shape, count, split, seed), torch.arange(count)
-    return Pairs(start, target, teacher.labels(np.arange(count)), index, _stream(split, seed))
+def _pairs(teacher: Teacher, target: Tensor, split: str, seed: int, low: int = 0) -> Pairs:
+    entries = np.arange(low, low + len(target))
+    start = pool_noise(teacher.shape, len(entries), split, seed, low)
+    return Pairs(start, target, teacher.labels(entries), torch.from_numpy(entries), _stream(split, seed))
 
 
-def pool_noise(shape: tuple[int, int, int], count: int, split: str, seed: int = 0) -> Tensor:
-    """The pool's starting noise, (count, C, H, W): image i is (seed, i), in a training or a deployment slot."""
+def pool_noise(shape: tuple[int, int, int], count: int, split: str, seed: int = 0, low: int = 0) -> Tensor:
+    """The starting noise of ``count`` entries from ``low`` on, (count, C, H, W): image i is (seed, i), in a training or
+    a deployment slot."""
     key, slot = _stream(split, seed)
-    return torch.from_numpy(noise([(key, i) for i in range(count)], shape, first_slot=slot)[0])
+    return torch.from_numpy(noise([(key, i) for i in range(low, low + count)], shape, first_slot=slot)[0])
 
 
 def compute(
@@ -95,21 +102,88 @@ def compute(
     split: str,
     *,
     seed: int = 0,
-    batch_size: int = 128,
+    low: int = 0,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], object] | None = None,
+    times: Sequence[float] = (),
 ) -> Pairs:
-    """Sample the teacher on the pool: ``count`` x its steps x its calls a step network calls, on ``device``."""
-    start = pool_noise(teacher.shape, count, split, seed)
-    condition = teacher.labels(np.arange(count))
-    outputs = []
-    for low in range(0, count, batch_size):
-        part = slice(low, low + batch_size)
-        labels = None if condition is None else condition[part].to(device)
-        outputs.append(teacher.sample(start[part].to(device), labels).cpu())
+    """Sample the teacher on ``count`` entries of the pool from entry ``low`` on, on ``device``.
+
+    ``count`` x its steps x its calls a step network calls. With the states at ``times``, if there are any."""
+    empty = _pairs(teacher, torch.empty(count, 0), split, seed, low)
+    outputs, states = [], []
+    for part in _batches(empty):
+        labels = None if part.condition is None else part.condition.to(device)
+        output, path = teacher.follow(part.noise.to(device), labels, times)
+        outputs.append(output.cpu())
+        states.append(path.cpu())
         if on_batch:
-            on_batch(len(outputs[-1]))
-    return _pairs(teacher, torch.cat(outputs), split, seed)
+            on_batch(len(part))
+    return replace(empty, target=torch.cat(outputs), states=torch.cat(states) if times else None)
+
+
+def _batches(pairs: Pairs) -> list[Pairs]:
+    return [pairs[low : low + BATCH] for low in range(0, len(pairs), BATCH)]
+
+
+def path_fits(teacher: Teacher, count: int) -> bool:
+    """Whether the whole path of ``count`` samples may lie in the cache, as float16; else states at asked times do."""
+    return 2 * count * len(teacher.grid()) * math.prod(teacher.shape) <= LARGEST_PATH
+
+
+def with_states(teacher: Teacher, pairs: Pairs, times: Sequence[float], *, cache: Path | None = None) -> Pairs:
+    """``pairs`` with their ``states`` at ``times``, of `Teacher.grid`: from the cache, or the teacher once more.
+
+    That takes as many network calls as the pairs did, unless `get` was told that the path will be wanted. They are
+    sampled where the pairs are, kept in pieces, and shared by students of other steps where the whole path fits.
+    """
+    grid = teacher.grid()
+    kept = grid if path_fits(teacher, len(pairs)) else list(times)
+    places = [kept.index(float(t)) for t in times]
+    parts = []
+    with draws.first_before_others():
+        for low in range(0, len(pairs), CHUNK):
+            piece = pairs[low : low + CHUNK]
+            path = _path_file(teacher, piece, kept, cache or cache_folder())
+            states = _kept(path, (len(piece), len(kept), *teacher.shape), places)
+            if states is None:
+                whole = [teacher.follow(part.noise, part.condition, kept)[1].half() for part in _batches(piece)]
+                states = torch.cat(whole)
+                _keep(path, states)
+                states = states[:, places]
+            parts.append(states.float().to(pairs.noise.device))
+    return replace(pairs, states=torch.cat(parts))
+
+
+def _path_file(teacher: Teacher, piece: Pairs, times: Sequence[float], cache: Path) -> Path | None:
+    """Where the states of a piece of the pool are kept; None: nowhere, their origin is not known."""
+    if not teacher.identity or piece.index is None:
+        return None
+    entries = hashlib.sha256(piece.index.numpy().tobytes()).hexdigest()
+    return _file(cache, "path", f"{teacher.identity} {teacher.num_inference_steps} {piece.stream} {entries} {times} 1")
+
+
+def _file(cache: Path, kind: str, key: str) -> Path:
+    return cache / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+
+
+def _kept(path: Path | None, shape: tuple[int, ...], places: Sequence[int] | None = None) -> Tensor | None:
+    """What a file of the cache holds, of a path at ``places`` alone; None: nothing of that shape."""
+    if path is None or not path.is_file():
+        return None
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if found.shape != shape:
+        return None
+    return torch.from_numpy(np.array(found if places is None else found[:, places]))
+
+
+def _keep(path: Path | None, values: Tensor) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, values.cpu().numpy())
+    atomic_write(path, buffer.getvalue())
 
 
 def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
@@ -130,9 +204,11 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
     return _pairs(teacher, target, split, 0)
 
 
-def _cache_file(teacher: Teacher, count: int, split: str, seed: int, cache: Path) -> Path:
-    key = f"{teacher.identity} {teacher.num_inference_steps} {split} {seed} {count} 1"
-    return cache / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+def _pieces(teacher: Teacher, count: int, split: str, seed: int, cache: Path) -> list[tuple[int, int, Path]]:
+    """The files of a pool: (first entry, entries, file) each. Pools of other sizes share them."""
+    pieces = [(low, min(CHUNK, count - low)) for low in range(0, count, CHUNK)]
+    named = f"{teacher.identity} {teacher.num_inference_steps} {split} {seed}"
+    return [(low, size, _file(cache, "pairs", f"{named} {low} {size} 2")) for low, size in pieces]
 
 
 def cache_folder() -> Path:
@@ -143,7 +219,8 @@ def is_there(teacher: Teacher, count: int, split: str, *, seed: int = 0, cache: 
     """Whether :func:`get` would find these pairs without asking the teacher."""
     if seed == 0 and shipped(teacher, count, split) is not None:
         return True
-    return bool(teacher.identity) and _cache_file(teacher, count, split, seed, cache or cache_folder()).is_file()
+    pieces = _pieces(teacher, count, split, seed, cache or cache_folder())
+    return bool(teacher.identity) and all(path.is_file() for _, _, path in pieces)
 
 
 def get(
@@ -156,14 +233,16 @@ def get(
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], object] | None = None,
+    path: bool = False,
 ) -> tuple[Pairs, int]:
     """The pairs, from the shipped bank, the cache, or the teacher; and how many teacher calls they took (ever).
 
     ``split`` is "train" or "held_out"; ``device`` is where the teacher samples. A bank's calls are counted although
-    this run did not spend them.
+    this run did not spend them. What was sampled is kept piece by piece, so that a run that was killed goes on.
+    ``path``: `with_states` will be asked for these pairs; of those that the teacher is asked for, keep what it needs.
     """
     with draws.first_before_others():
-        return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), device, on_batch)
+        return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), device, on_batch, path)
 
 
 def _get(
@@ -175,6 +254,7 @@ def _get(
     cache: Path,
     device: torch.device | str,
     on_batch: Callable[[int], object] | None,
+    path: bool,
 ) -> tuple[Pairs, int]:
     if count < 1:
         raise InvalidRequest(f"the pool needs at least one pair, not {count}")
@@ -185,14 +265,15 @@ def _get(
             return bank, calls
     if not teacher.identity:
         return compute(teacher, count, split, seed=seed, device=device, on_batch=on_batch), calls
-    path = _cache_file(teacher, count, split, seed, cache)
-    if path.is_file() and not (rebuild and draws.rank() == 0):
-        target = torch.from_numpy(np.load(path, allow_pickle=False))
-        if target.shape == (count, *teacher.shape):
-            return _pairs(teacher, target, split, seed), calls
-    pairs = compute(teacher, count, split, seed=seed, device=device, on_batch=on_batch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, pairs.target.numpy())
-    atomic_write(path, buffer.getvalue())
-    return pairs, calls
+    grid = teacher.grid() if path and path_fits(teacher, count) else []
+    targets = []
+    for low, size, file in _pieces(teacher, count, split, seed, cache):
+        target = None if rebuild and draws.rank() == 0 else _kept(file, (size, *teacher.shape))
+        if target is None:
+            made = compute(teacher, size, split, seed=seed, low=low, device=device, on_batch=on_batch, times=grid)
+            target = made.target
+            if made.states is not None:
+                _keep(_path_file(teacher, made, grid, cache), made.states.half())
+            _keep(file, target)
+        targets.append(target)
+    return _pairs(teacher, torch.cat(targets), split, seed), calls

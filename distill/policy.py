@@ -72,6 +72,15 @@ class StudentPolicy:
         mean: Tensor = self.table.clean(k, x, f.float())
         return mean
 
+    def advance(self, rows: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
+        """The next states x' (B, C, H, W) of samples that stand each at its own row, ``rows`` (B,) int64; e = 0."""
+        table = torch.from_numpy(self.table.rows.copy()).to(x.device)[rows]
+        t, p, q, r, s = (column.view(-1, 1, 1, 1) for column in table.T[:5])
+        self.meter.gradient_samples += len(x)
+        with nullcontext() if self.exact else autocast(x.device.type):
+            f = self.network(x, t.flatten(), condition)
+        return r * (p * x + q * f.float()) + s * x
+
     def finish(
         self, k: int, x: Tensor, action: Tensor, condition: Tensor | None, noise: Tensor | None = None
     ) -> Tensor:

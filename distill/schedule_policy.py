@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.rewards import Advantage
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
-from redif_sdk.errors import UnsupportedModel
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.schedulers import edm_table
 from redif_sdk.steps import NoiseSchedule, StepTable
 
 GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(16))  # .90 to 1.20
@@ -38,11 +41,38 @@ def times_of(first: int, m: Tensor) -> list[int]:
     return times
 
 
-def _table(schedule: NoiseSchedule, times: list[int], prediction_type: str) -> StepTable:
+def table_at(schedule: NoiseSchedule, times: Sequence[float], prediction_type: str) -> StepTable:
+    """The deterministic table whose rows are at falling ``times``; of a discrete schedule they are rounded."""
+    if schedule.edm is not None:
+        levels = np.exp(4.0 * np.asarray(times))  # t = ln(sigma) / 4
+        plain = edm_table(schedule.edm, len(times))
+        return StepTable.edm(
+            levels,
+            sigma_data=schedule.edm.sigma_data,
+            v_prediction=schedule.edm.v_prediction,
+            init_scale=plain.init_scale,
+        )
     if schedule.flow:
         last = len(schedule) - 1
         return StepTable.flow_euler(sigmas=[t / last for t in times], time_scale=last)
-    return StepTable.ddim(schedule, timesteps=times, prediction_type=prediction_type)
+    return StepTable.ddim(schedule, timesteps=[round(t) for t in times], prediction_type=prediction_type)
+
+
+def on_grid(times: Sequence[float], grid: Sequence[float]) -> list[float]:
+    """Of falling ``grid``, as many distinct times as there are ``times``, each the nearest that is left to its row.
+
+    Raises:
+        InvalidRequest: the grid has fewer times.
+    """
+    if len(grid) < len(times):
+        raise InvalidRequest(
+            f"the teacher's path has {len(grid)} steps, too few for {len(times)} segments; set segments to 0"
+        )
+    chosen: list[int] = []
+    for k, time in enumerate(times):
+        free = range(chosen[-1] + 1 if chosen else 0, len(grid) - (len(times) - 1 - k))
+        chosen.append(min(free, key=lambda place: abs(grid[place] - time)))
+    return [grid[place] for place in chosen]
 
 
 def learn_times(
@@ -71,7 +101,7 @@ def learn_times(
             xi = torch.cat([half, -half])
             rewards = torch.zeros(GROUP)
             for g, m in enumerate(mean + SPREAD * xi):
-                policy.table = _table(schedule, times_of(start[0], m), prediction_type)
+                policy.table = table_at(schedule, times_of(start[0], m), prediction_type)
                 with torch.no_grad():
                     output = policy.sample(batch.noise, batch.condition)
                 rewards[g] = advantage.score(output, batch.target, batch.condition)
@@ -83,7 +113,7 @@ def learn_times(
             mean = mean + RATE * (1 - 0.7) / (1 - 0.7 ** (update + 1)) * momentum * math.sqrt(1 - update / updates)
     finally:
         policy.table = original
-    return _table(schedule, times_of(start[0], mean), prediction_type)
+    return table_at(schedule, times_of(start[0], mean), prediction_type)
 
 
 def gain_cost(context: Context, count: int) -> float:

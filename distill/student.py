@@ -223,7 +223,8 @@ def distill(
         teacher = _with_student(teacher, network)
     check_deterministic(teacher)
     if pairs is None:
-        pairs, calls = pool.get(teacher, pool_size(teacher, config), "train", device=chosen_device(config.device))
+        size, place = pool_size(teacher, config), chosen_device(config.device)
+        pairs, calls = pool.get(teacher, size, "train", device=place, path=config.segments > 0)
     else:
         calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
     begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start

@@ -152,20 +152,47 @@ class Teacher:
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int | None = None) -> Tensor:
         """The teacher's deterministic output for ``noise`` (B, C, H, W), by its own sampler: latents of that shape."""
-        steps = num_inference_steps or self.num_inference_steps
-        if self.sampler is None:
-            return self.few_steps(noise, condition, steps)
-        return self.sampler(lambda x, t: self(x, t, condition), noise, steps)
+        return self._run(lambda x, t: self(x, t, condition), noise, num_inference_steps or self.num_inference_steps)
 
     @torch.no_grad()
     def few_steps(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int) -> Tensor:
         """What the untrained student would give: the teacher's network, guided, by :meth:`table`."""
-        table = self.table(num_inference_steps)
-        x = table.init_scale * noise
-        for k, t in enumerate(table.timesteps):
-            f = self(x, torch.full((len(x),), float(t), device=x.device), condition)
-            x = table.advance(k, x, table.clean(k, x, f))
-        return x
+        return _by_table(lambda x, t: self(x, t, condition), noise, self.table(num_inference_steps))
+
+    def _run(self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_inference_steps: int) -> Tensor:
+        if self.sampler is None:
+            return _by_table(predict, noise, self.table(num_inference_steps))
+        return self.sampler(predict, noise, num_inference_steps)
+
+    @torch.no_grad()
+    def grid(self) -> list[float]:
+        """The times that the teacher's own sampler gives its network, in its order, each once. No call is made."""
+        seen: dict[float, None] = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            seen.setdefault(float(t[0]))
+            return torch.zeros_like(x)
+
+        self._run(predict, torch.zeros(1, *self.shape), self.num_inference_steps)
+        return list(seen)
+
+    @torch.no_grad()
+    def follow(self, noise: Tensor, condition: Tensor | None, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """:meth:`sample`'s output for ``noise`` (B, C, H, W), and what the network was given on the way.
+
+        (B, C, H, W) and (B, len(times), C, H, W): the states at ``times``, of :meth:`grid`.
+        """
+        seen: dict[float, Tensor] = {}
+        wanted = {float(t) for t in times}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if (time := float(t[0])) in wanted:
+                seen.setdefault(time, x)
+            return self(x, t, condition)
+
+        output = self._run(predict, noise, self.num_inference_steps)
+        states = [seen[float(t)] for t in times]
+        return output, torch.stack(states, 1) if states else noise.new_empty(len(noise), 0, *noise.shape[1:])
 
     def images(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``.
@@ -299,6 +326,13 @@ class Teacher:
             fingerprint=fingerprint or "",
             guidance=guidance,
         )
+
+
+def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:
+    x = table.init_scale * noise
+    for k, t in enumerate(table.timesteps):
+        x = table.advance(k, x, table.clean(k, x, predict(x, torch.full((len(x),), float(t), device=x.device))))
+    return x
 
 
 def noise_process(

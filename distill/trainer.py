@@ -24,10 +24,11 @@ from redif_sdk.distill.costs import flops
 from redif_sdk.distill.evaluate import precision_recall
 from redif_sdk.distill.lora import adapted, merged
 from redif_sdk.distill.methods import Context, Method, make_method
-from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.pairs import Pairs, with_states
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.precision import chosen_device
 from redif_sdk.distill.rewards import Advantage, make_rewards
+from redif_sdk.distill.schedule_policy import on_grid, table_at
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.files import atomic_write
@@ -198,6 +199,8 @@ class Trainer:
         else:
             self.method.prepare(self.context)
             self.meter.seconds = time.monotonic() - began
+        began += self.follow()
+        if not resumed:
             self._save(log)
         saved = time.monotonic()
         while True:
@@ -225,6 +228,19 @@ class Trainer:
         self.method.finish(self.context, student)
         student.network.cpu()  # judged, saved and exported there
         return student
+
+    def follow(self) -> float:
+        """With ``segments``: the table's times move to the nearest of the teacher's own path, and the pairs get the
+        states there. Returns the seconds it took, which like the pool's own are not the budget's."""
+        if not self.config.segments:
+            return 0.0
+        began, policy = time.monotonic(), self.context.policy
+        if policy.table.stochastic:
+            raise UnsupportedModel("segments need a deterministic step table (eta = 0); set segments to 0")
+        times = on_grid([float(t) for t in policy.table.timesteps], self.teacher.grid())
+        policy.table = table_at(self.teacher.schedule, times, self.teacher.prediction_type)
+        self.pairs = self.context.pairs = with_states(self.teacher, self.pairs, times)
+        return time.monotonic() - began
 
     def _step(self, progress: float) -> dict[str, float]:
         config, network = self.config, self.context.policy.network

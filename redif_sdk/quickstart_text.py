@@ -159,7 +159,7 @@ def _distil(
     for count, (share, settings) in chosen.items():
         budget = {"seconds": 60 * minutes * share / whole} | ({"updates": updates} if updates else {})
         config = resolve({"num_inference_steps": count, "seed": seed, **COMMON, **settings, **budget}, name="best")
-        pairs, _ = pool.get(teacher, config.pool_size, "train")
+        pairs, _ = pool.get(teacher, config.pool_size, "train", path=config.segments > 0)
         with report.part(f"redif: student of {count} step(s)") as show:
             students[count] = before = distill(teacher, config, start=before, pairs=pairs, on_progress=show)
             students[count].save_pretrained(output / f"student-{count}", overwrite=True)

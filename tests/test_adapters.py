@@ -185,14 +185,15 @@ def test_each_row_has_the_schedulers_own_clean_estimate(case: tuple[str, Any, Te
 def test_a_student_learns_by_adapters_and_draws_the_same_in_plain_diffusers(
     case: tuple[str, Any, Teacher], tmp_path: Path
 ) -> None:
-    """One update of redif with LoRA; the folder that it leaves is one that diffusers' own class loads."""
+    """An update of each of redif's phases with LoRA; diffusers' own class loads the folder that it leaves."""
     import diffusers
 
     name, _, teacher = case
     config = DistillConfig(
         num_inference_steps=2,
-        updates=2,
-        warm_start=0.5,
+        updates=3,
+        segments=0.3,
+        warm_start=0.6,
         schedule_updates=0,
         pool_size=8,
         batch_size=4,

@@ -36,11 +36,19 @@ class ReDiF(Method):
         self.fake: FakeScore | None = None
 
     def prepare(self, context: Context) -> None:
-        """The schedule policy. K = 1 has no times to learn."""
-        if context.config.schedule_updates and context.policy.num_inference_steps > 1:
-            context.policy.table = learn_times(
-                context.policy, context.pairs, context.advantage, context.config.schedule_updates, context.config.seed
-            )
+        """The schedule policy. K = 1 has no times to learn.
+
+        A guided teacher judges times itself, at all its calls a step: the student's network does not know guidance yet.
+        """
+        config, teacher, policy = context.config, context.teacher, context.policy
+        if not config.schedule_updates or policy.num_inference_steps == 1:
+            return
+        judged = policy
+        if teacher.guidance is not None:
+            judged = StudentPolicy(teacher, policy.table, policy.schedule, exact=True)  # type: ignore[arg-type]  # it is called
+        policy.table = learn_times(judged, context.pairs, context.advantage, config.schedule_updates, config.seed)
+        if judged is not policy:
+            policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         if progress < context.config.warm_start:

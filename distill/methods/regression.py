@@ -3,7 +3,10 @@
 The plain supervised baseline (Luhman and Luhman 2021, "Knowledge distillation in iterative generative models", with K
 calls in place of one), and the warm start of ReDiF. Through the rollout only the final output counts, and gradients
 flow through all rows. Along the trajectory every row's clean image counts, at the states that the student's own rollout
-visits (as in DAgger, Ross et al. 2011), and each row by itself.
+visits (as in DAgger, Ross et al. 2011), and each row by itself. By segments each row learns to go where the teacher's
+own path leads from the row's time to the next row's (progressive distillation's stage, Salimans and Ho 2022, on paths
+from noise in place of noised data, and of any length): one call a sample whatever K, and nothing is learnt through
+what the other rows get wrong yet.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from redif_sdk.distill import draws
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.pairs import Pairs
+
+EARLIER = 4.0  # what an error counts at rows before the last, which later rows make larger
 
 
 def visible_residual(output: Tensor, target: Tensor, bounds: tuple[float, float] | None) -> Tensor:
@@ -41,6 +47,9 @@ class Regression(Method):
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         policy = context.policy
+        if progress < context.config.segments:
+            yield self._segments(context, batch, generator)
+            return
         if context.config.supervision == "trajectory":
             with torch.no_grad():
                 states = policy.states(batch.noise, batch.condition)
@@ -50,3 +59,15 @@ class Regression(Method):
         residuals = [visible_residual(output, batch.target, context.bounds) for output in outputs]
         loss = torch.stack([error(residual, context.config.huber) for residual in residuals]).mean()
         yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}
+
+    def _segments(self, context: Context, batch: Pairs, generator: torch.Generator) -> Loss:
+        """sum_i w |x'_k(x_i) - x_i'|^2, k drawn for each sample; before the last row w = `EARLIER`."""
+        assert batch.states is not None
+        steps = context.policy.num_inference_steps
+        device = batch.noise.device
+        rows = draws.integers(0, steps, len(batch), generator, device)
+        ends = torch.cat([batch.states[:, 1:], batch.target[:, None]], 1)
+        each = torch.arange(len(batch), device=device)
+        residual = context.policy.advance(rows, batch.states[each, rows], batch.condition) - ends[each, rows]
+        weight = torch.where(rows < steps - 1, EARLIER, 1.0).view(-1, 1, 1, 1)
+        return error(weight.sqrt() * residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}

@@ -71,6 +71,9 @@ def distill_command(
     width: Width = None,
     reward_space: Annotated[str, typer.Option(help="What rewards see: images, or latents undecoded.")] = "images",
     warm_start: Annotated[float, typer.Option(help="redif: share of the run that is regression.")] = 0.7,
+    segments: Annotated[
+        float, typer.Option(help="Share of the run in which each step learns its own part of the teacher's path.")
+    ] = 0.0,
     step_delta: Annotated[float, typer.Option(help="redif: rms step of the output along the reward's rise.")] = 0.15,
     exploration: Annotated[float, typer.Option(help="redif: standard deviation of an action.")] = 0.1,
     lora_rank: Annotated[int, typer.Option(help="Train low-rank adapters of this rank; 0: all weights.")] = 0,
@@ -134,6 +137,7 @@ def distill_command(
         "learning_rate": learning_rate,
         "estimator": estimator,
         "warm_start": warm_start,
+        "segments": segments,
         "step_delta": step_delta,
         "lora_rank": lora_rank,
         "shard": shard,

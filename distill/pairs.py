@@ -137,22 +137,35 @@ def with_states(teacher: Teacher, pairs: Pairs, times: Sequence[float], *, cache
     That takes as many network calls as the pairs did, unless `get` was told that the path will be wanted. They are
     sampled where the pairs are, kept in pieces, and shared by students of other steps where the whole path fits.
     """
-    grid = teacher.grid()
-    kept = grid if path_fits(teacher, len(pairs)) else list(times)
+    kept = teacher.grid() if path_fits(teacher, len(pairs)) else list(times)
     places = [kept.index(float(t)) for t in times]
-    parts = []
     with draws.first_before_others():
-        for low in range(0, len(pairs), CHUNK):
-            piece = pairs[low : low + CHUNK]
-            path = _path_file(teacher, piece, kept, cache or cache_folder())
-            states = _kept(path, (len(piece), len(kept), *teacher.shape), places)
-            if states is None:
-                whole = [teacher.follow(part.noise, part.condition, kept)[1].half() for part in _batches(piece)]
-                states = torch.cat(whole)
-                _keep(path, states)
-                states = states[:, places]
-            parts.append(states.float().to(pairs.noise.device))
-    return replace(pairs, states=torch.cat(parts))
+        pieces = [pairs[low : low + CHUNK] for low in range(0, len(pairs), CHUNK)]
+        states = [_states(teacher, piece, kept, places, cache or cache_folder()) for piece in pieces]
+    return replace(pairs, states=torch.cat(states).float().to(pairs.noise.device))
+
+
+def _states(
+    teacher: Teacher,
+    piece: Pairs,
+    times: Sequence[float],
+    places: Sequence[int],
+    cache: Path,
+    on_batch: Callable[[int], object] | None = None,
+) -> Tensor:
+    """A piece's states at those ``places`` among ``times``, float16; all of ``times`` are kept."""
+    path = _path_file(teacher, piece, times, cache)
+    found = _kept(path, (len(piece), len(times), *teacher.shape), places)
+    if found is not None:
+        return found
+    parts = []
+    for part in _batches(piece):
+        parts.append(teacher.follow(part.noise, part.condition, times)[1].half())
+        if on_batch:
+            on_batch(len(part))
+    states = torch.cat(parts)
+    _keep(path, states)
+    return states[:, places]
 
 
 def _path_file(teacher: Teacher, piece: Pairs, times: Sequence[float], cache: Path) -> Path | None:
@@ -239,7 +252,7 @@ def get(
 
     ``split`` is "train" or "held_out"; ``device`` is where the teacher samples. A bank's calls are counted although
     this run did not spend them. What was sampled is kept piece by piece, so that a run that was killed goes on.
-    ``path``: `with_states` will be asked for these pairs; of those that the teacher is asked for, keep what it needs.
+    ``path``: `with_states` will be asked for these pairs; keep what it needs of the sampling.
     """
     with draws.first_before_others():
         return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), device, on_batch, path)
@@ -259,13 +272,15 @@ def _get(
     if count < 1:
         raise InvalidRequest(f"the pool needs at least one pair, not {count}")
     calls = count * teacher.num_inference_steps * teacher.calls_per_step
+    grid = teacher.grid() if path and path_fits(teacher, count) else []
     if not rebuild and seed == 0:
         bank = shipped(teacher, count, split)
         if bank is not None:
+            for low in range(0, count if grid else 0, CHUNK):
+                _states(teacher, bank[low : low + CHUNK].to(device), grid, [0], cache, on_batch)
             return bank, calls
     if not teacher.identity:
         return compute(teacher, count, split, seed=seed, device=device, on_batch=on_batch), calls
-    grid = teacher.grid() if path and path_fits(teacher, count) else []
     targets = []
     for low, size, file in _pieces(teacher, count, split, seed, cache):
         target = None if rebuild and draws.rank() == 0 else _kept(file, (size, *teacher.shape))

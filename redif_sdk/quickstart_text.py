@@ -6,7 +6,9 @@ What it shares with the quickstart on classes (the bar, the tables, the report's
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -41,7 +43,8 @@ SETTINGS: dict[int, tuple[float, dict[str, Any]]] = {
     2: (0.3, {"step_delta": 0.4}),
     4: (0.4, {"step_delta": 0.4, "regression_rows": 0}),
 }
-COMMON = {"reward_space": "latents", "reward": "texture", "pool_size": 2048, "calibration": 0}
+COMMON = {"reward_space": "latents", "reward": "texture", "calibration": 0}
+POOL, POOL_MINUTES, LARGEST_POOL = 2048, 10, 8192  # pairs for each ten minutes: a small pool would be learnt by heart
 
 
 def text_quickstart(
@@ -154,12 +157,16 @@ def _distil(
 
     chosen = {count: SETTINGS.get(count, (0.25, {})) for count in steps}
     whole = sum(share for share, _ in chosen.values())
+    size = min(LARGEST_POOL, POOL * math.ceil(minutes / POOL_MINUTES))
+    with report.part("teacher: the pool") as show:
+        done = itertools.accumulate(itertools.repeat(pool.BATCH))
+        pairs, _ = pool.get(teacher, size, "train", path=True, on_batch=lambda _: show(next(done) / size, {}))
     students: dict[int, Student] = {}
     before: Student | None = None  # each begins with the weights of the one of fewer steps
     for count, (share, settings) in chosen.items():
         budget = {"seconds": 60 * minutes * share / whole} | ({"updates": updates} if updates else {})
-        config = resolve({"num_inference_steps": count, "seed": seed, **COMMON, **settings, **budget}, name="best")
-        pairs, _ = pool.get(teacher, config.pool_size, "train", path=config.segments > 0)
+        asked = {"num_inference_steps": count, "seed": seed, "pool_size": size, **COMMON, **settings, **budget}
+        config = resolve(asked, name="best")
         with report.part(f"redif: student of {count} step(s)") as show:
             students[count] = before = distill(teacher, config, start=before, pairs=pairs, on_progress=show)
             students[count].save_pretrained(output / f"student-{count}", overwrite=True)

@@ -29,8 +29,10 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	$(BIN)/redif quickstart --output build/quickstart
 
+# A process for each core; the attacks fork and ring alarms, which they do in a process of their own.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 --ignore tests/attacks
+	$(BIN)/python -m pytest tests/attacks
 
 bench-distill-smoke: $(READY)
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_distillation_benchmark.py

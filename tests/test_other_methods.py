@@ -131,7 +131,7 @@ def test_segments_teach_each_row_its_part_of_the_teachers_own_path(
 ) -> None:
     """On the teacher's states, one gradient sample a pair whatever K, and the whole rollout gains by it."""
     model = teacher if kind == "discrete" else flow_teacher
-    run = trainer(model, "regression", num_inference_steps=4, segments=1.0, updates=400, learning_rate=5e-3)
+    run = trainer(model, "regression", num_inference_steps=4, segments=1.0, updates=1000, learning_rate=5e-3)
     untrained = StudentPolicy(model.make_student(), model.table(4), model.schedule)
     run.follow()
     grid, times = model.grid(), [float(t) for t in run.context.policy.table.timesteps]

@@ -20,8 +20,6 @@ from redif_sdk.distill import draws
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.pairs import Pairs
 
-EARLIER = 4.0  # what an error counts at rows before the last, which later rows make larger
-
 
 def visible_residual(output: Tensor, target: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     """output - target, as seen: beyond ``bounds`` both are clamped, so an overshoot where the target is at the bound is
@@ -61,7 +59,7 @@ class Regression(Method):
         yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}
 
     def _segments(self, context: Context, batch: Pairs, generator: torch.Generator) -> Loss:
-        """sum_i w |x'_k(x_i) - x_i'|^2, k drawn for each sample; before the last row w = `EARLIER`."""
+        """|x'_k(x_k) - x_(k+1)|^2 on the teacher's states x_k and x_(k+1), k drawn for each sample."""
         assert batch.states is not None
         steps = context.policy.num_inference_steps
         device = batch.noise.device
@@ -69,5 +67,4 @@ class Regression(Method):
         ends = torch.cat([batch.states[:, 1:], batch.target[:, None]], 1)
         each = torch.arange(len(batch), device=device)
         residual = context.policy.advance(rows, batch.states[each, rows], batch.condition) - ends[each, rows]
-        weight = torch.where(rows < steps - 1, EARLIER, 1.0).view(-1, 1, 1, 1)
-        return error(weight.sqrt() * residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}
+        return error(residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}

@@ -158,9 +158,10 @@ def _distil(
     chosen = {count: SETTINGS.get(count, (0.25, {})) for count in steps}
     whole = sum(share for share, _ in chosen.values())
     size = min(LARGEST_POOL, POOL * math.ceil(minutes / POOL_MINUTES))
+    path = any(settings.get("segments") for settings in (COMMON, *(own for _, own in chosen.values())))
     with report.part("teacher: the pool") as show:
         done = itertools.accumulate(itertools.repeat(pool.BATCH))
-        pairs, _ = pool.get(teacher, size, "train", path=True, on_batch=lambda _: show(next(done) / size, {}))
+        pairs, _ = pool.get(teacher, size, "train", path=path, on_batch=lambda _: show(next(done) / size, {}))
     students: dict[int, Student] = {}
     before: Student | None = None  # each begins with the weights of the one of fewer steps
     for count, (share, settings) in chosen.items():

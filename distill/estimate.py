@@ -42,7 +42,8 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
     trainer = Trainer(teacher, trial, pairs)
     trainer.method.prepare(trainer.context)
     if config.segments:
-        pool_seconds += trainer.follow() * pool_size / small
+        trainer.pairs = replace(trainer.pairs, index=None)  # entries that are not named are not kept on disk
+        pool_seconds = max(pool_seconds, trainer.follow() * pool_size / small)
     spent, seconds = [], []
     for progress in POINTS:
         trainer._step(progress)  # the first of a phase makes its networks

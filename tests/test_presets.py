@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def test_a_dry_run_prints_the_settings_and_the_cost_and_writes_nothing(tmp_path:
     assert row["training_seconds"] > 0
     assert row["forward_equivalents"] > 200 * 4 * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_the_estimate_of_segments_has_the_teachers_path_and_keeps_nothing(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIF_CACHE", str(tmp_path))
+    config = DistillConfig.checked(num_inference_steps=2, reward="pixel", updates=30, batch_size=8, segments=0.5)
+    made = estimate(dataclasses.replace(teacher, fingerprint="named"), config, 64, pool_is_there=True)
+    assert made.pool_seconds > 0  # the pairs are at hand, the states are not
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_estimate_counts_what_the_run_then_spends(teacher: Teacher) -> None:

@@ -112,7 +112,7 @@ def compute(
     ``count`` x its steps x its calls a step network calls. With the states at ``times``, if there are any."""
     empty = _pairs(teacher, torch.empty(count, 0), split, seed, low)
     outputs, states = [], []
-    for part in _batches(empty):
+    for part in _cut(empty, BATCH):
         labels = None if part.condition is None else part.condition.to(device)
         output, path = teacher.follow(part.noise.to(device), labels, times)
         outputs.append(output.cpu())
@@ -122,8 +122,8 @@ def compute(
     return replace(empty, target=torch.cat(outputs), states=torch.cat(states) if times else None)
 
 
-def _batches(pairs: Pairs) -> list[Pairs]:
-    return [pairs[low : low + BATCH] for low in range(0, len(pairs), BATCH)]
+def _cut(pairs: Pairs, size: int) -> list[Pairs]:
+    return [pairs[low : low + size] for low in range(0, len(pairs), size)]
 
 
 def path_fits(teacher: Teacher, count: int) -> bool:
@@ -140,8 +140,7 @@ def with_states(teacher: Teacher, pairs: Pairs, times: Sequence[float], *, cache
     kept = teacher.grid() if path_fits(teacher, len(pairs)) else list(times)
     places = [kept.index(float(t)) for t in times]
     with draws.first_before_others():
-        pieces = [pairs[low : low + CHUNK] for low in range(0, len(pairs), CHUNK)]
-        states = [_states(teacher, piece, kept, places, cache or cache_folder()) for piece in pieces]
+        states = [_states(teacher, piece, kept, places, cache or cache_folder()) for piece in _cut(pairs, CHUNK)]
     return replace(pairs, states=torch.cat(states).float().to(pairs.noise.device))
 
 
@@ -159,7 +158,7 @@ def _states(
     if found is not None:
         return found
     parts = []
-    for part in _batches(piece):
+    for part in _cut(piece, BATCH):
         parts.append(teacher.follow(part.noise, part.condition, times)[1].half())
         if on_batch:
             on_batch(len(part))
@@ -276,8 +275,8 @@ def _get(
     if not rebuild and seed == 0:
         bank = shipped(teacher, count, split)
         if bank is not None:
-            for low in range(0, count if grid else 0, CHUNK):
-                _states(teacher, bank[low : low + CHUNK].to(device), grid, [0], cache, on_batch)
+            for piece in _cut(bank, CHUNK) if grid else []:
+                _states(teacher, piece.to(device), grid, [0], cache, on_batch)
             return bank, calls
     if not teacher.identity:
         return compute(teacher, count, split, seed=seed, device=device, on_batch=on_batch), calls

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.rewards import Advantage
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
+from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.schedulers import edm_table
 from redif_sdk.steps import NoiseSchedule, StepTable
@@ -73,6 +75,11 @@ def on_grid(times: Sequence[float], grid: Sequence[float]) -> list[float]:
         free = range(chosen[-1] + 1 if chosen else 0, len(grid) - (len(times) - 1 - k))
         chosen.append(min(free, key=lambda place: abs(grid[place] - time)))
     return [grid[place] for place in chosen]
+
+
+def guided_by(teacher: Teacher, table: StepTable) -> StudentPolicy:
+    """The teacher itself, guided, with ``table``; nobody trains it, so that it need be no module."""
+    return StudentPolicy(cast("torch.nn.Module", teacher), table, teacher.schedule, exact=True)
 
 
 def learn_times(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_other_methods import SCHEDULE, SHAPE, Small, exact
+from test_other_methods import make_teacher
 
 from redif_sdk.distill import DistillConfig, Teacher, draws, precision, sharding
 from redif_sdk.distill import pairs as pool
@@ -30,18 +30,6 @@ RUNS = {
     "draft": {"method": "draft", "reward": "feature"},
     "grpo": {"method": "grpo", "reward": "pixel", "sde_window": 1},
 }
-
-
-def make_teacher() -> Teacher:
-    torch.manual_seed(0)
-    return Teacher.from_callable(
-        exact,
-        schedule=SCHEDULE,
-        prediction_type="v_prediction",
-        shape=SHAPE,
-        student=Small(),
-        num_inference_steps=8,
-    )
 
 
 #: Those that can be sharded.
@@ -80,7 +68,7 @@ def main(folder: Path) -> None:
     """Every run, as one of the processes that torchrun started; the first writes what came out."""
     torch.set_num_threads(1)
     draws.join()
-    teacher = make_teacher()
+    teacher = make_teacher(num_inference_steps=8)
     pairs = pool.get(teacher, 64, "train", cache=folder)[0]
     found = {name: train(name, teacher, pairs) for name in RUNS}
     found |= {f"{name}, sharded": train(name, teacher, pairs, shard=True) for name in SHARDED}
@@ -108,7 +96,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     done = launch(2, __file__, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"found-{rank}-of-2.pt") for rank in (0, 1))
-    teacher = make_teacher()
+    teacher = make_teacher(num_inference_steps=8)
     pairs = pool.get(teacher, 64, "train", cache=tmp_path)[0]
     alone = {name: train(name, teacher, pairs) for name in RUNS}
     arms = [(name, name) for name in RUNS] + [(f"{name}, sharded", name) for name in SHARDED]

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from torch import Tensor
 from typer.testing import CliRunner
@@ -20,15 +19,12 @@ from redif_sdk.distill.presets import UPDATES, as_yaml, preset, read, resolve
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.distill.trainer import LOG, Trainer
 from redif_sdk.errors import InvalidRequest
-from tests.test_other_methods import SCHEDULE, SHAPE, Small, exact
+from tests.test_other_methods import make_teacher
 
 
 @pytest.fixture
 def teacher() -> Teacher:
-    torch.manual_seed(0)
-    return Teacher.from_callable(
-        exact, schedule=SCHEDULE, prediction_type="v_prediction", shape=SHAPE, student=Small(), num_inference_steps=16
-    )
+    return make_teacher()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])

@@ -20,7 +20,7 @@ from redif_sdk.distill.methods.groups import SameStateGroups, TrajectoryGroups
 from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.schedule_policy import gain_cost, learn_gain, learn_times
+from redif_sdk.distill.schedule_policy import gain_cost, guided_by, learn_gain, learn_times
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
@@ -43,9 +43,7 @@ class ReDiF(Method):
         config, teacher, policy = context.config, context.teacher, context.policy
         if not config.schedule_updates or policy.num_inference_steps == 1:
             return
-        judged = policy
-        if teacher.guidance is not None:
-            judged = StudentPolicy(teacher, policy.table, policy.schedule, exact=True)  # type: ignore[arg-type]  # it is called
+        judged = policy if teacher.guidance is None else guided_by(teacher, policy.table)
         policy.table = learn_times(judged, context.pairs, context.advantage, config.schedule_updates, config.seed)
         if judged is not policy:
             policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step

@@ -27,7 +27,7 @@ from redif_sdk.noise import TRAINING_SLOT, noise
 
 BANK_FILE = "bank.npz"
 HELD_OUT_SEED = 2026
-BATCH, CHUNK = 128, 512  # entries that the teacher is asked for at once, and of a file of the cache
+BATCH, CHUNK = 128, 512  # entries that the teacher is asked for at once on a CPU, and of a file of the cache
 LARGEST_PATH = 4 << 30  # bytes
 PIXEL_BANK_SIZES = {"train": 4096, "held_out": 2000}
 
@@ -112,7 +112,7 @@ def compute(
     ``count`` x its steps x its calls a step network calls. With the states at ``times``, if there are any."""
     empty = _pairs(teacher, torch.empty(count, 0), split, seed, low)
     outputs, states = [], []
-    for part in _cut(empty, BATCH):
+    for part in _cut(empty, _batch(device)):
         labels = None if part.condition is None else part.condition.to(device)
         output, path = teacher.follow(part.noise.to(device), labels, times)
         outputs.append(output.cpu())
@@ -120,6 +120,11 @@ def compute(
         if on_batch:
             on_batch(len(part))
     return replace(empty, target=torch.cat(outputs), states=torch.cat(states) if times else None)
+
+
+def _batch(device: torch.device | str) -> int:
+    """Entries that the teacher is asked for at once: a GPU takes a whole piece, since small batches leave it idle."""
+    return BATCH if torch.device(device).type == "cpu" else CHUNK
 
 
 def _cut(pairs: Pairs, size: int) -> list[Pairs]:
@@ -158,7 +163,7 @@ def _states(
     if found is not None:
         return found
     parts = []
-    for part in _cut(piece, BATCH):
+    for part in _cut(piece, _batch(piece.noise.device)):
         parts.append(teacher.follow(part.noise, part.condition, times)[1].half())
         if on_batch:
             on_batch(len(part))

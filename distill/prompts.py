@@ -19,6 +19,7 @@ from redif_sdk.errors import InvalidRequest
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 ENCODE_BATCH = 32
 LONGEST = 10_000  # characters of one prompt
+LARGEST_COPY = 1 << 30  # bytes of a GPU's memory
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -60,7 +61,9 @@ class Prompts:
         self.null_prompt, self.null_zeros = null_prompt, null_zeros
         self._encode = encode
         self._rows: dict[str, Tensor] = {}
+        self._copies: dict[torch.device, dict[str, Tensor]] = {}  # of the rows, on the devices that ask for them
         self._known = torch.zeros(len(self.texts) + 1, dtype=torch.bool)
+        self._all_known = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
         return self
@@ -84,9 +87,18 @@ class Prompts:
 
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
         """(B,) int64 -> each tensor (B, ...) float, on the index's device."""
-        places = index.cpu()
-        self._learn(places)
-        return {name: rows[places].to(index.device) for name, rows in self._rows.items()}
+        if not self._all_known:  # beyond that a GPU need not wait for its indices
+            self._learn(index.cpu())
+        rows = self._on(index.device)
+        return {name: part[index.to(part.device)].to(index.device) for name, part in rows.items()}
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """The rows on ``device``, if they are few enough to lie there beside a model; else the CPU's."""
+        if device.type == "cpu" or sum(part.nbytes for part in self._rows.values()) > LARGEST_COPY:
+            return self._rows
+        if device not in self._copies:
+            self._copies[device] = {name: part.to(device) for name, part in self._rows.items()}
+        return self._copies[device]
 
     @torch.no_grad()
     def _learn(self, places: Tensor) -> None:
@@ -102,3 +114,5 @@ class Prompts:
                     self._rows[name] = torch.empty(len(self._known), *values.shape[1:], dtype=values.dtype)
                 self._rows[name][part] = values.cpu()
         self._known[missing] = True
+        self._all_known = bool(self._known.all())
+        self._copies.clear()

@@ -7,7 +7,7 @@ memory of a GPU are not simulated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from test_parallel import RUNS, make_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from redif_sdk.distill import DistillConfig, fake_score, policy, precision
+from redif_sdk.distill import DistillConfig, fake_score, policy, precision, prompts
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill import trainer as training
 from redif_sdk.distill.methods import consistency
@@ -116,6 +116,25 @@ def test_another_device_trains_what_the_cpu_does(name: str, monkeypatch: pytest.
         torch.testing.assert_close(there, here_)
     assert theirs.table == ours.table
     assert theirs.meter.forward_equivalents == ours.meter.forward_equivalents
+
+
+@pytest.mark.parametrize("room", [1 << 20, 0])
+def test_prompts_are_looked_up_on_the_device_where_they_find_room(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "LARGEST_COPY", room)
+    asked: list[str] = []
+
+    def encode(texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        asked.extend(texts)
+        return {"states": torch.tensor([[float(len(text)), 1.0] for text in texts])}
+
+    known = prompts.Prompts(["red heart", "blue circle", "cat"], encode)
+    with Simulated():
+        some = known(torch.tensor([2, 0]).to(META))["states"]
+        every = known(torch.tensor([3, 1, 0, 2]).to(META))["states"]
+        assert (some.device, every.device) == (META, META)
+        assert some.cpu()[:, 0].tolist() == [3.0, 9.0]
+        assert every.cpu()[:, 0].tolist() == [0.0, 11.0, 9.0, 3.0]
+    assert sorted(asked) == ["", "blue circle", "cat", "red heart"], "each is encoded once"
 
 
 def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu() -> None:

@@ -301,13 +301,16 @@ def quickstart_command(
         bool, typer.Option("--text", help="Text to image: the mini Stable Diffusion; default build/quickstart-text.")
     ] = False,
     teacher: Annotated[str, typer.Option(help="With --text: another teacher's folder.")] = "mini-sd",
+    trained: Annotated[
+        bool, typer.Option("--trained", help="With --text: the students that come with the teacher; train nothing.")
+    ] = False,
     steps: Annotated[
         list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4, with --text 2 and 4.")
     ] = None,
     minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.4,
     updates: Annotated[int | None, typer.Option(help="Updates a student, instead of the preset's.")] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Held-out noises to judge on; default 2000, with --text 500.")
+        int | None, typer.Option(help="Held-out noises to judge on; default 2000, with --text 1000.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     rebuild_bank: Annotated[bool, typer.Option("--rebuild-bank", help="Sample the teacher anew (takes long).")] = False,
@@ -327,11 +330,14 @@ def quickstart_command(
         results = text_quickstart(
             output or Path("build/quickstart-text"),
             steps=steps or [2, 4],
-            num_samples=num_samples or 500,
+            num_samples=num_samples or 1000,
             teacher=teacher,
+            trained=trained,
             **shared,
         )
     else:
+        if trained:
+            raise InvalidRequest("--trained is of the quickstart with --text; leave it out, or add --text")
         results = quickstart(
             output or Path("build/quickstart"),
             steps=steps or [1, 2, 4],

@@ -6,7 +6,6 @@ What it shares with the quickstart on classes (the bar, the tables, the report's
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -37,13 +36,19 @@ PROMPTS_FILE = "prompts.json"  # beside the teacher: what its card's grid shows
 SHEET_SEED = 7
 COLUMNS = 10
 
-#: K -> share of the minutes, and settings over the preset "best"; chosen as docs/text-to-image.md says.
-SETTINGS: dict[int, tuple[float, dict[str, Any]]] = {
-    1: (0.3, {}),
-    2: (0.3, {"step_delta": 0.4}),
-    4: (0.4, {"step_delta": 0.4, "regression_rows": 0}),
+SHARES, OTHERS = {1: 0.3, 2: 0.4, 4: 0.6}, 0.6  # K -> share of the minutes
+#: Over the preset "best"; chosen as docs/text-to-image.md says.
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 4e-4,
+    "schedule_updates": 20,
+    "segments": 0.7,
+    "warm_start": 0.85,
+    "regression_rows": 0,
+    "step_delta": 0.4,
+    "reward_space": "latents",
+    "reward": "texture",
+    "calibration": 0,
 }
-COMMON = {"reward_space": "latents", "reward": "texture", "calibration": 0}
 POOL, POOL_MINUTES, LARGEST_POOL = 2048, 10, 8192  # pairs for each ten minutes: a small pool would be learnt by heart
 
 
@@ -57,14 +62,18 @@ def text_quickstart(
     seed: int,
     quiet: bool,
     teacher: str = TEACHER,
+    trained: bool = False,
 ) -> dict[str, Any]:
     """Run the whole job into ``output``; returns the contents of ``results.json``.
 
+    ``trained``: nothing is distilled here; the students are those that lie beside the teacher.
+
     Raises:
-        InvalidRequest: a number of steps below 1, no minutes to train in, or no such teacher.
+        InvalidRequest: a number of steps below 1, no minutes to train in, no such teacher, or no student beside it.
         ParityError: an exported student does not compute what torch computes.
     """
     from redif_sdk.distill.quality import Arena
+    from redif_sdk.distill.shipped_students import shipped_student
     from redif_sdk.distill.student import import_pipeline
     from redif_sdk.distill.teacher import Teacher
     from redif_sdk.export import export
@@ -81,9 +90,12 @@ def text_quickstart(
     model = Teacher.load(teacher)
     if model.prompts is None:
         raise InvalidRequest(f"{teacher} draws no prompts; give a text-to-image teacher, or leave --text out")
+    shipped = {count: shipped_student(model, count) for count in steps} if trained else {}
     with report.part("teacher: outputs, judge"):
         arena = Arena.of(model, num_samples)
-    students = _distil(model, output, steps, minutes, updates, seed, report)
+    for count, student in shipped.items():
+        student.save_pretrained(output / f"student-{count}", overwrite=True)
+    students = shipped or _distil(model, output, steps, minutes, updates, seed, report)
     verification: list[dict[str, Any]] = []
     with report.part("export and verify"):
         original = output / "teacher"
@@ -152,21 +164,26 @@ def _distil(
     report: Reporter,
 ) -> dict[int, Student]:
     from redif_sdk.distill import pairs as pool
+    from redif_sdk.distill.precision import chosen_device
     from redif_sdk.distill.presets import resolve
     from redif_sdk.distill.student import distill
 
-    chosen = {count: SETTINGS.get(count, (0.25, {})) for count in steps}
-    whole = sum(share for share, _ in chosen.values())
+    shares = {count: SHARES.get(count, OTHERS) for count in sorted(steps, reverse=True)}
     size = min(LARGEST_POOL, POOL * math.ceil(minutes / POOL_MINUTES))
-    path = any(settings.get("segments") for settings in (COMMON, *(own for _, own in chosen.values())))
     with report.part("teacher: the pool") as show:
-        done = itertools.accumulate(itertools.repeat(pool.BATCH))
-        pairs, _ = pool.get(teacher, size, "train", path=path, on_batch=lambda _: show(next(done) / size, {}))
+        done = 0
+
+        def made(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done / size, {})
+
+        pairs, _ = pool.get(teacher, size, "train", device=chosen_device("auto"), path=True, on_batch=made)
     students: dict[int, Student] = {}
-    before: Student | None = None  # each begins with the weights of the one of fewer steps
-    for count, (share, settings) in chosen.items():
-        budget = {"seconds": 60 * minutes * share / whole} | ({"updates": updates} if updates else {})
-        asked = {"num_inference_steps": count, "seed": seed, "pool_size": size, **COMMON, **settings, **budget}
+    before: Student | None = None  # each begins with the weights of the one of more steps
+    for count, share in shares.items():
+        budget = {"seconds": 60 * minutes * share / sum(shares.values())} | ({"updates": updates} if updates else {})
+        asked = {"num_inference_steps": count, "seed": seed, "pool_size": size, **SETTINGS, **budget}
         config = resolve(asked, name="best")
         with report.part(f"redif: student of {count} step(s)") as show:
             students[count] = before = distill(teacher, config, start=before, pairs=pairs, on_progress=show)

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from redif_sdk import FastPipeline
 from redif_sdk.cli import app
+from redif_sdk.distill.shipped_students import keep
+from redif_sdk.distill.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,24 @@ def test_its_page_and_grid_show_the_prompts(done: Path) -> None:
     with Image.open(done / "prompts-2.png") as opened:
         assert opened.width > 200
         assert opened.height > 3 * 16
+
+
+def test_students_that_come_with_the_teacher_are_judged_and_not_trained(done: Path, tmp_path: Path) -> None:
+    teacher = done.parent / "teacher"
+    keep(done / "student-2", Teacher.load(teacher))
+    options = ["--steps", "2", "--trained", "--num-samples", "24", "--quiet"]
+    command = ["quickstart", "--text", "--teacher", str(teacher), "-o", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not any(part.startswith("redif") for part in results["seconds_by_part"])
+    ours, theirs = (
+        FastPipeline.from_pretrained(folder / "student-2")("red heart", seed=0, output_type="uint8").images
+        for folder in (tmp_path / "out", done)
+    )
+    assert np.abs(ours.astype(int) - theirs).max() <= 2, "half precision is all that was lost"
+
+
+def test_trained_students_are_of_prompts() -> None:
+    result = CliRunner().invoke(app, ["quickstart", "--trained"])
+    assert "add --text" in str(result.exception)

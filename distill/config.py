@@ -89,6 +89,17 @@ class DistillConfig(BaseModel):
             raise ValueError("group_size must be even: the actions are antithetic pairs")
         return self
 
+    @model_validator(mode="after")
+    def _segments_of_regression(self) -> DistillConfig:
+        regression = {"regression": 1.0} | dict.fromkeys(("redif", "draft", "dmd2"), self.warm_start)
+        share = regression.get(self.method, 0.0)
+        if self.segments > share:
+            raise ValueError(
+                f"segments is {self.segments:g}, but {self.method} spends {share:g} of a run on regression; lower it"
+                + (", or raise warm_start" if share else " to 0")
+            )
+        return self
+
     @classmethod
     def checked(cls, **values: Any) -> DistillConfig:
         """The config, or one clear :class:`InvalidRequest` in place of pydantic's report."""

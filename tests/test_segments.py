@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from redif_sdk.distill import DistillConfig
 from redif_sdk.distill import pairs as pool
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.schedule_policy import guided_by, on_grid
@@ -121,6 +122,15 @@ def test_segments_need_a_path_of_as_many_steps() -> None:
     )
     with pytest.raises(InvalidRequest, match="too few for 4 segments"):
         run.run()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("redif", "spends 0.5 of a run on regression; lower it, or raise warm_start"), ("grpo", "spends 0 of a run")],
+)
+def test_segments_beyond_the_regression_are_refused(method: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        DistillConfig.checked(method=method, segments=0.6, warm_start=0.5)
 
 
 def test_a_guided_teacher_judges_times_itself() -> None:

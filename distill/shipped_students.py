@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teacher import Teacher
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.files import atomic_folder
 from redif_sdk.manifest import Distillation
 from redif_sdk.steps import StepTable
@@ -28,14 +29,15 @@ def shipped_steps(teacher: Teacher) -> list[int]:
     """The numbers of steps for which a student lies beside ``teacher``."""
     if teacher.folder is None:
         return []
-    return sorted(int(path.parent.name) for path in (teacher.folder / FOLDER).glob(f"*/{ABOUT}"))
+    names = [path.parent.name for path in (teacher.folder / FOLDER).glob(f"*/{ABOUT}")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def shipped_student(teacher: Teacher, num_inference_steps: int) -> Student:
     """The student of so many steps that lies beside ``teacher``.
 
     Raises:
-        InvalidRequest: there is none, or it is another teacher's.
+        InvalidRequest: there is none, it is another teacher's, or it cannot be read.
     """
     there = shipped_steps(teacher)
     if num_inference_steps not in there:
@@ -45,17 +47,22 @@ def shipped_student(teacher: Teacher, num_inference_steps: int) -> Student:
         )
     assert teacher.folder is not None
     place = teacher.folder / FOLDER / str(num_inference_steps)
-    about = json.loads((place / ABOUT).read_text())
-    if about["teacher"] != teacher.identity:
-        raise InvalidRequest(f"{place} is a student of another teacher, or of other guidance; distil one")
-    student = Student(
-        teacher=teacher,
-        network=teacher.make_student().eval().requires_grad_(False),
-        tables=[StepTable.from_dict(about["step_table"])],
-        name=f"{teacher.name}-{num_inference_steps}",
-        distillation=Distillation.model_validate(about["distillation"]),
-    )
-    student.inner.load_state_dict(load_file(place / WEIGHTS))
+    try:
+        about = json.loads((place / ABOUT).read_text())
+        if about["teacher"] != teacher.identity:
+            raise InvalidRequest(f"{place} is a student of another teacher, or of other guidance; distil one")
+        student = Student(
+            teacher=teacher,
+            network=teacher.make_student().eval().requires_grad_(False),
+            tables=[StepTable.from_dict(about["step_table"])],
+            name=f"{teacher.name}-{num_inference_steps}",
+            distillation=Distillation.model_validate(about["distillation"]),
+        )
+        student.inner.load_state_dict(load_file(place / WEIGHTS))
+    except RedifError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InvalidRequest(f"{place} holds no student ({error!s:.300}); distil one") from error
     return student
 
 

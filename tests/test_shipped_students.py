@@ -64,3 +64,6 @@ def test_a_student_that_is_kept_comes_back_as_it_was(mini_sd: Teacher, tmp_path:
     assert again.distillation == student.distillation
     with pytest.raises(InvalidRequest, match="no distilled student of mini-sd"):
         keep(tmp_path / "student", mini_sd)
+    (tmp_path / "teacher/students/2/student.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="holds no student"):
+        shipped_student(teacher, 2)

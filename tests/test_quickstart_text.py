@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from redif_sdk import FastPipeline
+from redif_sdk import FastPipeline, quickstart_text
 from redif_sdk.cli import app
 from redif_sdk.distill.shipped_students import keep
 from redif_sdk.distill.teacher import Teacher
@@ -25,9 +25,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     about = {"name": "tiny-sd", "prompts": pipelines.PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
     (teacher / "redif_teacher.json").write_text(json.dumps(about))
     options = ["--steps", "2", "--updates", "3", "--minutes", "2", "--num-samples", "24", "--quiet"]
-    result = CliRunner().invoke(
-        app, ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
-    )
+    command = ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
+    with pytest.MonkeyPatch.context() as patch:  # the tiny pipeline has no bank: less to sample, and no times to learn
+        patch.setattr(quickstart_text, "POOL", 64)
+        patch.setitem(quickstart_text.SETTINGS, "schedule_updates", 0)
+        result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return place / "out"
 

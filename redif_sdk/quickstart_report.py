@@ -119,23 +119,19 @@ def _kind(row: dict[str, Any]) -> str:
     return "student" if row["method"] not in ("teacher", "ddim") else ""
 
 
+def _has_real(rows: list[dict[str, Any]]) -> bool:
+    return any(row["fd_real"] is not None for row in rows)
+
+
 def _quality(rows: list[dict[str, Any]]) -> str:
     names = {"teacher": "teacher", "ddim": "DDIM, untrained"}
-    titles = (
-        "",
-        "steps",
-        "calls",
-        "FD to teacher",
-        "best gain",
-        "std match",
-        "FD to real",
-        "paired MSE",
-        "precision",
-        "recall",
-    )
+    distances = {"fd_teacher": "FD to teacher", "fd_teacher_gain": "best gain", "fd_teacher_std": "std match"}
+    if _has_real(rows):
+        distances["fd_real"] = "FD to real"
+    titles = ("", "steps", "calls", *distances.values(), "paired MSE", "precision", "recall")
     cells = []
     for row in rows:
-        figures = [_number(row[key]) for key in ("fd_teacher", "fd_teacher_gain", "fd_teacher_std", "fd_real")]
+        figures = [_number(row[key]) for key in distances]
         tail = [_number(row["mse"], 4), _number(row["precision"], 2), _number(row["recall"], 2)]
         name = names.get(row["method"], f"student ({row['method']})")
         counts = [str(row["num_inference_steps"]), str(row["network_calls"])]
@@ -216,6 +212,16 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
     per_step = teacher_row["network_calls"] // teacher_row["num_inference_steps"]
     calls_note = f"The teacher is guided: {per_step} network calls a step; its students make one. " * (per_step > 1)
     note = f" Two sets of the teacher's own samples, of other noises, are {floor:.1f} apart." if floor else ""
+    real = "FD to real: to the 10,000 real test images. " * _has_real(rows)
+    prompts = results.get("prompts")
+    if prompts is None:
+        asked, example, shown = "class", 'class_labels=[3, 7], seed=0).images[0].save("dress.png', ""
+        pool = "were made beforehand and ship with the package; they are counted in each budget"
+    else:
+        asked, example = "prompt", f'{prompts[0]!r}, seed=0).images[0].save("picture.png'
+        shown = f" Here: {'; '.join(prompts[: len(sheets[0].rows[0][1])])}."
+        pool = "are counted in each budget, whether they were made now, lay in the cache or ship with the package"
+    spent += " (not now: they come with the teacher)" * bool(results.get("trained"))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>redif quickstart</title><style>{STYLE}</style></head><body>
@@ -225,7 +231,8 @@ distilled into students of {", ".join(str(row["network_calls"]) for row in stude
 up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s on
 {html.escape(str(machine["processor"]))}, {machine["cores"]} cores, {results["date"][:10]}.</p>
 <h2>The same noise, three ways</h2>
-<p>{calls_note}Every column starts from the same noise and class. All pictures came out of the exported ONNX graphs.</p>
+<p>{calls_note}Every column starts from the same noise and {asked}.
+All pictures came out of the exported ONNX graphs.{html.escape(shown)}</p>
 {"".join(_strips(sheet) for sheet in sheets)}
 <h2>How close to the teacher</h2>
 {_chart(rows)}
@@ -233,19 +240,19 @@ up to {fewer:.0f} times fewer calls an image. Made in {results["seconds"]:.0f} s
 <p>FD: Frechet distance in features of {html.escape(rows[0]["features"])}, which gave no reward, over
 {rows[0]["num_samples"]} held-out noises, to the teacher's images for the same noises; lower is better.{note}
 Two controls: after the best scalar gain on the output, and with each sample's mean and standard deviation set to the
-teacher's. FD to real: to the 10,000 real test images. MSE: paired, images in [-1, 1].</p>
+teacher's. {real}MSE: paired, images in [-1, 1].</p>
 <h2>How fast</h2>
 {_speed(results["speed"])}
 <p>Medians of {SPEED_NOTE}, through <code>FastPipeline</code> on ONNX Runtime, the contenders interleaved. Two-core
 machines are noisy: take the ratios.</p>
 <h2>What it cost</h2>
-<p>{html.escape(spent)}. The teacher's calls for the pool of pairs ({students[0]["budget"]["teacher_calls"]:,}) were
-made beforehand and ship with the package; they are counted in each budget.</p>
+<p>{html.escape(spent)}. The teacher's calls for the pool of pairs
+({students[0]["budget"]["teacher_calls"]:,}) {pool}.</p>
 <p>{html.escape(parts)}.</p>
 <h2>Use it</h2>
 <pre>from redif_sdk import FastPipeline
 pipe = FastPipeline.from_pretrained("student-{first["network_calls"]}")
-pipe(class_labels=[3, 7], seed=0).images[0].save("dress.png")</pre>
+pipe({html.escape(example)}")</pre>
 <p>Machine-readable: <code>results.json</code>. Versions: {html.escape(versions)}.</p>
 </body></html>
 """

@@ -135,6 +135,7 @@ def text_quickstart(
         seconds_by_part=report.seconds,
         fd_teacher_floor=floor,
         prompts=prompts,
+        trained=trained,
     )
     write_json(output / "results.json", results)
     for sheet in sheets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def test_its_results_have_the_teacher_ddim_and_the_student(done: Path) -> None:
 def test_its_page_and_grid_show_the_prompts(done: Path) -> None:
     page = (done / "report.html").read_text()
     assert "student: 2 calls" in page
+    assert "the same noise and prompt." in page
+    assert f"Here: {'; '.join(pipelines.PROMPTS)}." in page
+    assert html.escape("pipe('red heart', seed=0)") in page
+    assert "class_labels" not in page
+    assert "FD to real" not in page
     with Image.open(done / "prompts-2.png") as opened:
         assert opened.width > 200
         assert opened.height > 3 * 16

@@ -215,10 +215,11 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
     real = "FD to real: to the 10,000 real test images. " * _has_real(rows)
     prompts = results.get("prompts")
     if prompts is None:
-        asked, example, shown = "class", 'class_labels=[3, 7], seed=0).images[0].save("dress.png', ""
+        asked, shown = "class", ""
+        example = 'pipe(class_labels=[3, 7], seed=0).images[0].save("dress.png")'
         pool = "were made beforehand and ship with the package; they are counted in each budget"
     else:
-        asked, example = "prompt", f'{prompts[0]!r}, seed=0).images[0].save("picture.png'
+        asked, example = "prompt", f'pipe({prompts[0]!r}, seed=0).images[0].save("picture.png")'
         shown = f" Here: {'; '.join(prompts[: len(sheets[0].rows[0][1])])}."
         pool = "are counted in each budget, whether they were made now, lay in the cache or ship with the package"
     spent += " (not now: they come with the teacher)" * bool(results.get("trained"))
@@ -252,7 +253,7 @@ machines are noisy: take the ratios.</p>
 <h2>Use it</h2>
 <pre>from redif_sdk import FastPipeline
 pipe = FastPipeline.from_pretrained("student-{first["network_calls"]}")
-pipe({html.escape(example)}")</pre>
+{html.escape(example)}</pre>
 <p>Machine-readable: <code>results.json</code>. Versions: {html.escape(versions)}.</p>
 </body></html>
 """

@@ -163,7 +163,7 @@ def _chart(rows: list[dict[str, Any]]) -> str:
     width, height, left, bottom = 560, 260, 60, 40
 
     def place(row: dict[str, Any]) -> tuple[float, float]:
-        x = left + (width - left - 30) * math.log(row["network_calls"]) / math.log(max(most, 2))
+        x = left + (width - left - 60) * math.log(row["network_calls"]) / math.log(max(most, 2))
         share = math.log(max(row["fd_teacher"], 0.1) / low) / math.log(high / low)
         return x, (height - bottom) * (1 - share) + 10
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from redif_sdk import FastPipeline, quickstart_text
 from redif_sdk.cli import app
+from redif_sdk.distill import presets
 from redif_sdk.distill.shipped_students import keep
 from redif_sdk.distill.teacher import Teacher
 
@@ -21,10 +22,7 @@ from redif_sdk.distill.teacher import Teacher
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("text")
-    teacher = place / "teacher"
-    pipelines.stable_diffusion().save_pretrained(teacher)
-    about = {"name": "tiny-sd", "prompts": pipelines.PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
-    (teacher / "redif_teacher.json").write_text(json.dumps(about))
+    teacher = pipelines.tiny_sd(place / "teacher")
     options = ["--steps", "2", "--updates", "3", "--minutes", "2", "--num-samples", "24", "--quiet"]
     command = ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
     with pytest.MonkeyPatch.context() as patch:  # the tiny pipeline has no bank: less to sample, and no times to learn
@@ -82,6 +80,11 @@ def test_students_that_come_with_the_teacher_are_judged_and_not_trained(done: Pa
         for folder in (tmp_path / "out", done)
     )
     assert np.abs(ours.astype(int) - theirs).max() <= 2, "half precision is all that was lost"
+
+
+def test_the_recipe_for_a_cpu_is_the_quickstarts_own() -> None:
+    recipe = presets.read(Path(__file__).parents[1] / "benchmarks/recipes/mini-sd-cpu.yaml")
+    assert recipe.items() >= quickstart_text.SETTINGS.items()
 
 
 def test_trained_students_are_of_prompts() -> None:

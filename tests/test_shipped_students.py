@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -50,10 +49,7 @@ def test_what_is_not_there_is_refused_with_what_is(mini_sd: Teacher) -> None:
 
 
 def test_a_student_that_is_kept_comes_back_as_it_was(mini_sd: Teacher, tmp_path: Path) -> None:
-    pipelines.stable_diffusion().save_pretrained(tmp_path / "teacher")
-    about = {"name": "tiny-sd", "prompts": pipelines.PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
-    (tmp_path / "teacher" / "redif_teacher.json").write_text(json.dumps(about))
-    teacher = Teacher.load(tmp_path / "teacher")
+    teacher = Teacher.load(pipelines.tiny_sd(tmp_path / "teacher"))
     asked = {"num_inference_steps": 2, "updates": 2, "pool_size": 32, "schedule_updates": 0, "calibration": 0}
     student = distill(teacher, resolve(asked, name="fast"))
     student.save_pretrained(tmp_path / "student")

@@ -10,13 +10,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.distill import emoji
 from redif_sdk.errors import InvalidRequest
+
+EMOJI_FILE = "emoji-32.npz"
+EMOJI_CATEGORIES = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+)
+EMOJI_STYLES = ("Noto", "Twemoji", "Fluent")
+EMOJI_CLASSES = tuple(f"{category}, {style}" for category in EMOJI_CATEGORIES for style in EMOJI_STYLES)
 
 #: name -> (the file by which its folder is known, how to get it).
 DATA_SETS = {
     "fashion-mnist": ("train-images-idx3-ubyte.gz", "install it (Debian: apt-get install dataset-fashion-mnist)"),
-    "emoji": (emoji.FILE, "make it (python -m redif_sdk.distill.emoji -o $REDIF_DATA/emoji)"),
+    "emoji": (EMOJI_FILE, "make it (python -m redif_sdk.distill.emoji -o $REDIF_DATA/emoji)"),
 }
 
 FASHION_MNIST_CLASSES = (
@@ -72,9 +86,9 @@ def load(name: str, split: str, folder: str | os.PathLike[str] | None = None) ->
     if split not in ("train", "test"):
         raise InvalidRequest(f"unknown split {split!r}; known: train, test")
     if name == "emoji":
-        with np.load(place / emoji.FILE, allow_pickle=False) as arrays:
+        with np.load(place / EMOJI_FILE, allow_pickle=False) as arrays:
             chosen = arrays["held_out"] == (split == "test")
-            return ImageData(arrays["images"][chosen], arrays["labels"][chosen], emoji.CLASSES)
+            return ImageData(arrays["images"][chosen], arrays["labels"][chosen], EMOJI_CLASSES)
     stem = {"train": "train", "test": "t10k"}[split]
     images = _idx(place / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
     labels = _idx(place / f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64)

@@ -22,29 +22,19 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
+from redif_sdk.distill.data import EMOJI_CATEGORIES as CATEGORIES
+from redif_sdk.distill.data import EMOJI_CLASSES as CLASSES
+from redif_sdk.distill.data import EMOJI_FILE as FILE
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.files import atomic_write
 
 SIZE = 32
-FILE = "emoji-32.npz"
 #: style -> npm package, and where in it the picture of a character is.
 PACKAGES = {
     "Noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
     "Twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
     "Fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
 }
-CATEGORIES = (
-    "Smileys & Emotion",
-    "People & Body",
-    "Animals & Nature",
-    "Food & Drink",
-    "Travel & Places",
-    "Activities",
-    "Objects",
-    "Symbols",
-    "Flags",
-)
-CLASSES = tuple(f"{category}, {style}" for category in CATEGORIES for style in PACKAGES)
 HELD_OUT = 10  # one character in as many is held out
 
 

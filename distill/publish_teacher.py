@@ -24,6 +24,7 @@ from redif_sdk.distill import data, pairs
 from redif_sdk.distill.evaluate import Statistics, frechet_distance, precision_recall
 from redif_sdk.distill.features import NAME as FEATURES
 from redif_sdk.distill.features import embed
+from redif_sdk.distill.reference import REFERENCE_FILE
 from redif_sdk.distill.teacher import TEACHER_FILE, Teacher
 from redif_sdk.files import atomic_folder
 
@@ -45,7 +46,6 @@ DATA = {
     },
 }
 STEPS = 50  # of DDIM, in bank and figures
-REFERENCE_FILE = "reference.npz"
 CARD_IMAGE = "samples.png"
 
 
@@ -155,19 +155,6 @@ def write_reference(test: data.ImageData, folder: Path) -> Statistics:
         covariance=real.covariance[upper].astype(np.float32),
     )
     return real
-
-
-def read_reference(folder: Path) -> Statistics | None:
-    """The statistics that :func:`write_reference` left, if the folder has any."""
-    path = folder / REFERENCE_FILE
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as stored:
-        mean = stored["mean"].astype(np.float64)
-        covariance = np.zeros((len(mean), len(mean)))
-        upper = np.triu_indices(len(mean))
-        covariance[upper] = stored["covariance"]
-    return Statistics(mean, covariance + np.triu(covariance, 1).T)
 
 
 def grid(images: Tensor, columns: int, scale: int = 2) -> Image.Image:

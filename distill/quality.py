@@ -19,7 +19,7 @@ from redif_sdk.distill.data import load
 from redif_sdk.distill.evaluate import Judge, Statistics, frechet_distance_of
 from redif_sdk.distill.features import NAME as FEATURES
 from redif_sdk.distill.features import embed
-from redif_sdk.distill.publish_teacher import read_reference
+from redif_sdk.distill.reference import read_reference
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teacher import Teacher
 from redif_sdk.errors import InvalidRequest

@@ -14,8 +14,8 @@ from redif_sdk import FastPipeline
 from redif_sdk.card import read_card, render_over
 from redif_sdk.distill import Teacher, load_student
 from redif_sdk.distill import pairs as pool
-from redif_sdk.distill.publish_teacher import read_reference
 from redif_sdk.distill.quality import evaluate_folder
+from redif_sdk.distill.reference import read_reference
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export.verify import summary, verify
 from redif_sdk.folder import StudentFolder

@@ -47,7 +47,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 schema: $(READY)
-	$(BIN)/python -m redif_sdk.schema > docs/schema/redif-1.json.new
+	$(BIN)/python -m redif_sdk.artifact.schema > docs/schema/redif-1.json.new
 	mv docs/schema/redif-1.json.new docs/schema/redif-1.json
 
 # The wheel is made from the sdist, so that nothing that an earlier build left behind gets into it.
@@ -59,7 +59,7 @@ build: $(READY)
 clean:
 	rm -rf dist build/quickstart build/lib build/bdist.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find distill export demo redif_sdk tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find models distill export demo zoo redif_sdk tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: clean
 	rm -rf $(VENV)

@@ -19,9 +19,9 @@ import numpy as np
 import onnxruntime
 
 from redif_sdk import FastPipeline
-from redif_sdk.bench import Workload, interleave
-from redif_sdk.folder import StudentFolder
-from redif_sdk.report import document, write_json
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.bench.rounds import Workload, interleave
+from redif_sdk.results import document, write_json
 
 CALLS = 32
 THREADS = 8

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redif_sdk.distill import DistillConfig, Teacher, pairs
-from redif_sdk.distill.evaluate import Judge
-from redif_sdk.distill.features import embed
-from redif_sdk.distill.quality import outputs
+from redif_sdk.distill import DistillConfig, Teacher
+from redif_sdk.distill.evaluation.arena import outputs
+from redif_sdk.distill.evaluation.distances import Judge
+from redif_sdk.distill.evaluation.features import embed
 from redif_sdk.distill.rewards import TextureReward
-from redif_sdk.distill.trainer import Trainer
-from redif_sdk.report import document, write_json
+from redif_sdk.distill.training import pool as pairs
+from redif_sdk.distill.training.loop import Trainer
+from redif_sdk.results import document, write_json
 
 SAMPLES, JUDGING_SEED = 800, 1  # of the "train" slots: the quickstart's pool has seed 0, its judge other slots
 

@@ -33,12 +33,14 @@ from typing import Any
 
 import numpy as np
 
-from redif_sdk import card_text, contents, strict_json
+from redif_sdk.artifact.manifest import Graph, Latents, Manifest, Network, Postprocess
+from redif_sdk.artifact.untrusted import contents
+from redif_sdk.artifact.untrusted import json as strict_json
+from redif_sdk.artifact.untrusted.onnx import check_graph
+from redif_sdk.card import text as card_text
 from redif_sdk.errors import RedifError
-from redif_sdk.manifest import Graph, Latents, Manifest, Network, Postprocess
-from redif_sdk.onnx_check import check_graph
-from redif_sdk.report import document, write_json
-from redif_sdk.steps import StepTable
+from redif_sdk.results import document, write_json
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["TARGETS", "Fuzzed", "fuzz", "run_one"]
 
@@ -498,7 +500,10 @@ def atheris_here(target: str, seconds: float, seed: int, report: Path) -> None:
     """Run atheris on one target until the time is over, and write `report`. Does not return."""
     import atheris as engine
 
-    from redif_sdk import files, folder, manifest, onnx_check, protobuf, steps
+    from redif_sdk.artifact import files, folder, manifest
+    from redif_sdk.artifact.untrusted import onnx as onnx_check
+    from redif_sdk.artifact.untrusted import protobuf
+    from redif_sdk.sampling import table as steps
 
     readers = [card_text, contents, files, folder, manifest, onnx_check, protobuf, steps, strict_json]
     for module in readers:

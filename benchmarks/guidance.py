@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from redif_sdk.distill import data, pairs
-from redif_sdk.distill.evaluate import Statistics, frechet_distance
-from redif_sdk.distill.features import embed
-from redif_sdk.distill.publish_teacher import classify, train_classifier
-from redif_sdk.distill.teacher import Teacher
+from redif_sdk.distill.evaluation import datasets as data
+from redif_sdk.distill.evaluation.distances import Statistics, frechet_distance
+from redif_sdk.distill.evaluation.features import embed
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import pool as pairs
+from zoo.publish_teacher import classify, train_classifier
 
 NAME, SAMPLES, STEPS, SEED, REAL = "fashion-mnist", 1000, 25, 3, 6000
 SCALES = (1.0, 1.5, 2.0, 3.0)

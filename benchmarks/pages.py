@@ -31,7 +31,7 @@ import numpy as np
 
 from redif_sdk import FastPipeline
 from redif_sdk.export.web import build_page
-from redif_sdk.report import document, write_json
+from redif_sdk.results import document, write_json
 
 ROUNDS, NUMBER, SEED = 5, 32, 11
 
@@ -43,7 +43,7 @@ import sys, time, urllib.request
 import redif_sdk.demo.app as app
 from redif_sdk import FastPipeline
 from redif_sdk.demo.studio import Studio
-from redif_sdk.folder import StudentFolder
+from redif_sdk.artifact.folder import StudentFolder
 start = time.perf_counter()
 pipe = FastPipeline.from_pretrained(sys.argv[1])
 studio = Studio({"student": pipe})

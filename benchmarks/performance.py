@@ -21,9 +21,9 @@ from typing import Any
 
 import performance_bounds
 
-from redif_sdk.bench_command import Request, measure
-from redif_sdk.bench_plot import bars
-from redif_sdk.report import document, write_json
+from redif_sdk.bench.plot import bars
+from redif_sdk.cli.bench import Request, measure
+from redif_sdk.results import document, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = (1, 8)
@@ -109,10 +109,10 @@ def build_unet(folder: Path, heads: int) -> None:
     import torch
     from diffusers import DDIMScheduler, UNet2DModel
 
+    from redif_sdk.artifact.folder import write_manifest
+    from redif_sdk.artifact.manifest import Latents, Manifest, Network
     from redif_sdk.export import export
-    from redif_sdk.folder import write_manifest
-    from redif_sdk.manifest import Latents, Manifest, Network
-    from redif_sdk.steps import StepTable
+    from redif_sdk.sampling.table import StepTable
 
     torch.manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)

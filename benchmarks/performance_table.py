@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from redif_sdk.bench_plot import TITLES
+from redif_sdk.bench.plot import TITLES
 
 Rows = list[dict[str, Any]]
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from redif_sdk import FastPipeline
-from redif_sdk.bench import interleave
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.bench.rounds import interleave
 from redif_sdk.distill import Teacher
-from redif_sdk.distill.quality import Arena
+from redif_sdk.distill.evaluation.arena import Arena
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.export.verify import Emulated
-from redif_sdk.folder import StudentFolder
-from redif_sdk.report import document, write_json
+from redif_sdk.results import document, write_json
 from redif_sdk.runtimes import RuntimeOptions
 
 PIECE = 40

@@ -33,8 +33,8 @@ import psutil
 from PIL import Image
 
 from redif_sdk import FastPipeline
-from redif_sdk.manifest import Manifest
-from redif_sdk.report import document, write_json
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.results import document, write_json
 
 PATH = "/v1/images/generations"
 CANCELLED, BAD = 0.08, 0.08
@@ -52,7 +52,7 @@ BAD_BODIES = [
 @contextmanager
 def server(student: str, max_batch: int, core: int | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of `student` on a free port, on one core if that is said; told to stop, which must be no failure."""
-    script = "from redif_sdk.cli import main; main()"
+    script = "from redif_sdk.cli.main import main; main()"
     options = ["--port", "0", "--runtime", "onnxruntime", "--max-batch", str(max_batch), "--log-level", "error"]
     if core is not None:
         options += ["--threads", "1"]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from redif_sdk import FastPipeline
-from redif_sdk.bench import interleave
-from redif_sdk.report import document, write_json
+from redif_sdk.bench.rounds import interleave
+from redif_sdk.results import document, write_json
 
 PROMPT = "red heart"
 
@@ -35,7 +35,7 @@ def png(images: list[Any]) -> int:
 
 
 def contenders(student: Path, teacher: Path, steps: int, batch: int, precision: str) -> dict[str, Callable[[], object]]:
-    from redif_sdk.distill.pixels import load_pipeline
+    from redif_sdk.distill.teachers.unet2d import load_pipeline
 
     pipeline, about = load_pipeline(teacher)
     scale = float(about.get("guidance_scale", 7.5))

@@ -21,13 +21,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 from gradio.events import api as named_endpoint
 
-from redif_sdk import card
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.card import render as card
 from redif_sdk.demo import charts, style
 from redif_sdk.demo.studio import NOTHING, Captioned, Shown, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest, RedifError
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Manifest
-from redif_sdk.request import LONGEST_PROMPT
+from redif_sdk.inputs import LONGEST_PROMPT
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from redif_sdk.card_metadata import BASELINES, number, own_rows
-from redif_sdk.manifest import Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.card.metadata import BASELINES, number, own_rows
 
 __all__ = ["Point", "chart", "points"]
 

@@ -6,9 +6,9 @@ import os
 import threading
 from pathlib import Path
 
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.demo.app import DemoSettings, build_demo, card_text, launch
 from redif_sdk.demo.studio import Studio
-from redif_sdk.folder import StudentFolder
 from redif_sdk.pipeline import FastPipeline
 
 __all__ = ["run"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.manifest import Manifest
 from redif_sdk.pipeline import FastPipeline
 
 __all__ = ["NOTHING", "SAME_STEPS", "Captioned", "Order", "Shown", "Studio", "parse_seed", "random_seed"]

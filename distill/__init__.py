@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.student import Student, distill, import_pipeline, load_student
-    from redif_sdk.distill.teacher import Teacher
+    from redif_sdk.distill.teachers.base import Teacher
 
 __all__ = ["DistillConfig", "Student", "Teacher", "distill", "import_pipeline", "load_student"]
 
@@ -18,7 +18,7 @@ _HOMES = {
     "distill": "student",
     "import_pipeline": "student",
     "load_student": "student",
-    "Teacher": "teacher",
+    "Teacher": "teachers.base",
 }
 
 

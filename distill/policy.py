@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.distill import draws
-from redif_sdk.distill.precision import autocast
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.device import autocast
 from redif_sdk.errors import UnsupportedModel
-from redif_sdk.steps import NoiseSchedule, StepTable
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 
 @dataclass

@@ -15,32 +15,25 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import nn
 
-from redif_sdk.card import CARD_NAME, is_generated, read_card, render_over, user_sections
-from redif_sdk.distill import draws, saving
-from redif_sdk.distill import pairs as pool
+from redif_sdk.artifact.files import atomic_folder, atomic_write
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Budget, Distillation, Guidance, Manifest, Network, TeacherInfo, calls_per_step
+from redif_sdk.card.render import CARD_NAME, is_generated, read_card, render_over, user_sections
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
-from redif_sdk.distill.networks import Denoiser
 from redif_sdk.distill.policy import Meter, StudentPolicy
-from redif_sdk.distill.precision import chosen_device
-from redif_sdk.distill.prompts import Prompts
 from redif_sdk.distill.rewards import reward_names
-from redif_sdk.distill.samplers import own_table
-from redif_sdk.distill.teacher import Teacher, check_deterministic
-from redif_sdk.distill.trainer import Progress, Trainer
+from redif_sdk.distill.teachers import saving
+from redif_sdk.distill.teachers.base import Teacher, check_deterministic
+from redif_sdk.distill.teachers.own_scheduler import own_table
+from redif_sdk.distill.training import pool
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.device import chosen_device
+from redif_sdk.distill.training.loop import Progress, Trainer
 from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
-from redif_sdk.files import atomic_folder, atomic_write
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import (
-    Budget,
-    Distillation,
-    Guidance,
-    Manifest,
-    Network,
-    TeacherInfo,
-    calls_per_step,
-)
-from redif_sdk.steps import StepTable
+from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.prompts import Prompts
+from redif_sdk.sampling.table import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
 TASKS: dict[str | None, Literal["unconditional", "class-conditional", "text-to-image"]] = {

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.export.verify import verify
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch

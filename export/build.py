@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import onnx
 import torch
 
-from redif_sdk import samples
-from redif_sdk.card import read_card, user_sections, write_card
+from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Graph, Latents, Manifest
+from redif_sdk.card import samples
+from redif_sdk.card.render import read_card, user_sections, write_card
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.export import golden, store
 from redif_sdk.export.components import load_decoder, load_encoders, load_network
 from redif_sdk.export.conditions import Conditions
-from redif_sdk.export.families import LatentDecoder, TextEncoders, is_supported
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.onnx import (
     Denoiser,
@@ -32,11 +34,9 @@ from redif_sdk.export.onnx import (
     text_encoder_model,
 )
 from redif_sdk.export.verify import absent, summary, verify
-from redif_sdk.files import atomic_folder
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Graph, Latents, Manifest
+from redif_sdk.models.families import LatentDecoder, TextEncoders, is_supported
 from redif_sdk.runtimes import PRECISIONS
-from redif_sdk.runtimes.base import nvidia_driver
+from redif_sdk.runtimes.protocol import nvidia_driver
 
 __all__ = ["build_graphs"]
 

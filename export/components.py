@@ -18,10 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import TextEncoder
 from redif_sdk.errors import ExportError, UnsupportedModel
-from redif_sdk.export.families import LatentDecoder, TextEncoders
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import TextEncoder
+from redif_sdk.models.families import LatentDecoder, TextEncoders
 
 __all__ = ["load_decoder", "load_encoders", "load_network"]
 

@@ -1,6 +1,6 @@
 """What the pictures that an export looks at are asked for: classes in turn, or the student's own example prompts.
 
-Prompts are tokenised as a deployer's are (`redif_sdk.text`) and encoded by the text encoders in torch.
+Prompts are tokenised as a deployer's are (`redif_sdk.tokenizer`) and encoded by the text encoders in torch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Guidance
 from redif_sdk.errors import ExportError
-from redif_sdk.export.families import TextEncoders
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Guidance
+from redif_sdk.models.families import TextEncoders
 
 __all__ = ["Conditions"]
 
@@ -31,7 +31,7 @@ class Conditions:
         self._encoded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._tokenize: Any = None
         if student.manifest.text is not None:
-            from redif_sdk.text import PromptTokenizer  # a package that other students need not load
+            from redif_sdk.tokenizer import PromptTokenizer  # a package that other students need not load
 
             self._tokenize = PromptTokenizer(student)
 

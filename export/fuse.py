@@ -1,7 +1,8 @@
 """The fused generator: an ONNX `Loop` around the denoiser, and the decoder after it; table and noise are its inputs.
 
 One graph serves any number of steps and any sampler that a table can say, and holds no random generator. It is put
-together from ONNX nodes, without torch; the arithmetic is that of `redif_sdk.steps.sample` and `redif_sdk.images`.
+together from ONNX nodes, without torch; the arithmetic is that of `redif_sdk.sampling.table.sample` and
+`redif_sdk.images`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import ExportError
 from redif_sdk.images import scale_and_offset
-from redif_sdk.manifest import Manifest
-from redif_sdk.steps import COLUMNS
+from redif_sdk.sampling.table import COLUMNS
 
 __all__ = ["generator_model"]
 

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from redif_sdk.artifact.manifest import Golden, Manifest
 from redif_sdk.export.conditions import Conditions
-from redif_sdk.export.families import LatentDecoder
 from redif_sdk.export.onnx import Denoiser
-from redif_sdk.manifest import Golden, Manifest
-from redif_sdk.noise import noise as draw
-from redif_sdk.steps import StepTable
+from redif_sdk.models.families import LatentDecoder
+from redif_sdk.sampling.noise import noise as draw
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["BATCHES", "FOLDER", "Size", "record"]
 

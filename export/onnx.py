@@ -14,14 +14,14 @@ import onnx
 import torch
 from torch import Tensor
 
+from redif_sdk.artifact.manifest import Guidance, Manifest, TensorSpec
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.export.components import load_network
 from redif_sdk.export.conditions import Conditions
-from redif_sdk.export.families import LatentDecoder, TextEncoders, call_network, is_supported
 from redif_sdk.export.guidance import add_guidance
 from redif_sdk.export.precision import DTYPES, int8_model
 from redif_sdk.export.trace import trace_graph
-from redif_sdk.manifest import Guidance, Manifest, TensorSpec
+from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
 
 __all__ = [
     "Denoiser",

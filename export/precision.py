@@ -20,11 +20,11 @@ import onnx
 import torch
 from onnx import numpy_helper
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import ExportError
 from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.store import LARGEST_FILE, size_of
-from redif_sdk.manifest import Manifest
-from redif_sdk.noise import noise as draw
+from redif_sdk.sampling.noise import noise as draw
 
 __all__ = ["DTYPES", "declare_bf16", "int8_model"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.contents import npz_arrays
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Golden, Manifest
+from redif_sdk.artifact.untrusted.contents import npz_arrays
 from redif_sdk.errors import ManifestError
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Golden, Manifest
-from redif_sdk.noise import noise as draw
-from redif_sdk.steps import StepTable
+from redif_sdk.sampling.noise import noise as draw
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["Arrays", "Record", "read_record"]
 

@@ -2,8 +2,9 @@
 
 Their Python API is one. What differs is said where it does: RTX builds for named compute capabilities, with or without
 a GPU; Enterprise builds on the GPU that will run the engine, and keeps a cache of timings. Precision is in the graph
-(dtypes, Q/DQ). Engines are kept by `redif_sdk.engines`, never in the student's folder, and run by
-`redif_sdk.runtimes.trt`. Needs no torch. RTX was run without a GPU; Enterprise was not run by this project yet.
+(dtypes, Q/DQ). Engines are kept by `redif_sdk.runtimes.tensorrt.cache`, never in the student's folder, and run by
+`redif_sdk.runtimes.tensorrt.runtime`. Needs no torch. RTX was run without a GPU; Enterprise was not run by this project
+yet.
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ from typing import Any, NamedTuple
 import onnx
 from pydantic import ValidationError
 
-from redif_sdk.engines import FLAVOURS, Built, EngineCache, EngineKey, EngineRecord, Flavour, Settings, graph_digest
+from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Graph, Manifest, TensorSpec
 from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export.tensorrt_graph import refuse_opset, refuse_rtx
-from redif_sdk.files import atomic_write
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Graph, Manifest, TensorSpec
-from redif_sdk.runtimes.base import RuntimeOptions
-from redif_sdk.runtimes.cuda import Gpu, find_gpu
-from redif_sdk.runtimes.trt import library, load_weights, logger
+from redif_sdk.runtimes.protocol import RuntimeOptions
+from redif_sdk.runtimes.tensorrt.cache import (
+    FLAVOURS,
+    Built,
+    EngineCache,
+    EngineKey,
+    EngineRecord,
+    Flavour,
+    Settings,
+    graph_digest,
+)
+from redif_sdk.runtimes.tensorrt.cuda import Gpu, find_gpu
+from redif_sdk.runtimes.tensorrt.runtime import library, load_weights, logger
 
 __all__ = ["LEVELS", "build_engines"]
 

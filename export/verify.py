@@ -13,12 +13,12 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Component, Graph, Manifest
 from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
-from redif_sdk.export import checks
-from redif_sdk.export.checks import FIELDS, THRESHOLDS, Threshold
+from redif_sdk.export import parity as checks
+from redif_sdk.export.parity import FIELDS, THRESHOLDS, Threshold
 from redif_sdk.export.recorded import Record, read_record
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Component, Graph, Manifest
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, resolve, runnable, steps_alone
 
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
@@ -64,7 +64,7 @@ def verify(
     graphs = _graphs(manifest, precisions)
     rows = [checks.check_noise(record) for record in records]
     if manifest.text is not None:
-        from redif_sdk.text import PromptTokenizer  # a package that other students need not load
+        from redif_sdk.tokenizer import PromptTokenizer  # a package that other students need not load
 
         tokenizer = PromptTokenizer(student)
         rows += [checks.check_tokenizer(tokenizer, record) for record in records]

@@ -19,16 +19,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import redif_sdk
-from redif_sdk.card_metadata import hub_licence
+from redif_sdk.artifact.files import FOREIGN_FOLDERS, atomic_folder, atomic_write, list_files
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Graph, Manifest
+from redif_sdk.artifact.web_folder import CONFIG_NAME, FORMAT, check_page
+from redif_sdk.card.metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel
-from redif_sdk.files import FOREIGN_FOLDERS, atomic_folder, atomic_write, list_files
-from redif_sdk.folder import StudentFolder
 from redif_sdk.hub.space import SPACE_MARKER
 from redif_sdk.images import scale_and_offset
-from redif_sdk.manifest import Graph, Manifest
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.runtimes.base import cache_folder
-from redif_sdk.web_folder import CONFIG_NAME, FORMAT, check_page
+from redif_sdk.runtimes.protocol import cache_folder
 
 __all__ = ["RUNTIME_VERSION", "build_page", "check_supported"]
 

@@ -24,9 +24,9 @@ from redif_sdk.errors import (
 )
 
 if TYPE_CHECKING:
-    from redif_sdk.manifest import Manifest
+    from redif_sdk.artifact.manifest import Manifest
     from redif_sdk.pipeline import FastPipeline
-    from redif_sdk.steps import StepTable
+    from redif_sdk.sampling.table import StepTable
 
     __version__: str
 
@@ -53,7 +53,7 @@ __all__ = [
 for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_variable, "1")
 
-_LAZY = {"FastPipeline": "pipeline", "Manifest": "manifest", "StepTable": "steps"}
+_LAZY = {"FastPipeline": "pipeline", "Manifest": "artifact.manifest", "StepTable": "sampling.table"}
 
 
 def __getattr__(name: str) -> Any:

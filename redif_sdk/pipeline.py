@@ -18,13 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from redif_sdk import hub, runtimes
-from redif_sdk.components import Components
+from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
-from redif_sdk.files import atomic_folder
-from redif_sdk.folder import StudentFolder
+from redif_sdk.graphs import Components
 from redif_sdk.images import to_pil
-from redif_sdk.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.request import (
+from redif_sdk.inputs import (
     OUTPUT_TYPES,
     Asked,
     Conditions,
@@ -38,7 +38,7 @@ from redif_sdk.request import (
     check_request,
 )
 from redif_sdk.runtimes import Runtime, RuntimeOptions
-from redif_sdk.steps import StepTable
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
 

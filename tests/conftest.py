@@ -60,9 +60,9 @@ def build_student(folder: Path, *, classes: int | None = 10, channels_out: int =
     import torch
     from diffusers import UNet2DModel
 
-    from redif_sdk.folder import write_manifest
-    from redif_sdk.manifest import Condition, Latents, Manifest, Network, Postprocess
-    from redif_sdk.steps import StepTable
+    from redif_sdk.artifact.folder import write_manifest
+    from redif_sdk.artifact.manifest import Condition, Latents, Manifest, Network, Postprocess
+    from redif_sdk.sampling.table import StepTable
 
     torch.manual_seed(seed)
     settings: dict[str, Any] = {

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from redif_sdk.export.fuse import generator_model
-from redif_sdk.folder import write_manifest
-from redif_sdk.manifest import (
+from redif_sdk.artifact.folder import write_manifest
+from redif_sdk.artifact.manifest import (
     Component,
     Decoder,
     Graph,
@@ -29,7 +28,8 @@ from redif_sdk.manifest import (
     TextEncoder,
     Tokenizer,
 )
-from redif_sdk.steps import StepTable
+from redif_sdk.export.fuse import generator_model
+from redif_sdk.sampling.table import StepTable
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 12  # tokens

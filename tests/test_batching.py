@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redif_sdk.manifest import Graph, TensorSpec
-from redif_sdk.runtimes.batching import LARGEST_PIECE, Arrays, Batches, Workers, pieces
+from redif_sdk.artifact.manifest import Graph, TensorSpec
+from redif_sdk.runtimes.cores import LARGEST_PIECE, Arrays, Batches, Workers, pieces
 
 GRAPH = Graph(
     component="generator",

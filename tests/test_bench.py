@@ -16,8 +16,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from redif_sdk import bench
-from redif_sdk.bench import (
+from redif_sdk.bench import rounds as bench
+from redif_sdk.bench.flops import count_flops, gemm_peak
+from redif_sdk.bench.fresh import cold_starts
+from redif_sdk.bench.plot import bars
+from redif_sdk.bench.rounds import (
     Contender,
     Fresh,
     Prepared,
@@ -29,10 +32,7 @@ from redif_sdk.bench import (
     ratio,
     row,
 )
-from redif_sdk.bench_command import COLUMNS, Request, bench_command, measure
-from redif_sdk.bench_flops import count_flops, gemm_peak
-from redif_sdk.bench_fresh import cold_starts
-from redif_sdk.bench_plot import bars
+from redif_sdk.cli.bench import COLUMNS, Request, bench_command, measure
 from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable, UnsupportedModel
 
 
@@ -388,7 +388,7 @@ def test_torch_and_diffusers_compute_the_same_pictures(tiny_student: Path) -> No
 
 def test_the_pipeline_of_diffusers_and_a_teacher(teacher_folder: Path, tiny_student: Path) -> None:
     """A class-conditional student has no pipeline in diffusers; the teacher makes pictures of its own."""
-    from redif_sdk.distill import peers
+    from redif_sdk.distill.evaluation import peers
 
     work = Workload.of(tiny_student, batch=2)
     pipeline = next(entry for entry in peers.contenders(["fp32"]) if entry.name == "diffusers-pipeline")
@@ -429,7 +429,7 @@ def test_what_cannot_be_had_is_one_line(
 def test_a_contender_that_computes_something_else_fails_the_command(
     redif_bench: Callable[..., Any], tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from redif_sdk import bench_engines
+    from redif_sdk.bench import engines as bench_engines
 
     clock = Clock()
     monkeypatch.setattr(
@@ -441,7 +441,7 @@ def test_a_contender_that_computes_something_else_fails_the_command(
 
 
 def test_bench_is_measured_without_torch() -> None:
-    modules = "redif_sdk.bench_command, redif_sdk.bench_engines, redif_sdk.bench_fresh"
+    modules = "redif_sdk.cli.bench, redif_sdk.bench.engines, redif_sdk.bench.fresh"
     script = f"import {modules}, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

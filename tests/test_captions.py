@@ -15,9 +15,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from redif_sdk.distill import captions, emoji
-from redif_sdk.distill.captions import HELD_OUT, HELD_OUT_EVERYWHERE, KEYS, STYLES, Subject
 from redif_sdk.errors import InvalidRequest
+from zoo import captions, emoji
+from zoo.captions import HELD_OUT, HELD_OUT_EVERYWHERE, KEYS, STYLES, Subject
 
 # code points -> Unicode's name, short names, category, subcategory, keywords
 CHARACTERS: dict[str, tuple[str, list[str], str, str, list[str]]] = {
@@ -183,7 +183,7 @@ def test_each_colour_shape_and_style_of_a_composition_is_trained_on() -> None:
 
 
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidRequest, match=r"python -m redif_sdk\.distill\.captions"):
+    with pytest.raises(InvalidRequest, match=r"python -m zoo\.captions"):
         captions.load(tmp_path)
     monkeypatch.setenv("REDIF_DATA", str(tmp_path))
     (tmp_path / "captions").symlink_to(folder)

@@ -23,7 +23,11 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from redif_sdk import FastPipeline
-from redif_sdk.card import (
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Condition, Distillation, Manifest, TeacherInfo
+from redif_sdk.card.metadata import hub_licence
+from redif_sdk.card.record import kind_of, record, speed_rows
+from redif_sdk.card.render import (
     CARD_LIMIT,
     body,
     check_active,
@@ -35,16 +39,12 @@ from redif_sdk.card import (
     user_sections,
     write_card,
 )
-from redif_sdk.card_metadata import hub_licence
-from redif_sdk.card_text import code, markdown, python_string
-from redif_sdk.cli import main
+from redif_sdk.card.samples import sample_grid
+from redif_sdk.card.text import code, markdown, python_string
+from redif_sdk.cli.main import main
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
-from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Condition, Distillation, Manifest, TeacherInfo
-from redif_sdk.metrics import kind_of, record, speed_rows
-from redif_sdk.noise import noise
-from redif_sdk.samples import sample_grid
+from redif_sdk.sampling.noise import noise
 
 Copy = Callable[[Path], Path]
 
@@ -800,7 +800,7 @@ def test_measuring_writes_only_when_asked(
     assert redif(*arguments, "--save", monkeypatch=monkeypatch) == 0
     assert [row["contender"] for row in StudentFolder(folder).manifest.metrics] == ["fastpipeline"]
     evaluate = ["eval", folder, "--num-samples", 16, "--no-baselines", "--quiet"]
-    monkeypatch.setattr("redif_sdk.distill.quality.evaluate_folder", lambda *_, **__: [quality("ddim", 2, 2)])
+    monkeypatch.setattr("redif_sdk.distill.evaluation.arena.evaluate_folder", lambda *_, **__: [quality("ddim", 2, 2)])
     assert redif(*evaluate, monkeypatch=monkeypatch) == 0
     assert len(StudentFolder(folder).manifest.metrics) == 1
     assert redif(*evaluate, "--save", monkeypatch=monkeypatch) == 0

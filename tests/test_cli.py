@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from redif_sdk import cli, doctor
-from redif_sdk.files import list_files
-from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.files import list_files
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.cli import doctor
+from redif_sdk.cli import main as cli
 from redif_sdk.pipeline import FastPipeline
 
 Copy = Callable[[Path], Path]
@@ -253,7 +254,7 @@ def test_engines_are_built_for_named_targets_and_found_again(
 
 
 def test_what_needs_a_gpu_says_so(redif: Callable[..., Result], plain_student: Path, tmp_path: Path) -> None:
-    from redif_sdk.runtimes.base import nvidia_driver
+    from redif_sdk.runtimes.protocol import nvidia_driver
 
     if nvidia_driver() is not None:
         pytest.skip("there is a GPU")
@@ -302,7 +303,7 @@ def test_doctor_finds_packages_that_overwrite_each_other(
 
 
 def test_an_engine_that_runs_nothing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    from redif_sdk.runtimes import ort
+    from redif_sdk.runtimes import onnxruntime as ort
 
     monkeypatch.setattr(ort, "PROBE", b"no graph")
     ort.usable.cache_clear()
@@ -314,7 +315,7 @@ def test_an_engine_that_runs_nothing_is_a_problem(monkeypatch: pytest.MonkeyPatc
 def test_help_lists_every_command_and_no_command_imports_torch(tiny_student: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from redif_sdk.cli import main
+from redif_sdk.cli.main import main
 sys.argv = ["redif", *sys.argv[1:]]
 try:
     main()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from redif_sdk.cli import main
+from redif_sdk.cli.main import main
 
 SMALL = ["--updates", "2", "--pool-size", "16", "--batch-size", "8", "--quiet"]
 
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_nothing_half_written(teacher_folder: Path, tmp_path:
     environment = {**os.environ, "REDIF_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     arguments = ["import", str(teacher_folder), "-o", str(tmp_path / "out"), "--steps", "2", "--quiet"]
     done = subprocess.run(
-        [sys.executable, "-c", "from redif_sdk.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from redif_sdk.cli.main import main; main()", *arguments],
         env=environment,
         capture_output=True,
         text=True,

@@ -21,16 +21,16 @@ import pytest
 from PIL import Image
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.card.record import record
 from redif_sdk.demo.app import card_text
 from redif_sdk.demo.charts import chart, points
 from redif_sdk.demo.studio import NOTHING, SAME_STEPS, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.folder import StudentFolder
-from redif_sdk.metrics import record
 from tests.prompted import EXAMPLES, build_prompted
 
 ROOT = Path(__file__).resolve().parent.parent
-REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()")
+REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_the_command_refuses(tiny_student: Path, teacher_folder: Path, tmp_path:
 def test_a_teacher_of_redif_import_is_shown_beside(teacher_folder: Path, tmp_path: Path) -> None:
     """What the command says of a pipeline that only torch runs is true: import it, export it, and it is shown."""
     from redif_sdk.distill.student import import_pipeline
-    from redif_sdk.distill.teacher import Teacher
+    from redif_sdk.distill.teachers.base import Teacher
     from redif_sdk.export import export
 
     import_pipeline(Teacher.load(teacher_folder), tmp_path / "few", [2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.distillation import black_box, judges, overhead, render, run
-from redif_sdk.distill.data import data_folder
+from redif_sdk.distill.evaluation.datasets import data_folder
 from redif_sdk.distill.methods import method_names
 from redif_sdk.errors import InvalidRequest
 

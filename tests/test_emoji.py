@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from redif_sdk.distill import data, emoji
-from redif_sdk.distill.publish_teacher import DATA, TeacherFigures, card, grid, train_classifier
-from redif_sdk.distill.train_teacher import ARCHITECTURES, build_network
+from redif_sdk.distill.evaluation import datasets as data
 from redif_sdk.errors import InvalidRequest
+from zoo import emoji
+from zoo.publish_teacher import DATA, TeacherFigures, card, grid, train_classifier
+from zoo.train_teacher import ARCHITECTURES, build_network
 
 CHARACTERS = [f"1f6{index:02x}" for index in range(60)]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from redif_sdk import engines as engines_module
-from redif_sdk.engines import Built, EngineCache, EngineKey, Settings, graph_digest
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Graph, TensorSpec
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Graph, TensorSpec
-from redif_sdk.runtimes.base import RuntimeOptions
-from redif_sdk.runtimes.cuda import Gpu
+from redif_sdk.runtimes.protocol import RuntimeOptions
+from redif_sdk.runtimes.tensorrt import cache as engines_module
+from redif_sdk.runtimes.tensorrt.cache import Built, EngineCache, EngineKey, Settings, graph_digest
+from redif_sdk.runtimes.tensorrt.cuda import Gpu
 
 GRAPH, OTHER = "a" * 64, "b" * 64
 ADA = Gpu(0, "NVIDIA L4", 89)

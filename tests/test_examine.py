@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.distill.examine import examine_teacher
-from redif_sdk.distill.teacher import Teacher
-from redif_sdk.steps import NoiseSchedule
+from redif_sdk.distill.evaluation.examine import examine_teacher
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.sampling.table import NoiseSchedule
 from tests.networks import Tiny
 
 SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
@@ -102,7 +102,7 @@ def test_a_wrong_range_a_flat_reward_and_samples_that_are_not_finite_are_found()
 
 
 def test_the_command(teacher_folder: Any) -> None:
-    code = "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()"
     command = [sys.executable, "-c", code, "doctor", "--distill", str(teacher_folder), "--reward", "pixel"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "prediction type" in done.stdout

@@ -17,14 +17,14 @@ import torch
 from conftest import SMALL, build_student
 
 from redif_sdk import FastPipeline, StepTable
+from redif_sdk.artifact.files import list_files
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Latents, Manifest, Network, Postprocess
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
 from redif_sdk.export import build, export, store, trace, verify
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
-from redif_sdk.files import list_files
-from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Latents, Manifest, Network, Postprocess
 from redif_sdk.runtimes import runnable
 
 Copy = Callable[[Path], Path]

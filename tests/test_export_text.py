@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Guidance, TextCondition
 from redif_sdk.distill import import_pipeline
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, UnsupportedModel
 from redif_sdk.export import export, store, verify
@@ -30,10 +32,8 @@ from redif_sdk.export.components import load_decoder, load_encoders, load_networ
 from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.onnx import Denoiser, denoiser_model, part_precision, text_encoder_model
 from redif_sdk.export.verify import summary
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Guidance, TextCondition
-from redif_sdk.noise import noise as draw
 from redif_sdk.runtimes import runnable
+from redif_sdk.sampling.noise import noise as draw
 
 Copy = Callable[[Path], Path]
 PROMPTS = pipelines.PROMPTS

@@ -30,8 +30,13 @@ MAY_IMPORT = {
     "demo": {"redif_sdk"},
 }
 # These join the rooms, inside functions only. The command line also collects the other rooms' commands when it starts.
-JOINING = {"redif_sdk/cli.py", "redif_sdk/quickstart.py", "redif_sdk/quickstart_text.py", "redif_sdk/bench_command.py"}
-COMMANDS = ("redif_sdk/cli.py", re.compile(r"redif_sdk\.\w+\.commands(\.\w+)?"))
+JOINING = {
+    "redif_sdk/cli/main.py",
+    "redif_sdk/quickstart/images.py",
+    "redif_sdk/quickstart/text.py",
+    "redif_sdk/cli/bench.py",
+}
+COMMANDS = ("redif_sdk/cli/main.py", re.compile(r"redif_sdk\.\w+\.commands(\.\w+)?"))
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,15 @@ def test_the_reader_of_imports_finds_each_form(tmp_path: Path) -> None:
     found = {(entry.module, entry.at_import) for entry in imports(path, tmp_path)}
     assert found == {
         ("torch.nn", True),
-        ("redif_sdk.distill.pairs.Pairs", True),
+        ("redif_sdk.distill.training.pool.Pairs", True),
         ("typing.TYPE_CHECKING", True),
         ("redif_sdk.export", True),
         ("importlib", False),
         ("redif_sdk.demo.app", False),
     }
-    assert [room_of(name) for name in ("redif_sdk.export", "redif_sdk.steps", "torch.nn", "distill.pairs")] == [
+    assert [
+        room_of(name) for name in ("redif_sdk.export", "redif_sdk.sampling.table", "torch.nn", "distill.pairs")
+    ] == [
         "export",
         "redif_sdk",
         None,
@@ -142,7 +149,7 @@ def test_the_arrows_between_the_rooms_go_one_way(room: str) -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    script = f"import redif_sdk.cli, sys; print(sorted(set(sys.modules) & {set(TRAINING_PACKAGES)}))"
+    script = f"import redif_sdk.cli.main, sys; print(sorted(set(sys.modules) & {set(TRAINING_PACKAGES)}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from redif_sdk import files
+from redif_sdk.artifact import files
+from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Condition, Golden, Graph, Latents, Manifest, Network, Postprocess
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
-from redif_sdk.files import atomic_folder
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Condition, Golden, Graph, Latents, Manifest, Network, Postprocess
-from redif_sdk.steps import StepTable
+from redif_sdk.sampling.table import StepTable
 
 
 def table(steps: int = 2) -> dict[str, Any]:

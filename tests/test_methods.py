@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from redif_sdk.distill import pairs as pool
-from redif_sdk.distill import trainer as training
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import Context
-from redif_sdk.distill.methods.groups import TrajectoryGroups, check_drift, score_direction
+from redif_sdk.distill.methods.estimators import TrajectoryGroups, check_drift, score_direction
 from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.times import learn_times, times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
-from redif_sdk.distill.schedule_policy import learn_times, times_of
-from redif_sdk.distill.teacher import Teacher, check_deterministic
-from redif_sdk.distill.trainer import Trainer
+from redif_sdk.distill.teachers.base import Teacher, check_deterministic
+from redif_sdk.distill.training import loop as training
+from redif_sdk.distill.training import pool
+from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
-from redif_sdk.steps import NoiseSchedule, StepTable
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
 from tests.networks import Tiny
 
 SHAPE = (1, 4, 4)

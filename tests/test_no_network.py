@@ -21,8 +21,9 @@ sys.addaudithook(refuse)
 """
 
 IMPORTS = """
-import redif_sdk, redif_sdk.pipeline, redif_sdk.cli, redif_sdk.hub, redif_sdk.export, redif_sdk.runtimes.ort
-import redif_sdk.runtimes.ov, redif_sdk.distill, redif_sdk.export.build, redif_sdk.demo, huggingface_hub.constants
+import redif_sdk, redif_sdk.pipeline, redif_sdk.cli.main, redif_sdk.hub, redif_sdk.export
+import redif_sdk.runtimes.onnxruntime
+import redif_sdk.runtimes.openvino, redif_sdk.distill, redif_sdk.export.build, redif_sdk.demo, huggingface_hub.constants
 assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
 """
 

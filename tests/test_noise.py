@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.noise import TRAINING_SLOT, _cos_sin_turn, _log_uniform, noise, normals, philox4x32
+from redif_sdk.sampling.noise import TRAINING_SLOT, _cos_sin_turn, _log_uniform, noise, normals, philox4x32
 
 words64 = st.integers(0, 2**64 - 1)
 

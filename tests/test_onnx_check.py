@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from redif_sdk import onnx_check
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.untrusted import onnx as onnx_check
+from redif_sdk.artifact.untrusted.onnx import OPERATORS, OPSETS, check_graph
 from redif_sdk.errors import IntegrityError
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.onnx import Denoiser, denoiser_model, load_network
 from redif_sdk.export.store import spec_of
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Graph
-from redif_sdk.onnx_check import OPERATORS, OPSETS, check_graph
 
 INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 Change = Callable[[onnx.ModelProto], Any]
@@ -151,7 +151,7 @@ def test_the_operators_are_standard_and_give_their_shapes_where_we_look() -> Non
 
 
 def test_the_field_numbers_are_those_of_onnx() -> None:
-    from redif_sdk import protobuf
+    from redif_sdk.artifact.untrusted import protobuf
 
     tables = {
         onnx.ModelProto: [onnx_check._MODEL],

@@ -12,23 +12,23 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from redif_sdk.distill import pairs as pool
-from redif_sdk.distill import precision
 from redif_sdk.distill.config import DistillConfig
-from redif_sdk.distill.examine import examine_teacher
-from redif_sdk.distill.fake_score import clean_at, levels, noised
+from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import METHODS
-from redif_sdk.distill.methods.groups import TrajectoryGroups
+from redif_sdk.distill.methods.estimators import TrajectoryGroups
+from redif_sdk.distill.methods.fake_score import clean_at, levels, noised
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
-from redif_sdk.distill.networks import Predict
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.saving import scheduler_of
 from redif_sdk.distill.student import distill, load_student
-from redif_sdk.distill.teacher import Teacher
-from redif_sdk.distill.trainer import Trainer
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.saving import scheduler_of
+from redif_sdk.distill.training import device as precision
+from redif_sdk.distill.training import pool
+from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.noise import noise as draw
-from redif_sdk.steps import NoiseSchedule, StepTable, sample
+from redif_sdk.models.denoiser import Predict
+from redif_sdk.sampling.noise import noise as draw
+from redif_sdk.sampling.table import NoiseSchedule, StepTable, sample
 
 SHAPE = (1, 4, 4)
 MEAN, STD = 0.5, 0.2

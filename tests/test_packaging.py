@@ -27,7 +27,7 @@ from redif_sdk import FastPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = {"distill": "redif_sdk/distill", "export": "redif_sdk/export", "demo": "redif_sdk/demo"}
+FOLDERS = {room: f"redif_sdk/{room}" for room in ("models", "distill", "export", "demo")}
 NOT_SOURCES = (".git", ".*_cache", ".hypothesis", ".venv", "__pycache__", "build", "dist", "*.egg-info")
 
 
@@ -53,16 +53,16 @@ def names_in(wheel: Path) -> list[str]:
 def sources(root: Path) -> set[str]:
     """What a wheel must hold of the checkout: modules, the type marker, the page, and all beside the teachers but two
     banks, which are too large."""
-    found = {f"redif_sdk/{path.name}" for path in (root / "redif_sdk").glob("*.py")} | {"redif_sdk/py.typed"}
-    for package in ("hub", "runtimes", "serving"):
-        found |= {path.relative_to(root).as_posix() for path in (root / "redif_sdk" / package).rglob("*.py")}
+    linked = {root / inside for inside in FOLDERS.values()}
+    own = (path for path in (root / "redif_sdk").rglob("*.py") if not linked & set(path.parents))
+    found = {path.relative_to(root).as_posix() for path in own} | {"redif_sdk/py.typed"}
     for folder, inside in FOLDERS.items():
         found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}
-    teachers = root / "distill/teachers"
-    left_out = {teachers / "emoji" / "bank.npz", teachers / "mini-sd" / "bank.npz"}
-    files = (p for p in teachers.rglob("*") if p.is_file() and p.parent.name != "__pycache__" and p not in left_out)
+    shipped = root / "distill/shipped"
+    left_out = {shipped / "emoji" / "bank.npz", shipped / "mini-sd" / "bank.npz"}
+    files = (p for p in shipped.rglob("*") if p.is_file() and p.parent.name != "__pycache__" and p not in left_out)
     found |= {f"redif_sdk/export/page/{path.name}" for path in (root / "export/page").iterdir()}
-    return found | {f"redif_sdk/distill/teachers/{path.relative_to(teachers).as_posix()}" for path in files}
+    return found | {f"redif_sdk/distill/shipped/{path.relative_to(shipped).as_posix()}" for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout") / "redif-sdk"
     copytree(ROOT, copy, symlinks=True, ignore=ignore_patterns(*NOT_SOURCES))
     for name in ("README.md", ".gitattributes", "unet/config.json", "unet/weights.safetensors", "__pycache__/x.pyc"):
-        path = copy / "distill/teachers/of-this-test" / name
+        path = copy / "distill/shipped/of-this-test" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     return copy
@@ -177,7 +177,7 @@ def test_an_editable_install_and_its_root_give_the_same_modules(checkout: Path, 
     run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_editable('dist')", cwd=project)
     (wheel,) = (project / "dist").glob("*.whl")
     environment = environment_with(wheel, tmp_path / "venv")
-    names = [f"redif_sdk.{name}" for name in ("distill", "export", "demo", "distill.teachers", "runtimes.base")]
+    names = [f"redif_sdk.{name}" for name in (*FOLDERS, "distill.shipped", "runtimes.protocol")]
     script = f"""
 import json
 from importlib.util import find_spec
@@ -186,7 +186,7 @@ print(json.dumps([find_spec(name).origin for name in {names}]))
     answers = [json.loads(run(environment / "bin/python", "-c", script, cwd=cwd)) for cwd in (project, tmp_path)]
     from_root, from_elsewhere = ([Path(origin).resolve() for origin in answer] for answer in answers)
     assert from_root == from_elsewhere
-    assert from_root[:3] == [project / folder / "__init__.py" for folder in FOLDERS]
+    assert from_root[: len(FOLDERS)] == [project / folder / "__init__.py" for folder in FOLDERS]
 
 
 def test_every_package_is_listed() -> None:

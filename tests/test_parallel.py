@@ -11,10 +11,13 @@ import pytest
 import torch
 from test_other_methods import make_teacher
 
-from redif_sdk.distill import DistillConfig, Teacher, draws, precision, sharding
-from redif_sdk.distill import pairs as pool
+from redif_sdk.distill import DistillConfig, Teacher
 from redif_sdk.distill.policy import StudentPolicy
-from redif_sdk.distill.trainer import Trainer
+from redif_sdk.distill.training import device as precision
+from redif_sdk.distill.training import parallel as sharding
+from redif_sdk.distill.training import pool
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 
 #: What is drawn, summed or learnt from in each differs: every arm that a process could take alone.

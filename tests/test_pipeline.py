@@ -18,9 +18,9 @@ from PIL import Image
 
 import redif_sdk
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.errors import HubError, IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable
-from redif_sdk.folder import StudentFolder
-from redif_sdk.noise import noise
+from redif_sdk.sampling.noise import noise
 
 Copy = Callable[[Path], Path]
 

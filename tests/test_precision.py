@@ -17,13 +17,13 @@ from conftest import SMALL, build_student
 from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.export import export, precision, verify
 from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.emulate import emulate
 from redif_sdk.export.onnx import Denoiser, load_network
 from redif_sdk.export.verify import absent, summary
-from redif_sdk.folder import StudentFolder
 
 Copy = Callable[[Path], Path]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -11,13 +11,13 @@ import yaml
 from torch import Tensor
 from typer.testing import CliRunner
 
-from redif_sdk.cli import app
-from redif_sdk.distill import pairs as pool
+from redif_sdk.cli.main import app
 from redif_sdk.distill.config import DistillConfig
-from redif_sdk.distill.estimate import estimate
 from redif_sdk.distill.presets import UPDATES, as_yaml, preset, read, resolve
-from redif_sdk.distill.teacher import Teacher
-from redif_sdk.distill.trainer import LOG, Trainer
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import pool
+from redif_sdk.distill.training.estimate import estimate
+from redif_sdk.distill.training.loop import LOG, Trainer
 from redif_sdk.errors import InvalidRequest
 from tests.test_other_methods import make_teacher
 

@@ -19,15 +19,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from redif_sdk import FastPipeline, card, cli
+from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Guidance, Manifest
+from redif_sdk.card import render as card
+from redif_sdk.card.samples import sample_grid, write_samples
+from redif_sdk.cli import main as cli
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Guidance, Manifest
-from redif_sdk.noise import noise
-from redif_sdk.samples import sample_grid, write_samples
+from redif_sdk.sampling.noise import noise
+from redif_sdk.sampling.table import StepTable
 from redif_sdk.serving.logs import keep_prompts_out
 from redif_sdk.serving.settings import ServeSettings
-from redif_sdk.steps import StepTable
 from tests.prompted import EXAMPLES, LENGTH, build_prompted
 from tests.serving.conftest import running
 from tests.test_pipeline import hub_cache, run_blocked
@@ -325,7 +327,7 @@ def test_what_is_cut_off_is_said_but_not_by_a_server(pipe: FastPipeline, caplog:
     (record,) = caplog.records
     assert "thirteen'" in record.getMessage()
     caplog.clear()
-    logger = logging.getLogger("redif_sdk.text")
+    logger = logging.getLogger("redif_sdk.tokenizer")
     before = logger.level
     try:
         keep_prompts_out()
@@ -474,15 +476,15 @@ def test_the_card_s_lines_for_plain_diffusers(prompted: Path) -> None:
 
 
 def schedule() -> Any:
-    from redif_sdk.schedules import NoiseSchedule
+    from redif_sdk.sampling.noise_schedule import NoiseSchedule
 
     return NoiseSchedule.from_alphas_cumprod(np.linspace(0.999, 0.01, 1000))
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_benchmarks_measure_it(prompted: Path, runtime: str) -> None:
-    from redif_sdk.bench import Workload, compare
-    from redif_sdk.bench_engines import contenders, overhead
+    from redif_sdk.bench.engines import contenders, overhead
+    from redif_sdk.bench.rounds import Workload, compare
 
     pytest.importorskip(runtime)
     work = Workload.of(prompted, batch=4)

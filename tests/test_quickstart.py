@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from redif_sdk import FastPipeline
-from redif_sdk.card import read_card, render_over
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.card.render import read_card, render_over
 from redif_sdk.distill import Teacher, load_student
-from redif_sdk.distill import pairs as pool
-from redif_sdk.distill.quality import evaluate_folder
-from redif_sdk.distill.reference import read_reference
+from redif_sdk.distill.evaluation.arena import evaluate_folder
+from redif_sdk.distill.evaluation.reference import read_reference
+from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export.verify import summary, verify
-from redif_sdk.folder import StudentFolder
-from redif_sdk.quickstart import quickstart
+from redif_sdk.quickstart.images import quickstart
 
 # the quality row of docs/design.md
 QUALITY = {"data", "teacher", "method", "num_inference_steps", "network_calls", "seed", "fd_teacher", "fd_teacher_gain"}

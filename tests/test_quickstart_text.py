@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from redif_sdk import FastPipeline, quickstart_text
-from redif_sdk.cli import app
+from redif_sdk import FastPipeline
+from redif_sdk.cli.main import app
 from redif_sdk.distill import presets
-from redif_sdk.distill.shipped_students import keep
-from redif_sdk.distill.teacher import Teacher
+from redif_sdk.distill.shipped.students import keep
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.quickstart import text as quickstart_text
 
 
 @pytest.fixture(scope="module")

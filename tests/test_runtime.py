@@ -17,9 +17,10 @@ import onnxruntime
 import pytest
 
 from redif_sdk import FastPipeline, runtimes
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.errors import IntegrityError, InvalidRequest, RuntimeUnavailable
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.runtimes import RUNTIMES, Engine, RuntimeOptions, ort
+from redif_sdk.runtimes import RUNTIMES, Engine, RuntimeOptions
+from redif_sdk.runtimes import onnxruntime as ort
 
 needs_no_gpu = pytest.mark.skipif(
     ort.CUDA in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is installed here"
@@ -166,7 +167,7 @@ def test_auto_takes_bf16_only_where_its_gate_passed(
 def test_auto_says_what_it_took_and_what_it_passed_over(
     tiny_student: Path, copy_of: Callable[[Path], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ov = pytest.importorskip("redif_sdk.runtimes.ov")
+    ov = pytest.importorskip("redif_sdk.runtimes.openvino")
     student = bf16_too(copy_of(tiny_student), True)
     if ov.refusal("bf16") is None:
         pytest.skip("this processor has bfloat16")
@@ -296,7 +297,7 @@ def test_openvino_that_computes_in_another_precision_is_refused(
     tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes the hint for advice: where it does not follow, nothing is computed."""
-    ov = pytest.importorskip("redif_sdk.runtimes.ov")
+    ov = pytest.importorskip("redif_sdk.runtimes.openvino")
     if ov.refusal("bf16") is None:
         pytest.skip("this processor has bfloat16")
     monkeypatch.setitem(ov.HINTS, "fp32", ("bf16", "FP32"))  # ask for what it will not do

@@ -24,7 +24,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.steps import NoiseSchedule, StepTable
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 # diffusers' DPM solver and Euler make numpy arrays of torch tensors in the old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

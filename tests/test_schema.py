@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from redif_sdk.schema import schema, text
+from redif_sdk.artifact.schema import schema, text
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "docs/schema/redif-1.json"
 

@@ -20,14 +20,14 @@ from conftest import build_student
 from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Graph, TensorSpec
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export import tensorrt as builder
 from redif_sdk.export.tensorrt import build_engines
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Graph, TensorSpec
-from redif_sdk.runtimes import trt
-from redif_sdk.runtimes.base import nvidia_driver
-from redif_sdk.runtimes.cuda import Gpu
+from redif_sdk.runtimes.protocol import nvidia_driver
+from redif_sdk.runtimes.tensorrt import runtime as trt
+from redif_sdk.runtimes.tensorrt.cuda import Gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 L4 = Gpu(0, "NVIDIA L4", 89)
@@ -154,8 +154,8 @@ def with_graph(folder: Path, nodes: list[Any], dtype: int, shape: list[Any], ops
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     from conftest import build_scheduler
 
-    from redif_sdk.manifest import Latents, Manifest, Network
-    from redif_sdk.steps import StepTable
+    from redif_sdk.artifact.manifest import Latents, Manifest, Network
+    from redif_sdk.sampling.table import StepTable
 
     manifest = Manifest(
         name="odd",
@@ -308,7 +308,7 @@ def test_what_tensorrt_says_goes_to_the_log(
 ) -> None:
     with caplog.at_level(logging.DEBUG, "redif_sdk"):
         build_engines(free_student, components=["denoiser"], sm=[89], engine_dir=tmp_path / "engines")
-    assert any(record.name == "redif_sdk.runtimes.trt" for record in caplog.records)
+    assert any(record.name == "redif_sdk.runtimes.tensorrt.runtime" for record in caplog.records)
 
 
 @needs_rtx
@@ -479,7 +479,7 @@ def test_a_graph_that_is_not_what_the_manifest_says(tmp_path: Path, monkeypatch:
         with pytest.raises(IntegrityError, match="not those that the manifest lists"):
             build_engines(folder, sm=[89], engine_dir=tmp_path / "engines")
         with monkeypatch.context() as unchecked:
-            unchecked.setattr("redif_sdk.folder.check_graph", lambda *_: None)
+            unchecked.setattr("redif_sdk.artifact.folder.check_graph", lambda *_: None)
             with pytest.raises(ExportError, match=message):
                 build_engines(folder, sm=[89], engine_dir=tmp_path / "engines")
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Manifest, TensorSpec, Tokenizer
 from redif_sdk.errors import IntegrityError, ManifestError, UnsupportedModel
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Manifest, TensorSpec, Tokenizer
-from redif_sdk.text import PromptTokenizer
+from redif_sdk.tokenizer import PromptTokenizer
 from tests.prompted import BOS, EOS, LENGTH, byte_pairs, captions, clip_tokenizer, manifest_of
 
 Copy = Callable[[Path], Path]
@@ -138,7 +138,7 @@ def test_what_is_cut_off_is_said(clip: PromptTokenizer, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         clip([" ".join(words)])
     (record,) = caplog.records
-    assert record.name == "redif_sdk.text"
+    assert record.name == "redif_sdk.tokenizer"
     said = record.getMessage()
     assert f"because input_ids takes {LENGTH} tokens: " in said
     cut = said.rpartition(": ")[2].strip("'")

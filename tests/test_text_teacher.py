@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from redif_sdk.distill import captions, mini_sd, train_text_teacher
-from redif_sdk.distill.captions import Captioned, Subject
-from redif_sdk.distill.judge_text import CANDIDATES, describe, retrieval, summary, train_judge
-from redif_sdk.distill.mini_sd import (
+from redif_sdk.errors import InvalidRequest
+from zoo import captions, mini_sd, train_text_teacher
+from zoo.captions import Captioned, Subject
+from zoo.judge_text import CANDIDATES, describe, retrieval, summary, train_judge
+from zoo.mini_sd import (
     ARCHITECTURES,
     LARGEST,
     Architecture,
@@ -33,9 +34,8 @@ from redif_sdk.distill.mini_sd import (
     tokenize,
     used_tokens,
 )
-from redif_sdk.distill.publish_text_teacher import GRID, Effort, is_held_out, labelled_grid, publish
-from redif_sdk.distill.train_text_teacher import Clock, Settings, Trained, read_checkpoint, run, train
-from redif_sdk.errors import InvalidRequest
+from zoo.publish_text_teacher import GRID, Effort, is_held_out, labelled_grid, publish
+from zoo.train_text_teacher import Clock, Settings, Trained, read_checkpoint, run, train
 
 TINY = Architecture(
     image_size=16, vae_channels=(8, 8), vae_groups=4, latent_channels=4, text_width=32, text_layers=1, text_heads=1,

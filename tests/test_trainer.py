@@ -18,18 +18,19 @@ import torch
 from diffusers import UNet2DModel
 
 from redif_sdk import FastPipeline
-from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student, precision
-from redif_sdk.distill import pairs as pool
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student
 from redif_sdk.distill.student import pool_size, training_folder
+from redif_sdk.distill.training import device as precision
+from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
-from redif_sdk.folder import StudentFolder
 
 SMALL = {"pool_size": 32, "batch_size": 8, "group_size": 4}
 
 
 def command(teacher: Path, output: Path, *extra: str) -> list[str]:
-    run = "from redif_sdk.cli import main; main()"
+    run = "from redif_sdk.cli.main import main; main()"
     options = "--steps 2 --updates 14 --pool-size 32 --batch-size 8 --warm-start 0.5 --checkpoint-seconds 0 --quiet"
     return [sys.executable, "-c", run, "distill", str(teacher), "-o", str(output), *options.split(), *extra]
 

@@ -20,14 +20,15 @@ import onnx
 import pytest
 
 from redif_sdk import FastPipeline, runtimes
-from redif_sdk.engines import Built, EngineCache, EngineKey, graph_digest
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.manifest import Decoder, Graph, Postprocess, TensorSpec, TextCondition, TextEncoder, Tokenizer
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.folder import StudentFolder, write_manifest
-from redif_sdk.manifest import Decoder, Graph, Postprocess, TensorSpec, TextCondition, TextEncoder, Tokenizer
-from redif_sdk.runtimes import cuda, trt
-from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, nvidia_driver
-from redif_sdk.runtimes.cuda import Gpu
 from redif_sdk.runtimes.fake import FakeRuntime
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, nvidia_driver
+from redif_sdk.runtimes.tensorrt import cuda
+from redif_sdk.runtimes.tensorrt import runtime as trt
+from redif_sdk.runtimes.tensorrt.cache import Built, EngineCache, EngineKey, graph_digest
+from redif_sdk.runtimes.tensorrt.cuda import Gpu
 
 L4 = Gpu(0, "NVIDIA L4", 89)
 
@@ -552,8 +553,8 @@ def test_a_pipeline_runs_on_it(described_student: Path, tmp_path: Path, monkeypa
 
 
 def test_the_runtimes_are_registered() -> None:
-    assert runtimes.RUNTIMES["tensorrt"].target == "redif_sdk.runtimes.trt:TensorRT"
-    assert runtimes.RUNTIMES["tensorrt-rtx"].target == "redif_sdk.runtimes.trt:TensorRTRtx"
+    assert runtimes.RUNTIMES["tensorrt"].target == "redif_sdk.runtimes.tensorrt.runtime:TensorRT"
+    assert runtimes.RUNTIMES["tensorrt-rtx"].target == "redif_sdk.runtimes.tensorrt.runtime:TensorRTRtx"
 
 
 def test_an_engine_without_weights_gets_the_students(described_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
+from redif_sdk.artifact.web_folder import check_page
 from redif_sdk.errors import ExportError, InvalidRequest, UnsupportedModel
 from redif_sdk.export import export
 from redif_sdk.export.web import RUNTIME_VERSION, build_page
-from redif_sdk.noise import normals
-from redif_sdk.web_folder import check_page
+from redif_sdk.sampling.noise import normals
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here: install Node.js")
@@ -153,8 +153,8 @@ def test_what_npm_brings_is_checked(tiny_student: Path, tmp_path: Path, monkeypa
 @needs_npm
 def test_the_command(tiny_student: Path, page: Path, tmp_path: Path, copy_of: Callable[[Path], Path]) -> None:
     student = copy_of(tiny_student)
-    redif = [sys.executable, "-m", "redif_sdk.cli", "export", str(student), "--target", "web"]
-    code = "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()"
+    redif = [sys.executable, "-m", "redif_sdk.cli.main", "export", str(student), "--target", "web"]
+    code = "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *redif[3:], "--web-engine", "wasm", "--json", "-"],
         capture_output=True,

@@ -31,14 +31,16 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from benchmarks.distillation.run import VALIDATION_SEED, settings_of
-from redif_sdk.distill import DistillConfig, Teacher, features, pairs
-from redif_sdk.distill.evaluate import Judge
-from redif_sdk.distill.quality import outputs
-from redif_sdk.distill.trainer import Trainer
+from redif_sdk.artifact.files import atomic_write
+from redif_sdk.distill import DistillConfig, Teacher
+from redif_sdk.distill.evaluation import features
+from redif_sdk.distill.evaluation.arena import outputs
+from redif_sdk.distill.evaluation.distances import Judge
+from redif_sdk.distill.training import pool as pairs
+from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.files import atomic_write
 from redif_sdk.images import to_pil
-from redif_sdk.report import document, write_json
+from redif_sdk.results import document, write_json
 
 ANCHORS = (16.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the bytes, where texture's is 1

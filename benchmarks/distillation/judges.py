@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redif_sdk.distill import features
-from redif_sdk.distill.data import load
-from redif_sdk.distill.evaluate import (
+from redif_sdk.artifact.files import atomic_write
+from redif_sdk.distill.evaluation import features
+from redif_sdk.distill.evaluation.datasets import load
+from redif_sdk.distill.evaluation.distances import (
     Embed,
     Statistics,
     frechet_distance,
@@ -31,7 +32,6 @@ from redif_sdk.distill.evaluate import (
     precision_recall,
     std_match,
 )
-from redif_sdk.files import atomic_write
 
 GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(21))  # .90 to 1.30
 UNSHARP = (0.1, 0.2, 0.3)

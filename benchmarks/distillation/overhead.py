@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.distillation import run
-from redif_sdk.report import document, write_json
+from redif_sdk.results import document, write_json
 
 SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)  # of regression's budget
 CONTROLS = {"raw": "fd_teacher", "gain": "fd_teacher_gain"}

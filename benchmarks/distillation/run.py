@@ -27,13 +27,14 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from benchmarks.distillation.judges import Panel, sheet
-from redif_sdk.distill import DistillConfig, Teacher, pairs
+from redif_sdk.artifact.files import atomic_write
+from redif_sdk.distill import DistillConfig, Teacher
+from redif_sdk.distill.evaluation.arena import outputs
 from redif_sdk.distill.methods import method_names
 from redif_sdk.distill.presets import preset
-from redif_sdk.distill.quality import outputs
-from redif_sdk.distill.trainer import Trainer
-from redif_sdk.files import atomic_write
-from redif_sdk.report import document
+from redif_sdk.distill.training import pool as pairs
+from redif_sdk.distill.training.loop import Trainer
+from redif_sdk.results import document
 
 HERE = Path(__file__).parent
 UNTRAINED = ("ddim", "dpm-solver++")

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk import FastPipeline
-from redif_sdk.bench import Workload
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.bench.rounds import Workload
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, RuntimeUnavailable
 from redif_sdk.export import verify
-from redif_sdk.folder import StudentFolder
-from redif_sdk.report import document, write_json
-from redif_sdk.runtimes.cuda import find_gpu
+from redif_sdk.results import document, write_json
+from redif_sdk.runtimes.tensorrt.cuda import find_gpu
 
 BATCHES, STEPS = (1, 8, 32), (2, 4)
 ROUNDS, WARM_UP = 50, 5

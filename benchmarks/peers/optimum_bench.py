@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTDiffusionPipeline, ORTModelForCustomTasks
 
-from redif_sdk.bench import Contender, Prepared, Workload, compare, disagreeing
-from redif_sdk.bench_engines import contenders as engines
-from redif_sdk.distill.peers import contenders as torch_contenders
+from redif_sdk.bench.engines import contenders as engines
+from redif_sdk.bench.rounds import Contender, Prepared, Workload, compare, disagreeing
+from redif_sdk.distill.evaluation.peers import contenders as torch_contenders
 from redif_sdk.images import to_uint8
-from redif_sdk.report import document, write_json
+from redif_sdk.results import document, write_json
 
 WANTED = ("fastpipeline-auto", "onnxruntime", "torch-eager", "diffusers-eager")
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.methods.groups import TrajectoryGroups
-from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.training.pool import Pairs
 
 
 class Grpo(Method):

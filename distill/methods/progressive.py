@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.distill import draws
-from redif_sdk.distill.fake_score import levels
 from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.methods.fake_score import levels
 from redif_sdk.distill.policy import StudentPolicy
-from redif_sdk.steps import StepTable
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.sampling.table import StepTable
 
 
 def stage_steps(num_inference_steps: int, teacher_steps: int) -> list[int]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.distill.fake_score import FakeScore
 from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.methods.groups import SameStateGroups, TrajectoryGroups
+from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGroups
+from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import Regression
-from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.methods.times import gain_cost, guided_by, learn_gain, learn_times
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.schedule_policy import gain_cost, guided_by, learn_gain, learn_times
+from redif_sdk.distill.training.pool import Pairs
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redif_sdk.distill import draws
-from redif_sdk.distill.costs import flops
-from redif_sdk.distill.pairs import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
 from redif_sdk.distill.rewards.distribution import DistributionReward
 from redif_sdk.distill.rewards.endpoint import EndpointReward, is_endpoint
@@ -26,7 +23,10 @@ from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward, pretrained
 from redif_sdk.distill.rewards.pixel import PixelReward
 from redif_sdk.distill.rewards.texture import TextureReward
-from redif_sdk.distill.teacher import Teacher
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.costs import flops
+from redif_sdk.distill.training.pool import Pairs
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.fake_score import FakeScore
-from redif_sdk.distill.pairs import Pairs
+from redif_sdk.distill.methods.fake_score import FakeScore
+from redif_sdk.distill.training.pool import Pairs
 from redif_sdk.errors import InvalidRequest
 
 

@@ -1,6 +1,6 @@
 // A student in the browser: its graphs by ONNX Runtime Web, its noise by noise.js, its steps by its own tables.
 //
-// The arithmetic is that of redif_sdk/steps.py and redif_sdk/images.py. Nothing here touches the page.
+// The arithmetic is that of redif_sdk/sampling/table.py and redif_sdk/images.py. Nothing here touches the page.
 
 import { normals } from "./noise.js";
 

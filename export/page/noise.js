@@ -1,4 +1,4 @@
-// The one definition of noise, as redif_sdk/noise.py has it: (seed, image index, slot) -> standard normal numbers.
+// The one definition of noise, as redif_sdk/sampling/noise.py has it: (seed, image index, slot) -> standard normal numbers.
 //
 // Philox4x32-10 for the words, Box-Muller in doubles by + - * / and sqrt in a stated order, rounded to float32: every
 // operation here is exactly rounded and none is fused, so the numbers are Python's, bit for bit. A test compares them.

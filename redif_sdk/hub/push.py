@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from redif_sdk.errors import HubError, InvalidRequest, ParityError
-from redif_sdk.folder import StudentFolder
 from redif_sdk.hub.client import check_id, client, offline, translated
 from redif_sdk.hub.target import File, Pushed, Target, in_memory, rows_of, student_files
-from redif_sdk.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from redif_sdk.runtimes import gate_passed
 
 __all__ = ["check_gate", "push", "ungated"]
@@ -103,7 +103,7 @@ def _card(student: StudentFolder, repo_id: str, tags: Sequence[str], there: str 
 
     A whole card that somebody wrote by hand, metadata and all, stays as it is.
     """
-    from redif_sdk import card  # whoever loads a pipeline imports this module, and makes no card
+    from redif_sdk.card import render as card  # whoever loads a pipeline imports this module, and makes no card
 
     here = card.read_card(student.path)
     for text in (here, there):

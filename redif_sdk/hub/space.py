@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import redif_sdk
+from redif_sdk.artifact.files import hash_file, list_files, locate
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.web_folder import check_page, is_page
 from redif_sdk.errors import HubError, InvalidRequest
-from redif_sdk.files import hash_file, list_files, locate
-from redif_sdk.folder import StudentFolder
 from redif_sdk.hub.client import check_id, client, offline, translated
 from redif_sdk.hub.push import check_gate
 from redif_sdk.hub.target import File, Pushed, Target, in_memory, rows_of, student_files
-from redif_sdk.manifest import CARD_NAME, MANIFEST_NAME, Manifest
-from redif_sdk.web_folder import check_page, is_page
 
 __all__ = ["SPACE_MARKER", "push_space"]
 
@@ -111,7 +111,7 @@ def _demo_files(student: StudentFolder, student_id: str | None, commit: str | No
         own = [in_memory(f"{_FOLDER}/{MANIFEST_NAME}", student.manifest_bytes)]
         own += student_files(student, f"{_FOLDER}/")
         if (student.path / CARD_NAME).is_file():
-            from redif_sdk.card import read_card
+            from redif_sdk.card.render import read_card
 
             own.append(in_memory(f"{_FOLDER}/{CARD_NAME}", (read_card(student.path) or "").encode()))
     else:
@@ -131,8 +131,8 @@ def _demo_files(student: StudentFolder, student_id: str | None, commit: str | No
 def _readme(manifest: Manifest, student_id: str | None) -> str:
     from huggingface_hub import SpaceCardData
 
-    from redif_sdk.card_metadata import hub_licence
-    from redif_sdk.card_text import markdown
+    from redif_sdk.card.metadata import hub_licence
+    from redif_sdk.card.text import markdown
 
     head: dict[str, Any] = hub_licence(manifest.licence)
     data = SpaceCardData(

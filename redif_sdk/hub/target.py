@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redif_sdk.artifact.files import locate
+from redif_sdk.artifact.folder import UNHASHED, StudentFolder
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME
 from redif_sdk.errors import HubError, InvalidRequest
-from redif_sdk.files import locate
-from redif_sdk.folder import UNHASHED, StudentFolder
 from redif_sdk.hub.client import RemoteFile, remote_files
-from redif_sdk.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME
 
 __all__ = ["Commit", "File", "Pushed", "Target", "in_memory", "rows_of", "student_files"]
 

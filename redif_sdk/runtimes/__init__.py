@@ -12,10 +12,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple, get_args
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Graph, Manifest, Precision
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.folder import StudentFolder
-from redif_sdk.manifest import Graph, Manifest, Precision
-from redif_sdk.runtimes.base import Runtime, RuntimeInfo, RuntimeOptions, nvidia_driver, parse_device
+from redif_sdk.runtimes.protocol import Runtime, RuntimeInfo, RuntimeOptions, nvidia_driver, parse_device
 
 __all__ = [
     "AUTO",
@@ -47,11 +47,16 @@ class Engine(NamedTuple):
 
 RUNTIMES = {
     "onnxruntime": Engine(
-        "redif_sdk.runtimes.ort:OnnxRuntime", "onnxruntime", "cpu", ("cpu", "cuda", "dml", "coreml", "gpu", "npu")
+        "redif_sdk.runtimes.onnxruntime:OnnxRuntime",
+        "onnxruntime",
+        "cpu",
+        ("cpu", "cuda", "dml", "coreml", "gpu", "npu"),
     ),
-    "openvino": Engine("redif_sdk.runtimes.ov:OpenVino", "openvino", "openvino", ("cpu", "gpu", "npu")),
-    "tensorrt": Engine("redif_sdk.runtimes.trt:TensorRT", "tensorrt", "tensorrt", ("cuda",)),
-    "tensorrt-rtx": Engine("redif_sdk.runtimes.trt:TensorRTRtx", "tensorrt_rtx", "tensorrt-rtx", ("cuda",)),
+    "openvino": Engine("redif_sdk.runtimes.openvino:OpenVino", "openvino", "openvino", ("cpu", "gpu", "npu")),
+    "tensorrt": Engine("redif_sdk.runtimes.tensorrt.runtime:TensorRT", "tensorrt", "tensorrt", ("cuda",)),
+    "tensorrt-rtx": Engine(
+        "redif_sdk.runtimes.tensorrt.runtime:TensorRTRtx", "tensorrt_rtx", "tensorrt-rtx", ("cuda",)
+    ),
     "fake": Engine("redif_sdk.runtimes.fake:FakeRuntime", None, "", ("cpu",)),
 }
 

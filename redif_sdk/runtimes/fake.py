@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Decoder, Graph, Manifest, TextCondition
 from redif_sdk.errors import RuntimeUnavailable
-from redif_sdk.folder import StudentFolder
 from redif_sdk.images import to_uint8
-from redif_sdk.manifest import Decoder, Graph, Manifest, TextCondition
-from redif_sdk.runtimes.base import RuntimeInfo, RuntimeOptions, parse_device
-from redif_sdk.steps import StepTable, sample
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device
+from redif_sdk.sampling.table import StepTable, sample
 
 __all__ = ["FakeRuntime", "decode", "encode", "network"]
 

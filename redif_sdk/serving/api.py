@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.manifest import Manifest
-from redif_sdk.request import LONGEST_PROMPT, check_request
+from redif_sdk.inputs import LONGEST_PROMPT, check_request
 from redif_sdk.serving.backend import Picture
 
 __all__ = ["ImageRequest", "model_card", "pictures_of"]

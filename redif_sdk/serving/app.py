@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 import redif_sdk
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
-from redif_sdk.manifest import Manifest
 from redif_sdk.serving.admission import Admission, Busy
 from redif_sdk.serving.api import ImageRequest, model_card, pictures_of
 from redif_sdk.serving.backend import Backend, Picture

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.manifest import Manifest
+from redif_sdk.artifact.manifest import Manifest
 
 __all__ = ["Backend", "Picture"]
 

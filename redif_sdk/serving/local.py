@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import RuntimeUnavailable
-from redif_sdk.manifest import Manifest
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.backend import Picture
 from redif_sdk.serving.microbatch import MicroBatcher

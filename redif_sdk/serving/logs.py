@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 def keep_prompts_out() -> None:
     """Silence what quotes prompts: the warning that one was cut off."""
-    logging.getLogger("redif_sdk.text").setLevel(logging.ERROR)
+    logging.getLogger("redif_sdk.tokenizer").setLevel(logging.ERROR)
 
 
 def log_to_stderr(level: str) -> None:

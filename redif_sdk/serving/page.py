@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from redif_sdk.manifest import Manifest
+from redif_sdk.artifact.manifest import Manifest
 
 __all__ = ["page"]
 

@@ -22,8 +22,8 @@ from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.metrics import Histogram
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
-from redif_sdk.manifest import Manifest
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.app import create_app
 from redif_sdk.serving.backend import Picture

@@ -104,8 +104,8 @@ def _verify(folder: Path, _: Path) -> str:
 
 
 def _copy(folder: Path, target: Path) -> str:
-    from redif_sdk.files import atomic_folder
-    from redif_sdk.folder import StudentFolder
+    from redif_sdk.artifact.files import atomic_folder
+    from redif_sdk.artifact.folder import StudentFolder
 
     student = StudentFolder(folder)
     student.check_all()
@@ -117,7 +117,7 @@ def _copy(folder: Path, target: Path) -> str:
 
 def _save(folder: Path, target: Path) -> str:
     from redif_sdk import FastPipeline
-    from redif_sdk.folder import StudentFolder
+    from redif_sdk.artifact.folder import StudentFolder
 
     FastPipeline.from_pretrained(folder, runtime="onnxruntime", num_threads=1).save_pretrained(target)
     StudentFolder(target).check_all()
@@ -131,8 +131,8 @@ def _student(folder: Path, _: Path) -> str:
 
 
 def _network(folder: Path, _: Path) -> str:
+    from redif_sdk.artifact.folder import StudentFolder
     from redif_sdk.export.onnx import load_network
-    from redif_sdk.folder import StudentFolder
 
     return _state(load_network(StudentFolder(folder)))
 
@@ -182,7 +182,7 @@ def _imports(torch: bool) -> None:
 
     import redif_sdk.export.verify
     import redif_sdk.images
-    import redif_sdk.runtimes.ort
+    import redif_sdk.runtimes.onnxruntime
     from redif_sdk import FastPipeline
 
     assert all((numpy, onnx, onnxruntime, redif_sdk, FastPipeline))

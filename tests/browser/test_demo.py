@@ -19,14 +19,14 @@ import pytest
 from PIL import Image
 
 from redif_sdk import FastPipeline
-from redif_sdk.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from tests.browser.conftest import Opener
 from tests.prompted import build_prompted
 from tests.test_demo import demo_of
 
 Until = Callable[..., Any]
 Look = Callable[[Any, str], None]
-REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()")
+REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()")
 
 
 @pytest.fixture(scope="module")

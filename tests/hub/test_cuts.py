@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.errors import HubError
 from redif_sdk.export import verify
-from redif_sdk.folder import StudentFolder
 from redif_sdk.hub import pull, push
 
 from .standin import HubStandIn
@@ -82,7 +82,7 @@ def test_fifty_cuts(hub: HubStandIn, plain_student: Path, tmp_path: Path, monkey
 
 def test_the_same_branch_survives_cut_after_cut(hub: HubStandIn, plain_student: Path, tmp_path: Path) -> None:
     """Every push of a changed student is cut twice; readers see the one before, or the new one, and nothing between."""
-    from redif_sdk.folder import write_manifest
+    from redif_sdk.artifact.folder import write_manifest
 
     cuts = random.Random(5)
     repo = "alice/again"

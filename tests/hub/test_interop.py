@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.export import verify
-from redif_sdk.folder import StudentFolder
 from redif_sdk.hub import push
 
 from .standin import HubStandIn, Refuse

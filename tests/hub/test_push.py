@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from redif_sdk import FastPipeline
-from redif_sdk.card import write_card
+from redif_sdk.artifact.files import list_files
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.card.render import write_card
 from redif_sdk.errors import HubError, IntegrityError, InvalidRequest, ParityError
-from redif_sdk.files import list_files
-from redif_sdk.folder import StudentFolder, write_manifest
 from redif_sdk.hub import push
 
 from .standin import Corrupt, CutUpload, HubStandIn, LoseAnswer, Refuse

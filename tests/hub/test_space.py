@@ -18,15 +18,15 @@ from PIL import Image
 
 import redif_sdk
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.files import list_files
 from redif_sdk.errors import HubError, InvalidRequest, ParityError
-from redif_sdk.files import list_files
 from redif_sdk.hub import push_space
 from redif_sdk.hub.space import SPACE_MARKER
 
 from .standin import HubStandIn
 
 SPACE, REPO = "alice/show", "alice/tiny"
-REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli import main; main()")
+REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()")
 
 
 def head_of(readme: bytes) -> dict[str, object]:

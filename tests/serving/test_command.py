@@ -23,7 +23,7 @@ from tests.serving.test_http import PATH, expected, from_json
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-c", "from redif_sdk.cli import main; main()", "serve", *map(str, arguments)]
+    return [sys.executable, "-c", "from redif_sdk.cli.main import main; main()", "serve", *map(str, arguments)]
 
 
 @contextmanager

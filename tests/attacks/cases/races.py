@@ -34,7 +34,7 @@ def _after_open(path: str, *, replace: bool) -> Callable[[Student], Stop]:
     """Swaps `path` for other bytes right after a reader opened it: a new file, or the same one overwritten."""
 
     def during(student: Student) -> Stop:
-        from redif_sdk import files
+        from redif_sdk.artifact import files
 
         opened, other, target = files._open_regular, (student.place / "other").read_bytes(), student.folder / path
 
@@ -57,7 +57,7 @@ def _after_read(path: str) -> Callable[[Student], Stop]:
     """Swaps `path` as soon as a reader has read and checked it."""
 
     def during(student: Student) -> Stop:
-        from redif_sdk.folder import StudentFolder
+        from redif_sdk.artifact.folder import StudentFolder
 
         read, other = StudentFolder.read, (student.place / "other").read_bytes()
 

@@ -1,0 +1,1 @@
+"""Who is judged, on which noises, by which distances."""

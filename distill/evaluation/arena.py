@@ -1,0 +1,193 @@
+"""Contenders against the teacher, as rows: what ``redif eval``, the quickstart and the benchmarks report.
+
+The distances themselves are in ``evaluate.py``; here stands who is judged, on which noises, and what a row holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redif_sdk.artifact.manifest import Condition, TextCondition
+from redif_sdk.distill.evaluation.datasets import load
+from redif_sdk.distill.evaluation.distances import Judge, Statistics, frechet_distance_of
+from redif_sdk.distill.evaluation.features import NAME as FEATURES
+from redif_sdk.distill.evaluation.features import embed
+from redif_sdk.distill.evaluation.reference import read_reference
+from redif_sdk.distill.student import Student, load_student
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import pool
+from redif_sdk.errors import InvalidRequest
+
+OnProgress = Callable[[float, str], object]
+Sampler = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@torch.no_grad()
+def outputs(sample: Sampler, pairs: pool.Pairs, batch_size: int = 100, *, slices: int = 1) -> Tensor:
+    """What ``sample``, a policy's or a teacher's, makes of every pair's noise: latents (N, C, H, W).
+
+    ``slices``: of noise, for a policy whose table draws between its rows (`StepTable.noise_slices`).
+    """
+    parts = [pairs[low : low + batch_size] for low in range(0, len(pairs), batch_size)]
+    return torch.cat([sample(part.slices(slices) if slices > 1 else part.noise, part.condition) for part in parts])
+
+
+@dataclass
+class Arena:
+    """One teacher, its held-out pairs, one judge: every contender meets the same."""
+
+    teacher: Teacher
+    pairs: pool.Pairs
+    judge: Judge
+
+    @classmethod
+    def of(cls, teacher: Teacher, num_samples: int, *, rebuild: bool = False, data: str | None = None) -> Arena:
+        """``data``: the real images' data set; None: the statistics that lie beside the teacher, if there are any."""
+        if num_samples < 16:
+            raise InvalidRequest(f"num_samples must be at least 16, not {num_samples}")
+        if teacher.postprocess.value_range != (-1.0, 1.0):
+            raise InvalidRequest(f"{teacher.name} has images outside [-1, 1]; the judge cannot see them")
+        real = read_reference(teacher.folder) if teacher.folder else None
+        if data is not None:
+            real = Statistics.of(embed(torch.tensor(load(data, "test").images).float() / 127.5 - 1))
+        pairs, _ = pool.get(teacher, num_samples, "held_out", rebuild=rebuild)
+        return cls(teacher, pairs, Judge(teacher.images(pairs.target), embed, real))
+
+    def floor(self) -> float | None:
+        """Frechet distance between two sets of the teacher's own samples, of other noises, of this size."""
+        if self.teacher.folder is None:
+            return None
+        other = pool.shipped(self.teacher, len(self.pairs), "train")
+        if other is None:
+            return None
+        return frechet_distance_of(embed(self.teacher.images(other.target)), self.judge.reference)
+
+    def row(
+        self,
+        method: str,
+        steps: int,
+        latents: Tensor,
+        *,
+        calls_per_step: int = 1,
+        seed: int | None = None,
+        budget: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One row of DESIGN's quality table for a contender's latents."""
+        quality = self.judge.quality(self.teacher.images(latents))
+        return {
+            "data": self.teacher.extra.get("name", self.teacher.name),
+            "teacher": self.teacher.name,
+            "method": method,
+            "num_inference_steps": steps,
+            "network_calls": steps * calls_per_step,
+            "seed": seed,
+            **quality.row(),
+            "features": FEATURES,
+            "num_samples": len(self.pairs),
+            "budget": budget or {},
+        }
+
+    def teacher_row(self) -> dict[str, Any]:
+        steps = self.teacher.num_inference_steps
+        return self.row("teacher", steps, self.pairs.target, calls_per_step=self.teacher.calls_per_step)
+
+    def ddim_row(self, steps: int) -> dict[str, Any]:
+        """The teacher itself, its guidance included, with DDIM at ``steps``: untrained."""
+        latents = outputs(partial(self.teacher.few_steps, num_inference_steps=steps), self.pairs)
+        return self.row("ddim", steps, latents, calls_per_step=self.teacher.calls_per_step)
+
+    def student_row(self, student: Student, steps: int) -> dict[str, Any]:
+        made = student.distillation
+        return self.row(
+            made.method if made else "ddim",
+            steps,
+            outputs(student.policy(steps).sample, self.pairs, slices=student.policy(steps).table.noise_slices),
+            calls_per_step=student.calls_per_step,
+            seed=made.seed if made else None,
+            budget=made.budget.model_dump() if made else None,
+        )
+
+
+def evaluate_folder(
+    folder: Path,
+    against: str,
+    num_samples: int,
+    *,
+    data: str | None = None,
+    baselines: bool = True,
+    prompts: Sequence[str] | None = None,
+    on_progress: OnProgress = lambda done, note: None,
+) -> list[dict[str, Any]]:
+    """Rows for every step table of a student folder, the teacher, and untrained DDIM at the same steps.
+
+    ``prompts``: what a text-to-image teacher is asked for here, if not the prompts that its folder names.
+
+    Raises:
+        ManifestError, IntegrityError: the folder is no student. InvalidRequest: teacher and student do not fit.
+    """
+    more = {} if prompts is None else {"prompts": prompts}
+    student, teacher = load_student(folder), Teacher.load(against, **more)
+    if student.teacher.shape != teacher.shape or not _asked_alike(student.teacher.condition, teacher.condition):
+        raise InvalidRequest(
+            f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
+        )
+    student.ask_by(teacher.prompts)
+    arena = Arena.of(teacher, num_samples, data=data)
+    steps = [table.num_inference_steps for table in student.tables]
+    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
+    for count in steps:
+        if baselines:
+            jobs.append((f"ddim at {count}", partial(arena.ddim_row, count)))
+        jobs.append((f"student at {count}", partial(arena.student_row, student, count)))
+    rows = []
+    for done, (note, job) in enumerate(jobs):
+        on_progress(done / len(jobs), note)
+        rows.append(job())
+    on_progress(1.0, "")
+    return rows
+
+
+def _asked_alike(ours: Condition | TextCondition | None, theirs: Condition | TextCondition | None) -> bool:
+    """Whether a student and a teacher are asked for the same: equal classes, or prompts that become equal tensors."""
+    if isinstance(ours, TextCondition) and isinstance(theirs, TextCondition):
+        return (ours.tokenizers, ours.encoders, ours.tensors) == (theirs.tokenizers, theirs.encoders, theirs.tensors)
+    return ours == theirs
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{rows[0]['num_samples']} samples, features {rows[0]['features']}; FD: to the teacher's images"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = {
+        "method": "method",
+        "num_inference_steps": "steps",
+        "network_calls": "calls",
+        "fd_teacher": "FD",
+        "fd_teacher_gain": "best gain",
+        "fd_teacher_std": "std match",
+        "fd_real": "FD to real",
+        "mse": "paired MSE",
+        "precision": "prec.",
+        "recall": "recall",
+    }
+    for title in columns.values():
+        first = title == "method"
+        table.add_column(title, justify="left" if first else "right", no_wrap=first)
+    digits = {"mse": 4, "precision": 2, "recall": 2}
+    for row in rows:
+        cells = []
+        for key in columns:
+            value = row[key]
+            cells.append(f"{value:.{digits.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
+        table.add_row(*cells)
+    Console().print(table)

@@ -1,0 +1,196 @@
+"""The estimators of ReDiF's reinforcement phase.
+
+*Same-state groups*: one network call at a state, G antithetic actions from it, each finished deterministically and
+rewarded; the score direction moves the mean. *Pathwise*: the same step along the reward's own gradient, where it has
+one. *Trajectory groups*: G whole noisy trajectories from one start, clipped ratios at every row (PPO, Schulman et al.
+2017; group baseline as in GRPO, Shao et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill.methods import Context, Loss
+from redif_sdk.distill.methods.fake_score import FakeScore
+from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.policy import Exploration
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.errors import TrainingDiverged
+
+
+def check_drift(before: Tensor, after: Tensor, trust_region: float) -> None:
+    """The mean that was rolled out and the mean that is updated must be one function: same shapes, no dropout.
+
+    Raises:
+        TrainingDiverged: their rms difference is over a tenth of the trust region.
+    """
+    drift = float((before.detach() - after.detach()).pow(2).mean().sqrt())
+    if not drift < 0.1 * trust_region:
+        raise TrainingDiverged(
+            f"before the first update the mean already drifted by {drift:.3g} (allowed: {0.1 * trust_region:.3g}) "
+            "between rollout and update; is dropout on, or the network not deterministic?"
+        )
+
+
+def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
+    """g = (1/G) sum_g A_g xi_g, the score-function estimate of Sigma times the reward's gradient: (B, C, H, W).
+
+    ``advantage`` is (G, B), or (G, B, H, W): then every place has its own.
+    """
+    weights = advantage[:, :, None, None, None] if advantage.dim() == 2 else advantage[:, :, None]
+    direction = torch.zeros_like(xi[0])
+    for weight, drawn in zip(weights, xi, strict=True):  # several times as fast as einsum
+        direction.addcmul_(weight, drawn)
+    return direction / len(xi)
+
+
+@dataclass
+class SameStateGroups:
+    context: Context
+    exploration: Exploration
+    fake: FakeScore | None = None  # for the supervised term: distribution matching
+
+    def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
+        """One loss: -2 <d, mu> + anchor |mu - teacher|^2; d is the score direction at an rms of ``step_delta``.
+
+        In a ``matching_share`` of the updates with DMD's term, weighted by ``matching``.
+        """
+        policy, config = self.context.policy, self.context.config
+        rows = policy.num_inference_steps
+        pathwise = config.estimator == "pathwise"
+        last = rows == 1 or pathwise or float(torch.rand((), generator=generator)) >= config.earlier_rows
+        if last:
+            mean = output = policy.sample(batch.noise, batch.condition, config.gradient_rows)
+            row, state = rows - 1, batch.noise
+            if check:
+                with torch.no_grad():
+                    check_drift(policy.sample(batch.noise, batch.condition), mean, config.step_delta)
+        else:
+            row = int(torch.randint(0, rows - 1, (), generator=generator))
+            with torch.no_grad():
+                state = policy.states(batch.noise, batch.condition)[row]
+            mean = policy.estimate(row, state, batch.condition)
+            output = policy.finish(row, state, mean, batch.condition)
+            if check:
+                with torch.no_grad():
+                    check_drift(policy.estimate(row, state, batch.condition), mean, config.step_delta)
+        learnt = self.context.advantage.learn(self.context, output, batch, generator)
+        direction, figures = self._direction(batch, row, state, mean.detach(), generator)
+        figures |= learnt
+        residual = visible_residual(output, batch.target, self.context.bounds)
+        loss = config.anchor * error(residual, config.huber) - 2 * (direction * mean).mean()
+        if self.fake is not None and float(torch.rand((), generator=generator)) < config.matching_share:
+            matching, fake_loss = self.fake.matching(output, batch.condition, generator, config.fake_updates)
+            loss, figures = loss + config.matching * matching, figures | {"fake_loss": fake_loss}
+        yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
+
+    def _direction(
+        self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        policy, config = self.context.policy, self.context.config
+        advantage_of, last = self.context.advantage, row == self.context.policy.num_inference_steps - 1
+        if config.estimator == "pathwise":
+            return self._step(advantage_of.gradient(mean, batch.target, batch.condition), {})
+        xi = self.exploration.antithetic(config.group_size, tuple(mean.shape), generator)
+        actions = mean + config.exploration * xi
+        if not last:
+            with torch.no_grad():
+                actions = torch.stack([policy.finish(row, state, action, batch.condition) for action in actions])
+        before = advantage_of.dropped, advantage_of.groups
+        advantage = advantage_of(actions, batch.target, batch.condition, by_place=last)
+        dropped = (advantage_of.dropped - before[0]) / max(1, advantage_of.groups - before[1])
+        return self._step(score_direction(advantage, xi), {"dropped_groups": dropped})
+
+    def _step(self, direction: Tensor, figures: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """The direction at the length of the trust region, an rms of ``step_delta`` over the batch."""
+        rms = draws.mean(direction.pow(2)).sqrt().clamp_min(1e-12)
+        return self.context.config.step_delta * direction / rms, {"direction_rms": rms.item(), **figures}
+
+
+@dataclass
+class TrajectoryGroups:
+    context: Context
+    exploration: Exploration
+    reference: nn.Module | None
+    window: range | None = None  # the noisy rows; None: all. The others are deterministic, and have no ratio
+
+    def rollout(
+        self, batch: Pairs, generator: torch.Generator
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """G trajectories: of the noisy rows the states, actions and means (G B, C, H, W); and the final output."""
+        policy, config = self.context.policy, self.context.config
+        x = policy.start(batch.noise.repeat(config.group_size, 1, 1, 1))
+        labels = None if batch.condition is None else batch.condition.repeat(config.group_size)
+        states, actions, means = [], [], []
+        with torch.no_grad():
+            for k in range(policy.num_inference_steps):
+                action = mean = policy.estimate(k, x, labels)
+                if k in self.rows:
+                    xi = self.exploration.draw(config.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
+                    action = mean + config.exploration * xi
+                    states.append(x)
+                    actions.append(action)
+                    means.append(mean)
+                x = policy.table.advance(k, x, action)
+        return states, actions, means, x
+
+    @property
+    def rows(self) -> range:
+        return range(self.context.policy.num_inference_steps) if self.window is None else self.window
+
+    def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
+        """For every epoch one loss: PPO's clipped surrogate, averaged over rows, + KL + anchor.
+
+        The clip range of a log-probability averaged over D elements is ``delta_over_e / sqrt(D)``.
+        """
+        policy, config = self.context.policy, self.context.config
+        advantage_of = self.context.advantage
+        states, actions, means, output = self.rollout(batch, generator)
+        group = config.group_size
+        labels = None if batch.condition is None else batch.condition.repeat(group)
+        with torch.no_grad():
+            centre = output.unflatten(0, (group, -1)).mean(0)
+        advantage_of.learn(self.context, centre, batch, generator)
+        advantage = advantage_of(output.unflatten(0, (group, -1)), batch.target, batch.condition).flatten()
+        clip = config.delta_over_e / math.sqrt(output[0].numel())
+        for epoch in range(config.ppo_epochs):
+            surrogate, kl, clipped = output.new_zeros(()), output.new_zeros(()), 0.0
+            for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
+                mean = policy.estimate(k, x, labels)
+                if check and epoch == 0:
+                    check_drift(old, mean, config.delta_over_e * config.exploration)
+                new_log = self.exploration.log_prob(action, mean, config.exploration)
+                ratio = (new_log - self.exploration.log_prob(action, old, config.exploration)).exp()
+                bounded = ratio.clamp(1 - clip, 1 + clip)
+                surrogate = surrogate - torch.minimum(ratio * advantage, bounded * advantage).mean()
+                clipped += float((ratio.detach() != bounded.detach()).float().mean())
+                if self.reference is not None:
+                    kl = kl + self._kl(k, x, labels, mean)
+            rows = len(self.rows)
+            # log-probabilities averaged over D elements have gradients D times too small
+            loss = output[0].numel() * surrogate / rows + config.kl * kl / rows
+            figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
+            if config.anchor:
+                output = policy.sample(batch.noise, batch.condition)
+                residual = visible_residual(output, batch.target, self.context.bounds)
+                loss = loss + config.anchor * error(residual, config.huber)
+                figures["mse"] = residual.detach().pow(2).mean().item()
+            yield loss, figures
+
+    def _kl(self, k: int, x: Tensor, labels: Tensor | None, mean: Tensor) -> Tensor:
+        """KL to the reference policy, with its gradient, averaged over elements: |mu - mu_ref|^2 / (2 e^2) if white."""
+        policy = self.context.policy
+        assert self.reference is not None
+        with torch.no_grad():
+            current, policy.network = policy.network, self.reference
+            try:
+                anchor = policy.estimate(k, x, labels)
+            finally:
+                policy.network = current
+        return -self.exploration.log_prob(anchor, mean, self.context.config.exploration).mean()

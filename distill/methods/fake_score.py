@@ -1,0 +1,132 @@
+"""The fake score: a diffusion model of what the student makes now, and how its denoising differs from the teacher's.
+
+Distribution matching (Yin et al. 2024, arXiv 2311.18828 and 2405.14867) moves the student's outputs along the
+difference of two scores at noised outputs. `dmd2` uses it as a gradient, the reward "distribution" as a reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redif_sdk.distill.policy import Meter
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.training.device import autocast
+from redif_sdk.errors import UnsupportedModel
+
+T_MIN, T_MAX = 0.02, 0.98  # of the schedule: where the scores are compared
+
+
+@dataclass
+class FakeScore:
+    """From the teacher's own weights, with an optimiser of its own. Every network call goes to ``meter``."""
+
+    teacher: Teacher
+    meter: Meter
+    learning_rate: float
+    grad_clip: float
+    device: torch.device
+    network: nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.network = self.teacher.make_student().to(self.device).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.learning_rate, betas=(0.0, 0.999), weight_decay=0.0
+        )
+
+    @classmethod
+    def make(cls, context: Any) -> FakeScore:
+        """With the settings of a run (methods.Context)."""
+        config = context.config
+        return cls(context.teacher, context.policy.meter, config.fake_learning_rate, config.grad_clip, context.device)
+
+    def learn(self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator) -> float:
+        """One update: denoise the student's ``outputs`` (B, C, H, W), |x0 - x|^2 weighted by min(SNR, 5)."""
+        t, x = noised(self.teacher, outputs, generator)
+        self.meter.gradient_samples += len(x)
+        with torch.enable_grad():
+            clean = self._clean(t, x, condition)
+            alpha, sigma = levels(self.teacher, t)
+            weight = (alpha / sigma.clamp_min(1e-6)).pow(2).clamp_max(5.0)
+            loss: Tensor = (weight * (clean - outputs).pow(2)).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+        draws.average_gradients(self.network.parameters())
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def difference(self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
+        """(fake x0 - real x0) / mean |x - real x0| at noised ``outputs`` (eqs. 7 and 8 of DMD): (B, C, H, W)."""
+        t, x = noised(self.teacher, outputs, generator)
+        self.meter.teacher_calls += len(x) * self.teacher.calls_per_step
+        self.meter.student_calls += len(x)
+        real = clean_at(self.teacher, t, x, self.teacher(x, t.float(), condition))
+        fake = self._clean(t, x, condition)
+        scale = (outputs - real).abs().flatten(1).mean(1).clamp_min(1e-6).view(-1, 1, 1, 1)
+        return (fake - real) / scale
+
+    def matching(
+        self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator, updates: int
+    ) -> tuple[Tensor, float]:
+        """<g, x> for ``outputs`` x with their graph, g being the `difference` after ``updates`` updates on them: its
+        gradient is DMD's. And the fake score's mean loss."""
+        detached = outputs.detach()
+        learnt = [self.learn(detached, condition, generator) for _ in range(updates)]
+        return (self.difference(detached, condition, generator) * outputs).mean(), sum(learnt) / updates
+
+    def _clean(self, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
+        with autocast(x.device.type):
+            f = self.network(x, t.float(), condition)
+        return clean_at(self.teacher, t, x, f.float())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fake": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["fake"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def levels(teacher: Teacher, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of the teacher's schedule at times t (B,) int64, each (B, 1, 1, 1).
+
+    Raises:
+        UnsupportedModel: EDM's network is not fed times of a schedule.
+    """
+    schedule = teacher.schedule
+    if schedule.edm is not None:
+        raise UnsupportedModel(
+            f"{teacher.name} is fed EDM's noise levels, not times of a schedule; use redif, regression, draft or grpo"
+        )
+    alphas, sigmas = (torch.from_numpy(v.copy()).float().to(t.device) for v in (schedule.alphas, schedule.sigmas))
+    return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
+
+
+def noised(teacher: Teacher, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Times (B,), uniform between T_MIN and T_MAX of the schedule, and x noised to them."""
+    length = len(teacher.schedule)
+    t = draws.integers(int(T_MIN * length), int(T_MAX * length), len(x), generator, x.device)
+    alpha, sigma = levels(teacher, t)
+    return t, alpha * x + sigma * draws.normal(x.shape, generator, x.device)
+
+
+def clean_at(teacher: Teacher, t: Tensor, x: Tensor, f: Tensor) -> Tensor:
+    """x0 of a network's output f at times t, by the teacher's prediction type."""
+    alpha, sigma = levels(teacher, t)
+    kind = teacher.prediction_type
+    if kind == "epsilon":
+        return (x - sigma * f) / alpha.clamp_min(1e-4)
+    if kind == "v_prediction":
+        return alpha * x - sigma * f
+    if kind == "score":
+        return (x + sigma**2 * f) / alpha.clamp_min(1e-4)
+    if kind == "flow":
+        return x - sigma * f
+    return f

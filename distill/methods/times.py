@@ -1,0 +1,159 @@
+"""The schedule policy: policy gradient on the step table's times, the network frozen.
+
+Times are stick-breaking fractions, t_{k+1} = t_k sigmoid(m_k), with a Gaussian policy on m; every candidate table is
+judged on the same pairs. It costs seconds, and plain samplers can run its result (integer times). The output's gain is
+one number, so it is searched: the reward is of the whole population, minus the Frechet distance to the pool.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redif_sdk.distill.evaluation.distances import Statistics, frechet_distance
+from redif_sdk.distill.methods import Context
+from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.rewards import Advantage
+from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training.costs import flops
+from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.sampling.from_diffusers import edm_table
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
+
+GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(16))  # .90 to 1.20
+FIT_UPDATES, FIT_BATCH = 50, 64  # of the feature network that judges gains
+GROUP, BATCH, SPREAD, RATE = 8, 24, 0.35, 0.12
+
+
+def times_of(first: int, m: Tensor) -> list[int]:
+    """first = t_0 > t_1 > ... >= 0, integers; ``m`` (K - 1,)."""
+    times, t = [first], float(first)
+    for k, fraction in enumerate(torch.sigmoid(m).tolist()):
+        left = len(m) - 1 - k  # rows that still need a time below this one
+        t = min(max(t * fraction, left), times[-1] - 1)
+        times.append(max(round(t), left))
+    return times
+
+
+def table_at(schedule: NoiseSchedule, times: Sequence[float], prediction_type: str) -> StepTable:
+    """The deterministic table whose rows are at falling ``times``; of a discrete schedule they are rounded."""
+    if schedule.edm is not None:
+        levels = np.exp(4.0 * np.asarray(times))  # t = ln(sigma) / 4
+        plain = edm_table(schedule.edm, len(times))
+        return StepTable.edm(
+            levels,
+            sigma_data=schedule.edm.sigma_data,
+            v_prediction=schedule.edm.v_prediction,
+            init_scale=plain.init_scale,
+        )
+    if schedule.flow:
+        last = len(schedule) - 1
+        return StepTable.flow_euler(sigmas=[t / last for t in times], time_scale=last)
+    return StepTable.ddim(schedule, timesteps=[round(t) for t in times], prediction_type=prediction_type)
+
+
+def on_grid(times: Sequence[float], grid: Sequence[float]) -> list[float]:
+    """Of falling ``grid``, as many distinct times as there are ``times``, each the nearest that is left to its row.
+
+    Raises:
+        InvalidRequest: the grid has fewer times.
+    """
+    if len(grid) < len(times):
+        raise InvalidRequest(
+            f"the teacher's path has {len(grid)} steps, too few for {len(times)} segments; set segments to 0"
+        )
+    chosen: list[int] = []
+    for k, time in enumerate(times):
+        free = range(chosen[-1] + 1 if chosen else 0, len(grid) - (len(times) - 1 - k))
+        chosen.append(min(free, key=lambda place: abs(grid[place] - time)))
+    return [grid[place] for place in chosen]
+
+
+def guided_by(teacher: Teacher, table: StepTable) -> StudentPolicy:
+    """The teacher itself, guided, with ``table``; nobody trains it, so that it need be no module."""
+    return StudentPolicy(cast("torch.nn.Module", teacher), table, teacher.schedule, exact=True)
+
+
+def learn_times(
+    policy: StudentPolicy,
+    pairs: Pairs,
+    advantage: Advantage,
+    updates: int,
+    seed: int,
+) -> StepTable:
+    """REINFORCE with antithetic candidates and a group baseline; returns the table at the mean of the policy.
+
+    Raises:
+        UnsupportedModel: the table has no integer times of a discrete schedule to start from.
+    """
+    schedule = policy.schedule
+    if schedule is None or schedule.edm is not None:
+        raise UnsupportedModel("learnt times need a discrete noise schedule; set schedule_updates to 0")
+    start, prediction_type = [round(float(t)) for t in policy.table.timesteps], policy.table.prediction_type
+    fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in itertools.pairwise(start)])
+    mean, momentum, original = torch.logit(fractions.clamp(0.02, 0.98)), torch.zeros(len(fractions)), policy.table
+    try:
+        for update in range(updates):
+            draw = torch.Generator().manual_seed(seed * 7_919 + 104_729 + update)
+            batch = pairs[torch.randint(0, len(pairs), (BATCH,), generator=draw)]
+            half = torch.randn(GROUP // 2, len(mean), generator=draw)
+            xi = torch.cat([half, -half])
+            rewards = torch.zeros(GROUP)
+            for g, m in enumerate(mean + SPREAD * xi):
+                policy.table = table_at(schedule, times_of(start[0], m), prediction_type)
+                with torch.no_grad():
+                    output = policy.sample(batch.noise, batch.condition)
+                rewards[g] = advantage.score(output, batch.target, batch.condition)
+            std = rewards.std()
+            if not std > 0:
+                continue
+            gradient = (((rewards - rewards.mean()) / std)[:, None] * xi).mean(0)
+            momentum = 0.7 * momentum + gradient
+            mean = mean + RATE * (1 - 0.7) / (1 - 0.7 ** (update + 1)) * momentum * math.sqrt(1 - update / updates)
+    finally:
+        policy.table = original
+    return table_at(schedule, times_of(start[0], mean), prediction_type)
+
+
+def gain_cost(context: Context, count: int) -> float:
+    """What :func:`learn_gain` spends, in forward-equivalents."""
+    if not count:
+        return 0.0
+    used = min(count, len(context.pairs))
+    decoding = flops(context.teacher.images, context.pairs.target[:1]) / context.unit  # 0 where latents are pixels
+    decoded = len(context.pairs) + (len(GAINS) + 1) * used
+    image = context.teacher.images(context.pairs.target[:1])
+    with torch.random.fork_rng(devices=[]):
+        judge = flops(FeatureNetwork(image.shape[1], 1).to(image.device), image) / context.unit
+    judged = 3 * FIT_UPDATES * FIT_BATCH + (len(GAINS) + 1) * used
+    return used * context.policy.num_inference_steps + decoding * decoded + judge * judged
+
+
+@torch.no_grad()
+def learn_gain(context: Context, student: StudentPolicy, count: int) -> float:
+    """The gain on the student's output at which ``count`` of its pictures are nearest to the pool's, as a population.
+
+    Nearest by Frechet distance (Heusel et al. 2017) in the features of a network trained on the pool alone.
+    """
+    pool = context.pairs[: min(count, len(context.pairs))]
+    parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
+    outputs = torch.cat([student.sample(part.noise, part.condition) for part in parts])
+    with torch.enable_grad():
+        judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, FIT_UPDATES, FIT_BATCH)
+    bounds = context.teacher.postprocess.value_range
+
+    def to_images(latents: Tensor) -> Tensor:  # pictures, also where the rewards see latents
+        return context.teacher.images(latents).clamp(*bounds)
+
+    wanted = Statistics.of(judge.embed(to_images(pool.target)))
+    distances = [frechet_distance(Statistics.of(judge.embed(to_images(gain * outputs))), wanted) for gain in GAINS]
+    context.policy.meter.auxiliary_calls += gain_cost(context, count) - len(pool) * student.num_inference_steps
+    return GAINS[distances.index(min(distances))]

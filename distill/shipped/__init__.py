@@ -1,0 +1,1 @@
+"""Teachers and students that come with the package, as data."""

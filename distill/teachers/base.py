@@ -1,0 +1,390 @@
+"""What a teacher is to the distiller, and the two doors through which foreign models enter.
+
+``Teacher.from_diffusers`` takes a diffusers folder or pipeline; ``Teacher.from_callable`` takes any function
+``(x, t, condition) -> f`` with its noise schedule and prediction type. Everything behind the doors sees one thing: a
+network, a schedule, a prediction type, and how latents become images. No method, reward or loop lives here.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redif_sdk.artifact.manifest import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
+from redif_sdk.distill.teachers.own_scheduler import Sampler
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.hub import fetch, is_hub_id
+from redif_sdk.models.denoiser import Denoiser, Predict, guided
+from redif_sdk.models.prompts import Prompts
+from redif_sdk.sampling.from_diffusers import edm_table, read_preconditioning
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
+
+SHIPPED = Path(__file__).parent.parent / "shipped"
+TEACHER_FILE = "redif_teacher.json"
+DECODE_BATCH = 64  # latents at once
+HUB_FILES = (
+    TEACHER_FILE,
+    "model_index.json",
+    *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model")),  # networks, schedulers, tokenizers
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A diffusion model to distil.
+
+    ``predict`` is called with x (B, C, H, W) float32, t (B,) float32 and the condition (B,) int64 or None, and is a
+    black box: no gradient is asked of it. ``make_student`` returns a fresh trainable network with the same signature.
+    A teacher with ``guidance`` makes two calls a step; its student learns the guided output and makes one.
+    """
+
+    name: str
+    predict: Predict
+    schedule: NoiseSchedule
+    prediction_type: str
+    latents: Latents
+    condition: Condition | TextCondition | None
+    postprocess: Postprocess
+    num_inference_steps: int
+    make_student: Callable[[], nn.Module]
+    network_folder: str | None = "unet"
+    licence: str = "unknown"
+    revision: str | None = None  # the commit, of a teacher from the Hub
+    folder: Path | None = None
+    scheduler_config: dict[str, Any] | None = None  # as the folder has it
+    shift: float = 1.0  # of a flow's times
+    fingerprint: str = ""
+    guidance: Guidance | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    prompts: Prompts | None = None  # of a text-to-image teacher: a condition is a prompt's place among them
+    decode: nn.Module | None = None  # latents -> images, where they are not pixels
+    sampler: Sampler | None = None  # the pipeline's own; None: by `table`
+    embedded_guidance: float | None = None  # the scale that the network takes as an input
+    pipeline: Any = None  # diffusers' own, whose other parts a student is saved with
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.latents.channels, self.latents.height, self.latents.width
+
+    @property
+    def calls_per_step(self) -> int:
+        """Network calls on one image for each step: two with guidance."""
+        return calls_per_step(self.guidance)
+
+    @property
+    def identity(self) -> str:
+        """Names this teacher's outputs: its weights and its guidance. Empty: unknown, outputs are not cached."""
+        told = "" if self.embedded_guidance is None else f" told {self.embedded_guidance:g}"
+        if not self.fingerprint or self.guidance is None:
+            return self.fingerprint and self.fingerprint + told
+        return f"{self.fingerprint}{told} guidance {self.guidance.scale:g} {self.guidance.null_class}"
+
+    @property
+    def num_conditions(self) -> int:
+        """How many classes or prompts there are to ask for; 0: it is unconditional."""
+        if self.prompts is not None:
+            return len(self.prompts)
+        return self.condition.num_classes if isinstance(self.condition, Condition) else 0
+
+    def guided(self, scale: float, null_class: int | None = None) -> Teacher:
+        """This teacher under classifier-free guidance of ``scale``; 1 is none. A network that takes the scale as an
+        input (Flux dev, LCM) is told it, and makes one call.
+
+        Args:
+            null_class: the entry of the class table that means 'no class'; None: the one the teacher comes with.
+
+        Raises:
+            InvalidRequest: a scale that is not above 0, or no 'no class' entry is known.
+        """
+        if not 0 < scale < math.inf:
+            raise InvalidRequest(f"guidance_scale must be a number above 0, not {scale:g}")
+        if self.embedded_guidance is not None:
+            from redif_sdk.distill.teachers.adapters import with_embedded_guidance
+
+            return replace(self, **with_embedded_guidance(self, scale))
+        if scale == 1:
+            return replace(self, guidance=None)
+        if null_class is None:
+            null_class = self.extra.get("null_class")
+        if self.condition is None or null_class is None:
+            raise InvalidRequest(
+                f"{self.name} has no 'no class' entry (null_class), so it cannot be guided; use guidance_scale 1"
+            )
+        null = {key: self.extra[key] for key in ("null_prompt", "null_zeros") if key in self.extra}
+        return replace(self, guidance=Guidance(scale=scale, null_class=null_class, **null))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """The teacher's output f (B, C, H, W), guided where it has guidance. Arguments as for ``predict``."""
+        return guided(self.predict, self.guidance, x, t, condition)
+
+    def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
+        """DDIM with trailing spacing: the untrained student, and the sampler of a teacher without one of its own. For
+        flows it is Euler's method on linspace(1, 1 / K, K), shifted, for EDM on its own noise levels."""
+        if self.schedule.edm is not None:
+            return edm_table(self.schedule.edm, num_inference_steps, eta)
+        if self.schedule.flow:
+            return StepTable.flow_euler(
+                num_inference_steps=num_inference_steps,
+                shift=self.shift,
+                time_scale=len(self.schedule) - 1,
+                eta=eta,
+            )
+        return StepTable.ddim(
+            self.schedule,
+            num_inference_steps=num_inference_steps,
+            prediction_type=self.prediction_type,
+            eta=eta,
+            spacing="trailing",
+        )
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int | None = None) -> Tensor:
+        """The teacher's deterministic output for ``noise`` (B, C, H, W), by its own sampler: latents of that shape."""
+        return self._run(lambda x, t: self(x, t, condition), noise, num_inference_steps or self.num_inference_steps)
+
+    @torch.no_grad()
+    def few_steps(self, noise: Tensor, condition: Tensor | None, num_inference_steps: int) -> Tensor:
+        """What the untrained student would give: the teacher's network, guided, by :meth:`table`."""
+        return _by_table(lambda x, t: self(x, t, condition), noise, self.table(num_inference_steps))
+
+    def _run(self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_inference_steps: int) -> Tensor:
+        if self.sampler is None:
+            return _by_table(predict, noise, self.table(num_inference_steps))
+        return self.sampler(predict, noise, num_inference_steps)
+
+    @torch.no_grad()
+    def grid(self) -> list[float]:
+        """The times that the teacher's own sampler gives its network, in its order, each once. No call is made."""
+        seen: dict[float, None] = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            seen.setdefault(float(t[0]))
+            return torch.zeros_like(x)
+
+        self._run(predict, torch.zeros(1, *self.shape), self.num_inference_steps)
+        return list(seen)
+
+    @torch.no_grad()
+    def follow(self, noise: Tensor, condition: Tensor | None, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """:meth:`sample`'s output for ``noise`` (B, C, H, W), and what the network was given on the way.
+
+        (B, C, H, W) and (B, len(times), C, H, W): the states at ``times``, of :meth:`grid`.
+        """
+        seen: dict[float, Tensor] = {}
+        wanted = {float(t) for t in times}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if (time := float(t[0])) in wanted:
+                seen.setdefault(time, x)
+            return self(x, t, condition)
+
+        output = self._run(predict, noise, self.num_inference_steps)
+        states = [seen[float(t)] for t in times]
+        return output, torch.stack(states, 1) if states else noise.new_empty(len(noise), 0, *noise.shape[1:])
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``.
+
+        Differentiable where the latents are."""
+        if self.decode is not None:
+            decode = self.decode.to(latents.device)
+            if torch.is_grad_enabled() and latents.requires_grad:
+                images: Tensor = decode(latents)
+                return images
+            with torch.no_grad():
+                return torch.cat([decode(part) for part in latents.split(DECODE_BATCH)])
+        factor = self.postprocess.pixel_shuffle
+        return F.pixel_shuffle(latents, factor) if factor > 1 else latents
+
+    def latents_of(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`images` (a permutation)."""
+        factor = self.postprocess.pixel_shuffle
+        return F.pixel_unshuffle(images, factor) if factor > 1 else images
+
+    def labels(self, index: np.ndarray) -> Tensor | None:
+        """The condition of pool entry ``index``: classes or prompts in turn, so that every batch of indices is
+        balanced."""
+        return torch.as_tensor(index % self.num_conditions).long() if self.num_conditions else None
+
+    @classmethod
+    def load(cls, source: Any, **options: Any) -> Teacher:
+        """A shipped teacher's name, a diffusers folder or its Hub id, a pipeline, or a :class:`Teacher` itself.
+
+        ``options`` as for :meth:`from_diffusers`.
+        """
+        if isinstance(source, Teacher):
+            return source
+        if not isinstance(source, (str, Path)):
+            return cls.from_diffusers(source, **options)
+        if (SHIPPED / str(source) / TEACHER_FILE).is_file():
+            return cls.from_diffusers(SHIPPED / str(source), **options)
+        if not Path(source).exists() and is_hub_id(str(source)):
+            folder = fetch(str(source), HUB_FILES)
+            return replace(cls.from_diffusers(folder, **options), name=str(source), revision=folder.name)
+        return cls.from_diffusers(Path(source), **options)
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        source: Any,
+        *,
+        prompts: Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Teacher:
+        """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
+        `redif_sdk.distill.teachers.adapters.register` was given; or any UNet2DModel with its scheduler.
+
+        ``redif_teacher.json`` beside ``model_index.json`` says what diffusers has no place for: class names, prompts,
+        steps, the pixel shuffle, guidance. Without it: the pipeline's usual steps and guidance.
+
+        Args:
+            prompts: of a text-to-image pipeline, what the student is to draw.
+            height, width: of a picture in pixels, where the pipeline draws several sizes; None: its own.
+            num_inference_steps: of the teacher's own sampler; None: as many as usual.
+
+        Raises:
+            InvalidRequest: the folder is not there, or is no diffusers folder; or prompts are missing.
+            UnsupportedModel: a pipeline, network or scheduler that no adapter takes.
+        """
+        from redif_sdk.distill.teachers import adapters
+        from redif_sdk.distill.teachers import unet2d as pixels
+
+        options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
+        if not isinstance(source, (str, Path)):
+            if pixels.takes(source):
+                return pixels.from_pipeline(source, **options)
+            return adapters.adapter_of(type(source).__name__)(source, **options)
+        folder = Path(source)
+        name = pixels.pipeline_name(folder)
+        if name not in adapters.supported():
+            return pixels.from_folder(folder, name, **options)
+        pipeline, about = pixels.load_pipeline(folder)
+        return replace(adapters.adapter_of(name)(pipeline, about=about, **options), folder=folder)
+
+    @classmethod
+    def from_callable(
+        cls,
+        predict: Predict,
+        *,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        shape: tuple[int, int, int],
+        student: nn.Module,
+        num_classes: int | None = None,
+        guidance: Guidance | None = None,
+        shift: float = 1.0,
+        num_inference_steps: int = 50,
+        pixel_shuffle: int = 1,
+        name: str = "callable",
+        fingerprint: str | None = None,
+    ) -> Teacher:
+        """Any function ``(x, t, condition) -> f``: a score model, a denoiser, a network behind an API.
+
+        Args:
+            predict: ``x`` (B, C, H, W) float32, ``t`` (B,) float32, ``condition`` (B,) int64 or None -> (B, C, H, W).
+            schedule: its noise schedule; ``t`` indexes it.
+            prediction_type: what ``f`` is: epsilon, v_prediction, sample, score, or flow (noise minus data), whose
+                schedule is ``NoiseSchedule.linear_flow()``.
+            shift: of a flow's times.
+            shape: (C, H, W) of x.
+            student: the network to train, since a black box has no weights to copy. A diffusers ``UNet2DModel``, or any
+                module called as ``student(x, t, condition)``. It is copied, never changed.
+            guidance: classifier-free guidance; its ``null_class`` is what ``predict`` is asked for without a class.
+            fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
+        """
+        diffusers_call = type(student).__module__.startswith("diffusers.")
+        if schedule.flow != (prediction_type == "flow"):
+            raise InvalidRequest(
+                f"the prediction type {prediction_type} and this noise schedule do not belong together; "
+                "a flow has NoiseSchedule.linear_flow(), and nothing else has"
+            )
+        return cls(
+            name=name,
+            shift=shift,
+            predict=torch.no_grad()(predict),
+            schedule=schedule,
+            prediction_type=prediction_type,
+            latents=Latents(channels=shape[0], height=shape[1], width=shape[2]),
+            condition=Condition(kind="class", num_classes=num_classes, class_names=None) if num_classes else None,
+            postprocess=Postprocess(pixel_shuffle=pixel_shuffle),
+            num_inference_steps=num_inference_steps,
+            make_student=lambda: Denoiser(copy.deepcopy(student).requires_grad_(True), diffusers_call=diffusers_call),
+            network_folder="unet",
+            fingerprint=fingerprint or "",
+            guidance=guidance,
+        )
+
+
+def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:
+    x = table.init_scale * noise
+    for k, t in enumerate(table.timesteps):
+        x = table.advance(k, x, table.clean(k, x, predict(x, torch.full((len(x),), float(t), device=x.device))))
+    return x
+
+
+def noise_process(
+    scheduler_config: dict[str, Any], image_tokens: int | None = None
+) -> tuple[NoiseSchedule, str, float]:
+    """A scheduler's noise schedule, prediction type and, of a flow, its shift.
+
+    ``image_tokens``: how many the transformer sees, which some flows' shift depends on.
+    """
+    name = str(scheduler_config.get("_class_name", ""))
+    if name.startswith("EDM"):
+        return NoiseSchedule.of_edm(read_preconditioning(scheduler_config)), "edm", 1.0
+    if "FlowMatch" not in name:
+        kind = scheduler_config.get("prediction_type", "epsilon")
+        return NoiseSchedule.from_config(scheduler_config), kind, 1.0
+    schedule = NoiseSchedule.linear_flow(scheduler_config.get("num_train_timesteps", 1000))
+    if not scheduler_config.get("use_dynamic_shifting"):
+        return schedule, "flow", float(scheduler_config.get("shift", 1.0))
+    if image_tokens is None:
+        raise UnsupportedModel("the scheduler shifts its times by the image's size; set use_dynamic_shifting to false")
+    few, many = (scheduler_config.get(f"{kind}_image_seq_len", n) for kind, n in (("base", 256), ("max", 4096)))
+    low, high = (scheduler_config.get(f"{kind}_shift", n) for kind, n in (("base", 0.5), ("max", 1.15)))
+    mu = low + (high - low) * (image_tokens - few) / (many - few)
+    exponential = scheduler_config.get("time_shift_type", "exponential") == "exponential"
+    return schedule, "flow", math.exp(mu) if exponential else mu
+
+
+def fingerprint(networks: Sequence[nn.Module], scheduler_config: dict[str, Any], *more: str) -> str:
+    """Names what networks' weights, a scheduler and further facts make together."""
+    digest = hashlib.sha256(json.dumps(scheduler_config, sort_keys=True, default=str).encode())
+    for fact in more:
+        digest.update(fact.encode())
+    for network in networks:
+        for key, value in sorted(network.state_dict().items()):
+            plain = value.detach().cpu().contiguous()
+            plain = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+            digest.update(key.encode() + plain.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_deterministic(teacher: Teacher) -> None:
+    """A teacher whose output for one input changes cannot be paired with a student.
+
+    Raises:
+        RedifError: two calls on equal inputs differ.
+    """
+    x = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(0))
+    t, condition = torch.full((2,), len(teacher.schedule) / 2), teacher.labels(np.arange(2))
+    first, second = teacher(x, t, condition), teacher(x, t, condition)
+    if not torch.equal(first, second):
+        raise RedifError(
+            f"the teacher {teacher.name} gives two outputs for one input; switch its dropout or noise off: "
+            "pairs need a deterministic teacher"
+        )

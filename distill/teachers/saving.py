@@ -1,0 +1,145 @@
+"""What a student's folder has for plain diffusers: a scheduler that runs its table, and the pipeline around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from redif_sdk.artifact.manifest import TextCondition
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.errors import UnsupportedModel
+from redif_sdk.sampling.table import StepTable
+
+__all__ = ["class_path", "forget_origin", "pipeline_name", "scheduler_of", "without_bars", "write_pipeline"]
+
+BETAS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the bars that transformers and diffusers draw while they load and save a file, and without transformers'
+    remark that torchvision is absent: no picture is read by it here."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    before = [(log, log.is_progress_bar_enabled()) for log in (ours, theirs)]
+    for log, _ in before:
+        log.disable_progress_bar()
+    loud = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(loud)
+        for log, shown in before:
+            if shown:
+                log.enable_progress_bar()
+
+
+def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any]) -> None:
+    """The teacher's pipeline with ``parts`` in place of its own, without a safety checker: nothing here would run it.
+
+    Every tokenizer has a ``tokenizer.json``, which is what deployers without transformers read.
+    """
+    pipeline = copy(teacher.pipeline)
+    if pipeline_name(teacher, parts["scheduler"]) != type(pipeline).__name__:
+        pipeline = _as_stable_diffusion(pipeline, parts)
+    without = [name for name in ("safety_checker", "feature_extractor", "image_encoder") if hasattr(pipeline, name)]
+    pipeline.register_modules(**parts, **dict.fromkeys(without))
+    if "requires_safety_checker" in pipeline.config:
+        pipeline.register_to_config(requires_safety_checker=False)
+    with without_bars():
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    if teacher.prompts is not None:
+        assert isinstance(teacher.condition, TextCondition)
+        for spec in teacher.condition.tokenizers:
+            if not (folder / spec.file).is_file():
+                name = spec.file.partition("/")[0]
+                backend = getattr(getattr(pipeline, name), "backend_tokenizer", None)
+                if backend is None:
+                    raise UnsupportedModel(f"the pipeline's {name} is no fast tokenizer, so it has no tokenizer.json")
+                backend.save(str(folder / spec.file))
+
+
+def pipeline_name(teacher: Teacher, scheduler: Any) -> str | None:
+    """The class of pipelines that a student is saved as: its teacher's, if that takes the scheduler."""
+    if teacher.pipeline is None:
+        return None
+    name = type(teacher.pipeline).__name__
+    if name == "LatentConsistencyModelPipeline" and type(scheduler).__name__ != "LCMScheduler":
+        return "StableDiffusionPipeline"  # it has the same parts, and tells the network the guidance scale too
+    return name
+
+
+def _as_stable_diffusion(pipeline: Any, parts: dict[str, Any]) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    kept = {**pipeline.components, **parts, "safety_checker": None}
+    return StableDiffusionPipeline(**kept, requires_safety_checker=False)
+
+
+def forget_origin(config: Path) -> None:
+    """Take the path that the model was loaded from out of diffusers' configuration: it names a machine's folders."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def scheduler_of(teacher: Teacher, table: StepTable) -> Any:
+    """The stock scheduler that runs ``table`` when it is given the table's times: first-order DPM-Solver is DDIM, and
+    LCMScheduler is consistency multistep. Of flows it is the teacher's, which takes the table's times as sigmas.
+
+    No stock scheduler takes a score network: its ``prediction_type`` is written as it is, and diffusers refuses it.
+    """
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        EDMEulerScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LCMScheduler,
+    )
+
+    if teacher.schedule.edm is not None and teacher.scheduler_config is not None:
+        kept = {key: value for key, value in teacher.scheduler_config.items() if not key.startswith("_")}
+        return EDMEulerScheduler.from_config(kept)
+    if teacher.schedule.flow and teacher.pipeline is not None:
+        # a pipeline is given the table's noise levels, which are shifted already
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=len(teacher.schedule) - 1)
+    if teacher.schedule.flow:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=len(teacher.schedule) - 1, shift=teacher.shift)
+    if teacher.scheduler_config is not None:
+        config = teacher.scheduler_config
+        betas = {key: config[key] for key in BETAS if config.get(key) is not None}
+    else:
+        products = torch.tensor(teacher.schedule.alphas) ** 2
+        ratios = products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
+        betas = {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(products)}
+    if table.sampler == "consistency":
+        return LCMScheduler(**betas, prediction_type=table.prediction_type, clip_sample=False, set_alpha_to_one=True)
+    return DPMSolverMultistepScheduler(
+        **betas,
+        prediction_type=table.prediction_type,
+        algorithm_type="dpmsolver++",
+        solver_order=1,
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+        steps_offset=1,  # of no effect on trailing times; Stable Diffusion's pipelines warn of anything else
+        thresholding=False,
+    )

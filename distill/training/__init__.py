@@ -1,0 +1,1 @@
+"""The training loop and what it stands on: the pool of pairs, checkpoints, devices, processes."""

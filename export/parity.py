@@ -1,0 +1,179 @@
+"""The comparisons of the parity gate: one part of a student, run again, against what torch recorded. No torch here.
+
+Each check gives one row of the report. The thresholds stand in one table, `THRESHOLDS`; which checks are made in which
+engine is `verify.py`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redif_sdk.export.recorded import Arrays, Record
+from redif_sdk.images import to_uint8
+from redif_sdk.runtimes import Runtime
+from redif_sdk.sampling.table import sample
+
+__all__ = [
+    "FIELDS",
+    "THRESHOLDS",
+    "Threshold",
+    "check_decoder",
+    "check_denoiser",
+    "check_generator",
+    "check_loop",
+    "check_noise",
+    "check_text_encoder",
+    "check_tokenizer",
+]
+
+Measure = Literal["relative_rmse", "max_abs", "psnr"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A bound on one measure: the least for "psnr" (dB), the most for the others."""
+
+    measure: Measure
+    bound: float
+
+    def passed(self, value: float) -> bool:
+        """Whether `value` is within the bound; NaN never is."""
+        return value >= self.bound if self.measure == "psnr" else value <= self.bound
+
+
+#: By precision: for what a network gives, and for the pictures (max_abs in levels of 255).
+THRESHOLDS: Mapping[str, tuple[Threshold, Threshold]] = {
+    "fp32": (Threshold("relative_rmse", 1e-4), Threshold("max_abs", 1)),
+    "fp16": (Threshold("relative_rmse", 1e-2), Threshold("psnr", 45)),
+    "bf16": (Threshold("relative_rmse", 1e-1), Threshold("psnr", 30)),
+    "int8": (Threshold("relative_rmse", 2e-1), Threshold("psnr", 30)),
+}
+EXACT = Threshold("max_abs", 0)
+
+#: Of a row, in order.
+FIELDS = (
+    *("component", "precision", "runtime", "device", "num_inference_steps", "batch", "size"),
+    *("max_abs", "mean_abs", "relative_rmse", "psnr", "nonfinite", "measure", "threshold", "passed", "reason"),
+)
+
+Row = dict[str, Any]
+
+
+def check_noise(record: Record) -> Row:
+    """The noise, drawn anew, must be the very same."""
+    start = record.noise()[0] * np.float32(record.table.init_scale)
+    return _row("noise", "numpy", record, start, record.x[0], EXACT)
+
+
+def check_tokenizer(tokenize: Callable[[list[str]], Arrays], record: Record) -> Row:
+    """The prompts, tokenised anew, must be the very same ids."""
+    found = tokenize(record.prompts)
+    value, expected = (np.concatenate([side[name] for name in record.tokens], 1) for side in (found, record.tokens))
+    return _row("tokenizer", "tokenizers", record, value, expected, EXACT)
+
+
+def check_text_encoder(runtime: Runtime, record: Record) -> Row:
+    """What the recorded ids become: the row of the tensor that is furthest off."""
+    outputs, threshold = runtime.run(record.tokens), THRESHOLDS[runtime.info.precision][0]
+    rows = [
+        _row("text_encoder", runtime, record, outputs[name], expected, threshold)
+        for name, expected in record.conditions.items()
+    ]
+    return max(rows, key=lambda row: (not row["passed"], row["relative_rmse"] or 0.0))
+
+
+def check_denoiser(runtime: Runtime, record: Record) -> Row:
+    """The network's output at each recorded row."""
+    outputs = []
+    for row, x in zip(record.rows, record.x, strict=True):
+        t = np.full((len(x),), record.table.timesteps[row], dtype=np.float32)
+        outputs.append(runtime.run({"sample": x, "timestep": t, **record.conditions})["f"])
+    return _row("denoiser", runtime, record, np.stack(outputs), record.f, THRESHOLDS[runtime.info.precision][0])
+
+
+def check_decoder(runtime: Runtime, record: Record) -> Row:
+    """The pictures of the recorded latents."""
+    assert record.latents is not None
+    return _pictures("decoder", runtime, record, runtime.run({"latents": record.latents})["sample"])
+
+
+def check_loop(runtime: Runtime, decoder: Runtime | None, record: Record) -> Row:
+    """The pictures of the denoiser stepped in numpy, decoded where there is a decoder."""
+
+    def network(x: NDArray[np.float32], t: NDArray[np.float32], condition: Any) -> NDArray[np.float32]:
+        return runtime.run({"sample": x, "timestep": t, **condition})["f"]
+
+    latents = sample(network, record.table, record.noise(), record.conditions)
+    decoded = latents if decoder is None else decoder.run({"latents": latents})["sample"]
+    return _pictures("loop", runtime, record, decoded)
+
+
+def check_generator(runtime: Runtime, record: Record) -> Row:
+    """The pictures of the fused graph."""
+    inputs: Arrays = {
+        "noise": record.noise(),
+        "table": record.table.rows,
+        "init_scale": record.table.scale,
+        **record.conditions,
+    }
+    images = runtime.run(inputs)["images"]
+    return _row("generator", runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
+
+
+def _pictures(component: str, runtime: Runtime, record: Record, values: NDArray[np.float32]) -> Row:
+    """The row of pictures before they are uint8; a value that is not finite would not show in those."""
+    images = to_uint8(values, record.manifest.postprocess)
+    row = _row(component, runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
+    nonfinite = int(np.size(values) - np.isfinite(values).sum())
+    return row | {"nonfinite": nonfinite, "passed": row["passed"] and nonfinite == 0}
+
+
+def _row(
+    component: str,
+    runtime: Runtime | str,
+    record: Record,
+    value: NDArray[Any],
+    reference: NDArray[Any],
+    threshold: Threshold,
+) -> Row:
+    """One row of the report: `value` against torch's `reference`. `runtime`: the name of what is no engine."""
+    info = None if isinstance(runtime, str) else runtime.info
+    measured, expected = value.astype(np.float64), reference.astype(np.float64)
+    pictures = reference.dtype == np.uint8
+    if value.shape != reference.shape:
+        measured = np.full_like(expected, math.nan)
+    difference = np.abs(measured - expected)
+    error, scale = _rms(difference), _rms(expected)
+    figures = {
+        "max_abs": float(difference.max()),
+        "mean_abs": float(difference.mean()),
+        "relative_rmse": error / scale if scale else error,
+        "psnr": (20.0 * math.log10(255.0 / error) if error else math.inf) if pictures else math.nan,
+    }
+    height, width = record.images.shape[1:3]
+    nonfinite = int(measured.size - np.isfinite(measured).sum())
+    return {
+        "component": component,
+        "precision": info.precision if info else "fp32",
+        "runtime": info.runtime if info else runtime,
+        "device": info.device if info else "cpu",
+        "num_inference_steps": record.table.num_inference_steps,
+        "batch": len(record.seeds),
+        "size": f"{height}x{width}",
+        **{name: figure if math.isfinite(figure) else None for name, figure in figures.items()},
+        "nonfinite": nonfinite,
+        "measure": threshold.measure,
+        "threshold": threshold.bound,
+        "passed": threshold.passed(figures[threshold.measure]) and nonfinite == 0,
+        "reason": None,
+    }
+
+
+def _rms(value: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(value))))

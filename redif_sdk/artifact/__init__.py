@@ -1,0 +1,1 @@
+"""A student on disk: its manifest, its folder, safe paths and atomic writes."""

@@ -1,0 +1,221 @@
+"""A student's folder: `write_manifest` lists and hashes its files, `StudentFolder` reads them if they are unaltered.
+
+What ``redif.json`` says is `manifest.py`; how a file is opened safely is `files.py`; nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from redif_sdk.artifact.files import (
+    FOREIGN_FOLDERS,
+    atomic_write,
+    check_kind,
+    check_pickle,
+    hash_file,
+    list_files,
+    locate,
+    read_checked,
+    read_start,
+    shown,
+)
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, FileEntry, Graph, Manifest
+from redif_sdk.artifact.untrusted import contents
+from redif_sdk.artifact.untrusted.onnx import check_graph
+from redif_sdk.errors import IntegrityError, ManifestError
+
+__all__ = ["StudentFolder", "write_manifest"]
+
+MANIFEST_LIMIT = 4 << 20  # bytes; ours have some ten thousand
+TOKENIZER = "tokenizer.json"  # by this name `contents.check` knows what to look for
+UNHASHED = frozenset({MANIFEST_NAME, CARD_NAME, ".gitattributes"})  # the Hub edits the last two by itself
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file of `folder` (except README.md, .gitattributes, redif.json), and write ``redif.json`` atomically.
+
+    Returns the manifest with `files` and `digest` filled in. Raises ManifestError for a file of a kind that may not be
+    there, IntegrityError for a link that leaves the folder.
+    """
+    folder = Path(folder)
+    entries = []
+    for path in list_files(folder):
+        if path not in UNHASHED:
+            check_kind(path)
+            size, sha256 = hash_file(folder, path)
+            entries.append({"path": path, "bytes": size, "sha256": sha256})
+    # Validated anew: model_copy does not validate, and a caller may have changed any field that way.
+    content = manifest.model_dump(mode="json") | {"files": entries, "digest": "", "format_version": FORMAT_VERSION}
+    try:
+        complete = Manifest.model_validate(content).digested()
+    except ValidationError as error:
+        raise ManifestError(f"the manifest of {folder} is not valid: {error}") from error
+    atomic_write(folder / MANIFEST_NAME, complete.to_bytes())
+    return complete
+
+
+class StudentFolder:
+    """A checked view of a student's folder: only listed files are read, and only if they are unaltered and harmless.
+
+    `repair`, where given, is called with the path of a file that is missing or altered, and the file is then read once
+    more: a student from the Hub fetches it again.
+    """
+
+    def __init__(self, path: str | Path, *, repair: Callable[[str], None] | None = None) -> None:
+        """Read and check ``redif.json``, and see that no pickle lies about.
+
+        ManifestError if `path` is no student, IntegrityError if it was altered.
+        """
+        self.path = Path(path)
+        self._repair = repair
+        if not self.path.is_dir():
+            raise ManifestError(f"{self.path} is not a folder; give the folder of a student")
+        if not (self.path / MANIFEST_NAME).exists():
+            raise ManifestError(
+                f"{self.path} has no {MANIFEST_NAME}, so it is no student; make one with redif distill or import"
+            )
+        #: ``redif.json`` as it stands there: one of an older format, written anew, would not match its own digest.
+        self.manifest_bytes = read_checked(self.path, MANIFEST_NAME, limit=MANIFEST_LIMIT)
+        self.manifest = Manifest.from_bytes(self.manifest_bytes, f"{self.path / MANIFEST_NAME}")
+        self._entries = {entry.path: entry for entry in self.manifest.files}
+        self._check_uses()
+        for path in list_files(self.path):
+            check_pickle(path)
+
+    def _check_uses(self) -> None:
+        """IntegrityError for a graph, golden file or tokenizer that is not listed, ManifestError for one of a wrong
+        kind."""
+        kinds = [(graph.file, ".onnx") for graph in self.manifest.graphs]
+        kinds += [(golden.file, ".npz") for golden in self.manifest.golden]
+        kinds += [(file, ".data") for graph in self.manifest.graphs for file in graph.data]
+        text = self.manifest.text
+        kinds += [(tokenizer.file, TOKENIZER) for tokenizer in (text.tokenizers if text else [])]
+        for file, kind in kinds:
+            if file not in self._entries:
+                raise IntegrityError(f"{file} is used by {self.path} but is not in its list of files; export it again")
+            if kind not in (PurePosixPath(file).suffix, PurePosixPath(file).name):
+                raise ManifestError(f"{file} of {self.path} is used as a {kind} file; export it again")
+
+    def read(self, relative: str) -> bytes:
+        """The bytes of a listed file, from one open, hashed and looked into before they are returned.
+
+        Raises IntegrityError, naming the file.
+        """
+        self._check_header(self._entry(relative))
+        data = self.read_bytes(relative)
+        contents.check(relative, data, f"{relative} in {self.path}")
+        return data
+
+    def read_bytes(self, relative: str) -> bytes:
+        """The bytes of a listed file, from one open, hashed before they are returned, and not looked into."""
+        return self._bytes(self._entry(relative))
+
+    def read_graph(self, graph: Graph) -> tuple[bytes, dict[str, bytes]]:
+        """The bytes of a graph, and of its data files by name, hashed and checked (`untrusted/onnx.py`) as `read` does."""
+        data = [self._entry(path) for path in graph.data]
+        return self._model(graph), {PurePosixPath(entry.path).name: self._bytes(entry) for entry in data}
+
+    def _model(self, graph: Graph) -> bytes:
+        """The bytes of a graph, hashed and checked, without those of its data files."""
+        model = self._bytes(self._entry(graph.file))
+        sizes = {PurePosixPath(path).name: self._entry(path).bytes for path in graph.data}
+        check_graph(model, graph, sizes, f"{graph.file} in {self.path}")
+        return model
+
+    def _entry(self, relative: str) -> FileEntry:
+        entry = self._entries.get(relative)
+        if entry is None:
+            raise IntegrityError(f"{relative} is not in the list of files of {self.path}, so it is not read")
+        return entry
+
+    def _bytes(self, entry: FileEntry) -> bytes:
+        limit = contents.limit_of(entry.path)
+        if limit is not None and entry.bytes > limit:
+            raise IntegrityError(
+                f"{entry.path} in {self.path} has {entry.bytes} bytes; at most {limit} of such a file are read"
+            )
+        try:
+            return read_checked(self.path, entry.path, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+        except IntegrityError:
+            if self._repair is None:
+                raise
+        self._repair(entry.path)
+        return read_checked(self.path, entry.path, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+
+    def sha256(self, relative: str) -> str:
+        """The hash that a listed file has, or is refused. IntegrityError if it is not listed."""
+        return self._entry(relative).sha256
+
+    def files(self, folder: str) -> list[str]:
+        """The listed files below `folder`."""
+        return [path for path in self._entries if path.startswith(f"{folder}/")]
+
+    def check_all(self) -> None:
+        """Look at every byte: raise IntegrityError, naming the file, unless all listed files are there, unaltered and
+        harmless, and nothing else is there."""
+        for path in list_files(self.path):
+            if path not in self._entries and path not in UNHASHED:
+                raise IntegrityError(
+                    f"{shown(path)} in {self.path} is not in the list of files; remove it, or make the student again"
+                )
+        if (self.path / CARD_NAME).exists():
+            from redif_sdk.card.text import check_active  # whoever loads a student reads no card
+
+            check_active(read_checked(self.path, CARD_NAME, limit=CARD_LIMIT).decode(errors="replace"), CARD_NAME)
+        graphs = {graph.file: graph for graph in self.manifest.graphs}
+        data = {file for graph in self.manifest.graphs for file in graph.data}
+        for entry in self.manifest.files:
+            if entry.path in graphs:
+                self._model(graphs[entry.path])
+            elif entry.path.endswith((".onnx", ".data")) and entry.path not in data:
+                raise IntegrityError(f"{entry.path} in {self.path} belongs to no graph of the manifest; remove it")
+            elif contents.limit_of(entry.path) is not None:
+                self.read(entry.path)
+            else:
+                self._check_large(entry)
+
+    def _check_header(self, entry: FileEntry) -> None:
+        """Of a safetensors file, look at the header before all of it is read."""
+        if entry.path.endswith(".safetensors"):
+            where = f"{entry.path} in {self.path}"
+            size = contents.safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
+            header = read_start(self.path, entry.path, 8 + size)[8:]
+            contents.safetensors_header(header, entry.bytes - 8 - size, where)
+
+    def _check_large(self, entry: FileEntry) -> None:
+        """Hash a file piece by piece."""
+        self._check_header(entry)
+        if hash_file(self.path, entry.path, size=entry.bytes) != (entry.bytes, entry.sha256):
+            raise self._altered(entry.path)
+
+    def copy_to(self, target: Path, *, without: tuple[str, ...] = ()) -> None:
+        """Copy the student into the folder `target`, hashing on the way; top-level folders in `without` are left out.
+
+        ``redif.json`` is copied too unless something is left out (a part of a student needs a manifest of its own).
+        """
+        for entry in self.manifest.files:
+            if entry.path.split("/")[0] in without:
+                continue
+            copied = hash_file(self.path, entry.path, target / entry.path, size=entry.bytes)
+            if copied != (entry.bytes, entry.sha256):
+                raise self._altered(entry.path)
+        for name in sorted(UNHASHED - {MANIFEST_NAME}):
+            if (self.path / name).exists():
+                (target / name).write_bytes(read_checked(self.path, name, limit=CARD_LIMIT))
+        if not without:
+            atomic_write(target / MANIFEST_NAME, self.manifest_bytes)
+
+    def keep_foreign(self, target: Path) -> None:
+        """Copy what version control left in the folder (`FOREIGN_FOLDERS`), for when `target` will replace it."""
+        for name in FOREIGN_FOLDERS:
+            if (self.path / name).is_dir():
+                shutil.copytree(locate(self.path, name), target / name, symlinks=True)
+
+    def _altered(self, path: str) -> IntegrityError:
+        return IntegrityError(
+            f"{path} in {self.path} was altered: it is not what the manifest lists; fetch or export it again"
+        )

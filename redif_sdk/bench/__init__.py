@@ -1,0 +1,1 @@
+"""Timing: contenders in interleaved rounds, cold starts, operations, charts."""

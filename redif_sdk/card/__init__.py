@@ -1,0 +1,1 @@
+"""The model card: README.md of a student's folder, rendered from its manifest."""

@@ -1,0 +1,1 @@
+"""The command `redif`: one file a command."""

@@ -1,0 +1,378 @@
+"""What a request may say: classes or prompts, seeds, latents and steps, checked before anything is computed.
+
+Every refusal is an InvalidRequest that names what would have been accepted. No graph is run and no file is read here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from redif_sdk.artifact.manifest import Manifest, TensorSpec
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.sampling.noise import noise as draw
+from redif_sdk.sampling.table import StepTable
+
+__all__ = [
+    "LONGEST_PROMPT",
+    "OUTPUT_TYPES",
+    "Asked",
+    "Conditions",
+    "Labels",
+    "Request",
+    "Seeds",
+    "check_conditions",
+    "check_guidance",
+    "check_latents",
+    "check_noise",
+    "check_request",
+    "check_size",
+    "count_of",
+]
+
+OUTPUT_TYPES = ("pil", "np", "uint8")
+LONGEST_PROMPT = 10_000  # characters
+MOST_PROMPTS = 10_000  # a call
+
+#: diffusers' names for what prompts become: argument -> tensor.
+EMBEDS = {
+    "prompt_embeds": "encoder_hidden_states",
+    "pooled_prompt_embeds": "pooled_projections",
+    "prompt_attention_mask": "encoder_attention_mask",
+}
+SEED_LIMIT = 1 << 64
+DRAWN_SEED_BITS = 32  # short enough to be read out and typed in
+
+Label = SupportsIndex | str
+Labels = Label | Sequence[Label] | NDArray[np.integer[Any]]
+Seeds = SupportsIndex | Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]] | None
+
+#: What denoiser and generator take besides the state, by name; the first axis of each is the batch.
+Conditions = dict[str, NDArray[Any]]
+#: The same as a caller may give it: class labels alone, or every tensor by name; None of an unconditional student.
+Asked = Labels | Mapping[str, ArrayLike] | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request for B pictures. Where there are `prompts`, the text encoder makes the conditions of them."""
+
+    table: StepTable
+    conditions: Conditions
+    prompts: list[str] | None  # one a picture
+    seeds: list[tuple[int, int]]  # (seed, image index), B of them
+    latents: NDArray[np.float32] | None  # (B, C, H, W)
+    size: tuple[int, int]  # (H, W)
+
+    def noise(self, manifest: Manifest) -> NDArray[np.float32]:
+        """The noise (N, B, C, H, W), with the given latents as its first slice."""
+        shape = (manifest.latents.channels, *self.size)
+        if self.latents is None:
+            return draw(self.seeds, shape, slices=self.table.noise_slices)
+        if self.table.noise_slices == 1:
+            return self.latents[None]
+        later = draw(self.seeds, shape, slices=self.table.noise_slices - 1, first_slot=1)
+        return np.concatenate([self.latents[None], later])
+
+
+def check_request(
+    manifest: Manifest,
+    prompt: str | Sequence[str] | None,
+    class_labels: Labels | None,
+    num_images_per_prompt: int,
+    num_inference_steps: int | None,
+    seed: Seeds,
+    latents: ArrayLike | None,
+    height: int | None = None,
+    width: int | None = None,
+    embeds: Mapping[str, ArrayLike | None] | None = None,
+) -> Request:
+    """The request, or InvalidRequest. `embeds`: what was given under the names of `EMBEDS`; None is nothing."""
+    size = check_size(manifest, height, width, latents)
+    per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, minimum=1)
+    if num_inference_steps is not None:
+        num_inference_steps = _integer("num_inference_steps", num_inference_steps, minimum=1)
+    table = manifest.step_table(num_inference_steps)
+    given = {name: value for name, value in (embeds or {}).items() if value is not None}
+    if given and manifest.text is None:
+        raise InvalidRequest(f"{manifest.name} is not asked by prompts; it takes no {', '.join(given)}")
+    conditions: Conditions = {}
+    prompts = None
+    if manifest.text is not None:
+        if class_labels is not None:
+            raise InvalidRequest(f"{manifest.name} is asked by prompts; it takes no class_labels: give a prompt")
+        if given:
+            conditions = _embeds(manifest, prompt, given)
+        else:
+            prompts = _prompts(manifest, prompt)
+        count = count_of(conditions) if prompts is None else len(prompts)
+    elif manifest.classes is not None:
+        if prompt is not None and class_labels is not None:
+            raise InvalidRequest("prompt and class_labels both name the class; give one of them")
+        labels = _labels(manifest, prompt if prompt is not None else class_labels)
+        conditions = {"class_labels": np.array(labels, dtype=np.int64)}
+        count = len(labels)
+    else:
+        if prompt is not None or class_labels is not None:
+            raise InvalidRequest(f"{manifest.name} is unconditional; ask for pictures with num_images_per_prompt alone")
+        count = 1
+    count *= per_prompt
+    conditions = {name: np.repeat(value, per_prompt, axis=0) for name, value in conditions.items()}
+    if prompts is not None:
+        prompts = [text for text in prompts for _ in range(per_prompt)]
+    starts = None if latents is None else check_latents(manifest, latents, count, size)
+    return Request(table, conditions, prompts, _seeds(seed, count), starts, size)
+
+
+def check_guidance(manifest: Manifest, guidance_scale: float | None, negative_prompt: object) -> None:
+    """Refuse what diffusers' pipelines take and a student cannot: guidance is in its graphs, or it has none.
+
+    The scale that the student has may be named; 0 and 1 both mean none, as in diffusers. Raises InvalidRequest.
+    """
+    guidance = manifest.network.guidance
+    if negative_prompt is not None:
+        reason = (
+            f"it has no guidance, and makes {manifest.network.calls_per_step} network call a step"
+            if guidance is None
+            else "what its guidance leads away from is in its graphs"
+        )
+        raise InvalidRequest(f"{manifest.name} cannot use a negative_prompt: {reason}; leave it out")
+    embedded = manifest.network.embedded_guidance
+    own = [guidance.scale] if guidance else [0.0, 1.0] if embedded is None else [embedded]
+    if guidance_scale is not None and guidance_scale not in own:
+        said = f"is made for guidance_scale {own[0]:g}" if own[0] else "has no guidance to scale"
+        raise InvalidRequest(f"guidance_scale is {guidance_scale!r:.30}; {manifest.name} {said}: leave it out")
+
+
+def check_size(
+    manifest: Manifest, height: int | None, width: int | None, latents: ArrayLike | None = None
+) -> tuple[int, int]:
+    """(H, W) of the latents for pictures of that height and width in pixels; by default the given latents' own."""
+    scale = manifest.postprocess.scale
+    if latents is not None and height is None and width is None and np.ndim(latents) == 4:
+        height, width = (extent * scale for extent in np.shape(latents)[2:])
+    if height is not None:
+        height = _integer("height", height, minimum=1)
+    if width is not None:
+        width = _integer("width", width, minimum=1)
+    return manifest.latents.size(height, width, scale)
+
+
+def count_of(conditions: Conditions) -> int:
+    """The number of pictures that conditions are of."""
+    return len(next(iter(conditions.values())))
+
+
+def check_conditions(manifest: Manifest, asked: Asked, batch: int) -> Conditions:
+    """The conditions of `batch` pictures: a conditional student's labels or tensors, none of an unconditional one's.
+
+    Raises InvalidRequest.
+    """
+    if manifest.text is not None:
+        if not isinstance(asked, Mapping):
+            names = ", ".join(spec.name for spec in manifest.condition_tensors)
+            raise InvalidRequest(f"{manifest.name} takes {names} by name, as encode_prompt gives them")
+        return _tensors(manifest, asked, batch)
+    if isinstance(asked, Mapping):
+        if unknown := set(asked) - {"class_labels"}:
+            raise InvalidRequest(f"{manifest.name} takes no {', '.join(sorted(map(str, unknown)))}")
+        asked = asked.get("class_labels")  # type: ignore[assignment]  # anything else is refused below
+    if manifest.classes is None:
+        if asked is not None:
+            raise InvalidRequest(f"{manifest.name} is unconditional; it takes no class_labels")
+        return {}
+    usual = isinstance(asked, np.ndarray) and asked.dtype == np.int64 and asked.shape == (batch,)
+    if usual and asked.min() >= 0 and asked.max() < manifest.classes.num_classes:  # type: ignore[union-attr]
+        return {"class_labels": asked}  # type: ignore[dict-item]  # in a fraction of the time
+    labels = np.array(_labels(manifest, asked), dtype=np.int64)
+    if len(labels) != batch:
+        raise InvalidRequest(f"{len(labels)} class_labels for {batch} pictures; give one a picture")
+    return {"class_labels": labels}
+
+
+def _prompts(manifest: Manifest, prompt: object) -> list[str]:
+    """The prompts of a string, or of a sequence of them."""
+    text = manifest.text
+    assert text is not None
+    if prompt is None:
+        raise InvalidRequest(f"{manifest.name} draws what it is asked for; give a prompt, as {text.examples[0]!r:.200}")
+    several = [prompt] if isinstance(prompt, str) else _several(prompt)
+    if several is None or not all(isinstance(item, str) for item in several):
+        raise InvalidRequest(f"prompt is {prompt!r:.60}; give a text, or a list of texts")
+    if not 1 <= len(several) <= MOST_PROMPTS:
+        raise InvalidRequest(f"{len(several)} prompts were given; give 1 to {MOST_PROMPTS}")
+    for item in several:
+        if len(item) > LONGEST_PROMPT:
+            raise InvalidRequest(f"a prompt has {len(item)} characters; give at most {LONGEST_PROMPT}")
+        try:
+            item.encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates
+            raise InvalidRequest(f"{item!r:.60} is no text that can be encoded; give another prompt") from None
+    return several
+
+
+def _embeds(manifest: Manifest, prompt: object, given: Mapping[str, ArrayLike]) -> Conditions:
+    """The conditions that take the place of a prompt, under diffusers' names."""
+    if prompt is not None:
+        raise InvalidRequest(f"prompt and {', '.join(given)} both say what to draw; give one of them")
+    taken = [spec.name for spec in manifest.condition_tensors]
+    for name in given:
+        if EMBEDS[name] not in taken:
+            raise InvalidRequest(f"{manifest.name} takes no {name}; its prompts become {', '.join(taken)}")
+    if missing := [name for name, tensor in EMBEDS.items() if tensor in taken and name not in given]:
+        raise InvalidRequest(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or a prompt")
+    return _tensors(manifest, {EMBEDS[name]: value for name, value in given.items()}, None)
+
+
+def _tensors(manifest: Manifest, asked: Mapping[str, ArrayLike], batch: int | None) -> Conditions:
+    """Every tensor that the student takes, of the shape and dtype that its manifest says, and of one batch."""
+    specs = manifest.condition_tensors
+    if set(asked) != {spec.name for spec in specs}:
+        names = ", ".join(spec.name for spec in specs)
+        raise InvalidRequest(f"{manifest.name} takes {names}, not {', '.join(map(str, asked)) or 'nothing'}")
+    found = {spec.name: _tensor(spec, asked[spec.name]) for spec in specs}
+    lengths = {len(value) for value in found.values()}
+    if len(lengths) > 1 or 0 in lengths or (batch is not None and lengths != {batch}):
+        wanted = "the same number, at least one" if batch is None else f"{batch}"
+        raise InvalidRequest(f"{', '.join(found)} are of {sorted(lengths)} pictures; give {wanted}")
+    return found
+
+
+def _tensor(spec: TensorSpec, value: ArrayLike) -> NDArray[Any]:
+    array = np.asarray(value)
+    expected = f"({', '.join(map(str, spec.shape))})"
+    if array.dtype.kind not in "fiub":
+        raise InvalidRequest(f"{spec.name} has dtype {array.dtype}; give an array of numbers")
+    fits = zip(array.shape, spec.shape, strict=False)
+    if array.ndim != len(spec.shape) or any(isinstance(wanted, int) and size != wanted for size, wanted in fits):
+        raise InvalidRequest(f"{spec.name} has shape {array.shape}; give {expected}")
+    with np.errstate(over="ignore"):  # as in check_latents
+        result = np.ascontiguousarray(array, dtype=spec.dtype)
+    if not np.isfinite(result).all():
+        raise InvalidRequest(f"{spec.name} holds NaN or infinite values; give finite numbers")
+    return result
+
+
+def check_latents(
+    manifest: Manifest, latents: ArrayLike, batch: int, size: tuple[int, int] | None = None
+) -> NDArray[np.float32]:
+    """Latents (batch, C, H, W) as finite float32 of the student's shape, or of `size`."""
+    array = np.asarray(latents)
+    if array.dtype.kind not in "fiu":
+        raise InvalidRequest(f"latents have dtype {array.dtype}; give an array of floating-point numbers")
+    height, width = size or (manifest.latents.height, manifest.latents.width)
+    expected = (batch, manifest.latents.channels, height, width)
+    if array.shape != expected:
+        raise InvalidRequest(f"latents have shape {array.shape}; give {expected}")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as such
+        result = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(result).all():
+        raise InvalidRequest("latents hold NaN or infinite values; give finite numbers")
+    return result
+
+
+def check_noise(manifest: Manifest, noise: ArrayLike, table: StepTable) -> NDArray[np.float32]:
+    """Noise (N, B, C, H, W) as float32, cut to the slices that the table reads."""
+    array = np.asarray(noise)
+    if array.ndim != 5 or array.shape[0] < table.noise_slices or array.shape[1] < 1:
+        shape = f"({table.noise_slices}, B, {manifest.latents.channels}, H, W)"
+        raise InvalidRequest(f"noise has shape {array.shape}; give {shape}")
+    array = array[: table.noise_slices]
+    latents = manifest.latents
+    own = (latents.channels, latents.height, latents.width)
+    usual = array.dtype == np.float32 and array.shape[2:] == own and array.flags.c_contiguous
+    if usual and math.isfinite(np.vdot(array, array)):  # then every number is
+        return array  # in a fraction of the time
+    flat = array.reshape(-1, *array.shape[2:])
+    return check_latents(manifest, flat, len(flat), check_size(manifest, None, None, flat)).reshape(array.shape)
+
+
+def _integer(name: str, value: Any, *, minimum: int, limit: int | None = None) -> int:
+    """`value` as an int, if it is one (not a bool, not 2.0) and in range."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidRequest(f"{name} is {value!r}; give an integer") from None
+    if number < minimum or (limit is not None and number >= limit):
+        bound = f"from {minimum}" if limit is None else f"from {minimum} to {limit - 1}"
+        raise InvalidRequest(f"{name} is {number}; give an integer {bound}")
+    return number
+
+
+def _several(value: Any) -> list[Any] | None:
+    """The items of a sequence or array; None for a single thing, which a string is too."""
+    if isinstance(value, str):
+        return None
+    try:
+        return list(value)
+    except TypeError:
+        return None
+
+
+def _labels(manifest: Manifest, asked: Any) -> list[int]:
+    """Class numbers for a number, a name, or a sequence of these."""
+    if asked is None:
+        raise InvalidRequest(f"{manifest.name} draws what it is asked for; name a class: {_choices(manifest)}")
+    several = _several(asked)
+    wanted = [asked] if several is None else several
+    if not wanted:
+        raise InvalidRequest("no class was given; give at least one")
+    return [_label(manifest, item) for item in wanted]
+
+
+def _label(manifest: Manifest, item: Any) -> int:
+    classes = manifest.classes
+    assert classes is not None
+    if isinstance(item, str):
+        names = [name.casefold() for name in classes.class_names or []]
+        wanted = item.strip().casefold()
+        if wanted in names:
+            return names.index(wanted)
+        raise InvalidRequest(f"{item!r} is no class of {manifest.name}; use {_choices(manifest)}")
+    try:
+        return _integer("a class label", item, minimum=0, limit=classes.num_classes)
+    except InvalidRequest:
+        raise InvalidRequest(f"{item!r} is no class of {manifest.name}; use {_choices(manifest)}") from None
+
+
+def _choices(manifest: Manifest) -> str:
+    classes = manifest.classes
+    assert classes is not None
+    numbers = f"0 to {classes.num_classes - 1}"
+    if classes.class_names is None:
+        return numbers
+    shown = ", ".join(classes.class_names[:20]) + (", ..." if classes.num_classes > 20 else "")
+    return f"{numbers} ({shown})"
+
+
+def _seeds(seed: Any, count: int) -> list[tuple[int, int]]:
+    """(seed, image index) of `count` pictures."""
+    if seed is None:
+        seed = secrets.randbits(DRAWN_SEED_BITS)
+    given = _several(seed)
+    if given is None:
+        number = _integer("seed", seed, minimum=0, limit=SEED_LIMIT)
+        return [(number, index) for index in range(count)]
+    if len(given) != count:
+        raise InvalidRequest(f"{len(given)} seeds for {count} pictures; give one a picture, or a single one for all")
+    seeds = []
+    for item in given:
+        pair = _several(item) or [item, 0]
+        if len(pair) != 2:
+            raise InvalidRequest(f"a seed is {item!r}; give an integer or a pair (seed, image index)")
+        seeds.append(
+            (
+                _integer("a seed", pair[0], minimum=0, limit=SEED_LIMIT),
+                _integer("an image index", pair[1], minimum=0, limit=SEED_LIMIT),
+            )
+        )
+    return seeds

@@ -1,0 +1,293 @@
+"""ONNX Runtime: on the CPU, on NVIDIA GPUs (CUDA, TensorRT), DirectML, CoreML, and by plugin providers.
+
+ONNX Runtime by itself falls back to the CPU with no more than a line in the log; here what was asked for runs, or an
+error says why not. Graphs come as verified bytes, with the files of large weights as further bytes, never as paths.
+
+Run by this project so far: the CPU, and the OpenVINO plugin. The GPU providers are written against the same real API
+and refuse loudly where they cannot be had; they were not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, Self
+
+from numpy.typing import NDArray
+
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Graph
+from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
+from redif_sdk.runtimes.cores import Arrays, Batches, Workers
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device
+
+try:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as _state
+except ImportError as error:  # not installed, or one of the two packages removed the other's files
+    raise RuntimeUnavailable(
+        f'onnxruntime cannot be imported ({error}); pip install "redif-sdk[cpu]", or "redif-sdk[gpu]" for NVIDIA GPUs'
+    ) from error
+
+__all__ = ["PROBE", "PROVIDERS", "VERSION", "OnnxRuntime", "available", "usable"]
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # as `redif_sdk` sets it; Windows, and whoever came first, need this
+    onnxruntime.disable_telemetry_events()
+
+VERSION: str = onnxruntime.__version__
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"  # a plugin's
+
+#: The providers that ONNX Runtime's own packages hold: the device of each, and the package that has it.
+PROVIDERS = {
+    CPU: ("cpu", 'pip install "redif-sdk[cpu]"'),
+    CUDA: (
+        "cuda",
+        'pip uninstall onnxruntime, then pip install "redif-sdk[gpu]" (the two packages overwrite each other)',
+    ),
+    TENSORRT: ("cuda", 'pip uninstall onnxruntime, then pip install "redif-sdk[gpu]" and tensorrt'),
+    "DmlExecutionProvider": ("dml", "on Windows, pip uninstall onnxruntime, then pip install onnxruntime-directml"),
+    "CoreMLExecutionProvider": ("coreml", "on a Mac, pip install onnxruntime"),
+}
+
+# Its errors share no base class but Exception.
+ENGINE_ERRORS: tuple[type[Exception], ...] = (
+    *(value for value in vars(_state).values() if isinstance(value, type) and issubclass(value, Exception)),
+    RuntimeError,
+    ValueError,
+)
+
+PLUGIN_ERRORS: tuple[type[Exception], ...] = (AttributeError, OSError, ImportError, *ENGINE_ERRORS)
+
+#: The smallest graph, y = x + x, to find out what really works: what the library says of itself is not reliable.
+PROBE = (
+    b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01pZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+#: A graph of more bytes is held once, by one session for batches and single pictures alike.
+HELD_TWICE = 1 << 30
+
+
+def available() -> list[str]:
+    """The providers that the library says it has; whether they work is another question: `usable`."""
+    return list(onnxruntime.get_available_providers())
+
+
+class Target(NamedTuple):
+    """What is to run the nodes: a provider on one device, or a plugin provider's devices."""
+
+    provider: str
+    device: str  # as RuntimeInfo says it
+    settings: dict[str, str]
+    plugin: tuple[Any, ...] = ()  # OrtEpDevice
+
+
+def _target(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Target:
+    """The provider and device that `options` ask for. `prefix` is the graph's own: TensorRT caches engines by it."""
+    kind, index = parse_device(options.device)
+    if options.provider is not None and options.provider not in PROVIDERS:
+        return _plugin(options.provider, kind, precision)
+    if options.provider is not None:
+        provider = options.provider
+        if kind not in ("auto", PROVIDERS[provider][0]):
+            raise InvalidRequest(f"{provider} runs on {PROVIDERS[provider][0]}, not on {options.device}")
+    elif kind == "auto":
+        have_gpu = CUDA in available() and usable(CUDA) is None
+        provider = CUDA if have_gpu else CPU
+    else:
+        fitting = [name for name, (device, _) in PROVIDERS.items() if device == kind]
+        if not fitting:
+            raise RuntimeUnavailable(f'runtime onnxruntime has no device {kind}; use runtime="openvino" for it')
+        provider = fitting[0]
+    kind = PROVIDERS[provider][0]
+    settings = {"device_id": str(index)} if kind in ("cuda", "dml") else {}
+    if provider == TENSORRT:
+        folder = cache_folder(options) / "onnxruntime-tensorrt"
+        settings |= {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            "trt_engine_cache_prefix": prefix,  # without it graphs of one name are given one another's engines
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(folder),
+        }
+    return Target(provider, f"{kind}:{index}" if kind in ("cuda", "dml") else kind, settings)
+
+
+def _openvino_precision(place: str, precision: str) -> dict[str, str]:
+    """OpenVINO computes in bfloat16 wherever it is fast, whatever the graph says, unless it is told not to."""
+    hint = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
+    return {"load_config": json.dumps({place.upper(): {"INFERENCE_PRECISION_HINT": hint}})}
+
+
+def _plugin(package: str, kind: str, precision: str) -> Target:
+    """A provider from a package of its own, such as ``onnxruntime_ep_openvino``. Raises RuntimeUnavailable."""
+    module = package.replace("-", "_")
+    if not module.isidentifier() or find_spec(module) is None:
+        known = ", ".join(PROVIDERS)
+        raise RuntimeUnavailable(
+            f"provider {package!r} is neither of ONNX Runtime's own ({known}) nor an installed plugin package; "
+            f"pip install it, for example onnxruntime-ep-openvino"
+        )
+    try:
+        plugin: Any = import_module(module)
+        name: str = plugin.get_ep_name()
+        _register(name, plugin.get_library_path())
+        found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    except PLUGIN_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise RuntimeUnavailable(f"the plugin provider {package} cannot be used here: {reason}") from error
+    kinds = [device.device.type.name.lower() for device in found]
+    for place in dict.fromkeys(["cpu", "gpu", "npu"] if kind == "auto" else [kind]):
+        if place in kinds:
+            settings = _openvino_precision(place, precision) if name == OPENVINO else {}
+            return Target(name, place, settings, tuple(d for d, k in zip(found, kinds, strict=True) if k == place)[:1])
+    wanted = "device" if kind == "auto" else f"device {kind}"
+    raise RuntimeUnavailable(
+        f"{name} offers no {wanted} on this machine (it offers: {', '.join(dict.fromkeys(kinds)) or 'none'}); "
+        f"use another provider"
+    )
+
+
+@cache
+def _register(name: str, library: str) -> None:
+    onnxruntime.register_execution_provider_library(name, library)
+
+
+def _session(model: bytes, target: Target, options: Any) -> Any:
+    """A session of which the target's provider runs every node. Raises RuntimeUnavailable."""
+    if not target.plugin and target.provider not in available():
+        remedy = PROVIDERS[target.provider][1]
+        raise RuntimeUnavailable(f"the installed onnxruntime {VERSION} has no {target.provider}; {remedy}")
+    try:
+        if target.plugin:
+            options.add_provider_for_devices(list(target.plugin), target.settings)
+            session = onnxruntime.InferenceSession(model, options)
+        else:
+            providers: list[Any] = [(target.provider, target.settings)]
+            if target.provider != CPU:
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            if target.provider == TENSORRT:
+                Path(target.settings["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True, mode=0o700)
+                providers.append((CUDA, {"device_id": target.settings["device_id"]}))
+            session = onnxruntime.InferenceSession(model, options, providers=providers)
+    except ENGINE_ERRORS as error:
+        reason = " ".join(str(error).split())
+        device = "the CPU" if target.device == "cpu" else target.device
+        raise RuntimeUnavailable(f"onnxruntime cannot run this on {device}: {reason}; see redif doctor") from error
+    if session.get_providers()[0] != target.provider:
+        raise RuntimeUnavailable(
+            f"onnxruntime took {session.get_providers()[0]} in place of {target.provider}; see redif doctor for the "
+            f"reason"
+        )
+    return session
+
+
+@cache
+def usable(provider: str, index: int = 0) -> str | None:
+    """None if `provider` runs a small graph here, else the reason why not."""
+    kind = PROVIDERS[provider][0]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        device = f"{kind}:{index}" if kind in ("cuda", "dml") else kind
+        _session(PROBE, _target(RuntimeOptions(device=device, provider=provider), "probe"), options)
+    except RuntimeUnavailable as error:
+        return str(error)
+    return None
+
+
+class OnnxRuntime:
+    """A graph in ONNX Runtime. `run` may be called from several threads.
+
+    On the CPU there are two sessions, each made when it is first needed: one whose threads share every operation, for
+    single pictures, and one without threads of its own, for the pieces of a batch (`batching.py`).
+    """
+
+    def __init__(
+        self, model: bytes, data: Mapping[str, bytes], target: Target, info: RuntimeInfo, graph: Graph
+    ) -> None:
+        self._model: bytes | None = model
+        self._data: Mapping[str, bytes] | None = data
+        self._target = target
+        self._batches = Batches(graph)
+        self._outputs = [output.name for output in graph.outputs]
+        self._lock = Lock()
+        self.info = info
+        on_cpu = target.provider == CPU
+        twice = len(model) + sum(map(len, data.values())) <= HELD_TWICE
+        threads = info.num_threads if on_cpu and info.num_threads is not None else 1
+        self._workers = Workers(threads) if twice and threads > 1 else None
+        self._wide = self._new_session(info.num_threads)
+        if self._workers is None:
+            self._model = self._data = None
+
+    @classmethod
+    def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        if options.engine_dir is not None:
+            raise InvalidRequest(
+                "engine_dir is for TensorRT's runtimes; onnxruntime keeps what it compiles in cache_dir"
+            )
+        target = _target(options, f"redif-{student.sha256(graph.file)[:16]}", graph.precision)
+        if graph.precision == "bf16" and target.provider == CPU:
+            raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
+        model, data = student.read_graph(graph)
+        info = RuntimeInfo(
+            runtime="onnxruntime",
+            version=VERSION,
+            provider=target.provider,
+            device=target.device,
+            precision=graph.precision,
+            component=graph.component,
+            file=graph.file,
+            num_threads=options.num_threads or cores() if target.device == "cpu" else None,
+        )
+        return cls(model, data, target, info, graph)
+
+    def _new_session(self, num_threads: int | None) -> Any:
+        assert self._model is not None
+        assert self._data is not None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        if self._data:
+            # The graph names its data files relative to itself; the engine takes them from these bytes, not from disk.
+            blobs = list(self._data.values())
+            options.add_external_initializers_from_files_in_memory(list(self._data), blobs, [len(b) for b in blobs])
+        return _session(self._model, self._target, options)
+
+    @cached_property
+    def _narrow(self) -> Any:
+        """The session for pieces, each computed by the thread that asks."""
+        session = self._new_session(1)
+        self._model = self._data = None  # the bytes are not needed again
+        return session
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        try:
+            if self._workers is None:
+                return self._whole(inputs)
+            return self._workers.run(self._batches, inputs, self._whole, self._piece)
+        except ENGINE_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise RuntimeUnavailable(
+                f"onnxruntime failed in {self.info.file} on {self.info.device}: {reason}"
+            ) from error
+
+    def _whole(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        return self._call(self._wide, feed)
+
+    def _piece(self, feed: Arrays) -> Arrays:
+        with self._lock:
+            session = self._narrow
+        return self._call(session, feed)
+
+    def _call(self, session: Any, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        return dict(zip(self._outputs, session.run(self._outputs, feed), strict=True))

@@ -1,0 +1,218 @@
+"""OpenVINO: Intel and AMD processors, Intel GPUs and NPUs.
+
+OpenVINO by itself computes in whatever precision is fastest, bfloat16 where the processor has it; here the precision is
+always said, and a compiled graph that computes in another one is refused. Graphs are compiled for the shapes that are
+asked for, which is up to half again as fast as free shapes, when they are first asked for; what was compiled is kept,
+in memory and in the cache folder.
+
+Run by this project so far: processors. Intel GPUs and NPUs go through the same calls and were not tried.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import cache
+from threading import Lock
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Graph
+from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
+from redif_sdk.runtimes.cores import Arrays, Batches, Workers
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device
+
+# Its package of telemetry is not let in: openvino has a stand-in for when that is not installed.
+_telemetry_absent = "openvino_telemetry" not in sys.modules
+if _telemetry_absent:
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+try:
+    import openvino
+except ImportError as error:
+    raise RuntimeUnavailable(f'openvino cannot be imported ({error}); pip install "redif-sdk[openvino]"') from error
+finally:
+    if _telemetry_absent:
+        del sys.modules["openvino_telemetry"]
+
+__all__ = ["VERSION", "OpenVino", "capabilities", "devices", "refusal"]
+
+VERSION: str = openvino.__version__.split("-")[0]
+
+# OpenVINO makes its tables of dtypes at the first call that needs them, and two threads that come first at once wait
+# for each other for ever (seen with 2026.4). So they are made here, by the one thread that imports this.
+_first = openvino.Tensor(np.zeros(1, np.float32), shared_memory=True)
+_first.element_type.to_dtype()
+_first.data.copy()
+del _first
+
+#: Graph precision -> the precision that OpenVINO is told to compute in, and what a device must be capable of for it.
+HINTS = {"fp32": ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
+#: Shapes that stay compiled at a time; the one that was not used for longest goes.
+KEPT = 8
+
+ENGINE_ERRORS = (RuntimeError, ValueError, TypeError)
+
+
+@cache
+def _core() -> Any:
+    return openvino.Core()
+
+
+def devices() -> list[str]:
+    """What there is here, in OpenVINO's own words: CPU, GPU, NPU."""
+    return list(_core().available_devices)
+
+
+@cache
+def capabilities(device: str = "CPU") -> tuple[str, ...]:
+    """What a device computes in, in OpenVINO's own words: FP32, BF16, FP16, INT8."""
+    return tuple(_core().get_property(device, "OPTIMIZATION_CAPABILITIES"))
+
+
+def refusal(precision: str, device: str = "CPU") -> str | None:
+    """Why `device` would not compute in `precision`, or None if it does."""
+    if precision not in HINTS:
+        return (
+            "it does not compute symmetric int8 graphs as they stand (relative error .30, where ONNX Runtime has .06: "
+            'docs/performance.md); use runtime="onnxruntime"'
+        )
+    if HINTS[precision][1] in capabilities(device):
+        return None
+    name = _core().get_property(device, "FULL_DEVICE_NAME")
+    return (
+        f"{name} has no {precision} instructions, and OpenVINO would compute in fp32 instead; use precision="
+        f'"fp32", or a processor that has them'
+    )
+
+
+def _device(options: RuntimeOptions) -> tuple[str, str]:
+    """(OpenVINO's name of the device, ours). Raises RuntimeUnavailable if it is not there."""
+    kind, index = parse_device(options.device)
+    kind = "cpu" if kind == "auto" else kind
+    if kind not in ("cpu", "gpu", "npu"):
+        raise RuntimeUnavailable(f'runtime openvino has no device {kind}; use "cpu", "gpu", "gpu:N" or "npu"')
+    name = f"GPU.{index}" if kind == "gpu" and index else kind.upper()
+    present = devices()
+    if name not in present and f"{name}.0" not in present:
+        raise RuntimeUnavailable(
+            f"OpenVINO finds no {name} here (it finds {', '.join(present)}); install its driver, or use another device"
+        )
+    return name, kind if index == 0 else f"{kind}:{index}"
+
+
+class _Shape:
+    """The graph compiled for one set of input shapes, with the requests that wait to be used again."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._idle: list[Any] = []
+        self._lock = Lock()
+
+    def run(self, feed: Arrays, outputs: list[str]) -> Arrays:
+        with self._lock:
+            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        request.infer(feed, share_inputs=True)
+        result = {name: request.get_tensor(name).data.copy() for name in outputs}
+        with self._lock:
+            self._idle.append(request)
+        return result
+
+
+class OpenVino:
+    """A graph in OpenVINO. `run` may be called from several threads."""
+
+    def __init__(self, model: Any, device: str, info: RuntimeInfo, graph: Graph, options: RuntimeOptions) -> None:
+        self._model = model
+        self._device = device
+        self._outputs = [output.name for output in graph.outputs]
+        self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[graph.precision][0]}
+        folder = cache_folder(options) / "openvino"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._settings["CACHE_DIR"] = str(folder)
+        self._batches = Batches(graph)
+        self._workers = Workers(info.num_threads) if info.num_threads is not None else None
+        self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
+        self._lock = Lock()
+        self.info = info
+
+    @classmethod
+    def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        if options.provider is not None or options.engine_dir is not None:
+            raise InvalidRequest("provider and engine_dir mean nothing to runtime openvino; leave them out")
+        device, ours = _device(options)
+        if reason := refusal(graph.precision, device):
+            raise RuntimeUnavailable(f"runtime openvino cannot compute in {graph.precision}: {reason}")
+        if graph.data:
+            raise RuntimeUnavailable(
+                f"{graph.file} keeps its weights in a file of its own (more than 2 GiB), which openvino would open by "
+                f'itself, unchecked; use runtime="onnxruntime"'
+            )
+        try:
+            model = _core().read_model(student.read_graph(graph)[0])
+        except ENGINE_ERRORS as error:
+            raise RuntimeUnavailable(f"openvino cannot read {graph.file}: {_line(error)}") from error
+        info = RuntimeInfo(
+            runtime="openvino",
+            version=VERSION,
+            provider=device,
+            device=ours,
+            precision=graph.precision,
+            component=graph.component,
+            file=graph.file,
+            num_threads=(options.num_threads or cores()) if device == "CPU" else None,
+        )
+        return cls(model, device, info, graph, options)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        try:
+            if self._workers is None:
+                return self._call(inputs, {})
+            return self._workers.run(self._batches, inputs, self._wide, self._narrow)
+        except ENGINE_ERRORS as error:
+            raise RuntimeUnavailable(
+                f"openvino failed in {self.info.file} on {self.info.device}: {_line(error)}"
+            ) from error
+
+    def _wide(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        """One request on all threads."""
+        return self._call(feed, {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.info.num_threads})
+
+    def _narrow(self, feed: Arrays) -> Arrays:
+        """One of several requests, each on a thread of its own."""
+        number = self.info.num_threads
+        return self._call(feed, {"NUM_STREAMS": str(number), "INFERENCE_NUM_THREADS": number})
+
+    def _call(self, feed: Mapping[str, NDArray[Any]], threads: dict[str, Any]) -> Arrays:
+        arrays = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+        return self._compiled(arrays, threads).run(arrays, self._outputs)
+
+    def _compiled(self, feed: Arrays, threads: dict[str, Any]) -> _Shape:
+        """The graph for the shapes of `feed`, compiled by the first that asks; the others wait for it."""
+        key = (*sorted((name, value.shape) for name, value in feed.items()), *threads)
+        with self._lock:
+            if key not in self._shapes:
+                model = self._model.clone()
+                model.reshape({name: list(value.shape) for name, value in feed.items()})
+                compiled = _core().compile_model(model, self._device, self._settings | threads)
+                self._check_precision(compiled)
+                self._shapes[key] = _Shape(compiled)
+                if len(self._shapes) > KEPT:
+                    self._shapes.popitem(last=False)
+            self._shapes.move_to_end(key)
+            return self._shapes[key]
+
+    def _check_precision(self, compiled: Any) -> None:
+        asked = self._settings["INFERENCE_PRECISION_HINT"]
+        took = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if took != asked:
+            raise RuntimeUnavailable(
+                f"openvino took {took} in place of {asked} for {self.info.file}; use another precision"
+            )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

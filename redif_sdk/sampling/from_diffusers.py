@@ -1,0 +1,365 @@
+"""Reading diffusers' scheduler configurations as step tables, without diffusers.
+
+One reader per scheduler class, each following that class's own rule for times and next noise levels, so that the table
+is what the scheduler does. A sampler that is no step table (several network outputs in one update, clipping aside) is
+refused; samplers' equations belong to :mod:`redif_sdk.sampling.coefficients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.sampling.coefficients import to_float32, update_rows
+from redif_sdk.sampling.noise_schedule import (
+    NoiseSchedule,
+    Preconditioning,
+    falling_times,
+    inference_times,
+    karras_sigmas,
+    times_like,
+    whole_number,
+)
+from redif_sdk.sampling.table import StepTable
+
+__all__ = ["edm_table", "read_preconditioning", "read_scheduler"]
+
+Floats = NDArray[np.float64]
+
+# diffusers' stand-in for alphas_cumprod = 0 in samplers that divide by alpha
+_NEARLY_NO_SIGNAL = 2.0**-24
+_CONSISTENCY_SIGMA_DATA = 0.5
+
+
+class _Request(NamedTuple):
+    """One scheduler to read: its class and configuration, and which steps are wanted (one of the two is given)."""
+
+    name: str
+    config: Mapping[str, Any]
+    num_inference_steps: int | None
+    timesteps: Sequence[Any] | None
+    eta: float
+
+    @property
+    def prediction_type(self) -> str:
+        kind = self.config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "sample", "v_prediction"):
+            raise UnsupportedModel(
+                f"{self.name} has prediction_type {kind!r}; use one with epsilon, sample or v_prediction"
+            )
+        return str(kind)
+
+    def refuse(self, *keys: str) -> None:
+        """UnsupportedModel where any of these options is switched on."""
+        for key in keys:
+            if self.config.get(key):
+                raise UnsupportedModel(
+                    f"{self.name} has {key}={self.config[key]!r}, which is not supported; switch it off"
+                )
+
+
+def read_scheduler(
+    scheduler: Any,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[Any] | None = None,
+    eta: float = 0.0,
+) -> StepTable:
+    """The step table of a diffusers scheduler: an object of it, or its ``scheduler_config.json`` read into a dict.
+
+    Give either ``num_inference_steps``, for the scheduler's own times, or custom ``timesteps``: integers for the
+    discrete schedulers (each row steps to the next), sigma * num_train_timesteps *after* any shift for the flow
+    scheduler. Times and next levels follow the scheduler's own rule. ``eta`` in [0, 1] is the sampler's noise where
+    the scheduler leaves it open; a scheduler that prescribes its noise has that.
+
+    - DDIMScheduler; DDPMScheduler and PNDMScheduler in their DDIM reading (DDPM's fixed_small is ``eta=1``)
+    - LCMScheduler, its boundary scaling included
+    - DPMSolverMultistepScheduler of order 1
+    - EulerDiscreteScheduler, with Karras' noise levels if it has them; EulerAncestralDiscreteScheduler
+    - FlowMatchEulerDiscreteScheduler
+    - EDMEulerScheduler, with Karras' noise levels
+
+    ``clip_sample`` and ``thresholding`` are not affine and are left out: a table describes the unclipped sampler.
+    Raises UnsupportedModel for any other scheduler or option, InvalidRequest for steps that it does not have.
+    """
+    name, config = _name_and_config(scheduler)
+    reader = _READERS.get(name)
+    if reader is None:
+        raise UnsupportedModel(f"scheduler {name} cannot be read as a step table; use one of {', '.join(_READERS)}")
+    if (num_inference_steps is None) == (timesteps is None):
+        raise InvalidRequest(f"{name} needs either num_inference_steps or timesteps; give exactly one")
+    return reader(_Request(name, config, num_inference_steps, timesteps, eta))
+
+
+def _name_and_config(scheduler: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(scheduler, Mapping):
+        return str(scheduler.get("_class_name")), scheduler
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise InvalidRequest(f"a {name} is no scheduler; give a diffusers scheduler or its configuration as a dict")
+    return name, config
+
+
+def _read_ddim(request: _Request) -> StepTable:
+    config = request.config
+    return StepTable.ddim(
+        NoiseSchedule.from_config({**config, "_class_name": request.name}),
+        num_inference_steps=request.num_inference_steps,
+        timesteps=request.timesteps,
+        prediction_type=request.prediction_type,
+        eta=request.eta,
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        # PNDM's default differs from DDIM's
+        set_alpha_to_one=config.get("set_alpha_to_one", request.name != "PNDMScheduler"),
+    )
+
+
+def _read_ddpm(request: _Request) -> StepTable:
+    config = request.config
+    schedule = NoiseSchedule.from_config(config)
+    # DDPM's previous time is the next row's, and after the last row comes the clean image
+    return StepTable.ddim(
+        schedule,
+        timesteps=_grid(request, schedule, "leading").tolist() if request.timesteps is None else request.timesteps,
+        prediction_type=request.prediction_type,
+        eta=request.eta,
+    )
+
+
+def _read_lcm(request: _Request) -> StepTable:
+    config = request.config
+    if request.eta != 0.0:
+        raise InvalidRequest(f"eta is {request.eta}, but {request.name} prescribes its own noise; leave eta at 0")
+    schedule = NoiseSchedule.from_config({**config, "_class_name": request.name})
+    if request.timesteps is None:
+        times = _consistency_times(request, len(schedule))
+    else:
+        times = falling_times(request.timesteps, len(schedule))
+    next_sigmas = np.append(schedule.sigmas[times[1:]], 0.0)
+    rows = update_rows(
+        t=times,
+        alphas=schedule.alphas[times],
+        sigmas=schedule.sigmas[times],
+        next_alphas=np.append(schedule.alphas[times[1:]], 1.0),
+        next_sigmas=next_sigmas,
+        noise=next_sigmas,
+        prediction_type=request.prediction_type,
+    )
+    # The estimate that goes on is c_skip x + c_out x0 (Eq. 9 of the LCM paper). As s = 0, r needs no correction.
+    scaled = times * float(config.get("timestep_scaling", 10.0))
+    total = scaled**2 + _CONSISTENCY_SIGMA_DATA**2
+    c_skip, c_out = _CONSISTENCY_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
+    rows[:, 1] = c_skip + c_out * rows[:, 1]
+    rows[:, 2] = c_out * rows[:, 2]
+    return StepTable(to_float32(rows), request.prediction_type, "consistency")
+
+
+def _consistency_times(request: _Request, total: int) -> NDArray[np.int64]:
+    """K of the times that the consistency model was distilled at, evenly spaced by index."""
+    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    original = whole_number("original_inference_steps", request.config.get("original_inference_steps", 50), minimum=1)
+    if steps > original or original > total:
+        raise InvalidRequest(
+            f"num_inference_steps is {steps}, but {request.name} was distilled at {original} of {total} times; "
+            "ask for at most that many"
+        )
+    distilled = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
+    return distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)]
+
+
+def _read_dpm_solver(request: _Request) -> StepTable:
+    config = request.config
+    order, algorithm = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
+    if order != 1:
+        raise UnsupportedModel(
+            f"{request.name} has solver_order={order}: its update uses several network outputs and is no step table; "
+            "set solver_order=1, or use DDIMScheduler"
+        )
+    if algorithm not in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"):
+        raise UnsupportedModel(f"{request.name} has algorithm_type={algorithm!r}; use dpmsolver++ or sde-dpmsolver++")
+    request.refuse(
+        "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"
+    )
+    schedule = _schedule_with_signal(config)
+    times = request.timesteps
+    if times is None:
+        times = _dpm_solver_times(request, schedule).tolist()
+    return StepTable.ddim(
+        schedule,
+        timesteps=times,
+        prediction_type=request.prediction_type,
+        eta=1.0 if algorithm == "sde-dpmsolver++" else request.eta,
+        set_alpha_to_one=config.get("final_sigmas_type", "zero") == "zero",
+    )
+
+
+def _dpm_solver_times(request: _Request, schedule: NoiseSchedule) -> NDArray[np.int64]:
+    """DPMSolverMultistepScheduler's grids: K + 1 times less the last, below a highest one that may be clipped."""
+    config, total = request.config, len(schedule)
+    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    if steps > total:
+        raise InvalidRequest(f"num_inference_steps is {steps}, but the schedule has {total} steps; ask for fewer")
+    with np.errstate(divide="ignore"):  # no signal, or no noise: an infinite ratio, which sorts as it should
+        log_ratio = np.log(schedule.alphas) - np.log(schedule.sigmas)
+    highest = total - int(np.searchsorted(log_ratio[::-1], config.get("lambda_min_clipped", -np.inf)))
+    spacing = config.get("timestep_spacing", "linspace")
+    if spacing == "linspace":
+        return np.linspace(0, highest - 1, steps + 1).round()[::-1][:-1].astype(np.int64)
+    if spacing == "leading":
+        grid = (np.arange(0, steps + 1) * (highest // (steps + 1)))[::-1][:-1]
+        return np.asarray(grid + config.get("steps_offset", 0), dtype=np.int64)
+    if spacing == "trailing":
+        # a highest time that is clipped makes diffusers' grid shorter than K: kept, as it is the scheduler's own
+        return np.arange(highest, 0, -(total / steps)).round()[:steps].astype(np.int64) - 1
+    raise InvalidRequest(f"timestep spacing {spacing!r} is unknown; use trailing, leading or linspace")
+
+
+def _read_euler(request: _Request) -> StepTable:
+    config = request.config
+    request.refuse("use_exponential_sigmas", "use_beta_sigmas")
+    if config.get("interpolation_type", "linear") != "linear":
+        raise UnsupportedModel(f"{request.name} has interpolation_type={config['interpolation_type']!r}; use linear")
+    schedule = _schedule_with_signal(config)
+    # float32, as the scheduler has them: the times that it finds for Karras' levels hang on their last bits
+    with np.errstate(divide="ignore"):  # no signal is an infinite level, refused where a row visits it
+        levels = to_float32(schedule.sigmas / schedule.alphas)
+    times = _euler_times(request, schedule)
+    sigmas = np.interp(times, np.arange(len(schedule)), levels)
+    if config.get("use_karras_sigmas"):
+        if request.timesteps is not None:
+            raise InvalidRequest(
+                f"{request.name} has Karras noise levels and takes no timesteps; give a number of steps"
+            )
+        low, high = config.get("sigma_min"), config.get("sigma_max")
+        sigmas = karras_sigmas(
+            len(times), sigma_min=sigmas[-1] if low is None else low, sigma_max=sigmas[0] if high is None else high
+        )
+        times = _times_of_levels(sigmas, np.log(levels))
+    if config.get("timestep_type") == "continuous" and request.prediction_type == "v_prediction":
+        times = 0.25 * np.log(sigmas)
+    spacing = config.get("timestep_spacing", "linspace")
+    return StepTable.euler(
+        sigmas,
+        timesteps=times,
+        prediction_type=request.prediction_type,
+        eta=request.eta,
+        final_sigma=float(levels[0]) if config.get("final_sigmas_type") == "sigma_min" else 0.0,
+        # on these grids the start is sqrt(sigma_max^2 + 1) times noise, which the network takes as plain noise
+        init_scale=None if spacing in ("linspace", "trailing") else 1.0,
+    )
+
+
+def _euler_times(request: _Request, schedule: NoiseSchedule) -> Floats:
+    """EulerDiscreteScheduler's times, float64 (K,), not all of them whole."""
+    last = len(schedule) - 1
+    if request.timesteps is not None:
+        times = np.array(request.timesteps, dtype=np.float64)
+        if times.ndim != 1 or times.size == 0 or not np.all((times >= 0.0) & (times <= last)):
+            raise InvalidRequest(f"timesteps are {request.timesteps!r:.200}; give falling numbers from {last} to 0")
+        return times
+    if request.config.get("timestep_spacing", "linspace") == "linspace":
+        steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+        return np.linspace(0, last, steps, dtype=np.float32)[::-1].astype(np.float64)
+    return _grid(request, schedule, "linspace").astype(np.float64)
+
+
+def _read_euler_ancestral(request: _Request) -> StepTable:
+    """The noise of eta = 1 is the ancestral sampler's."""
+    return _read_euler(request._replace(eta=1.0))
+
+
+def _times_of_levels(sigmas: Floats, log_levels: NDArray[np.float32]) -> Floats:
+    """The times of these noise levels, by interpolating between the schedule's log levels."""
+    wanted = np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(log_levels, wanted, side="right") - 1, 0, len(log_levels) - 2)
+    weight = (log_levels[low] - wanted) / (log_levels[low] - log_levels[low + 1])
+    return times_like(low + np.clip(weight, 0.0, 1.0), sigmas)
+
+
+def _read_flow(request: _Request) -> StepTable:
+    config = request.config
+    if config.get("use_dynamic_shifting"):
+        raise UnsupportedModel(
+            f"{request.name} has use_dynamic_shifting, so its shift depends on the image size; "
+            "use StepTable.flow_euler with shift=exp(mu)"
+        )
+    request.refuse("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    total = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), minimum=1)
+    shift, eta = float(config.get("shift", 1.0)), 1.0 if config.get("stochastic_sampling") else request.eta
+    if request.timesteps is not None:
+        sigmas = np.array(request.timesteps, dtype=np.float64) / total
+        return StepTable.flow_euler(sigmas=sigmas.tolist(), time_scale=total, eta=eta)
+    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    # the scheduler's grid ends at its shifted smallest sigma, and is then shifted again
+    smallest = shift / total / (1.0 + (shift - 1.0) / total)
+    return StepTable.flow_euler(
+        sigmas=np.linspace(1.0, smallest, steps).tolist(), shift=shift, time_scale=total, eta=eta
+    )
+
+
+def read_preconditioning(config: Mapping[str, Any]) -> Preconditioning:
+    """EDM's preconditioning of a diffusers scheduler's configuration; diffusers' defaults where it is silent."""
+    kind, name = config.get("prediction_type", "epsilon"), config.get("_class_name", "an EDM scheduler")
+    if config.get("sigma_schedule", "karras") != "karras" or config.get("final_sigmas_type", "zero") != "zero":
+        raise UnsupportedModel(f"{name} has other noise levels than Karras' down to 0; set sigma_schedule to karras")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UnsupportedModel(f"{name} has prediction_type {kind!r}; use one with epsilon or v_prediction")
+    return Preconditioning(
+        sigma_min=float(config.get("sigma_min", 0.002)),
+        sigma_max=float(config.get("sigma_max", 80.0)),
+        sigma_data=float(config.get("sigma_data", 0.5)),
+        rho=float(config.get("rho", 7.0)),
+        v_prediction=kind == "v_prediction",
+    )
+
+
+def edm_table(edm: Preconditioning, num_inference_steps: int, eta: float = 0.0) -> StepTable:
+    """EDMEulerScheduler's table: it starts from sqrt(sigma_max^2 + 1) times noise."""
+    start = np.sqrt(edm.sigma_max**2 + 1.0) / np.sqrt(edm.sigma_max**2 + edm.sigma_data**2)
+    return StepTable.edm(
+        edm.levels(num_inference_steps),
+        sigma_data=edm.sigma_data,
+        eta=eta,
+        v_prediction=edm.v_prediction,
+        init_scale=float(start),
+    )
+
+
+def _read_edm(request: _Request) -> StepTable:
+    if request.timesteps is not None:
+        raise InvalidRequest(f"{request.name} has Karras noise levels and takes no timesteps; give a number of steps")
+    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    return edm_table(read_preconditioning({"_class_name": request.name, **request.config}), steps, request.eta)
+
+
+def _grid(request: _Request, schedule: NoiseSchedule, default_spacing: str) -> NDArray[np.int64]:
+    """The DDIM grid by the configuration's spacing and offset."""
+    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    spacing = request.config.get("timestep_spacing", default_spacing)
+    return inference_times(len(schedule), steps, spacing, request.config.get("steps_offset", 0))
+
+
+def _schedule_with_signal(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The configuration's schedule, with the trace of signal at the end that samplers who divide by alpha put there."""
+    schedule = NoiseSchedule.from_config(config)
+    if not config.get("rescale_betas_zero_snr"):
+        return schedule
+    return NoiseSchedule.from_alphas_cumprod(np.append(schedule.alphas[:-1] ** 2, _NEARLY_NO_SIGNAL))
+
+
+_READERS: dict[str, Callable[[_Request], StepTable]] = {
+    "DDIMScheduler": _read_ddim,
+    "DDPMScheduler": _read_ddpm,
+    "PNDMScheduler": _read_ddim,
+    "LCMScheduler": _read_lcm,
+    "DPMSolverMultistepScheduler": _read_dpm_solver,
+    "EulerDiscreteScheduler": _read_euler,
+    "EulerAncestralDiscreteScheduler": _read_euler_ancestral,
+    "FlowMatchEulerDiscreteScheduler": _read_flow,
+    "EDMEulerScheduler": _read_edm,
+}

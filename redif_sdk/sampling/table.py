@@ -1,0 +1,458 @@
+"""The step table: K rows of coefficients that are a sampler, and the loop that runs a network by it.
+
+The equations behind the coefficients are in :mod:`redif_sdk.sampling.coefficients`, noise schedules in
+:mod:`redif_sdk.sampling.noise_schedule`, readers of diffusers' scheduler configurations in
+:mod:`redif_sdk.sampling.from_diffusers`. No engine, no file and no random number belongs here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from redif_sdk.errors import InvalidRequest, ManifestError
+from redif_sdk.sampling.coefficients import PREDICTION_TYPES, ancestral_noise, checked_eta, to_float32, update_rows
+from redif_sdk.sampling.noise_schedule import (
+    NoiseSchedule,
+    falling_sigmas,
+    falling_times,
+    inference_times,
+    karras_sigmas,
+    times_like,
+    whole_number,
+)
+
+__all__ = [
+    "COLUMNS",
+    "MAX_ROWS",
+    "PREDICTION_TYPES",
+    "NoiseSchedule",
+    "StepTable",
+    "karras_sigmas",
+    "sample",
+]
+
+COLUMNS = ("t", "p", "q", "r", "s", "c")
+MAX_ROWS = 1000
+LONGEST_NAME = 100
+_LARGEST = float(np.finfo(np.float32).max)
+_KEYS = ("sampler", "prediction_type", "init_scale", "columns", "rows")
+
+Floats = NDArray[np.float64]
+Network = Callable[[NDArray[np.float32], NDArray[np.float32], Any], NDArray[np.float32]]
+OnStep = Callable[[int, NDArray[np.float32], NDArray[np.float32]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """K network calls and the arithmetic between them.
+
+    Row k is (t, p, q, r, s, c). With the network's output f = network(x, t, condition) and z ~ N(0, I)::
+
+        x0 = p x + q f               the clean-image estimate   (:meth:`clean`)
+        x' = r x0 + s x + c z        the next state             (:meth:`advance`)
+
+    x is held in the coordinates that the network takes, so (alpha, sigma) of a row include any input scaling, and it
+    starts as ``init_scale`` times standard normal noise. t is exactly what the network is fed.
+
+    ``rows`` is a read-only float32 array (K, 6); ``init_scale`` is rounded to float32 too, so that every reader of the
+    table computes the same. Tables are equal when all four fields are. Raises InvalidRequest for a wrong shape, values
+    that are not finite, no row or more than ``MAX_ROWS``, and an unknown prediction type.
+    """
+
+    rows: NDArray[np.float32]
+    prediction_type: str
+    sampler: str = "custom"
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        rows = np.array(to_float32(self.rows), order="C")
+        init_scale = float(to_float32(self.init_scale))
+        if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or not 1 <= rows.shape[0] <= MAX_ROWS:
+            raise InvalidRequest(
+                f"a step table has shape {rows.shape}; "
+                f"give (K, {len(COLUMNS)}) with 1 <= K <= {MAX_ROWS} and the columns {', '.join(COLUMNS)}"
+            )
+        if not np.isfinite(rows).all() or not math.isfinite(init_scale):
+            raise InvalidRequest("a step table holds NaN or infinite values; check its noise levels")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise InvalidRequest(
+                f"prediction type {self.prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}"
+            )
+        if not self.sampler.isprintable() or len(self.sampler) > LONGEST_NAME:
+            raise InvalidRequest(f"a step table's sampler is {self.sampler!r:.100}; give a short printable name")
+        rows.setflags(write=False)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "init_scale", init_scale)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepTable) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        # + 0.0 makes -0.0 and 0.0 the same bytes
+        return self.rows.shape, (self.rows + 0.0).tobytes(), self.prediction_type, self.sampler, self.init_scale
+
+    @property
+    def num_inference_steps(self) -> int:
+        """K, the number of network calls."""
+        return int(self.rows.shape[0])
+
+    @property
+    def timesteps(self) -> NDArray[np.float32]:
+        """What the network is fed as time, float32 (K,)."""
+        return self.rows[:, 0]
+
+    @cached_property
+    def scale(self) -> NDArray[np.float32]:
+        """`init_scale` as graphs take it, float32 ()."""
+        return np.asarray(self.init_scale, dtype=np.float32)
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """Whether any row adds noise."""
+        return bool(np.any(self.rows[:, 5] != 0.0))
+
+    @cached_property
+    def noise_slices(self) -> int:
+        """How many slices of noise :func:`sample` reads: the start alone, or the start and one a row."""
+        return self.num_inference_steps + 1 if self.stochastic else 1
+
+    def clean(self, k: int, x: Any, f: Any) -> Any:
+        """Row k's clean-image estimate x0 = p x + q f, of numpy arrays or torch tensors of one shape."""
+        _, p, q, _, _, _ = self._row(k)
+        return p * x + q * f
+
+    def advance(self, k: int, x: Any, x0: Any, z: Any = None) -> Any:
+        """Row k's next state x' = r x0 + s x + c z. Raises InvalidRequest where c != 0 and there is no z."""
+        _, _, _, r, s, c = self._row(k)
+        mean = r * x0 + s * x
+        if c == 0.0:
+            return mean
+        if z is None:
+            raise InvalidRequest(f"row {k} of the {self.sampler} table adds noise (c = {c:g}); give z")
+        return mean + c * z
+
+    def with_gain(self, gain: float) -> StepTable:
+        """The table whose output is ``gain`` times this one's: its last row's r, s and c are scaled."""
+        rows = self.rows.copy()
+        rows[-1, 3:] *= gain
+        return StepTable(rows, self.prediction_type, self.sampler, self.init_scale)
+
+    def _row(self, k: int) -> list[float]:
+        if not 0 <= k < self.num_inference_steps:
+            raise InvalidRequest(f"the table has rows 0 to {self.num_inference_steps - 1}, not {k}")
+        return [float(value) for value in self.rows[k]]
+
+    # ------------------------------------------------------------------ builders
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        t: ArrayLike,
+        alphas: ArrayLike,
+        sigmas: ArrayLike,
+        next_alphas: ArrayLike,
+        next_sigmas: ArrayLike,
+        noise: ArrayLike = 0.0,
+        prediction_type: str,
+        init_scale: float = 1.0,
+        sampler: str = "custom",
+        c_skip: ArrayLike | None = None,
+        c_out: ArrayLike | None = None,
+        c_in: ArrayLike | None = None,
+    ) -> StepTable:
+        """The table that goes from each (alpha, sigma) to (alpha', sigma') with sampler noise c.
+
+        All arrays have shape (K,) or are scalars; ``noise`` is c, in [0, sigma']. ``c_skip``, ``c_out`` and ``c_in``
+        are EDM's preconditioning, for the prediction type edm only. Built in float64 by
+        :func:`redif_sdk.sampling.coefficients.update_rows`, which states equations and errors; stored in float32.
+        """
+        rows = update_rows(
+            t=t,
+            alphas=alphas,
+            sigmas=sigmas,
+            next_alphas=next_alphas,
+            next_sigmas=next_sigmas,
+            noise=noise,
+            prediction_type=prediction_type,
+            preconditioning=(c_skip, c_out, c_in),
+        )
+        return cls(to_float32(rows), prediction_type, sampler, init_scale)
+
+    @classmethod
+    def ddim(
+        cls,
+        schedule: NoiseSchedule,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        prediction_type: str,
+        eta: float = 0.0,
+        spacing: str = "trailing",
+        steps_offset: int = 0,
+        set_alpha_to_one: bool = True,
+    ) -> StepTable:
+        """DDIM on a discrete schedule, on diffusers' grid or at custom (learnt) times.
+
+        With ``num_inference_steps`` = K: DDIMScheduler's K times (``spacing``, ``steps_offset``) and its own rule for
+        the previous step, t - T // K, which is not always the next row's time. With ``timesteps`` (falling integers):
+        each row steps to the next row. Either way what comes after time 0 is (alpha', sigma') = (1, 0), or the
+        schedule's first level with ``set_alpha_to_one=False``. ``eta`` 0 is deterministic, 1 is DDPM's noise.
+        """
+        total = len(schedule)
+        if num_inference_steps is not None and timesteps is None:
+            times = inference_times(total, num_inference_steps, spacing, steps_offset)
+            previous = times - total // int(num_inference_steps)
+        elif timesteps is not None and num_inference_steps is None:
+            times = falling_times(timesteps, total)
+            previous = np.append(times[1:], -1)
+        else:
+            raise InvalidRequest("a DDIM table needs either num_inference_steps or timesteps; give exactly one")
+        last_alpha, last_sigma = (1.0, 0.0) if set_alpha_to_one else (schedule.alphas[0], schedule.sigmas[0])
+        alphas, sigmas = schedule.alphas[times], schedule.sigmas[times]
+        next_alphas = np.where(previous >= 0, schedule.alphas[previous], last_alpha)
+        next_sigmas = np.where(previous >= 0, schedule.sigmas[previous], last_sigma)
+        return cls.build(
+            t=times,
+            alphas=alphas,
+            sigmas=sigmas,
+            next_alphas=next_alphas,
+            next_sigmas=next_sigmas,
+            noise=ancestral_noise(alphas, sigmas, next_alphas, next_sigmas, eta),
+            prediction_type=prediction_type,
+            sampler="ddim",
+        )
+
+    @classmethod
+    def consistency(cls, schedule: NoiseSchedule, timesteps: Sequence[int], *, prediction_type: str) -> StepTable:
+        """Consistency multistep sampling: every row but the last forgets the state and adds fresh noise, c = sigma'."""
+        times = falling_times(timesteps, len(schedule))
+        next_sigmas = np.append(schedule.sigmas[times[1:]], 0.0)
+        return cls.build(
+            t=times,
+            alphas=schedule.alphas[times],
+            sigmas=schedule.sigmas[times],
+            next_alphas=np.append(schedule.alphas[times[1:]], 1.0),
+            next_sigmas=next_sigmas,
+            noise=next_sigmas,
+            prediction_type=prediction_type,
+            sampler="consistency",
+        )
+
+    @classmethod
+    def flow_euler(
+        cls,
+        *,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        shift: float = 1.0,
+        time_scale: float = 1000.0,
+        eta: float = 0.0,
+    ) -> StepTable:
+        """Euler's method for flow models, f = noise - data, x = (1 - sigma) x0 + sigma noise.
+
+        ``sigmas`` (default linspace(1, 1/K, K)) are shifted, sigma <- shift sigma / (1 + (shift - 1) sigma), and the
+        network is fed t = sigma * time_scale: 1000 for SD3, 1 for Flux, whose resolution-dependent exponential shift
+        by mu is shift = exp(mu). ``eta`` > 0 adds c = sigma' sin(eta pi / 2), which keeps the marginals.
+        """
+        if (num_inference_steps is None) == (sigmas is None):
+            raise InvalidRequest("a flow table needs either num_inference_steps or sigmas; give exactly one")
+        if sigmas is None:
+            steps = whole_number("num_inference_steps", num_inference_steps, minimum=1)
+            levels = np.linspace(1.0, 1.0 / steps, steps)
+        else:
+            levels = falling_sigmas(sigmas)
+        if levels[0] > 1.0 + 1e-6 or not shift > 0.0:
+            raise InvalidRequest(f"a flow table needs sigmas of at most 1 and shift > 0, not {levels[0]} and {shift}")
+        levels = np.minimum(levels, 1.0)  # float32 times over their scale may round to above 1
+        levels = shift * levels / (1.0 + (shift - 1.0) * levels)
+        next_levels = np.append(levels[1:], 0.0)
+        return cls.build(
+            t=levels * time_scale,
+            alphas=1.0 - levels,
+            sigmas=levels,
+            next_alphas=1.0 - next_levels,
+            next_sigmas=next_levels,
+            noise=next_levels * math.sin(checked_eta(eta) * math.pi / 2),
+            prediction_type="flow",
+            sampler="flow-euler",
+        )
+
+    @classmethod
+    def euler(
+        cls,
+        sigmas: Sequence[float] | Floats,
+        *,
+        prediction_type: str,
+        timesteps: Sequence[float] | Floats,
+        eta: float = 0.0,
+        final_sigma: float = 0.0,
+        init_scale: float | None = None,
+    ) -> StepTable:
+        """Euler's method on variance-exploding noise levels, for networks that take x / sqrt(sigma^2 + 1).
+
+        ``sigmas`` (K, falling, without the final one) are the noise levels and ``timesteps`` (K,) what the network is
+        fed. The row's alpha is c_in = 1 / sqrt(sigma^2 + 1) and its sigma c_in * sigma. The last row ends at
+        ``final_sigma`` in unscaled coordinates. ``eta`` 1 is the ancestral sampler. ``init_scale`` defaults to the
+        first row's sigma, i.e. a start of sigma_max * noise.
+        """
+        levels = falling_sigmas(sigmas)
+        if not 0.0 <= final_sigma < math.inf:
+            raise InvalidRequest(f"final_sigma is {final_sigma}; give 0, or the noise level to end at")
+        c_in = 1.0 / np.sqrt(levels**2 + 1.0)
+        alphas, scaled = c_in, c_in * levels
+        next_alphas = np.append(alphas[1:], 1.0)
+        next_sigmas = np.append(scaled[1:], final_sigma)
+        return cls.build(
+            t=times_like(timesteps, levels),
+            alphas=alphas,
+            sigmas=scaled,
+            next_alphas=next_alphas,
+            next_sigmas=next_sigmas,
+            noise=ancestral_noise(alphas, scaled, next_alphas, next_sigmas, eta),
+            prediction_type=prediction_type,
+            sampler="euler",
+            init_scale=float(scaled[0]) if init_scale is None else init_scale,
+        )
+
+    @classmethod
+    def edm(
+        cls,
+        sigmas: Sequence[float] | Floats,
+        *,
+        sigma_data: float = 0.5,
+        eta: float = 0.0,
+        v_prediction: bool = False,
+        init_scale: float | None = None,
+    ) -> StepTable:
+        """Euler's method for EDM's raw network F with its preconditioning (Table 1 of EDM); t = ln(sigma) / 4.
+
+        ``sigmas`` (K, falling, without the final 0), e.g. :func:`karras_sigmas`. ``eta`` 1 is the ancestral sampler.
+        ``v_prediction``: F has the other sign. ``init_scale`` defaults to the first row's sigma, i.e. a start of
+        sigma_max * noise.
+        """
+        levels = falling_sigmas(sigmas)
+        if not sigma_data > 0.0:
+            raise InvalidRequest(f"sigma_data is {sigma_data}; give the positive standard deviation of the data")
+        total = levels**2 + sigma_data**2
+        c_in = 1.0 / np.sqrt(total)
+        alphas, scaled = c_in, c_in * levels
+        next_alphas, next_sigmas = np.append(alphas[1:], 1.0), np.append(scaled[1:], 0.0)
+        return cls.build(
+            t=np.log(levels) / 4.0,
+            alphas=alphas,
+            sigmas=scaled,
+            next_alphas=next_alphas,
+            next_sigmas=next_sigmas,
+            noise=ancestral_noise(alphas, scaled, next_alphas, next_sigmas, eta),
+            prediction_type="edm",
+            sampler="edm",
+            init_scale=float(scaled[0]) if init_scale is None else init_scale,
+            c_skip=sigma_data**2 / total,
+            c_out=(-1.0 if v_prediction else 1.0) * levels * sigma_data / np.sqrt(total),
+            c_in=c_in,
+        )
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        eta: float = 0.0,
+    ) -> StepTable:
+        """The table of a diffusers scheduler object, or of a ``scheduler_config.json`` read into a dict.
+
+        See :func:`redif_sdk.sampling.from_diffusers.read_scheduler`.
+        Raises UnsupportedModel for a scheduler that is no table.
+        """
+        from redif_sdk.sampling.from_diffusers import (
+            read_scheduler,  # that module builds tables, so it imports this one
+        )
+
+        return read_scheduler(scheduler, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta)
+
+    # ------------------------------------------------------------------ serialisation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; floats are exact, so :meth:`from_dict` gives back the same bits."""
+        return {
+            "sampler": self.sampler,
+            "prediction_type": self.prediction_type,
+            "init_scale": self.init_scale,
+            "columns": list(COLUMNS),
+            "rows": self.rows.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepTable:
+        """The table that :meth:`to_dict` described. Raises ManifestError for anything else."""
+        if not isinstance(data, Mapping) or set(data) != set(_KEYS):
+            found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+            raise ManifestError(f"a step table has the fields {found!s:.200}; it must have exactly {sorted(_KEYS)}")
+        if data["columns"] != list(COLUMNS):
+            raise ManifestError(f"a step table has the columns {data['columns']!r:.100}; it must have {list(COLUMNS)}")
+        rows, init_scale = data["rows"], data["init_scale"]
+        if not all(isinstance(data[key], str) for key in ("sampler", "prediction_type")):
+            raise ManifestError("a step table's sampler and prediction_type must be strings")
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_ROWS:
+            raise ManifestError(f"a step table must have a list of 1 to {MAX_ROWS} rows")
+        for row in rows:
+            if not isinstance(row, list) or len(row) != len(COLUMNS) or not all(map(_is_number, row)):
+                raise ManifestError(f"a step table's row is {row!r:.100}; it must be {len(COLUMNS)} finite numbers")
+        if not _is_number(init_scale):
+            raise ManifestError(f"a step table's init_scale is {init_scale!r:.100}; it must be a finite number")
+        try:
+            return cls(to_float32(rows), data["prediction_type"], data["sampler"], float(init_scale))
+        except InvalidRequest as error:
+            raise ManifestError(f"a step table cannot be read: {error}") from error
+
+
+def sample(
+    network: Network,
+    table: StepTable,
+    noise: NDArray[np.float32],
+    condition: Any = None,
+    on_step: OnStep | None = None,
+) -> NDArray[np.float32]:
+    """Run the network by the table; the final state, float32 (B, C, H, W).
+
+    ``noise`` (N, B, C, H, W) float32 is all the randomness there is: slice 0, times ``init_scale``, is the start, and
+    row k's z is slice min(k + 1, N - 1); N is ``table.noise_slices``. The network is called as
+    ``network(x, t, condition)`` with x (B, C, H, W) and t (B,), both float32; the first C channels of what it returns
+    are f. ``on_step(k, x, x0)`` is called after each row with the new state and the row's clean-image estimate.
+    Raises InvalidRequest for noise of another shape, or with too few slices for the rows that add noise.
+    """
+    if noise.ndim != 5 or 0 in noise.shape:
+        raise InvalidRequest(f"noise has shape {noise.shape}; give (slices, batch, channels, height, width)")
+    if table.stochastic and noise.shape[0] < table.noise_slices:
+        raise InvalidRequest(
+            f"noise has {noise.shape[0]} slices, but this {table.sampler} table adds noise: give {table.noise_slices}"
+        )
+    slices, batch, channels = noise.shape[:3]
+    noise = noise.astype(np.float32, copy=False)
+    x: NDArray[np.float32] = noise[0] * np.float32(table.init_scale)
+    for k in range(table.num_inference_steps):
+        t = np.full((batch,), table.rows[k, 0], dtype=np.float32)
+        f = network(x, t, condition)[:, :channels]
+        x0 = table.clean(k, x, f)
+        x = table.advance(k, x, x0, noise[min(k + 1, slices - 1)])
+        if on_step is not None:
+            on_step(k, x, x0)
+    return x
+
+
+def _is_number(value: object) -> bool:
+    """Whether float32 can hold it. A comparison, since NaN fails it and a huge JSON integer has no float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -1,0 +1,248 @@
+"""Train the shipped teachers: ``python -m zoo.train_teacher fashion-mnist -o DIR``.
+
+An ordinary diffusion model: v-prediction on the cosine schedule, AdamW, EMA, in the space-to-depth view of the images
+(``pixel_unshuffle(2)`` is a permutation, so white noise stays white). Every batch is drawn by its own index, so a run
+that was killed and resumed takes the same path as one that was not. On a busy CPU two processes of one thread do better
+than one of two threads: ``torchrun --nproc_per_node 2 -m zoo.train_teacher ...``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+
+from redif_sdk.distill.evaluation import datasets as data
+from redif_sdk.distill.training.device import autocast, cpu_has_bf16
+from redif_sdk.distill.training.loop import CHECKPOINT, save_state
+from redif_sdk.distill.training.pool import PIXEL_BANK_SIZES
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.results import machine
+
+PIXEL_SHUFFLE = 2
+
+
+def _unet(
+    channels: tuple[int, ...], *, layers: int, attention: tuple[bool, ...], head_dim: int, groups: int
+) -> dict[str, Any]:
+    """UNet2DModel's arguments; the middle block always attends."""
+    return {
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        "attention_head_dim": head_dim,
+        "norm_num_groups": groups,
+    }
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # name -> UNet2DModel's arguments; docs/results/teacher.md has how they compare
+    "unet-32-64": _unet((32, 64), layers=2, attention=(False, True), head_dim=32, groups=8),
+    "unet-32-64-mid": _unet((32, 64), layers=2, attention=(False, False), head_dim=64, groups=32),
+    "unet-32-64-96": _unet((32, 64, 96), layers=2, attention=(False, False, False), head_dim=96, groups=32),
+    "unet-64-128": _unet((64, 128), layers=1, attention=(False, False), head_dim=64, groups=32),
+}
+
+
+def build_network(name: str, split: data.ImageData, pixel_shuffle: int) -> UNet2DModel:
+    """A stock class-conditional ``UNet2DModel`` for a data set; its last class is 'no class' (label dropout)."""
+    num_classes, channels = len(split.class_names), split.images.shape[1] * pixel_shuffle**2
+    return UNet2DModel(
+        sample_size=split.images.shape[-1] // pixel_shuffle,
+        in_channels=channels,
+        out_channels=channels,
+        num_class_embeds=num_classes + 1,
+        **ARCHITECTURES[name],
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def v_loss(
+    network: torch.nn.Module, alphas_cumprod: Tensor, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared error of v = alpha noise - sigma x0 (Salimans and Ho 2022, appendix D), for each sample: (B,)."""
+    alpha = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    with autocast():
+        prediction = network(alpha * x0 + sigma * noise, t.float(), class_labels=labels).sample
+    return ((prediction.float() - (alpha * noise - sigma * x0)) ** 2).mean((1, 2, 3))
+
+
+def train(
+    name: str,
+    output: Path,
+    *,
+    architecture: str,
+    samples: int,
+    batch_size: int,
+    learning_rate: float,
+    ema_decay: float,
+    label_dropout: float,
+    seed: int,
+    data_dir: str | None,
+    checkpoint_seconds: float,
+    weight_decay: float = 0.01,
+) -> UNet2DModel:
+    """Train, or go on from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint."""
+    torch.manual_seed(seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if batch_size % world:
+        raise InvalidRequest(f"batch size {batch_size} is not divisible by {world} processes")
+    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    split = data.load(name, "train", data_dir)
+    images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, PIXEL_SHUFFLE)
+    labels, classes = torch.tensor(split.labels), len(split.class_names)
+    network = build_network(architecture, split, PIXEL_SHUFFLE)
+    ema = build_network(architecture, split, PIXEL_SHUFFLE).requires_grad_(False)
+    ema.load_state_dict(network.state_dict())
+    alphas_cumprod = build_scheduler().alphas_cumprod
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    updates, start, spent = math.ceil(samples / batch_size), 0, 0.0
+    checkpoint = output / CHECKPOINT
+    output.mkdir(parents=True, exist_ok=True)
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, spent = state["update"], state["seconds"]
+    model = accelerator.prepare_model(network)
+    began = saved = time.monotonic()
+
+    def save(update: int) -> None:
+        if not accelerator.is_main_process:
+            return
+        save_state(
+            {
+                "network": network.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "update": update,
+                "seconds": spent + time.monotonic() - began,
+                "samples": update * batch_size,
+                "architecture": architecture,
+            },
+            checkpoint,
+        )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"), disable=rank > 0
+    ) as progress:
+        task = progress.add_task(f"teacher {name}", total=updates, completed=start, loss=float("nan"))
+        running = float("nan")
+        for update in range(start, updates):
+            draw = torch.Generator().manual_seed(seed * 1_000_003 + update)  # the batch depends on its index alone
+            index = torch.randint(0, len(images), (batch_size,), generator=draw)
+            t = torch.randint(0, len(alphas_cumprod), (batch_size,), generator=draw)
+            noise = torch.randn((batch_size, *images.shape[1:]), generator=draw)
+            dropped = torch.rand(batch_size, generator=draw) < label_dropout
+            rate = learning_rate * min(1.0, (update + 1) / 200) * 0.5 * (1 + math.cos(math.pi * update / updates))
+            for group in optimizer.param_groups:
+                group["lr"] = max(rate, 1e-6)
+            wanted = labels[index].masked_fill(dropped, classes)
+            loss = v_loss(model, alphas_cumprod, images[index[mine]], wanted[mine], t[mine], noise[mine]).mean()
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            decay = min(ema_decay, (1 + update) / (10 + update))
+            torch._foreach_lerp_(list(ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
+            running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
+            progress.update(task, completed=update + 1, loss=running)
+            if time.monotonic() - saved > checkpoint_seconds:
+                save(update + 1)
+                saved = time.monotonic()
+    save(updates)
+    return ema
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="The data set: fashion-mnist or emoji.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the checkpoint.")],
+    publish_to: Annotated[
+        Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")
+    ] = None,
+    architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "unet-32-64-mid",
+    samples: Annotated[int, typer.Option(help="Training samples to see.")] = 1_024_000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    ema_decay: float = 0.9995,
+    label_dropout: float = 0.05,
+    seed: int = 0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of the published teacher.")] = 1.5,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the data set's files.")] = None,
+    checkpoint_seconds: float = 60.0,
+    threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
+) -> None:
+    """Train a teacher, then write its folder, bank and card. Run again with the same output folder to resume."""
+    from zoo.publish_teacher import publish
+
+    if architecture not in ARCHITECTURES:
+        raise typer.BadParameter(f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    settings: dict[str, Any] = {
+        "architecture": architecture,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "ema_decay": ema_decay,
+        "label_dropout": label_dropout,
+        "seed": seed,
+    }
+    network = train(name, output, samples=samples, data_dir=data_dir, checkpoint_seconds=checkpoint_seconds, **settings)
+    if int(os.environ.get("RANK", 0)):
+        return
+    state = torch.load(output / CHECKPOINT, weights_only=True)
+    training = {
+        **settings,
+        "samples": state["samples"],
+        "seconds": round(state["seconds"], 1),
+        "processor": machine()["processor"],
+        "precision": "bf16" if cpu_has_bf16() else "fp32",
+    }
+    total = sum(PIXEL_BANK_SIZES.values())
+    with Progress(TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=total)
+        figures = publish(
+            name,
+            network,
+            build_scheduler(),
+            publish_to or output / "teacher",
+            training=training,
+            pixel_shuffle=PIXEL_SHUFFLE,
+            guidance_scale=guidance_scale,
+            data_dir=data_dir,
+            on_batch=lambda count: progress.advance(task, count),
+        )
+    typer.echo(json.dumps(asdict(figures), indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

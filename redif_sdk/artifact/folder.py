@@ -115,7 +115,7 @@ class StudentFolder:
         return self._bytes(self._entry(relative))
 
     def read_graph(self, graph: Graph) -> tuple[bytes, dict[str, bytes]]:
-        """The bytes of a graph, and of its data files by name, hashed and checked (`untrusted/onnx.py`) as `read` does."""
+        """The bytes of a graph, and its data files by name, hashed and checked (`untrusted/onnx.py`) as `read` does."""
         data = [self._entry(path) for path in graph.data]
         return self._model(graph), {PurePosixPath(entry.path).name: self._bytes(entry) for entry in data}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -293,6 +294,21 @@ class TextDenoiser(TextStates):
         """``x`` (B, C, H, W), ``t`` (B,) float32, ``ids`` (B, L) of the whole vocabulary -> v (B, C, H, W)."""
         v: Tensor = self.unet(x, t, encoder_hidden_states=self.states(ids)).sample
         return v
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What publishing needs: the averaged networks and how they came about."""
+
+    vae: AutoencoderKL
+    denoiser: TextDenoiser
+    tokenizer: CLIPTokenizer
+    facts: dict[str, Any]
+
+
+def pixels(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32 in [-1, 1]."""
+    return torch.tensor(images).float() / 127.5 - 1
 
 
 def parameter_counts(architecture: Architecture, vocabulary_size: int = VOCABULARY_SIZE) -> dict[str, int]:

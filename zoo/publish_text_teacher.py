@@ -22,8 +22,7 @@ from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned
 from zoo.judge_text import CANDIDATES, UPDATES, Panel, describe
-from zoo.mini_sd import LARGEST, save_pipeline
-from zoo.train_text_teacher import Trained, pixels
+from zoo.mini_sd import LARGEST, Trained, pixels, save_pipeline
 
 NAME, LICENCE = "mini-sd", "CC-BY-4.0"
 CARD_IMAGE, PROMPTS_FILE = "samples.png", "prompts.json"

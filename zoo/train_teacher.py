@@ -30,6 +30,7 @@ from redif_sdk.distill.training.loop import CHECKPOINT, save_state
 from redif_sdk.distill.training.pool import PIXEL_BANK_SIZES
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import machine
+from zoo.publish_teacher import publish
 
 PIXEL_SHUFFLE = 2
 
@@ -202,8 +203,6 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
 ) -> None:
     """Train a teacher, then write its folder, bank and card. Run again with the same output folder to resume."""
-    from zoo.publish_teacher import publish
-
     if architecture not in ARCHITECTURES:
         raise typer.BadParameter(f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     if threads:

@@ -45,14 +45,17 @@ from zoo.mini_sd import (
     Architecture,
     TextDenoiser,
     TextReader,
+    Trained,
     build_autoencoder,
     build_scheduler,
     build_tokenizer,
     fetch_vocabulary,
+    pixels,
     read_pipeline,
     tokenize,
     used_tokens,
 )
+from zoo.publish_text_teacher import Effort, publish
 
 STAGES = ("autoencoder", "decoder", "text", "diffusion", "publish")
 TRAINED = STAGES[:-1]
@@ -191,11 +194,6 @@ def train(
     return ema, facts(update), update >= settings.updates
 
 
-def pixels(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 in [-1, 1]."""
-    return torch.tensor(images).float() / 127.5 - 1
-
-
 def autoencoder_loss(
     data: Captioned, settings: Settings, architecture: Architecture
 ) -> Callable[[nn.Module, int], Tensor]:
@@ -311,16 +309,6 @@ def encode_all(vae: AutoencoderKL, data: Captioned, folder: Path) -> tuple[Tenso
     np.savez(buffer, latents=latents.numpy(), scaling_factor=scaling_factor, autoencoder=np.array(identity))
     atomic_write(path, buffer.getvalue())
     return latents, scaling_factor
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What publishing needs: the averaged networks and how they came about."""
-
-    vae: AutoencoderKL
-    denoiser: TextDenoiser
-    tokenizer: CLIPTokenizer
-    facts: dict[str, Any]
 
 
 def read_published(folder: Path, vae: AutoencoderKL, denoiser: TextDenoiser) -> dict[str, Any]:
@@ -443,8 +431,6 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
 ) -> None:
     """Train the text-to-image teacher, then write its folder and card. Run again with the same folder to resume."""
-    from zoo.publish_text_teacher import Effort, publish
-
     if architecture not in ARCHITECTURES:
         raise typer.BadParameter(f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     if stage not in ("all", *STAGES):

@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from redif_sdk.artifact.manifest import Graph, Latents, Manifest, Network, Postprocess
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Graph, Latents, Network, Postprocess
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.artifact.untrusted.onnx import check_graph

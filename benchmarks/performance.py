@@ -110,7 +110,8 @@ def build_unet(folder: Path, heads: int) -> None:
     from diffusers import DDIMScheduler, UNet2DModel
 
     from redif_sdk.artifact.folder import write_manifest
-    from redif_sdk.artifact.manifest import Latents, Manifest, Network
+    from redif_sdk.artifact.manifest import Manifest
+    from redif_sdk.artifact.records import Latents, Network
     from redif_sdk.export import export
     from redif_sdk.sampling.table import StepTable
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from redif_sdk.artifact.files import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Budget, Distillation, Guidance, Manifest, Network, TeacherInfo, calls_per_step
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Budget, Distillation, Guidance, Network, TeacherInfo, calls_per_step
 from redif_sdk.card.render import CARD_NAME, is_generated, read_card, render_over, user_sections
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method

@@ -16,7 +16,8 @@ import torch
 
 from redif_sdk.artifact.files import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Graph, Latents, Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Graph, Latents
 from redif_sdk.card import samples
 from redif_sdk.card.render import read_card, user_sections, write_card
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import TextEncoder
+from redif_sdk.artifact.records import TextEncoder
 from redif_sdk.errors import ExportError, UnsupportedModel
 from redif_sdk.models.families import LatentDecoder, TextEncoders
 

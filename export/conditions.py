@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Guidance
+from redif_sdk.artifact.records import Guidance
 from redif_sdk.errors import ExportError
 from redif_sdk.models.families import TextEncoders
 

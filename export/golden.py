@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redif_sdk.artifact.manifest import Golden, Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Golden
 from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.models.families import LatentDecoder

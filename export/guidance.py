@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from redif_sdk.artifact.manifest import Guidance
+from redif_sdk.artifact.records import Guidance
 
 __all__ = ["add_guidance"]
 

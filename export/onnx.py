@@ -14,7 +14,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from redif_sdk.artifact.manifest import Guidance, Manifest, TensorSpec
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Guidance, TensorSpec
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.export.components import load_network
 from redif_sdk.export.conditions import Conditions

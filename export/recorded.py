@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Golden, Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Golden
 from redif_sdk.artifact.untrusted.contents import npz_arrays
 from redif_sdk.errors import ManifestError
 from redif_sdk.sampling.noise import noise as draw

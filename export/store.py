@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from redif_sdk.artifact.manifest import Graph, TensorSpec
+from redif_sdk.artifact.records import Graph, TensorSpec
 
 __all__ = ["FOLDER", "LARGEST_FILE", "size_of", "spec_of", "write_graph"]
 

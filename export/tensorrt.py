@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from redif_sdk.artifact.files import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph, Manifest, TensorSpec
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export.tensorrt_graph import refuse_opset, refuse_rtx
 from redif_sdk.runtimes.protocol import RuntimeOptions

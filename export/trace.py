@@ -21,7 +21,8 @@ import torch
 from onnxscript import opset20
 from torch import Tensor
 
-from redif_sdk.artifact.manifest import Manifest, TensorSpec
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import TensorSpec
 from redif_sdk.errors import ExportError
 from redif_sdk.export.precision import declare_bf16
 from redif_sdk.export.store import LARGEST_FILE, size_of

@@ -14,7 +14,8 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Component, Graph, Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.export import parity as checks
 from redif_sdk.export.parity import FIELDS, THRESHOLDS, Threshold

@@ -21,7 +21,8 @@ from typing import Any
 import redif_sdk
 from redif_sdk.artifact.files import FOREIGN_FOLDERS, atomic_folder, atomic_write, list_files
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph, Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Graph
 from redif_sdk.artifact.web_folder import CONFIG_NAME, FORMAT, check_page
 from redif_sdk.card.metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel

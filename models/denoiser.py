@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.artifact.manifest import Guidance
+from redif_sdk.artifact.records import Guidance
 from redif_sdk.models.families import call_network
 from redif_sdk.models.prompts import Prompts
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Component, Graph
+from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.inputs import Conditions

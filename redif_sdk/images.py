@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from redif_sdk.artifact.manifest import Postprocess
+from redif_sdk.artifact.records import Postprocess
 
 __all__ = ["contact_sheet", "pixel_shuffle", "scale_and_offset", "to_pil", "to_uint8"]
 

@@ -15,7 +15,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from redif_sdk.artifact.manifest import Manifest, TensorSpec
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import TensorSpec
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable

@@ -15,7 +15,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Tokenizer
+from redif_sdk.artifact.records import Tokenizer
 from redif_sdk.errors import InvalidRequest, ManifestError, UnsupportedModel
 
 __all__ = ["PromptTokenizer"]

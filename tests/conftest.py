@@ -61,7 +61,8 @@ def build_student(folder: Path, *, classes: int | None = 10, channels_out: int =
     from diffusers import UNet2DModel
 
     from redif_sdk.artifact.folder import write_manifest
-    from redif_sdk.artifact.manifest import Condition, Latents, Manifest, Network, Postprocess
+    from redif_sdk.artifact.manifest import Manifest
+    from redif_sdk.artifact.records import Condition, Latents, Network, Postprocess
     from redif_sdk.sampling.table import StepTable
 
     torch.manual_seed(seed)

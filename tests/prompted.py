@@ -15,12 +15,12 @@ from onnx import helper, numpy_helper
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from redif_sdk.artifact.folder import write_manifest
-from redif_sdk.artifact.manifest import (
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import (
     Component,
     Decoder,
     Graph,
     Latents,
-    Manifest,
     Network,
     Postprocess,
     TensorSpec,

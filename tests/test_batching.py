@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redif_sdk.artifact.manifest import Graph, TensorSpec
+from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.runtimes.cores import LARGEST_PIECE, Arrays, Batches, Workers, pieces
 
 GRAPH = Graph(

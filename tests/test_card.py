@@ -24,7 +24,8 @@ from PIL import Image
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Condition, Distillation, Manifest, TeacherInfo
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Condition, Distillation, TeacherInfo
 from redif_sdk.card.metadata import hub_licence
 from redif_sdk.card.record import kind_of, record, speed_rows
 from redif_sdk.card.render import (

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Graph, TensorSpec
+from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.runtimes.protocol import RuntimeOptions
 from redif_sdk.runtimes.tensorrt import cache as engines_module

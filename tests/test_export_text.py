@@ -24,7 +24,7 @@ from torch import Tensor
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Guidance, TextCondition
+from redif_sdk.artifact.records import Guidance, TextCondition
 from redif_sdk.distill import import_pipeline
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, UnsupportedModel
 from redif_sdk.export import export, store, verify

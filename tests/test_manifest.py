@@ -18,7 +18,8 @@ from safetensors.numpy import save
 from redif_sdk.artifact import files
 from redif_sdk.artifact.files import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Condition, Golden, Graph, Latents, Manifest, Network, Postprocess
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Condition, Golden, Graph, Latents, Network, Postprocess
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.sampling.table import StepTable
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.records import Graph
 from redif_sdk.artifact.untrusted import onnx as onnx_check
 from redif_sdk.artifact.untrusted.onnx import OPERATORS, OPSETS, check_graph
 from redif_sdk.errors import IntegrityError

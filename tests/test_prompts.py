@@ -21,7 +21,8 @@ from PIL import Image
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Guidance, Manifest
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Guidance
 from redif_sdk.card import render as card
 from redif_sdk.card.samples import sample_grid, write_samples
 from redif_sdk.cli import main as cli

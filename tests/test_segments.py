@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from redif_sdk.artifact.manifest import Guidance
+from redif_sdk.artifact.records import Guidance
 from redif_sdk.distill import DistillConfig
 from redif_sdk.distill.methods.times import guided_by, on_grid
 from redif_sdk.distill.policy import StudentPolicy

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Graph, TensorSpec
+from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export import tensorrt as builder
 from redif_sdk.export.tensorrt import build_engines
@@ -154,7 +154,8 @@ def with_graph(folder: Path, nodes: list[Any], dtype: int, shape: list[Any], ops
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     from conftest import build_scheduler
 
-    from redif_sdk.artifact.manifest import Latents, Manifest, Network
+    from redif_sdk.artifact.manifest import Manifest
+    from redif_sdk.artifact.records import Latents, Network
     from redif_sdk.sampling.table import StepTable
 
     manifest = Manifest(

@@ -13,7 +13,8 @@ import pytest
 import tokenizers
 
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Manifest, TensorSpec, Tokenizer
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import TensorSpec, Tokenizer
 from redif_sdk.errors import IntegrityError, ManifestError, UnsupportedModel
 from redif_sdk.tokenizer import PromptTokenizer
 from tests.prompted import BOS, EOS, LENGTH, byte_pairs, captions, clip_tokenizer, manifest_of

@@ -21,7 +21,7 @@ import pytest
 
 from redif_sdk import FastPipeline, runtimes
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Decoder, Graph, Postprocess, TensorSpec, TextCondition, TextEncoder, Tokenizer
+from redif_sdk.artifact.records import Decoder, Graph, Postprocess, TensorSpec, TextCondition, TextEncoder, Tokenizer
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.fake import FakeRuntime
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, nvidia_driver

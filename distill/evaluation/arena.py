@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redif_sdk.artifact.manifest import Condition, TextCondition
+from redif_sdk.artifact.records import Condition, TextCondition
 from redif_sdk.distill.evaluation.datasets import load
 from redif_sdk.distill.evaluation.distances import Judge, Statistics, frechet_distance_of
 from redif_sdk.distill.evaluation.features import NAME as FEATURES

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from redif_sdk.artifact.manifest import Postprocess
+from redif_sdk.artifact.records import Postprocess
 from redif_sdk.bench.rounds import Contender, Fresh, Generate, Prepared, Workload
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.device import cpu_has_bf16

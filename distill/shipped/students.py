@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redif_sdk.artifact.files import atomic_folder
-from redif_sdk.artifact.manifest import Distillation
+from redif_sdk.artifact.records import Distillation
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest, RedifError

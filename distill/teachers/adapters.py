@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.artifact.manifest import (
+from redif_sdk.artifact.records import (
     Condition,
     Decoder,
     Latents,

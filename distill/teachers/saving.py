@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.artifact.manifest import TextCondition
+from redif_sdk.artifact.records import TextCondition
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.sampling.table import StepTable

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.artifact.manifest import Condition, Latents, Postprocess
+from redif_sdk.artifact.records import Condition, Latents, Postprocess
 from redif_sdk.distill.teachers.base import SHIPPED, TEACHER_FILE, Teacher, fingerprint, noise_process
 from redif_sdk.distill.teachers.own_scheduler import own_sampler
 from redif_sdk.distill.teachers.saving import without_bars

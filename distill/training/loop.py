@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from redif_sdk.artifact.files import atomic_write
-from redif_sdk.artifact.manifest import Postprocess
+from redif_sdk.artifact.records import Postprocess
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.evaluation.distances import precision_recall
 from redif_sdk.distill.methods import Context, Method, make_method

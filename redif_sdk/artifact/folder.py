@@ -23,7 +23,8 @@ from redif_sdk.artifact.files import (
     read_start,
     shown,
 )
-from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, FileEntry, Graph, Manifest
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.records import FileEntry, Graph
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted.onnx import check_graph
 from redif_sdk.errors import IntegrityError, ManifestError

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk import runtimes
-from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.records import Graph
 from redif_sdk.bench.rounds import Contender, Fresh, Generate, Prepared, Workload, interleave
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8

@@ -6,7 +6,8 @@ the times as sigmas. What the last row's r is besides 1 is a gain on the output.
 
 from __future__ import annotations
 
-from redif_sdk.artifact.manifest import Manifest, TextCondition
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import TextCondition
 from redif_sdk.card.text import python_string
 from redif_sdk.sampling.table import StepTable
 

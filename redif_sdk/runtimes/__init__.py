@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from typing import NamedTuple, get_args
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph, Manifest, Precision
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Graph, Precision
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.protocol import Runtime, RuntimeInfo, RuntimeOptions, nvidia_driver, parse_device
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.records import Graph
 
 __all__ = ["LARGEST_PIECE", "Arrays", "Batches", "Workers", "pieces"]
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Decoder, Graph, Manifest, TextCondition
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.records import Decoder, Graph, TextCondition
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.records import Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device

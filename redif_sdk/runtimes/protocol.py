@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.records import Graph
 from redif_sdk.errors import InvalidRequest
 
 __all__ = [

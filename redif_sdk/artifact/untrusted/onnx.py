@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from redif_sdk.artifact.manifest import Graph, TensorSpec
+from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.artifact.untrusted.protobuf import (
     AGAIN,
     BITS,

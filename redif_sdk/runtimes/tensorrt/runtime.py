@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.files import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Graph
+from redif_sdk.artifact.records import Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, parse_device

@@ -501,12 +501,12 @@ def atheris_here(target: str, seconds: float, seed: int, report: Path) -> None:
     """Run atheris on one target until the time is over, and write `report`. Does not return."""
     import atheris as engine
 
-    from redif_sdk.artifact import files, folder, manifest
+    from redif_sdk.artifact import folder, manifest, paths
     from redif_sdk.artifact.untrusted import onnx as onnx_check
     from redif_sdk.artifact.untrusted import protobuf
     from redif_sdk.sampling import table as steps
 
-    readers = [card_text, contents, files, folder, manifest, onnx_check, protobuf, steps, strict_json]
+    readers = [card_text, contents, folder, manifest, onnx_check, paths, protobuf, steps, strict_json]
     for module in readers:
         for name, value in list(vars(module).items()):
             if callable(value) and getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__code__"):

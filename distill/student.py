@@ -15,7 +15,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import nn
 
-from redif_sdk.artifact.files import atomic_folder, atomic_write
+from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Budget, Distillation, Guidance, Network, TeacherInfo, calls_per_step

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import onnx
 import torch
 
-from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, Latents

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import onnx
 from pydantic import ValidationError
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, TensorSpec

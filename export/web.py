@@ -19,9 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import redif_sdk
-from redif_sdk.artifact.files import FOREIGN_FOLDERS, atomic_folder, atomic_write, list_files
+from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.paths import FOREIGN_FOLDERS, list_files
 from redif_sdk.artifact.records import Graph
 from redif_sdk.artifact.web_folder import CONFIG_NAME, FORMAT, check_page
 from redif_sdk.card.metadata import hub_licence

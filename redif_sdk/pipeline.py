@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from redif_sdk import hub, runtimes
-from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError

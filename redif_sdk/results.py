@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 
 __all__ = ["SCHEMA", "document", "machine", "versions", "write_json"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from redif_sdk.artifact.files import list_files
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.paths import list_files
 from redif_sdk.cli import doctor
 from redif_sdk.cli import main as cli
 from redif_sdk.pipeline import FastPipeline

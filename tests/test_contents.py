@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from redif_sdk.artifact.files import check_kind
+from redif_sdk.artifact.paths import check_kind
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.errors import IntegrityError, ManifestError, RedifError

@@ -17,9 +17,9 @@ import torch
 from conftest import SMALL, build_student
 
 from redif_sdk import FastPipeline, StepTable
-from redif_sdk.artifact.files import list_files
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.paths import list_files
 from redif_sdk.artifact.records import Latents, Network, Postprocess
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
 from redif_sdk.export import build, export, store, trace, verify

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from redif_sdk.artifact import files
-from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.paths import list_files
 from redif_sdk.artifact.records import Condition, Golden, Graph, Latents, Network, Postprocess
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.sampling.table import StepTable
@@ -347,11 +347,11 @@ def test_atomic_folder_leaves_nothing_after_an_error(tmp_path: Path, folder: Pat
             (new / "half").write_text("x")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = files.list_files(tmp_path)
+    before = list_files(tmp_path)
     for path in (tmp_path / "new", folder):
         with pytest.raises(OSError, match="No space"):
             write(path)
-    assert files.list_files(tmp_path) == before
+    assert list_files(tmp_path) == before
 
 
 def test_atomic_folder_takes_an_empty_folder_but_no_other(tmp_path: Path, folder: Path) -> None:
@@ -375,7 +375,7 @@ def test_atomic_write_leaves_the_old_file_after_an_error(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.atomic_write(tmp_path / "a", b"new")
+        atomic_write(tmp_path / "a", b"new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
 
 

@@ -22,7 +22,7 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill.evaluation.datasets import EMOJI_CATEGORIES as CATEGORIES
 from redif_sdk.distill.evaluation.datasets import EMOJI_CLASSES as CLASSES
 from redif_sdk.distill.evaluation.datasets import EMOJI_FILE as FILE

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.errors import InvalidRequest
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"

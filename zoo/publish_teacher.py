@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.distill.evaluation import datasets as data
 from redif_sdk.distill.evaluation.distances import Statistics, frechet_distance, precision_recall
 from redif_sdk.distill.evaluation.features import NAME as FEATURES

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.distill.teachers.base import TEACHER_FILE, Teacher
 from redif_sdk.distill.training import pool as pairs
 from redif_sdk.errors import InvalidRequest

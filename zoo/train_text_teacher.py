@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill.teachers.base import TEACHER_FILE
 from redif_sdk.distill.training import random as draws
 from redif_sdk.distill.training.device import autocast, cpu_has_bf16

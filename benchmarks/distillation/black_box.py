@@ -31,7 +31,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from benchmarks.distillation.run import VALIDATION_SEED, settings_of
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill import DistillConfig, Teacher
 from redif_sdk.distill.evaluation import features
 from redif_sdk.distill.evaluation.arena import outputs

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill.evaluation import features
 from redif_sdk.distill.evaluation.datasets import load
 from redif_sdk.distill.evaluation.distances import (

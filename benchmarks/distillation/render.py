@@ -19,7 +19,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 
 HERE = Path(__file__).parent
 START, END = "<!-- cells: made by benchmarks/distillation/render.py -->\n", "<!-- end of cells -->\n"

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from benchmarks.distillation.judges import Panel, sheet
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill import DistillConfig, Teacher
 from redif_sdk.distill.evaluation.arena import outputs
 from redif_sdk.distill.methods import method_names

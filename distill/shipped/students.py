@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from redif_sdk.artifact.files import atomic_folder
+from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.records import Distillation
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teachers.base import Teacher

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.records import Postprocess
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.evaluation.distances import precision_recall

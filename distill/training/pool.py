@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training import random as draws
 from redif_sdk.errors import InvalidRequest

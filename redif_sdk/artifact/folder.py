@@ -1,6 +1,6 @@
 """A student's folder: `write_manifest` lists and hashes its files, `StudentFolder` reads them if they are unaltered.
 
-What ``redif.json`` says is `manifest.py`; how a file is opened safely is `files.py`; nothing here knows torch.
+What ``redif.json`` says is `manifest.py`; how a file is opened safely is `paths.py`; nothing here knows torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from redif_sdk.artifact.files import (
+from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.paths import (
     FOREIGN_FOLDERS,
-    atomic_write,
     check_kind,
     check_pickle,
     hash_file,
@@ -23,7 +24,6 @@ from redif_sdk.artifact.files import (
     read_start,
     shown,
 )
-from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
 from redif_sdk.artifact.records import FileEntry, Graph
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted.onnx import check_graph

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, WithJsonSchema, model_validator
 
 from redif_sdk.artifact.digest import digest_of, encode
-from redif_sdk.artifact.files import MOST_FILES
+from redif_sdk.artifact.paths import MOST_FILES
 from redif_sdk.artifact.records import (
     STRICT,
     Condition,

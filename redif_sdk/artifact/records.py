@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from redif_sdk.artifact.files import check_kind, check_name
+from redif_sdk.artifact.paths import check_kind, check_name
 from redif_sdk.errors import InvalidRequest
 
 __all__ = [

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from redif_sdk.artifact.files import hash_file, list_files
+from redif_sdk.artifact.paths import hash_file, list_files
 from redif_sdk.errors import InvalidRequest
 
 __all__ = ["CONFIG_NAME", "FORMAT", "check_page", "is_page"]

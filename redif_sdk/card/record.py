@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from redif_sdk.card.metadata import BASELINES

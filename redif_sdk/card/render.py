@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redif_sdk.artifact.files import ORIGIN, atomic_write, read_checked
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import CARD_NAME, Manifest
+from redif_sdk.artifact.paths import ORIGIN, read_checked
 from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.card import measured as card_measured
 from redif_sdk.card.diffusers_usage import no_plain_diffusers, plain_diffusers

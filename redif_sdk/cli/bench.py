@@ -347,7 +347,7 @@ def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plot(file: Path, result: Mapping[str, Any]) -> None:
-    from redif_sdk.artifact.files import atomic_write
+    from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.bench.plot import bars
 
     machine = result["machine"]

@@ -110,7 +110,7 @@ def distill_command(
 
     Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole, and the log stays.
     """
-    from redif_sdk.artifact.files import atomic_write
+    from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.distill.methods import make_method
     from redif_sdk.distill.presets import as_yaml, resolve
     from redif_sdk.distill.rewards import reward_names

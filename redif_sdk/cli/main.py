@@ -147,7 +147,7 @@ def generate_command(
 
 def _save(images: Sequence[Image], output: str) -> list[str]:
     """Write all pictures as one sheet, or each into a folder; every file is written whole. The file of each picture."""
-    from redif_sdk.artifact.files import atomic_write
+    from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.images import contact_sheet
 
     path = Path(output)

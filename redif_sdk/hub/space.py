@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import redif_sdk
-from redif_sdk.artifact.files import hash_file, list_files, locate
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.paths import hash_file, list_files, locate
 from redif_sdk.artifact.web_folder import check_page, is_page
 from redif_sdk.errors import HubError, InvalidRequest
 from redif_sdk.hub.client import check_id, client, offline, translated

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redif_sdk.artifact.files import locate
 from redif_sdk.artifact.folder import UNHASHED, StudentFolder
 from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME
+from redif_sdk.artifact.paths import locate
 from redif_sdk.errors import HubError, InvalidRequest
 from redif_sdk.hub.client import RemoteFile, remote_files
 

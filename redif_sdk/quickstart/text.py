@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.card.record import quality_rows, record, speed_rows
 from redif_sdk.card.render import read_card, user_sections
 from redif_sdk.errors import InvalidRequest

@@ -104,7 +104,7 @@ def _verify(folder: Path, _: Path) -> str:
 
 
 def _copy(folder: Path, target: Path) -> str:
-    from redif_sdk.artifact.files import atomic_folder
+    from redif_sdk.artifact.atomic import atomic_folder
     from redif_sdk.artifact.folder import StudentFolder
 
     student = StudentFolder(folder)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from redif_sdk import FastPipeline
-from redif_sdk.artifact.files import list_files
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.paths import list_files
 from redif_sdk.errors import HubError, IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.hub import Remote, pull, push
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from redif_sdk import FastPipeline
-from redif_sdk.artifact.files import list_files
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.artifact.paths import list_files
 from redif_sdk.card.render import write_card
 from redif_sdk.errors import HubError, IntegrityError, InvalidRequest, ParityError
 from redif_sdk.hub import push

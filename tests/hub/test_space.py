@@ -18,7 +18,7 @@ from PIL import Image
 
 import redif_sdk
 from redif_sdk import FastPipeline
-from redif_sdk.artifact.files import list_files
+from redif_sdk.artifact.paths import list_files
 from redif_sdk.errors import HubError, InvalidRequest, ParityError
 from redif_sdk.hub import push_space
 from redif_sdk.hub.space import SPACE_MARKER

@@ -19,9 +19,10 @@ from typing import Annotated, Literal, NamedTuple
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from redif_sdk.artifact.files import atomic_write, read_checked
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME
+from redif_sdk.artifact.paths import read_checked
 from redif_sdk.artifact.records import Component, Graph, Precision, TensorSpec
 from redif_sdk.errors import InvalidRequest, ManifestError
 from redif_sdk.runtimes.protocol import RuntimeOptions, cache_folder

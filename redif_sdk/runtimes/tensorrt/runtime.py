@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.artifact.files import atomic_write
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable

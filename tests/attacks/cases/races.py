@@ -34,9 +34,9 @@ def _after_open(path: str, *, replace: bool) -> Callable[[Student], Stop]:
     """Swaps `path` for other bytes right after a reader opened it: a new file, or the same one overwritten."""
 
     def during(student: Student) -> Stop:
-        from redif_sdk.artifact import files
+        from redif_sdk.artifact import paths
 
-        opened, other, target = files._open_regular, (student.place / "other").read_bytes(), student.folder / path
+        opened, other, target = paths._open_regular, (student.place / "other").read_bytes(), student.folder / path
 
         def open_and_swap(root: Path, relative: str) -> int:
             descriptor = opened(root, relative)
@@ -47,8 +47,8 @@ def _after_open(path: str, *, replace: bool) -> Callable[[Student], Stop]:
                     place.replace(target)
             return descriptor
 
-        files._open_regular = open_and_swap
-        return lambda: setattr(files, "_open_regular", opened)
+        paths._open_regular = open_and_swap
+        return lambda: setattr(paths, "_open_regular", opened)
 
     return during
 

@@ -1,7 +1,6 @@
-"""Reading files that may not be trusted, and writing folders that are either whole or absent.
+"""Paths and files that may not be trusted: safe names, and reads that are checked.
 
-Paths from a manifest are checked here, and a file's bytes are hashed and returned from one read, so that nothing can
-change between the check and the use. What the files mean is `manifest.py`'s business, not this module's.
+A file's bytes are hashed and returned from one read, so that nothing can change between the check and the use.
 """
 
 from __future__ import annotations
@@ -9,21 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
-import shutil
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
+from redif_sdk.errors import IntegrityError, ManifestError
 
 __all__ = [
     "MOST_FILES",
     "ORIGIN",
     "PICKLE_SUFFIXES",
-    "atomic_folder",
-    "atomic_write",
     "check_kind",
     "check_name",
     "check_pickle",
@@ -53,9 +46,6 @@ FOREIGN_FOLDERS = (".git", ".cache/huggingface")
 
 #: Where a pulled student notes what it is a copy of.
 ORIGIN = ".cache/huggingface/redif-origin.json"
-
-#: A folder that `atomic_folder` may replace holds one of these: a slip of the keyboard must not delete a home folder.
-REPLACEABLE = ("redif.json", "model_index.json")
 
 #: Most files of a student's folder; a folder that holds more is not walked to its end.
 MOST_FILES = 10_000
@@ -260,68 +250,3 @@ def list_files(root: Path) -> list[str]:
                 if len(found) + len(waiting) > MOST_FILES:
                     raise ManifestError(f"{root} holds more than {MOST_FILES} files, so it is no student")
     return sorted(found)
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: the old file or the new one is there, never a part. After an OSError nothing is left."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _check_free(path: Path, overwrite: bool, replaceable: Sequence[str]) -> None:
-    """Raise InvalidRequest unless `path` is free, an empty folder, or a folder of ours that may be overwritten."""
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise InvalidRequest(f"{path} is a file; give a folder")
-    if not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise InvalidRequest(f"{path} is there already and not empty; give another folder, or ask to overwrite it")
-    if not any((path / name).is_file() for name in replaceable):
-        names = " or ".join(replaceable)
-        raise InvalidRequest(f"{path} is no folder of ours ({names}), so it is not overwritten; give another folder")
-
-
-@contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False, replaceable: Sequence[str] = REPLACEABLE) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write into; swap it in at the end, or remove it on any error.
-
-    An empty folder at `path` counts as none. Raises InvalidRequest when something else is there and `overwrite` is
-    false, or when it is not a folder of ours. The sibling is on the same file system, so the swap is a rename.
-    """
-    path = Path(path).resolve()
-    _check_free(path, overwrite, replaceable)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _check_free(path, overwrite, replaceable)
-        _swap(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; what was at `path` is put back should that fail, and removed otherwise."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

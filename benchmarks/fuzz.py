@@ -37,7 +37,9 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, Latents, Network, Postprocess
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted import json as strict_json
+from redif_sdk.artifact.untrusted.npz import LARGEST_ARRAYS, npz_arrays
 from redif_sdk.artifact.untrusted.onnx import check_graph
+from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safetensors_header_size
 from redif_sdk.card import text as card_text
 from redif_sdk.errors import RedifError
 from redif_sdk.results import document, write_json
@@ -88,13 +90,13 @@ def _table(data: bytes) -> None:
 
 
 def _safetensors(data: bytes) -> None:
-    size = contents.safetensors_header_size(data[:8], len(data), "x.safetensors")
-    contents.safetensors_header(data[8 : 8 + size], len(data) - 8 - size, "x.safetensors")
+    size = safetensors_header_size(data[:8], len(data), "x.safetensors")
+    safetensors_header(data[8 : 8 + size], len(data) - 8 - size, "x.safetensors")
 
 
 def _npz(data: bytes) -> None:
-    arrays = contents.npz_arrays(data, "x.npz")
-    assert sum(array.nbytes for array in arrays.values()) <= contents.LARGEST_ARRAYS
+    arrays = npz_arrays(data, "x.npz")
+    assert sum(array.nbytes for array in arrays.values()) <= LARGEST_ARRAYS
 
 
 def _tokenizer(data: bytes) -> None:
@@ -225,7 +227,7 @@ def _archives() -> list[bytes]:
                 archive.writestr(f"{name}.npy", raw.getvalue())
         found.append(data.getvalue())
     for archive in found:
-        contents.npz_arrays(archive, "the fuzzer's own archive")
+        npz_arrays(archive, "the fuzzer's own archive")
     return found
 
 
@@ -502,11 +504,24 @@ def atheris_here(target: str, seconds: float, seed: int, report: Path) -> None:
     import atheris as engine
 
     from redif_sdk.artifact import folder, manifest, paths
+    from redif_sdk.artifact.untrusted import configs, npz, protobuf, safetensors
     from redif_sdk.artifact.untrusted import onnx as onnx_check
-    from redif_sdk.artifact.untrusted import protobuf
     from redif_sdk.sampling import table as steps
 
-    readers = [card_text, contents, folder, manifest, onnx_check, paths, protobuf, steps, strict_json]
+    readers = [
+        card_text,
+        configs,
+        contents,
+        folder,
+        manifest,
+        npz,
+        onnx_check,
+        paths,
+        protobuf,
+        safetensors,
+        steps,
+        strict_json,
+    ]
     for module in readers:
         for name, value in list(vars(module).items()):
             if callable(value) and getattr(value, "__module__", "") == module.__name__ and hasattr(value, "__code__"):

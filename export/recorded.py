@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Golden
-from redif_sdk.artifact.untrusted.contents import npz_arrays
+from redif_sdk.artifact.untrusted.npz import npz_arrays
 from redif_sdk.errors import ManifestError
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable

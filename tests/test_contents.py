@@ -19,6 +19,8 @@ from safetensors.numpy import save
 from redif_sdk.artifact.paths import check_kind
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted import json as strict_json
+from redif_sdk.artifact.untrusted.npz import npz_arrays
+from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safetensors_header_size
 from redif_sdk.errors import IntegrityError, ManifestError, RedifError
 
 
@@ -42,8 +44,8 @@ arrays = st.dictionaries(
 def test_what_safetensors_writes_is_read(found: dict[str, tuple[Any, list[int]]]) -> None:
     data = save({name: np.zeros(shape, dtype) for name, (dtype, shape) in found.items()})
     contents.check("unet/w.safetensors", data, "w")
-    size = contents.safetensors_header_size(data[:8], len(data), "w")
-    header = contents.safetensors_header(data[8 : 8 + size], len(data) - 8 - size, "w")
+    size = safetensors_header_size(data[:8], len(data), "w")
+    header = safetensors_header(data[8 : 8 + size], len(data) - 8 - size, "w")
     assert {name: shape for name, (_, shape) in header.items()} == {n: tuple(shape) for n, (_, shape) in found.items()}
 
 
@@ -101,7 +103,7 @@ def test_what_numpy_writes_is_read(compressed: bool) -> None:
     }
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, **wanted)  # type: ignore[arg-type]
-    found = contents.npz_arrays(buffer.getvalue(), "x.npz")
+    found = npz_arrays(buffer.getvalue(), "x.npz")
     assert {name: (value.dtype, value.shape, value.tobytes()) for name, value in found.items()} == {
         name: (value.dtype, value.shape, value.tobytes()) for name, value in wanted.items()
     }
@@ -147,7 +149,7 @@ HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }
 )
 def test_hostile_npz_are_refused(data: bytes, reason: str) -> None:
     with pytest.raises(IntegrityError, match=reason):
-        contents.npz_arrays(data, "x.npz")
+        npz_arrays(data, "x.npz")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def encode(document: dict[str, Any]) -> bytes:
     try:
         return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (ValueError, RecursionError) as error:  # 1e999 parses as infinity; a lone surrogate cannot be encoded
-        raise ManifestError(f"the manifest cannot be written as JSON: {error}") from error
+        raise ManifestError(f"redif.json cannot be written as JSON: {error}") from error
 
 
 def digest_of(document: dict[str, Any]) -> str:
@@ -32,4 +32,4 @@ def digest_of(document: dict[str, Any]) -> str:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"the manifest cannot be written as JSON: {error}") from error
+        raise ManifestError(f"redif.json cannot be written as JSON: {error}") from error

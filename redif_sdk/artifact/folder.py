@@ -27,6 +27,7 @@ from redif_sdk.artifact.paths import (
 from redif_sdk.artifact.records import FileEntry, Graph
 from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted.onnx import check_graph
+from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safetensors_header_size
 from redif_sdk.errors import IntegrityError, ManifestError
 
 __all__ = ["StudentFolder", "write_manifest"]
@@ -183,9 +184,9 @@ class StudentFolder:
         """Of a safetensors file, look at the header before all of it is read."""
         if entry.path.endswith(".safetensors"):
             where = f"{entry.path} in {self.path}"
-            size = contents.safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
+            size = safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
             header = read_start(self.path, entry.path, 8 + size)[8:]
-            contents.safetensors_header(header, entry.bytes - 8 - size, where)
+            safetensors_header(header, entry.bytes - 8 - size, where)
 
     def _check_large(self, entry: FileEntry) -> None:
         """Hash a file piece by piece."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill import DistillConfig, Teacher
+from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation.arena import outputs
-from redif_sdk.distill.evaluation.distances import Judge
-from redif_sdk.distill.evaluation.features import embed
+from redif_sdk.distill.measures.distances import Judge
+from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.rewards import TextureReward
-from redif_sdk.distill.training import pool as pairs
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document, write_json
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import torch
 
+from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation import datasets as data
-from redif_sdk.distill.evaluation.distances import Statistics, frechet_distance
-from redif_sdk.distill.evaluation.features import embed
+from redif_sdk.distill.measures.distances import Statistics, frechet_distance
+from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import pool as pairs
 from zoo.publish_teacher import classify, train_classifier
 
 NAME, SAMPLES, STEPS, SEED, REAL = "fashion-mnist", 1000, 25, 3, 6000

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.device import autocast
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.device import autocast
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 

@@ -20,6 +20,9 @@ from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Budget, Distillation, Guidance, Network, TeacherInfo, calls_per_step
 from redif_sdk.card.render import CARD_NAME, is_generated, read_card, render_over, user_sections
+from redif_sdk.distill import pool
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
 from redif_sdk.distill.policy import Meter, StudentPolicy
@@ -27,9 +30,6 @@ from redif_sdk.distill.rewards import reward_names
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.teachers.own_scheduler import own_table
-from redif_sdk.distill.training import pool
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.device import chosen_device
 from redif_sdk.distill.training.loop import Progress, Trainer
 from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser

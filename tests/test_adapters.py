@@ -19,9 +19,9 @@ from torch import Tensor
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.distill import DistillConfig, Teacher, distill, import_pipeline, load_student
+from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.teachers import adapters
 from redif_sdk.distill.teachers.own_scheduler import own_table
-from redif_sdk.distill.training.costs import flops
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.families import LAYOUTS
 from redif_sdk.sampling.table import StepTable

@@ -18,11 +18,10 @@ from test_parallel import RUNS, make_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from redif_sdk.distill import DistillConfig, policy
+from redif_sdk.distill import DistillConfig, policy, pool
+from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.methods import consistency, fake_score
-from redif_sdk.distill.training import device as precision
 from redif_sdk.distill.training import loop as training
-from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.models import prompts
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from redif_sdk.distill.evaluation.distances import (
+from redif_sdk.distill.measures.distances import (
     Judge,
     Statistics,
     frechet_distance,
@@ -15,7 +15,7 @@ from redif_sdk.distill.evaluation.distances import (
     precision_recall,
     std_match,
 )
-from redif_sdk.distill.evaluation.features import embed
+from redif_sdk.distill.measures.features import embed
 
 
 def draw(count: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from redif_sdk.distill import DistillConfig, distill, load_student
+from redif_sdk.distill.compute.lora import adapted, merged
 from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.loop import Trainer
-from redif_sdk.distill.training.lora import adapted, merged
 from redif_sdk.errors import UnsupportedModel
 
 
@@ -80,7 +80,7 @@ def test_it_starts_as_the_teacher_and_merges_to_what_it_computes(pipeline: DDIMP
 def test_a_cut_run_resumes_bit_for_bit_and_saves_an_ordinary_folder(pipeline: DDIMPipeline, tmp_path: Path) -> None:
     teacher = Teacher.from_diffusers(pipeline)
     whole = distill(teacher, config(), folder=tmp_path / "whole")
-    from redif_sdk.distill.training import pool as pairs
+    from redif_sdk.distill import pool as pairs
 
     pool, _ = pairs.get(teacher, 8, "train")
     cut = Trainer(teacher, config(), pool, tmp_path / "cut")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import Context
 from redif_sdk.distill.methods.estimators import TrajectoryGroups, check_drift, score_direction
@@ -23,7 +24,6 @@ from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.training import loop as training
-from redif_sdk.distill.training import pool
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import NoiseSchedule, StepTable

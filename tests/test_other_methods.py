@@ -12,6 +12,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from redif_sdk.distill import pool
+from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import METHODS
@@ -22,8 +24,6 @@ from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.student import distill, load_student
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.saving import scheduler_of
-from redif_sdk.distill.training import device as precision
-from redif_sdk.distill.training import pool
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Predict

@@ -11,12 +11,11 @@ import pytest
 import torch
 from test_other_methods import make_teacher
 
-from redif_sdk.distill import DistillConfig, Teacher
+from redif_sdk.distill import DistillConfig, Teacher, pool
+from redif_sdk.distill.compute import device as precision
+from redif_sdk.distill.compute import parallel as sharding
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.policy import StudentPolicy
-from redif_sdk.distill.training import device as precision
-from redif_sdk.distill.training import parallel as sharding
-from redif_sdk.distill.training import pool
-from redif_sdk.distill.training import random as draws
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from redif_sdk.cli.main import app
+from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.presets import UPDATES, as_yaml, preset, read, resolve
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import pool
 from redif_sdk.distill.training.estimate import estimate
 from redif_sdk.distill.training.loop import LOG, Trainer
 from redif_sdk.errors import InvalidRequest

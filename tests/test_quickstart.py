@@ -13,10 +13,9 @@ import torch
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.card.render import read_card, render_over
-from redif_sdk.distill import Teacher, load_student
+from redif_sdk.distill import Teacher, load_student, pool
 from redif_sdk.distill.evaluation.arena import evaluate_folder
-from redif_sdk.distill.evaluation.reference import read_reference
-from redif_sdk.distill.training import pool
+from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export.verify import summary, verify
 from redif_sdk.quickstart.images import quickstart

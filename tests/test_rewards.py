@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from redif_sdk.distill import pool
+from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.rewards import Discriminator, make_rewards
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward, prompt_vectors, train_on
 from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import pool
-from redif_sdk.distill.training.costs import flops
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.prompts import Prompts

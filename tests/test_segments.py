@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from redif_sdk.artifact.records import Guidance
-from redif_sdk.distill import DistillConfig
+from redif_sdk.distill import DistillConfig, pool
 from redif_sdk.distill.methods.times import guided_by, on_grid
 from redif_sdk.distill.policy import StudentPolicy
-from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.table import StepTable
 from tests.test_other_methods import exact, make_flow_teacher, make_teacher, trainer

@@ -9,12 +9,12 @@ import pipelines
 import pytest
 import torch
 
+from redif_sdk.distill import pool
 from redif_sdk.distill.evaluation.arena import outputs
 from redif_sdk.distill.presets import resolve
 from redif_sdk.distill.shipped.students import keep, shipped_steps, shipped_student
 from redif_sdk.distill.student import distill
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest
 
 JUDGED = 96  # held-out noises

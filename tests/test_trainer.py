@@ -19,10 +19,9 @@ from diffusers import UNet2DModel
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student
+from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student, pool
+from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.student import pool_size, training_folder
-from redif_sdk.distill.training import device as precision
-from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redif_sdk.distill.evaluation.features import embed
+from redif_sdk.distill.measures.features import embed
 from zoo import captions
 from zoo.captions import Captioned, Subject
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.artifact.atomic import atomic_folder
+from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation import datasets as data
-from redif_sdk.distill.evaluation.distances import Statistics, frechet_distance, precision_recall
-from redif_sdk.distill.evaluation.features import NAME as FEATURES
-from redif_sdk.distill.evaluation.features import embed
-from redif_sdk.distill.evaluation.reference import REFERENCE_FILE
+from redif_sdk.distill.measures.distances import Statistics, frechet_distance, precision_recall
+from redif_sdk.distill.measures.features import NAME as FEATURES
+from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.reference import REFERENCE_FILE
 from redif_sdk.distill.teachers.base import TEACHER_FILE, Teacher
-from redif_sdk.distill.training import pool as pairs
 
 #: What a card says of a data set: licence of the weights, the data, the limits, and where the bank is.
 DATA = {

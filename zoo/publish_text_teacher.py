@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from redif_sdk.artifact.atomic import atomic_folder
+from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.teachers.base import TEACHER_FILE, Teacher
-from redif_sdk.distill.training import pool as pairs
 from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned

@@ -24,10 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn import functional as F
 
+from redif_sdk.distill.compute.device import autocast, cpu_has_bf16
 from redif_sdk.distill.evaluation import datasets as data
-from redif_sdk.distill.training.device import autocast, cpu_has_bf16
+from redif_sdk.distill.pool import PIXEL_BANK_SIZES
 from redif_sdk.distill.training.loop import CHECKPOINT, save_state
-from redif_sdk.distill.training.pool import PIXEL_BANK_SIZES
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import machine
 from zoo.publish_teacher import publish

@@ -33,10 +33,10 @@ from matplotlib import pyplot as plt
 from benchmarks.distillation.run import VALIDATION_SEED, settings_of
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill import DistillConfig, Teacher
-from redif_sdk.distill.evaluation import features
+from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation.arena import outputs
-from redif_sdk.distill.evaluation.distances import Judge
-from redif_sdk.distill.training import pool as pairs
+from redif_sdk.distill.measures import features
+from redif_sdk.distill.measures.distances import Judge
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.images import to_pil

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.artifact.atomic import atomic_write
-from redif_sdk.distill.evaluation import features
 from redif_sdk.distill.evaluation.datasets import load
-from redif_sdk.distill.evaluation.distances import (
+from redif_sdk.distill.measures import features
+from redif_sdk.distill.measures.distances import (
     Embed,
     Statistics,
     frechet_distance,

@@ -29,10 +29,10 @@ from PIL import Image
 from benchmarks.distillation.judges import Panel, sheet
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill import DistillConfig, Teacher
+from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation.arena import outputs
 from redif_sdk.distill.methods import method_names
 from redif_sdk.distill.presets import preset
-from redif_sdk.distill.training import pool as pairs
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from redif_sdk.artifact.records import Condition, TextCondition
+from redif_sdk.distill import pool
 from redif_sdk.distill.evaluation.datasets import load
-from redif_sdk.distill.evaluation.distances import Judge, Statistics, frechet_distance_of
-from redif_sdk.distill.evaluation.features import NAME as FEATURES
-from redif_sdk.distill.evaluation.features import embed
-from redif_sdk.distill.evaluation.reference import read_reference
+from redif_sdk.distill.measures.distances import Judge, Statistics, frechet_distance_of
+from redif_sdk.distill.measures.features import NAME as FEATURES
+from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import pool
 from redif_sdk.errors import InvalidRequest
 
 OnProgress = Callable[[float, str], object]

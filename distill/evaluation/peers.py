@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from redif_sdk.artifact.records import Postprocess
 from redif_sdk.bench.rounds import Contender, Fresh, Generate, Prepared, Workload
+from redif_sdk.distill.compute.device import cpu_has_bf16
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training.device import cpu_has_bf16
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import scale_and_offset
 from redif_sdk.models.denoiser import Denoiser, guided

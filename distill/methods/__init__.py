@@ -17,9 +17,9 @@ from torch import Tensor
 
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards import Advantage
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training.pool import Pairs
 from redif_sdk.errors import InvalidRequest
 
 __all__ = ["METHODS", "Context", "Method", "make_method", "method_names"]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.fake_score import clean_at, levels
 from redif_sdk.distill.methods.regression import error
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.device import autocast
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.sampling.table import StepTable
 
 EMA = 0.95  # of the network that gives the target, LCM's

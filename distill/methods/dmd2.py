@@ -16,8 +16,8 @@ import torch
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
-from redif_sdk.distill.training.pool import Pairs
 
 
 class Dmd2(Method):

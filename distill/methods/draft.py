@@ -12,7 +12,7 @@ import torch
 
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 
 
 class Draft(Method):

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.policy import Exploration
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.errors import TrainingDiverged
 
 

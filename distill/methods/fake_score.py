@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.device import autocast
 from redif_sdk.errors import UnsupportedModel
 
 T_MIN, T_MAX = 0.02, 0.98  # of the schedule: where the scores are compared

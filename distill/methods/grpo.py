@@ -19,7 +19,7 @@ from torch import nn
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.policy import Exploration
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 
 
 class Grpo(Method):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.fake_score import levels
 from redif_sdk.distill.policy import StudentPolicy
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.sampling.table import StepTable
 
 

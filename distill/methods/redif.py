@@ -20,7 +20,7 @@ from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.methods.times import gain_cost, guided_by, learn_gain, learn_times
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 
 
 def visible_residual(output: Tensor, target: Tensor, bounds: tuple[float, float] | None) -> Tensor:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.evaluation.distances import Statistics, frechet_distance
+from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.measures.distances import Statistics, frechet_distance
 from redif_sdk.distill.methods import Context
 from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards import Advantage
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training.costs import flops
-from redif_sdk.distill.training.pool import Pairs
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.sampling.from_diffusers import edm_table
 from redif_sdk.sampling.table import NoiseSchedule, StepTable

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
 from redif_sdk.distill.rewards.distribution import DistributionReward
 from redif_sdk.distill.rewards.endpoint import EndpointReward, is_endpoint
@@ -24,9 +27,6 @@ from redif_sdk.distill.rewards.perceptual import LpipsReward, pretrained
 from redif_sdk.distill.rewards.pixel import PixelReward
 from redif_sdk.distill.rewards.texture import TextureReward
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.costs import flops
-from redif_sdk.distill.training.pool import Pairs
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
 
 __all__ = [

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.costs import flops
-from redif_sdk.distill.training.pool import Pairs
 
 NOISE = 0.1  # added to both sides in training: what cannot be told apart under it is let pass
 LEARNING_RATE = 1e-3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill.methods.fake_score import FakeScore
-from redif_sdk.distill.training.pool import Pairs
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.errors import InvalidRequest
 
 

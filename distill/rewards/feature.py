@@ -2,7 +2,7 @@
 
 The network is trained in seconds on the teacher's own outputs (no data set is needed): to tell their classes, or which
 prompt each belongs to; without either its random, seeded weights serve. It is never a judge: evaluation uses other
-networks (``distill/evaluation/distances.py``).
+networks (``distill/measures/distances.py``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training.pool import Pairs
 from redif_sdk.models.prompts import ENCODE_BATCH, Prompts
 
 TEMPERATURE = 0.1  # of matching pictures with prompts

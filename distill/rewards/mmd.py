@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.pool import Pairs
 
 BANK, RECENT = 1024, 512
 

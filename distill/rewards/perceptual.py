@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redif_sdk.distill.evaluation.features import _efficientnet
+from redif_sdk.distill.measures.features import _efficientnet
 from redif_sdk.distill.rewards.feature import period
 from redif_sdk.errors import InvalidRequest
 

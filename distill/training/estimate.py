@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import pool
 from redif_sdk.distill.training.loop import Trainer
 
 POINTS = (0.0, 0.5, 0.99)  # of the run: its phases cost differently

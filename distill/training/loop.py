@@ -20,19 +20,19 @@ from torch import nn
 
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.records import Postprocess
+from redif_sdk.distill.compute import parallel as sharding
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.compute.device import chosen_device
+from redif_sdk.distill.compute.lora import adapted, merged
 from redif_sdk.distill.config import DistillConfig
-from redif_sdk.distill.evaluation.distances import precision_recall
+from redif_sdk.distill.measures.distances import precision_recall
 from redif_sdk.distill.methods import Context, Method, make_method
 from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
+from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import parallel as sharding
-from redif_sdk.distill.training import random as draws
-from redif_sdk.distill.training.costs import flops
-from redif_sdk.distill.training.device import chosen_device
-from redif_sdk.distill.training.lora import adapted, merged
-from redif_sdk.distill.training.pool import Pairs, with_states
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 

@@ -111,15 +111,15 @@ def distill_command(
     Checkpoint and log are kept in OUTPUT.training; the student's folder appears when it is whole, and the log stays.
     """
     from redif_sdk.artifact.atomic import atomic_write
+    from redif_sdk.distill import pool
+    from redif_sdk.distill.compute import random as draws
+    from redif_sdk.distill.compute.device import chosen_device
     from redif_sdk.distill.methods import make_method
     from redif_sdk.distill.presets import as_yaml, resolve
     from redif_sdk.distill.rewards import reward_names
     from redif_sdk.distill.student import distill, training_folder
     from redif_sdk.distill.student import pool_size as allowed
     from redif_sdk.distill.teachers.base import Teacher as TeacherModel
-    from redif_sdk.distill.training import pool
-    from redif_sdk.distill.training import random as draws
-    from redif_sdk.distill.training.device import chosen_device
     from redif_sdk.distill.training.loop import CHECKPOINT
     from redif_sdk.errors import InvalidRequest
     from redif_sdk.results import document, write_json

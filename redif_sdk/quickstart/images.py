@@ -190,9 +190,9 @@ def _distil(
     report: Reporter,
 ) -> dict[int, Student]:
     """One student for each K, fewest steps first."""
+    from redif_sdk.distill import pool
     from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.student import distill
-    from redif_sdk.distill.training import pool
 
     pairs, _ = pool.get(teacher, DistillConfig().pool_size, "train", rebuild=rebuild_bank)
     presets = {count: _preset(count, len(steps)) for count in steps}

@@ -164,10 +164,10 @@ def _distil(
     seed: int,
     report: Reporter,
 ) -> dict[int, Student]:
+    from redif_sdk.distill import pool
+    from redif_sdk.distill.compute.device import chosen_device
     from redif_sdk.distill.presets import resolve
     from redif_sdk.distill.student import distill
-    from redif_sdk.distill.training import pool
-    from redif_sdk.distill.training.device import chosen_device
 
     shares = {count: SHARES.get(count, OTHERS) for count in sorted(steps, reverse=True)}
     size = min(LARGEST_POOL, POOL * math.ceil(minutes / POOL_MINUTES))

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from redif_sdk.distill.training import random as draws
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.errors import InvalidRequest
 
 #: The methods that look at the student's weights through its calls alone; the others copy the network.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.training import random as draws
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.noise import TRAINING_SLOT, noise
 

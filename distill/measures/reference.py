@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from redif_sdk.distill.evaluation.distances import Statistics
+from redif_sdk.distill.measures.distances import Statistics
 
 REFERENCE_FILE = "reference.npz"
 

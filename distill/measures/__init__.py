@@ -1,0 +1,1 @@
+"""How two sets of images are compared: features, distances, statistics of real images. They train nothing."""

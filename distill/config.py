@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -9,6 +11,41 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from redif_sdk.errors import InvalidRequest
 
 DEFAULT_UPDATES = 600
+#: Former names of settings, and the current ones. Accepted with a DeprecationWarning for one release.
+RENAMED = {
+    "earlier_rows": "intermediate_step_fraction",
+    "gradient_rows": "backprop_last_k",
+    "regression_rows": "regression_last_k",
+    "anchor": "regression_weight",
+    "matching": "dmd_weight",
+    "matching_share": "dmd_fraction",
+    "delta_over_e": "clip_mean_shift",
+}
+RENAMED_VALUES = {("supervision", "trajectory"): "per_step"}
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under their current names; each old one is a DeprecationWarning.
+
+    Raises:
+        InvalidRequest: a setting is given under both its old name and its new one.
+    """
+    found: dict[str, Any] = {}
+    for old, value in settings.items():
+        name = RENAMED.get(old, old)
+        if name != old:
+            _warn_renamed(f"the setting {old!r} is now called {name!r}")
+            if name in settings:
+                raise InvalidRequest(f"{old} and {name} are one setting; give {name} alone")
+        if isinstance(value, str) and (name, value) in RENAMED_VALUES:
+            _warn_renamed(f"{name}={value!r} is now {name}={RENAMED_VALUES[name, value]!r}")
+            value = RENAMED_VALUES[name, value]
+        found[name] = value
+    return found
+
+
+def _warn_renamed(message: str) -> None:
+    warnings.warn(f"{message}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
 
 
 class DistillConfig(BaseModel):
@@ -47,25 +84,35 @@ class DistillConfig(BaseModel):
     exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
     exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")
     step_delta: float = Field(0.15, gt=0, description="redif, draft, dmd2: rms step of x0 along the direction.")
-    supervision: Literal["rollout", "trajectory"] = Field(
-        "rollout", description="regression: of the output, or each row."
+    supervision: Literal["rollout", "per_step"] = Field(
+        "rollout", description="regression: of the output, or of every step's clean image."
     )
     segments: float = Field(
         0.0, ge=0, le=1, description="regression, warm starts: share that is by rows, along the teacher's own path."
     )
     huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
-    anchor: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
-    matching: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")
-    matching_share: float = Field(1.0, gt=0, le=1, description="redif: share of the updates that have that term.")
-    regression_rows: int = Field(0, ge=0, description="regression, warm starts: last rows gradients reach; 0: all.")
-    gradient_rows: int = Field(0, ge=0, description="redif, draft, dmd2: last rows that gradients reach; 0: all.")
-    earlier_rows: float = Field(0.0, ge=0, le=1, description="same-state: share of updates at rows before the last.")
-    delta_over_e: float = Field(0.01, gt=0, description="trajectory: the clip range as a change of the mean over e.")
+    regression_weight: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
+    dmd_weight: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")
+    dmd_fraction: float = Field(1.0, gt=0, le=1, description="redif: fraction of the updates that have DMD's term.")
+    regression_last_k: int = Field(
+        0, ge=0, description="regression, warm starts: backpropagate through the last k steps; 0: all."
+    )
+    backprop_last_k: int = Field(
+        0, ge=0, description="redif, draft, dmd2: backpropagate through the last k steps; 0: all."
+    )
+    intermediate_step_fraction: float = Field(
+        0.0, ge=0, le=1, description="same-state: fraction of the updates that explore at a step before the last."
+    )
+    clip_mean_shift: float = Field(
+        0.01, gt=0, description="trajectory: clip range, as an rms change of the mean in units of e."
+    )
     kl: float = Field(0.0, ge=0, description="trajectory: weight of the KL to the network that the phase began with.")
     ppo_epochs: int = Field(1, ge=1, description="trajectory: optimiser steps on each batch of trajectories.")
 
     sde_window: int = Field(0, ge=0, description="grpo: noisy rows a trajectory, at a random place; 0: all.")
-    fake_updates: int = Field(2, ge=1, description="dmd2, matching: updates of the fake score for one of the student.")
+    fake_updates: int = Field(
+        2, ge=1, description="dmd2, dmd_weight: updates of the fake score for one of the student."
+    )
     gan_weight: float = Field(0.0, ge=0, description="dmd2: weight of a discriminator's loss; 0: none.")
     fake_learning_rate: float = Field(2e-4, gt=0, description="dmd2: of the fake score.")
 
@@ -79,9 +126,10 @@ class DistillConfig(BaseModel):
     @classmethod
     def _budget(cls, values: Any) -> Any:
         budgets = ("updates", "seconds", "forward_equivalents")
-        if isinstance(values, dict) and all(values.get(name) is None for name in budgets):
-            return {**values, "updates": DEFAULT_UPDATES}
-        return values
+        if not isinstance(values, dict):
+            return values
+        values = current_names(values)
+        return values | {"updates": DEFAULT_UPDATES} if all(values.get(name) is None for name in budgets) else values
 
     @model_validator(mode="after")
     def _even_group(self) -> DistillConfig:

@@ -95,11 +95,11 @@ class StudentPolicy:
             x = self.table.advance(row, x, action, z)
         return x
 
-    def sample(self, noise: Tensor, condition: Tensor | None, gradient_rows: int = 0) -> Tensor:
+    def sample(self, noise: Tensor, condition: Tensor | None, backprop_last_k: int = 0) -> Tensor:
         """The output without exploration (e = 0); differentiable when gradients are on.
 
         ``noise`` is (B, C, H, W); for a table that draws between its rows (N, B, C, H, W), `Pairs.slices`.
-        ``gradient_rows``: gradients flow through the last so many rows alone (DRaFT-K's truncation); 0: all.
+        ``backprop_last_k``: gradients flow through the last so many rows alone (DRaFT-K's truncation); 0: all.
 
         Raises:
             UnsupportedModel: the table draws noise, and none is given for it.
@@ -109,7 +109,7 @@ class StudentPolicy:
                 f"the step table {self.table.sampler!r} draws noise: the method must train with a deterministic one"
             )
         slices = noise if noise.dim() == 5 else noise[None]
-        first = max(0, self.num_inference_steps - gradient_rows) if gradient_rows else 0
+        first = max(0, self.num_inference_steps - backprop_last_k) if backprop_last_k else 0
         x = self.start(slices[0])
         with torch.no_grad():
             for k in range(first):

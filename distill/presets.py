@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.config import DistillConfig, current_names
 from redif_sdk.errors import InvalidRequest
 
 #: Updates at K = 1; fewer at more steps, since an update costs K times as much.
@@ -34,8 +34,8 @@ RECIPE: dict[str, Any] = {
 #: through the last row alone are worth more than their length: the earlier rows are the teacher's.
 BY_STEPS: dict[int, dict[str, Any]] = {
     1: {"step_delta": 2.5},
-    2: {"warm_start": 0.7, "step_delta": 1.2, "gradient_rows": 1},
-    4: {"step_delta": 0.6, "gradient_rows": 1, "regression_rows": 1, "calibration": 0},
+    2: {"warm_start": 0.7, "step_delta": 1.2, "backprop_last_k": 1},
+    4: {"step_delta": 0.6, "backprop_last_k": 1, "regression_last_k": 1, "calibration": 0},
 }
 LARGEST_FILE = 1 << 20  # bytes
 
@@ -68,6 +68,7 @@ def read(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"the configuration {path} cannot be read: {said:.300}") from error
     if not isinstance(found, dict):
         raise InvalidRequest(f"{path} holds a {type(found).__name__}; give 'name: value' lines")
+    found = current_names(found)
     known = {*DistillConfig.model_fields, "preset"}
     for name in found:
         if name not in known:
@@ -86,6 +87,7 @@ def resolve(
     written = read(file) if file else {}
     name = name or written.pop("preset", None)
     written.pop("preset", None)
+    given, defaults = current_names(given), current_names(defaults)
     steps = {**defaults, **written, **given}.get("num_inference_steps", 4)
     layers = [defaults, preset(name, steps) if name and isinstance(steps, int) else {}, written, given]
     values: dict[str, Any] = {}

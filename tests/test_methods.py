@@ -188,7 +188,7 @@ def test_score_direction_points_along_sigma_times_the_gradient() -> None:
 @pytest.mark.parametrize("exploration", [0.02, 0.5])
 def test_the_step_does_not_scale_with_the_exploration(teacher: Teacher, pairs: pool.Pairs, exploration: float) -> None:
     """Gradients that scale as 1/e are a known trap: the rms step in x0 is ``step_delta`` whatever e is."""
-    made = context(teacher, pairs, exploration=exploration, warm_start=0.0, anchor=0.0, step_delta=0.15)
+    made = context(teacher, pairs, exploration=exploration, warm_start=0.0, regression_weight=0.0, step_delta=0.15)
     method = ReDiF()
     loss, _ = next(method.losses(made, pairs[:8], 0.5, torch.Generator().manual_seed(0)))
     with torch.no_grad():
@@ -199,9 +199,9 @@ def test_the_step_does_not_scale_with_the_exploration(teacher: Teacher, pairs: p
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("earlier_rows", [0.0, 1.0])
+@pytest.mark.parametrize("intermediate_step_fraction", [0.0, 1.0])
 def test_same_state_groups_raise_the_reward(
-    teacher: Teacher, pairs: pool.Pairs, steps: int, earlier_rows: float
+    teacher: Teacher, pairs: pool.Pairs, steps: int, intermediate_step_fraction: float
 ) -> None:
     run = trainer(
         teacher,
@@ -209,8 +209,8 @@ def test_same_state_groups_raise_the_reward(
         num_inference_steps=steps,
         updates=60,
         warm_start=0.0,
-        anchor=0.0,
-        earlier_rows=earlier_rows,
+        regression_weight=0.0,
+        intermediate_step_fraction=intermediate_step_fraction,
         learning_rate=3e-3,
         exploration_rank=0,
         ema_decay=0.0,
@@ -293,7 +293,14 @@ def test_the_pathwise_step_is_the_gradient_s(teacher: Teacher, pairs: pool.Pairs
 
 def test_pathwise_training_raises_the_reward(teacher: Teacher, pairs: pool.Pairs) -> None:
     run = trainer(
-        teacher, pairs, estimator="pathwise", updates=60, warm_start=0.0, anchor=0.0, learning_rate=3e-3, ema_decay=0.0
+        teacher,
+        pairs,
+        estimator="pathwise",
+        updates=60,
+        warm_start=0.0,
+        regression_weight=0.0,
+        learning_rate=3e-3,
+        ema_decay=0.0,
     )
     before = run.check()["reward"]
     run.run()
@@ -319,11 +326,11 @@ def test_trajectory_groups_raise_the_reward(teacher: Teacher, pairs: pool.Pairs)
         estimator="trajectory",
         updates=60,
         warm_start=0.0,
-        anchor=0.0,
+        regression_weight=0.0,
         learning_rate=3e-3,
         ema_decay=0.0,
         ppo_epochs=2,
-        delta_over_e=0.5,
+        clip_mean_shift=0.5,
     )
     before = run.check()["reward"]
     run.run()
@@ -352,7 +359,9 @@ def test_under_a_guided_teacher_rollout_and_update_are_one_function(teacher_fold
     guided = plain.guided(4.0)
     pairs = pool.compute(guided, 16, "train")
     assert (pairs.target - pool.compute(plain, 16, "train").target).abs().max() > 0.01  # the targets are guided
-    run = trainer(guided, pairs, estimator=estimator, warm_start=0.0, group_size=4, anchor=0.0, delta_over_e=1e-3)
+    run = trainer(
+        guided, pairs, estimator=estimator, warm_start=0.0, group_size=4, regression_weight=0.0, clip_mean_shift=1e-3
+    )
     figures = run._step(0.0)  # raises if the mean drifts between rollout and update
     assert figures.get("clip_fraction", 0.0) == 0.0  # the ratio is 1
     assert run.meter.teacher_calls == 0
@@ -363,7 +372,7 @@ def test_every_row_s_gradient_weighs_the_same(
 ) -> None:
     """Where rows explore by different amounts c, gradients scale as 1 / c, and the last row rules. Here all explore
     x0 by the same e."""
-    made = context(teacher, pairs, estimator="trajectory", anchor=0.0, group_size=64, num_inference_steps=4)
+    made = context(teacher, pairs, estimator="trajectory", regression_weight=0.0, group_size=64, num_inference_steps=4)
     means, estimate = [], made.policy.estimate
 
     def kept(k: int, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -383,8 +392,8 @@ def test_every_row_s_gradient_weighs_the_same(
 
 
 def test_the_clip_range_is_a_change_of_the_mean(teacher: Teacher, pairs: pool.Pairs) -> None:
-    """A first epoch is on-policy: nothing is clipped; a network moved far beyond ``delta_over_e`` is clipped."""
-    made = context(teacher, pairs, estimator="trajectory", ppo_epochs=2, delta_over_e=0.01, anchor=0.0)
+    """A first epoch is on-policy: nothing is clipped; a network moved far beyond ``clip_mean_shift`` is clipped."""
+    made = context(teacher, pairs, estimator="trajectory", ppo_epochs=2, clip_mean_shift=0.01, regression_weight=0.0)
     groups = TrajectoryGroups(made, Exploration.white(16), None)
     losses = groups.losses(pairs[:8], torch.Generator().manual_seed(0), check=True)
     _, first = next(losses)

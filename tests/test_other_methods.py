@@ -87,13 +87,13 @@ def weights(run: Trainer) -> Tensor:
     return torch.cat([value.flatten() for value in run.context.policy.network.state_dict().values()])
 
 
-@pytest.mark.parametrize("name", [*sorted(METHODS), "redif with matching", "redif with segments"])
+@pytest.mark.parametrize("name", [*sorted(METHODS), "redif with dmd", "redif with segments"])
 def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path, name: str) -> None:
     """What a method keeps (a fake score and its optimiser, a stage's teacher, a reference) is in the checkpoint."""
     method = name.split()[0]
     settings: dict[str, object] = {"kl": 0.1, "num_inference_steps": 1} if method == "grpo" else {}
-    if name.endswith("matching"):
-        settings = {"matching": 1.0, "matching_share": 0.7}
+    if name.endswith("dmd"):
+        settings = {"dmd_weight": 1.0, "dmd_fraction": 0.7}
     elif method != name:
         settings = {"segments": 0.6, "warm_start": 0.8}
     whole = trainer(teacher, method, tmp_path / "whole", **settings)
@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path
 
 
 def test_regression_along_the_trajectory_supervises_every_row_by_itself(teacher: Teacher) -> None:
-    run = trainer(teacher, "regression", num_inference_steps=3, supervision="trajectory", updates=200)
+    run = trainer(teacher, "regression", num_inference_steps=3, supervision="per_step", updates=200)
     run._step(run.progress)
     assert run.meter.student_calls == 2 * 16  # the states of the rows after the first
     assert run.meter.gradient_samples == 3 * 16
@@ -132,7 +132,7 @@ def test_regression_along_the_trajectory_supervises_every_row_by_itself(teacher:
 
 @pytest.mark.parametrize("method", ["redif", "draft"])
 def test_gradients_of_the_last_rows_alone_cost_less(teacher: Teacher, method: str) -> None:
-    run = trainer(teacher, method, num_inference_steps=3, gradient_rows=1, schedule_updates=0)
+    run = trainer(teacher, method, num_inference_steps=3, backprop_last_k=1, schedule_updates=0)
     policy, batch = run.context.policy, run.pairs[:16]
     run.meter.student_calls = run.meter.gradient_samples = 0
     truncated = policy.sample(batch.noise, None, 1)
@@ -155,14 +155,14 @@ def test_matching_is_in_a_share_of_redifs_updates(teacher: Teacher) -> None:
     settings: dict[str, object] = {
         "num_inference_steps": 1,
         "updates": 250,
-        "anchor": 0.0,
+        "regression_weight": 0.0,
         "batch_size": 64,
         "learning_rate": 3e-3,
         "fake_learning_rate": 3e-3,
         "step_delta": 0.01,
         "fake_updates": 1,
     }
-    run = trainer(teacher, "redif", matching=0.3, matching_share=0.5, **settings)
+    run = trainer(teacher, "redif", dmd_weight=0.3, dmd_fraction=0.5, **settings)
 
     def distance() -> float:
         with torch.no_grad():
@@ -216,13 +216,13 @@ def test_progressives_target_leads_where_two_steps_lead(teacher: Teacher) -> Non
 
 
 def test_distribution_matching_finds_the_distribution(teacher: Teacher) -> None:
-    """Without an anchor: nothing but the difference of the scores says where the data are."""
+    """Without a regression term: nothing but the difference of the scores says where the data are."""
     run = trainer(
         teacher,
         "dmd2",
         num_inference_steps=1,
         updates=250,
-        anchor=0.0,
+        regression_weight=0.0,
         batch_size=64,
         learning_rate=3e-3,
         fake_learning_rate=3e-3,
@@ -265,7 +265,7 @@ def test_draft_follows_the_reward_and_needs_its_gradient(teacher: Teacher) -> No
     def brightness(images: Tensor, wanted: Tensor, condition: Tensor | None) -> Tensor:
         return images.mean((1, 2, 3))
 
-    run = trainer(teacher, "draft", reward=brightness, updates=200, anchor=0.0, num_inference_steps=1)
+    run = trainer(teacher, "draft", reward=brightness, updates=200, regression_weight=0.0, num_inference_steps=1)
     pairs = run.pairs
     with torch.no_grad():
         before = run.context.policy.sample(pairs.noise, None).mean()

@@ -22,7 +22,7 @@ from redif_sdk.errors import InvalidRequest
 #: What is drawn, summed or learnt from in each differs: every arm that a process could take alone.
 RUNS = {
     "regression": {"method": "regression"},
-    "redif": {"reward": "feature+pixel", "exploration_rank": 4, "earlier_rows": 0.5},
+    "redif": {"reward": "feature+pixel", "exploration_rank": 4, "intermediate_step_fraction": 0.5},
     "redif, white": {"reward": "distribution+pixel", "exploration_rank": 0, "num_inference_steps": 1},
     "redif, pathwise": {"reward": {"discriminator": 1.0, "pixel": 0.5}, "estimator": "pathwise"},
     "redif, trajectory": {"reward": "mmd", "estimator": "trajectory", "kl": 0.1},

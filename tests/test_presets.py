@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from redif_sdk.cli.main import app
 from redif_sdk.distill import pool
-from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.config import RENAMED, DistillConfig
 from redif_sdk.distill.presets import UPDATES, as_yaml, preset, read, resolve
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.estimate import estimate
@@ -51,7 +51,7 @@ def test_what_is_given_by_hand_is_over_the_file_is_over_the_preset(tmp_path: Pat
     ("text", "said"),
     [
         ("- 1\n", "holds a list"),
-        ("learning_rat: 1\n", "unknown setting 'learning_rat'; known: anchor"),
+        ("learning_rat: 1\n", "unknown setting 'learning_rat'; known: backprop_last_k"),
         ("a: [\n", "cannot be read"),
         ("!!python/object/apply:os.system ['true']\n", "cannot be read"),
     ],
@@ -63,6 +63,31 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
         read(file)
     with pytest.raises(InvalidRequest, match="unknown preset 'quick'; known: fast, balanced, best"):
         preset("quick", 1)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_name_of_a_setting_is_accepted_with_a_warning(tmp_path: Path, old: str, new: str) -> None:
+    wanted, wanted_by_hand = DistillConfig.checked(**{new: 1}), 0.5 if new == "dmd_fraction" else 2
+    if new == "intermediate_step_fraction":
+        wanted_by_hand = 0.25
+    with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'"):
+        assert DistillConfig(**{old: 1}) == wanted
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{old}: 1\n")
+    with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'"):
+        assert resolve({}, file=file) == wanted
+    with pytest.warns(DeprecationWarning, match=old):  # by hand, under its old name, over the file's new one
+        assert getattr(resolve({old: wanted_by_hand}, file=file), new) == wanted_by_hand
+    with (
+        pytest.warns(DeprecationWarning, match=old),
+        pytest.raises(InvalidRequest, match=f"{old} and {new} are one setting"),
+    ):
+        DistillConfig.checked(**{old: 1, new: 1})
+
+
+def test_a_former_value_of_a_setting_is_accepted_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="supervision='per_step'"):
+        assert DistillConfig(method="regression", supervision="trajectory").supervision == "per_step"
 
 
 def test_a_dry_run_prints_the_settings_and_the_cost_and_writes_nothing(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_distribution_matching_as_a_reward_finds_the_distribution(teacher: Teach
         teacher,
         "distribution",
         updates=250,
-        anchor=0.0,
+        regression_weight=0.0,
         batch_size=64,
         group_size=16,
         learning_rate=3e-3,

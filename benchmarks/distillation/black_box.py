@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         arms: list[tuple[str, dict[str, float], dict[str, Any]]] = [
             ("regression goes on", {}, {"method": "regression"})
         ]
-        arms += [(ALONE, {"anchor": a}, {"reward": address, "anchor": a, **follow}) for a in asked.anchors]
+        arms += [(ALONE, {"anchor": a}, {"reward": address, "regression_weight": a, **follow}) for a in asked.anchors]
         for weight in asked.weights:
             reward = {"texture": 1.0, address: weight} if weight else "texture"
             arms.append((BESIDE, {"weight": weight}, {"reward": reward, "warm_start": 0.0, **hold}))

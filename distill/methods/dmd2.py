@@ -1,9 +1,9 @@
 """DMD2 (Yin et al. 2024, arXiv 2405.14867): match the teacher's distribution by the difference of two scores.
 
 A second network, the fake score, learns to denoise what the student makes, with updates and a learning rate of its own
-(two time-scales); the student moves along fake minus real at noised outputs. `anchor` holds it to the teacher's paired
-output as DMD (arXiv 2311.18828) does. The paper's discriminator comes with ``gan_weight``; here it is a small network
-on the images, not a head on the fake score.
+(two time-scales); the student moves along fake minus real at noised outputs. `regression_weight` holds it to the
+teacher's paired output as DMD (arXiv 2311.18828) does. The paper's discriminator comes with ``gan_weight``; here it is
+a small network on the images, not a head on the fake score.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Dmd2(Method):
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """<g, x> with g = (fake_x0 - real_x0) / mean |x - real_x0| (eqs. 7 and 8 of DMD) + gan_weight * softplus(-D(x))
-        (section 4.3 of DMD2) + the anchor |x - teacher|^2."""
+        (section 4.3 of DMD2) + regression_weight |x - teacher|^2."""
         config = context.config
         if progress < config.warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
         fake = self._begin(context)
-        output = context.policy.sample(batch.noise, batch.condition, config.gradient_rows)
+        output = context.policy.sample(batch.noise, batch.condition, config.backprop_last_k)
         matching, fake_loss = fake.matching(output, batch.condition, generator, config.fake_updates)
         residual = visible_residual(output, batch.target, context.bounds)
-        loss = config.step_delta * matching + config.anchor * error(residual, config.huber)
+        loss = config.step_delta * matching + config.regression_weight * error(residual, config.huber)
         figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": fake_loss}
         if self.discriminator is not None:
             figures |= self.discriminator.learn(context, output.detach(), batch, generator)

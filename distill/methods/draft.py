@@ -1,7 +1,7 @@
 """DRaFT (Clark et al. 2023, arXiv 2309.17400): ascend the reward's own gradient through the rollout.
 
-White-box: every reward must be differentiable. It is the control arm of ReDiF: the same rewards, rollout and anchor, so
-that what is left between the two is what reinforcement itself contributes.
+White-box: every reward must be differentiable. It is the control arm of ReDiF: the same rewards, rollout and regression
+term, so that what is left between the two is what reinforcement itself contributes.
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ class Draft(Method):
         context.advantage.gradient(probe.target + 0.1, probe.target, probe.condition)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        """-sum_i w_i r_i(x_0(theta)) / s_i + anchor |x_0 - teacher|^2; s_i is the gradient's rms, so that weights mean
-        the same for every reward (the paper has one reward and tunes its learning rate)."""
+        """-sum_i w_i r_i(x_0(theta)) / s_i + regression_weight |x_0 - teacher|^2.
+
+        s_i is the gradient's rms, so that weights mean the same for every reward (the paper has one reward and tunes
+        its learning rate).
+        """
         config = context.config
         if progress < config.warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
-        output = context.policy.sample(batch.noise, batch.condition, config.gradient_rows)
+        output = context.policy.sample(batch.noise, batch.condition, config.backprop_last_k)
         learnt = context.advantage.learn(context, output, batch, generator)
         gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
         residual = visible_residual(output, batch.target, context.bounds)
         # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
-        loss = config.anchor * error(residual, config.huber) - 2 * config.step_delta * (gradient * output).mean()
+        loss = (
+            config.regression_weight * error(residual, config.huber)
+            - 2 * config.step_delta * (gradient * output).mean()
+        )
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **learnt}

@@ -57,16 +57,17 @@ class SameStateGroups:
     fake: FakeScore | None = None  # for the supervised term: distribution matching
 
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
-        """One loss: -2 <d, mu> + anchor |mu - teacher|^2; d is the score direction at an rms of ``step_delta``.
+        """One loss: -2 <d, mu> + regression_weight |mu - teacher|^2; d is the score direction at an rms of
+        ``step_delta``.
 
-        In a ``matching_share`` of the updates with DMD's term, weighted by ``matching``.
+        In a ``dmd_fraction`` of the updates with DMD's term, weighted by ``dmd_weight``.
         """
         policy, config = self.context.policy, self.context.config
         rows = policy.num_inference_steps
         pathwise = config.estimator == "pathwise"
-        last = rows == 1 or pathwise or float(torch.rand((), generator=generator)) >= config.earlier_rows
+        last = rows == 1 or pathwise or float(torch.rand((), generator=generator)) >= config.intermediate_step_fraction
         if last:
-            mean = output = policy.sample(batch.noise, batch.condition, config.gradient_rows)
+            mean = output = policy.sample(batch.noise, batch.condition, config.backprop_last_k)
             row, state = rows - 1, batch.noise
             if check:
                 with torch.no_grad():
@@ -84,10 +85,10 @@ class SameStateGroups:
         direction, figures = self._direction(batch, row, state, mean.detach(), generator)
         figures |= learnt
         residual = visible_residual(output, batch.target, self.context.bounds)
-        loss = config.anchor * error(residual, config.huber) - 2 * (direction * mean).mean()
-        if self.fake is not None and float(torch.rand((), generator=generator)) < config.matching_share:
+        loss = config.regression_weight * error(residual, config.huber) - 2 * (direction * mean).mean()
+        if self.fake is not None and float(torch.rand((), generator=generator)) < config.dmd_fraction:
             matching, fake_loss = self.fake.matching(output, batch.condition, generator, config.fake_updates)
-            loss, figures = loss + config.matching * matching, figures | {"fake_loss": fake_loss}
+            loss, figures = loss + config.dmd_weight * matching, figures | {"fake_loss": fake_loss}
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
 
     def _direction(
@@ -145,9 +146,9 @@ class TrajectoryGroups:
         return range(self.context.policy.num_inference_steps) if self.window is None else self.window
 
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
-        """For every epoch one loss: PPO's clipped surrogate, averaged over rows, + KL + anchor.
+        """For every epoch one loss: PPO's clipped surrogate, averaged over rows, + KL + regression.
 
-        The clip range of a log-probability averaged over D elements is ``delta_over_e / sqrt(D)``.
+        The clip range of a log-probability averaged over D elements is ``clip_mean_shift / sqrt(D)``.
         """
         policy, config = self.context.policy, self.context.config
         advantage_of = self.context.advantage
@@ -158,13 +159,13 @@ class TrajectoryGroups:
             centre = output.unflatten(0, (group, -1)).mean(0)
         advantage_of.learn(self.context, centre, batch, generator)
         advantage = advantage_of(output.unflatten(0, (group, -1)), batch.target, batch.condition).flatten()
-        clip = config.delta_over_e / math.sqrt(output[0].numel())
+        clip = config.clip_mean_shift / math.sqrt(output[0].numel())
         for epoch in range(config.ppo_epochs):
             surrogate, kl, clipped = output.new_zeros(()), output.new_zeros(()), 0.0
             for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
                 mean = policy.estimate(k, x, labels)
                 if check and epoch == 0:
-                    check_drift(old, mean, config.delta_over_e * config.exploration)
+                    check_drift(old, mean, config.clip_mean_shift * config.exploration)
                 new_log = self.exploration.log_prob(action, mean, config.exploration)
                 ratio = (new_log - self.exploration.log_prob(action, old, config.exploration)).exp()
                 bounded = ratio.clamp(1 - clip, 1 + clip)
@@ -176,10 +177,10 @@ class TrajectoryGroups:
             # log-probabilities averaged over D elements have gradients D times too small
             loss = output[0].numel() * surrogate / rows + config.kl * kl / rows
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
-            if config.anchor:
+            if config.regression_weight:
                 output = policy.sample(batch.noise, batch.condition)
                 residual = visible_residual(output, batch.target, self.context.bounds)
-                loss = loss + config.anchor * error(residual, config.huber)
+                loss = loss + config.regression_weight * error(residual, config.huber)
                 figures["mse"] = residual.detach().pow(2).mean().item()
             yield loss, figures
 
@@ -190,7 +191,7 @@ class TrajectoryGroups:
         with torch.no_grad():
             current, policy.network = policy.network, self.reference
             try:
-                anchor = policy.estimate(k, x, labels)
+                wanted = policy.estimate(k, x, labels)
             finally:
                 policy.network = current
-        return -self.exploration.log_prob(anchor, mean, self.context.config.exploration).mean()
+        return -self.exploration.log_prob(wanted, mean, self.context.config.exploration).mean()

@@ -1,9 +1,9 @@
-"""GRPO as Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) has it: whole noisy trajectories, cold start, KL. No anchor,
-unless one is asked for.
+"""GRPO as Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) has it: whole noisy trajectories, cold start, KL. No
+regression term, unless one is asked for.
 
 G trajectories from one start; the reward of each, less the group's mean and over its std, weighs the clipped ratio of
 every noisy row (PPO, Schulman et al. 2017). A window of noisy rows that moves from update to update, the others being
-deterministic, is MixGRPO's (Li et al. 2025). The clip is given as `delta_over_e`, since its meaning depends on D.
+deterministic, is MixGRPO's (Li et al. 2025). The clip is given as `clip_mean_shift`, since its meaning depends on D.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Grpo(Method):
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        if "anchor" not in context.config.model_fields_set:
-            context = replace(context, config=context.config.model_copy(update={"anchor": 0.0}))
+        if "regression_weight" not in context.config.model_fields_set:
+            context = replace(context, config=context.config.model_copy(update={"regression_weight": 0.0}))
         config, rows = context.config, context.policy.num_inference_steps
         white = Exploration.white(batch.noise[0].numel(), context.device)
         size = min(config.sde_window or rows, rows)

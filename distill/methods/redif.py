@@ -86,7 +86,7 @@ class ReDiF(Method):
             self.exploration = Exploration.white(elements, context.device)
         if trajectory and config.kl:
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
-        if config.matching and not trajectory:
+        if config.dmd_weight and not trajectory:
             self.fake = FakeScore.make(context)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 The plain supervised baseline (Luhman and Luhman 2021, "Knowledge distillation in iterative generative models", with K
 calls in place of one), and the warm start of ReDiF. Through the rollout only the final output counts, and gradients
-flow through all rows. Along the trajectory every row's clean image counts, at the states that the student's own rollout
-visits (as in DAgger, Ross et al. 2011), and each row by itself. By segments each row learns to go where the teacher's
-own path leads from the row's time to the next row's (progressive distillation's stage, Salimans and Ho 2022, on paths
-from noise in place of noised data, and of any length): one call a sample whatever K, and nothing is learnt through
-what the other rows get wrong yet.
+flow through all rows. With per-step supervision every row's clean image counts, at the states that the student's own
+rollout visits (as in DAgger, Ross et al. 2011), and each row by itself. By segments each row learns to go where the
+teacher's own path leads from the row's time to the next row's (progressive distillation's stage, Salimans and Ho 2022,
+on paths from noise in place of noised data, and of any length): one call a sample whatever K, and nothing is learnt
+through what the other rows get wrong yet.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Regression(Method):
         if progress < context.config.segments:
             yield self._segments(context, batch, generator)
             return
-        if context.config.supervision == "trajectory":
+        if context.config.supervision == "per_step":
             with torch.no_grad():
                 states = policy.states(batch.noise, batch.condition)
             outputs = [policy.estimate(row, state, batch.condition) for row, state in enumerate(states)]
         else:
-            outputs = [policy.sample(batch.noise, batch.condition, context.config.regression_rows)]
+            outputs = [policy.sample(batch.noise, batch.condition, context.config.regression_last_k)]
         residuals = [visible_residual(output, batch.target, context.bounds) for output in outputs]
         loss = torch.stack([error(residual, context.config.huber) for residual in residuals]).mean()
         yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}

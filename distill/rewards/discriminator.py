@@ -1,7 +1,7 @@
 """A reward that is learnt beside the student: how sure a small network is that a picture is the teacher's.
 
 It compares distributions, not pairs (Goodfellow et al. 2014): in the optimum its logit is the log density ratio of the
-teacher's pictures to the student's. Unanchored it runs away, so keep `anchor` above 0.
+teacher's pictures to the student's. Unanchored it runs away, so keep `regression_weight` above 0.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +57,7 @@ app = typer.Typer(
 def main() -> None:
     """The entry point: run the command, and turn what it raises into one line and an exit code."""
     arguments = sys.argv[1:] or ["--help"]
+    warnings.filterwarnings("always", r".* is now ", DeprecationWarning, r"redif_sdk\.")
     try:
         code = app(arguments, prog_name="redif", standalone_mode=False)
     except _UsageError as error:

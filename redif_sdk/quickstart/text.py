@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "schedule_updates": 20,
     "segments": 0.7,
     "warm_start": 0.85,
-    "regression_rows": 0,
+    "regression_last_k": 0,
     "step_delta": 0.4,
     "reward_space": "latents",
     "reward": "texture",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from redif_sdk.export.recorded import Arrays, Record
 from redif_sdk.images import to_uint8
 from redif_sdk.runtimes import Runtime
-from redif_sdk.sampling.table import sample
+from redif_sdk.sampling.loop import sample
 
 __all__ = [
     "FIELDS",

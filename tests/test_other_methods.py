@@ -27,8 +27,9 @@ from redif_sdk.distill.teachers.saving import scheduler_of
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Predict
+from redif_sdk.sampling.loop import sample
 from redif_sdk.sampling.noise import noise as draw
-from redif_sdk.sampling.table import NoiseSchedule, StepTable, sample
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 SHAPE = (1, 4, 4)
 MEAN, STD = 0.5, 0.2

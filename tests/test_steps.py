@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from redif_sdk.errors import InvalidRequest, ManifestError, UnsupportedModel
-from redif_sdk.sampling.table import (
-    COLUMNS,
-    MAX_ROWS,
-    PREDICTION_TYPES,
-    NoiseSchedule,
-    StepTable,
-    karras_sigmas,
-    sample,
-)
+from redif_sdk.sampling.loop import sample
+from redif_sdk.sampling.table import COLUMNS, MAX_ROWS, PREDICTION_TYPES, NoiseSchedule, StepTable, karras_sigmas
 
 quick = settings(deadline=None, max_examples=40)
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)

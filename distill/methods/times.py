@@ -25,7 +25,6 @@ from redif_sdk.distill.rewards import Advantage
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.sampling.from_diffusers import edm_table
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(16))  # .90 to 1.20
@@ -47,7 +46,7 @@ def table_at(schedule: NoiseSchedule, times: Sequence[float], prediction_type: s
     """The deterministic table whose rows are at falling ``times``; of a discrete schedule they are rounded."""
     if schedule.edm is not None:
         levels = np.exp(4.0 * np.asarray(times))  # t = ln(sigma) / 4
-        plain = edm_table(schedule.edm, len(times))
+        plain = StepTable.edm_euler(schedule.edm, len(times))
         return StepTable.edm(
             levels,
             sigma_data=schedule.edm.sigma_data,

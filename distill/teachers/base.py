@@ -27,7 +27,7 @@ from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
 from redif_sdk.models.prompts import Prompts
-from redif_sdk.sampling.from_diffusers import edm_table, read_preconditioning
+from redif_sdk.sampling.from_diffusers import read_preconditioning
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -133,7 +133,7 @@ class Teacher:
         """DDIM with trailing spacing: the untrained student, and the sampler of a teacher without one of its own. For
         flows it is Euler's method on linspace(1, 1 / K, K), shifted, for EDM on its own noise levels."""
         if self.schedule.edm is not None:
-            return edm_table(self.schedule.edm, num_inference_steps, eta)
+            return StepTable.edm_euler(self.schedule.edm, num_inference_steps, eta)
         if self.schedule.flow:
             return StepTable.flow_euler(
                 num_inference_steps=num_inference_steps,

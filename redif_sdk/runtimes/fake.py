@@ -17,7 +17,8 @@ from redif_sdk.artifact.records import Decoder, Graph, TextCondition
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device
-from redif_sdk.sampling.table import StepTable, sample
+from redif_sdk.sampling.loop import sample
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FakeRuntime", "decode", "encode", "network"]
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.sampling import samplers
 from redif_sdk.sampling.coefficients import to_float32, update_rows
 from redif_sdk.sampling.noise_schedule import (
     NoiseSchedule,
@@ -24,9 +25,9 @@ from redif_sdk.sampling.noise_schedule import (
     times_like,
     whole_number,
 )
-from redif_sdk.sampling.table import StepTable
+from redif_sdk.sampling.samplers import TableFields
 
-__all__ = ["edm_table", "read_preconditioning", "read_scheduler"]
+__all__ = ["read_preconditioning", "read_scheduler"]
 
 Floats = NDArray[np.float64]
 
@@ -68,8 +69,10 @@ def read_scheduler(
     num_inference_steps: int | None = None,
     timesteps: Sequence[Any] | None = None,
     eta: float = 0.0,
-) -> StepTable:
-    """The step table of a diffusers scheduler: an object of it, or its ``scheduler_config.json`` read into a dict.
+) -> TableFields:
+    """The fields of a diffusers scheduler's step table.
+
+    ``scheduler`` is an object of it, or its ``scheduler_config.json`` read into a dict.
 
     Give either ``num_inference_steps``, for the scheduler's own times, or custom ``timesteps``: integers for the
     discrete schedulers (each row steps to the next), sigma * num_train_timesteps *after* any shift for the flow
@@ -104,9 +107,9 @@ def _name_and_config(scheduler: Any) -> tuple[str, Mapping[str, Any]]:
     return name, config
 
 
-def _read_ddim(request: _Request) -> StepTable:
+def _read_ddim(request: _Request) -> TableFields:
     config = request.config
-    return StepTable.ddim(
+    return samplers.ddim(
         NoiseSchedule.from_config({**config, "_class_name": request.name}),
         num_inference_steps=request.num_inference_steps,
         timesteps=request.timesteps,
@@ -119,11 +122,11 @@ def _read_ddim(request: _Request) -> StepTable:
     )
 
 
-def _read_ddpm(request: _Request) -> StepTable:
+def _read_ddpm(request: _Request) -> TableFields:
     config = request.config
     schedule = NoiseSchedule.from_config(config)
     # DDPM's previous time is the next row's, and after the last row comes the clean image
-    return StepTable.ddim(
+    return samplers.ddim(
         schedule,
         timesteps=_grid(request, schedule, "leading").tolist() if request.timesteps is None else request.timesteps,
         prediction_type=request.prediction_type,
@@ -131,7 +134,7 @@ def _read_ddpm(request: _Request) -> StepTable:
     )
 
 
-def _read_lcm(request: _Request) -> StepTable:
+def _read_lcm(request: _Request) -> TableFields:
     config = request.config
     if request.eta != 0.0:
         raise InvalidRequest(f"eta is {request.eta}, but {request.name} prescribes its own noise; leave eta at 0")
@@ -156,7 +159,7 @@ def _read_lcm(request: _Request) -> StepTable:
     c_skip, c_out = _CONSISTENCY_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
     rows[:, 1] = c_skip + c_out * rows[:, 1]
     rows[:, 2] = c_out * rows[:, 2]
-    return StepTable(to_float32(rows), request.prediction_type, "consistency")
+    return TableFields(to_float32(rows), request.prediction_type, "consistency")
 
 
 def _consistency_times(request: _Request, total: int) -> NDArray[np.int64]:
@@ -172,7 +175,7 @@ def _consistency_times(request: _Request, total: int) -> NDArray[np.int64]:
     return distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)]
 
 
-def _read_dpm_solver(request: _Request) -> StepTable:
+def _read_dpm_solver(request: _Request) -> TableFields:
     config = request.config
     order, algorithm = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
     if order != 1:
@@ -189,7 +192,7 @@ def _read_dpm_solver(request: _Request) -> StepTable:
     times = request.timesteps
     if times is None:
         times = _dpm_solver_times(request, schedule).tolist()
-    return StepTable.ddim(
+    return samplers.ddim(
         schedule,
         timesteps=times,
         prediction_type=request.prediction_type,
@@ -219,7 +222,7 @@ def _dpm_solver_times(request: _Request, schedule: NoiseSchedule) -> NDArray[np.
     raise InvalidRequest(f"timestep spacing {spacing!r} is unknown; use trailing, leading or linspace")
 
 
-def _read_euler(request: _Request) -> StepTable:
+def _read_euler(request: _Request) -> TableFields:
     config = request.config
     request.refuse("use_exponential_sigmas", "use_beta_sigmas")
     if config.get("interpolation_type", "linear") != "linear":
@@ -243,7 +246,7 @@ def _read_euler(request: _Request) -> StepTable:
     if config.get("timestep_type") == "continuous" and request.prediction_type == "v_prediction":
         times = 0.25 * np.log(sigmas)
     spacing = config.get("timestep_spacing", "linspace")
-    return StepTable.euler(
+    return samplers.euler(
         sigmas,
         timesteps=times,
         prediction_type=request.prediction_type,
@@ -268,7 +271,7 @@ def _euler_times(request: _Request, schedule: NoiseSchedule) -> Floats:
     return _grid(request, schedule, "linspace").astype(np.float64)
 
 
-def _read_euler_ancestral(request: _Request) -> StepTable:
+def _read_euler_ancestral(request: _Request) -> TableFields:
     """The noise of eta = 1 is the ancestral sampler's."""
     return _read_euler(request._replace(eta=1.0))
 
@@ -281,7 +284,7 @@ def _times_of_levels(sigmas: Floats, log_levels: NDArray[np.float32]) -> Floats:
     return times_like(low + np.clip(weight, 0.0, 1.0), sigmas)
 
 
-def _read_flow(request: _Request) -> StepTable:
+def _read_flow(request: _Request) -> TableFields:
     config = request.config
     if config.get("use_dynamic_shifting"):
         raise UnsupportedModel(
@@ -293,11 +296,11 @@ def _read_flow(request: _Request) -> StepTable:
     shift, eta = float(config.get("shift", 1.0)), 1.0 if config.get("stochastic_sampling") else request.eta
     if request.timesteps is not None:
         sigmas = np.array(request.timesteps, dtype=np.float64) / total
-        return StepTable.flow_euler(sigmas=sigmas.tolist(), time_scale=total, eta=eta)
+        return samplers.flow_euler(sigmas=sigmas.tolist(), time_scale=total, eta=eta)
     steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
     # the scheduler's grid ends at its shifted smallest sigma, and is then shifted again
     smallest = shift / total / (1.0 + (shift - 1.0) / total)
-    return StepTable.flow_euler(
+    return samplers.flow_euler(
         sigmas=np.linspace(1.0, smallest, steps).tolist(), shift=shift, time_scale=total, eta=eta
     )
 
@@ -318,23 +321,11 @@ def read_preconditioning(config: Mapping[str, Any]) -> Preconditioning:
     )
 
 
-def edm_table(edm: Preconditioning, num_inference_steps: int, eta: float = 0.0) -> StepTable:
-    """EDMEulerScheduler's table: it starts from sqrt(sigma_max^2 + 1) times noise."""
-    start = np.sqrt(edm.sigma_max**2 + 1.0) / np.sqrt(edm.sigma_max**2 + edm.sigma_data**2)
-    return StepTable.edm(
-        edm.levels(num_inference_steps),
-        sigma_data=edm.sigma_data,
-        eta=eta,
-        v_prediction=edm.v_prediction,
-        init_scale=float(start),
-    )
-
-
-def _read_edm(request: _Request) -> StepTable:
+def _read_edm(request: _Request) -> TableFields:
     if request.timesteps is not None:
         raise InvalidRequest(f"{request.name} has Karras noise levels and takes no timesteps; give a number of steps")
     steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
-    return edm_table(read_preconditioning({"_class_name": request.name, **request.config}), steps, request.eta)
+    return samplers.edm_euler(read_preconditioning({"_class_name": request.name, **request.config}), steps, request.eta)
 
 
 def _grid(request: _Request, schedule: NoiseSchedule, default_spacing: str) -> NDArray[np.int64]:
@@ -352,7 +343,7 @@ def _schedule_with_signal(config: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule.from_alphas_cumprod(np.append(schedule.alphas[:-1] ** 2, _NEARLY_NO_SIGNAL))
 
 
-_READERS: dict[str, Callable[[_Request], StepTable]] = {
+_READERS: dict[str, Callable[[_Request], TableFields]] = {
     "DDIMScheduler": _read_ddim,
     "DDPMScheduler": _read_ddpm,
     "PNDMScheduler": _read_ddim,

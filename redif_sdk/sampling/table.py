@@ -1,14 +1,13 @@
-"""The step table: K rows of coefficients that are a sampler, and the loop that runs a network by it.
+"""The step table: K rows of coefficients, which are all that a sampler is.
 
-The equations behind the coefficients are in :mod:`redif_sdk.sampling.coefficients`, noise schedules in
-:mod:`redif_sdk.sampling.noise_schedule`, readers of diffusers' scheduler configurations in
-:mod:`redif_sdk.sampling.from_diffusers`. No engine, no file and no random number belongs here.
+:mod:`redif_sdk.sampling.loop` runs a network by a table. A table's rows come from :mod:`redif_sdk.sampling.samplers`,
+or, for a diffusers scheduler, from :mod:`redif_sdk.sampling.from_diffusers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,16 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from redif_sdk.errors import InvalidRequest, ManifestError
-from redif_sdk.sampling.coefficients import PREDICTION_TYPES, ancestral_noise, checked_eta, to_float32, update_rows
-from redif_sdk.sampling.noise_schedule import (
-    NoiseSchedule,
-    falling_sigmas,
-    falling_times,
-    inference_times,
-    karras_sigmas,
-    times_like,
-    whole_number,
-)
+from redif_sdk.sampling import samplers
+from redif_sdk.sampling.coefficients import PREDICTION_TYPES, to_float32
+from redif_sdk.sampling.from_diffusers import read_scheduler
+from redif_sdk.sampling.noise_schedule import NoiseSchedule, Preconditioning, karras_sigmas
 
 __all__ = [
     "COLUMNS",
@@ -35,7 +28,6 @@ __all__ = [
     "NoiseSchedule",
     "StepTable",
     "karras_sigmas",
-    "sample",
 ]
 
 COLUMNS = ("t", "p", "q", "r", "s", "c")
@@ -45,8 +37,6 @@ _LARGEST = float(np.finfo(np.float32).max)
 _KEYS = ("sampler", "prediction_type", "init_scale", "columns", "rows")
 
 Floats = NDArray[np.float64]
-Network = Callable[[NDArray[np.float32], NDArray[np.float32], Any], NDArray[np.float32]]
-OnStep = Callable[[int, NDArray[np.float32], NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +113,12 @@ class StepTable:
 
     @cached_property
     def noise_slices(self) -> int:
-        """How many slices of noise :func:`sample` reads: the start alone, or the start and one a row."""
+        """Slices of noise that sampling takes: one for the start; where any step adds noise, one more for each step."""
         return self.num_inference_steps + 1 if self.stochastic else 1
+
+    def start(self, noise: Any) -> Any:
+        """The state that the first step starts from: init_scale times ``noise``, a numpy array or torch tensor."""
+        return noise * self.init_scale
 
     def clean(self, k: int, x: Any, f: Any) -> Any:
         """Row k's clean-image estimate x0 = p x + q f, of numpy arrays or torch tensors of one shape."""
@@ -177,7 +171,7 @@ class StepTable:
         are EDM's preconditioning, for the prediction type edm only. Built in float64 by
         :func:`redif_sdk.sampling.coefficients.update_rows`, which states equations and errors; stored in float32.
         """
-        rows = update_rows(
+        fields = samplers.table_fields(
             t=t,
             alphas=alphas,
             sigmas=sigmas,
@@ -185,9 +179,13 @@ class StepTable:
             next_sigmas=next_sigmas,
             noise=noise,
             prediction_type=prediction_type,
-            preconditioning=(c_skip, c_out, c_in),
+            init_scale=init_scale,
+            sampler=sampler,
+            c_skip=c_skip,
+            c_out=c_out,
+            c_in=c_in,
         )
-        return cls(to_float32(rows), prediction_type, sampler, init_scale)
+        return cls(*fields)
 
     @classmethod
     def ddim(
@@ -209,45 +207,22 @@ class StepTable:
         each row steps to the next row. Either way what comes after time 0 is (alpha', sigma') = (1, 0), or the
         schedule's first level with ``set_alpha_to_one=False``. ``eta`` 0 is deterministic, 1 is DDPM's noise.
         """
-        total = len(schedule)
-        if num_inference_steps is not None and timesteps is None:
-            times = inference_times(total, num_inference_steps, spacing, steps_offset)
-            previous = times - total // int(num_inference_steps)
-        elif timesteps is not None and num_inference_steps is None:
-            times = falling_times(timesteps, total)
-            previous = np.append(times[1:], -1)
-        else:
-            raise InvalidRequest("a DDIM table needs either num_inference_steps or timesteps; give exactly one")
-        last_alpha, last_sigma = (1.0, 0.0) if set_alpha_to_one else (schedule.alphas[0], schedule.sigmas[0])
-        alphas, sigmas = schedule.alphas[times], schedule.sigmas[times]
-        next_alphas = np.where(previous >= 0, schedule.alphas[previous], last_alpha)
-        next_sigmas = np.where(previous >= 0, schedule.sigmas[previous], last_sigma)
-        return cls.build(
-            t=times,
-            alphas=alphas,
-            sigmas=sigmas,
-            next_alphas=next_alphas,
-            next_sigmas=next_sigmas,
-            noise=ancestral_noise(alphas, sigmas, next_alphas, next_sigmas, eta),
+        fields = samplers.ddim(
+            schedule,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
             prediction_type=prediction_type,
-            sampler="ddim",
+            eta=eta,
+            spacing=spacing,
+            steps_offset=steps_offset,
+            set_alpha_to_one=set_alpha_to_one,
         )
+        return cls(*fields)
 
     @classmethod
     def consistency(cls, schedule: NoiseSchedule, timesteps: Sequence[int], *, prediction_type: str) -> StepTable:
         """Consistency multistep sampling: every row but the last forgets the state and adds fresh noise, c = sigma'."""
-        times = falling_times(timesteps, len(schedule))
-        next_sigmas = np.append(schedule.sigmas[times[1:]], 0.0)
-        return cls.build(
-            t=times,
-            alphas=schedule.alphas[times],
-            sigmas=schedule.sigmas[times],
-            next_alphas=np.append(schedule.alphas[times[1:]], 1.0),
-            next_sigmas=next_sigmas,
-            noise=next_sigmas,
-            prediction_type=prediction_type,
-            sampler="consistency",
-        )
+        return cls(*samplers.consistency(schedule, timesteps, prediction_type=prediction_type))
 
     @classmethod
     def flow_euler(
@@ -265,28 +240,10 @@ class StepTable:
         network is fed t = sigma * time_scale: 1000 for SD3, 1 for Flux, whose resolution-dependent exponential shift
         by mu is shift = exp(mu). ``eta`` > 0 adds c = sigma' sin(eta pi / 2), which keeps the marginals.
         """
-        if (num_inference_steps is None) == (sigmas is None):
-            raise InvalidRequest("a flow table needs either num_inference_steps or sigmas; give exactly one")
-        if sigmas is None:
-            steps = whole_number("num_inference_steps", num_inference_steps, minimum=1)
-            levels = np.linspace(1.0, 1.0 / steps, steps)
-        else:
-            levels = falling_sigmas(sigmas)
-        if levels[0] > 1.0 + 1e-6 or not shift > 0.0:
-            raise InvalidRequest(f"a flow table needs sigmas of at most 1 and shift > 0, not {levels[0]} and {shift}")
-        levels = np.minimum(levels, 1.0)  # float32 times over their scale may round to above 1
-        levels = shift * levels / (1.0 + (shift - 1.0) * levels)
-        next_levels = np.append(levels[1:], 0.0)
-        return cls.build(
-            t=levels * time_scale,
-            alphas=1.0 - levels,
-            sigmas=levels,
-            next_alphas=1.0 - next_levels,
-            next_sigmas=next_levels,
-            noise=next_levels * math.sin(checked_eta(eta) * math.pi / 2),
-            prediction_type="flow",
-            sampler="flow-euler",
+        fields = samplers.flow_euler(
+            num_inference_steps=num_inference_steps, sigmas=sigmas, shift=shift, time_scale=time_scale, eta=eta
         )
+        return cls(*fields)
 
     @classmethod
     def euler(
@@ -306,24 +263,15 @@ class StepTable:
         ``final_sigma`` in unscaled coordinates. ``eta`` 1 is the ancestral sampler. ``init_scale`` defaults to the
         first row's sigma, i.e. a start of sigma_max * noise.
         """
-        levels = falling_sigmas(sigmas)
-        if not 0.0 <= final_sigma < math.inf:
-            raise InvalidRequest(f"final_sigma is {final_sigma}; give 0, or the noise level to end at")
-        c_in = 1.0 / np.sqrt(levels**2 + 1.0)
-        alphas, scaled = c_in, c_in * levels
-        next_alphas = np.append(alphas[1:], 1.0)
-        next_sigmas = np.append(scaled[1:], final_sigma)
-        return cls.build(
-            t=times_like(timesteps, levels),
-            alphas=alphas,
-            sigmas=scaled,
-            next_alphas=next_alphas,
-            next_sigmas=next_sigmas,
-            noise=ancestral_noise(alphas, scaled, next_alphas, next_sigmas, eta),
+        fields = samplers.euler(
+            sigmas,
             prediction_type=prediction_type,
-            sampler="euler",
-            init_scale=float(scaled[0]) if init_scale is None else init_scale,
+            timesteps=timesteps,
+            eta=eta,
+            final_sigma=final_sigma,
+            init_scale=init_scale,
         )
+        return cls(*fields)
 
     @classmethod
     def edm(
@@ -341,27 +289,13 @@ class StepTable:
         ``v_prediction``: F has the other sign. ``init_scale`` defaults to the first row's sigma, i.e. a start of
         sigma_max * noise.
         """
-        levels = falling_sigmas(sigmas)
-        if not sigma_data > 0.0:
-            raise InvalidRequest(f"sigma_data is {sigma_data}; give the positive standard deviation of the data")
-        total = levels**2 + sigma_data**2
-        c_in = 1.0 / np.sqrt(total)
-        alphas, scaled = c_in, c_in * levels
-        next_alphas, next_sigmas = np.append(alphas[1:], 1.0), np.append(scaled[1:], 0.0)
-        return cls.build(
-            t=np.log(levels) / 4.0,
-            alphas=alphas,
-            sigmas=scaled,
-            next_alphas=next_alphas,
-            next_sigmas=next_sigmas,
-            noise=ancestral_noise(alphas, scaled, next_alphas, next_sigmas, eta),
-            prediction_type="edm",
-            sampler="edm",
-            init_scale=float(scaled[0]) if init_scale is None else init_scale,
-            c_skip=sigma_data**2 / total,
-            c_out=(-1.0 if v_prediction else 1.0) * levels * sigma_data / np.sqrt(total),
-            c_in=c_in,
-        )
+        fields = samplers.edm(sigmas, sigma_data=sigma_data, eta=eta, v_prediction=v_prediction, init_scale=init_scale)
+        return cls(*fields)
+
+    @classmethod
+    def edm_euler(cls, preconditioning: Preconditioning, num_inference_steps: int, eta: float = 0.0) -> StepTable:
+        """EDMEulerScheduler's table: :meth:`edm` on EDM's own K levels, from sqrt(sigma_max^2 + 1) times noise."""
+        return cls(*samplers.edm_euler(preconditioning, num_inference_steps, eta))
 
     @classmethod
     def from_scheduler(
@@ -374,14 +308,11 @@ class StepTable:
     ) -> StepTable:
         """The table of a diffusers scheduler object, or of a ``scheduler_config.json`` read into a dict.
 
-        See :func:`redif_sdk.sampling.from_diffusers.read_scheduler`.
+        :func:`redif_sdk.sampling.from_diffusers.read_scheduler` says which schedulers, with which options.
         Raises UnsupportedModel for a scheduler that is no table.
         """
-        from redif_sdk.sampling.from_diffusers import (
-            read_scheduler,  # that module builds tables, so it imports this one
-        )
-
-        return read_scheduler(scheduler, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta)
+        fields = read_scheduler(scheduler, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta)
+        return cls(*fields)
 
     # ------------------------------------------------------------------ serialisation
 
@@ -417,40 +348,6 @@ class StepTable:
             return cls(to_float32(rows), data["prediction_type"], data["sampler"], float(init_scale))
         except InvalidRequest as error:
             raise ManifestError(f"a step table cannot be read: {error}") from error
-
-
-def sample(
-    network: Network,
-    table: StepTable,
-    noise: NDArray[np.float32],
-    condition: Any = None,
-    on_step: OnStep | None = None,
-) -> NDArray[np.float32]:
-    """Run the network by the table; the final state, float32 (B, C, H, W).
-
-    ``noise`` (N, B, C, H, W) float32 is all the randomness there is: slice 0, times ``init_scale``, is the start, and
-    row k's z is slice min(k + 1, N - 1); N is ``table.noise_slices``. The network is called as
-    ``network(x, t, condition)`` with x (B, C, H, W) and t (B,), both float32; the first C channels of what it returns
-    are f. ``on_step(k, x, x0)`` is called after each row with the new state and the row's clean-image estimate.
-    Raises InvalidRequest for noise of another shape, or with too few slices for the rows that add noise.
-    """
-    if noise.ndim != 5 or 0 in noise.shape:
-        raise InvalidRequest(f"noise has shape {noise.shape}; give (slices, batch, channels, height, width)")
-    if table.stochastic and noise.shape[0] < table.noise_slices:
-        raise InvalidRequest(
-            f"noise has {noise.shape[0]} slices, but this {table.sampler} table adds noise: give {table.noise_slices}"
-        )
-    slices, batch, channels = noise.shape[:3]
-    noise = noise.astype(np.float32, copy=False)
-    x: NDArray[np.float32] = noise[0] * np.float32(table.init_scale)
-    for k in range(table.num_inference_steps):
-        t = np.full((batch,), table.rows[k, 0], dtype=np.float32)
-        f = network(x, t, condition)[:, :channels]
-        x0 = table.clean(k, x, f)
-        x = table.advance(k, x, x0, noise[min(k + 1, slices - 1)])
-        if on_step is not None:
-            on_step(k, x, x0)
-    return x
 
 
 def _is_number(value: object) -> bool:

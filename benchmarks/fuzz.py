@@ -35,7 +35,7 @@ import numpy as np
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, Latents, Network, Postprocess
-from redif_sdk.artifact.untrusted import contents
+from redif_sdk.artifact.untrusted import contents, markdown
 from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.artifact.untrusted.npz import LARGEST_ARRAYS, npz_arrays
 from redif_sdk.artifact.untrusted.onnx import check_graph
@@ -108,7 +108,7 @@ def _graph(data: bytes) -> None:
 
 
 def _card(data: bytes) -> None:
-    card_text.check_active(data.decode("utf-8", "replace"), "README.md")
+    markdown.check_active(data.decode("utf-8", "replace"), "README.md")
 
 
 def _sections(data: bytes) -> None:
@@ -514,6 +514,7 @@ def atheris_here(target: str, seconds: float, seed: int, report: Path) -> None:
         contents,
         folder,
         manifest,
+        markdown,
         npz,
         onnx_check,
         paths,

@@ -26,20 +26,10 @@ from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Condition, Distillation, TeacherInfo
+from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT, check_active
 from redif_sdk.card.metadata import hub_licence
 from redif_sdk.card.record import kind_of, record, speed_rows
-from redif_sdk.card.render import (
-    CARD_LIMIT,
-    body,
-    check_active,
-    is_generated,
-    merge,
-    read_card,
-    render,
-    render_over,
-    user_sections,
-    write_card,
-)
+from redif_sdk.card.render import body, is_generated, merge, read_card, render, render_over, user_sections, write_card
 from redif_sdk.card.samples import sample_grid
 from redif_sdk.card.text import code, markdown, python_string
 from redif_sdk.cli.main import main

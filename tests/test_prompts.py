@@ -23,6 +23,7 @@ from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Guidance
+from redif_sdk.artifact.untrusted.markdown import check_active
 from redif_sdk.card import render as card
 from redif_sdk.card.samples import sample_grid, write_samples
 from redif_sdk.cli import main as cli
@@ -435,7 +436,7 @@ def test_the_card_asks_by_a_prompt(tmp_path: Path, pipe: FastPipeline) -> None:
     assert f"A prompt may have {LENGTH} tokens" in text
     assert "multiples of 4" in text
     assert "pipeline_tag: text-to-image" in text
-    card.check_active(text, "README.md")
+    check_active(text, "README.md")
 
 
 def test_large_pictures_are_shown_in_one_row(tmp_path: Path) -> None:

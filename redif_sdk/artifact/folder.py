@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from redif_sdk.artifact.atomic import atomic_write
-from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.manifest import CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
 from redif_sdk.artifact.paths import (
     FOREIGN_FOLDERS,
     check_kind,
@@ -26,6 +26,7 @@ from redif_sdk.artifact.paths import (
 )
 from redif_sdk.artifact.records import FileEntry, Graph
 from redif_sdk.artifact.untrusted import contents
+from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT, check_active
 from redif_sdk.artifact.untrusted.onnx import check_graph
 from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safetensors_header_size
 from redif_sdk.errors import IntegrityError, ManifestError
@@ -165,8 +166,6 @@ class StudentFolder:
                     f"{shown(path)} in {self.path} is not in the list of files; remove it, or make the student again"
                 )
         if (self.path / CARD_NAME).exists():
-            from redif_sdk.card.text import check_active  # whoever loads a student reads no card
-
             check_active(read_checked(self.path, CARD_NAME, limit=CARD_LIMIT).decode(errors="replace"), CARD_NAME)
         graphs = {graph.file: graph for graph in self.manifest.graphs}
         data = {file for graph in self.manifest.graphs for file in graph.data}

@@ -17,14 +17,13 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import CARD_NAME, Manifest
 from redif_sdk.artifact.paths import ORIGIN, read_checked
 from redif_sdk.artifact.untrusted import json as strict_json
+from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT
 from redif_sdk.card import measured as card_measured
 from redif_sdk.card.diffusers_usage import no_plain_diffusers, plain_diffusers
 from redif_sdk.card.measured import MOST, listed
 from redif_sdk.card.metadata import KEPT_KEYS, front_matter, hub_licence, is_hub_teacher, licence_url
 from redif_sdk.card.samples import shown_prompts
 from redif_sdk.card.text import (
-    CARD_LIMIT,
-    check_active,
     code,
     has_marker,
     markdown,
@@ -38,10 +37,8 @@ from redif_sdk.card.text import (
 from redif_sdk.errors import InvalidRequest
 
 __all__ = [
-    "CARD_LIMIT",
     "CARD_NAME",
     "body",
-    "check_active",
     "check_writable",
     "is_foreign",
     "is_generated",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
 from redif_sdk.errors import UnsupportedModel
+from redif_sdk.sampling.loop import iterate_steps, run_steps
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 
@@ -58,7 +59,8 @@ class StudentPolicy:
         return self.table.num_inference_steps
 
     def start(self, noise: Tensor) -> Tensor:
-        return self.table.init_scale * noise
+        start: Tensor = self.table.start(noise)
+        return start
 
     def estimate(self, k: int, x: Tensor, condition: Tensor | None) -> Tensor:
         """The mean of row k's action, x0 = p x + q f: (B, C, H, W) float32."""
@@ -88,12 +90,11 @@ class StudentPolicy:
 
         ``noise`` (N, B, C, H, W): for a table that draws; row k takes slice min(k + 1, N - 1).
         """
-        for row in range(k, self.num_inference_steps):
-            if row > k:
-                action = self.estimate(row, x, condition)
-            z = None if noise is None else noise[min(row + 1, len(noise) - 1)]
-            x = self.table.advance(row, x, action, z)
-        return x
+
+        def act(row: int, x: Tensor) -> Tensor:
+            return action if row == k else self.estimate(row, x, condition)
+
+        return run_steps(self.table, x, noise, act, steps=range(k, self.num_inference_steps))
 
     def sample(self, noise: Tensor, condition: Tensor | None, backprop_last_k: int = 0) -> Tensor:
         """The output without exploration (e = 0); differentiable when gradients are on.
@@ -110,18 +111,22 @@ class StudentPolicy:
             )
         slices = noise if noise.dim() == 5 else noise[None]
         first = max(0, self.num_inference_steps - backprop_last_k) if backprop_last_k else 0
-        x = self.start(slices[0])
+
+        def predict(k: int, x: Tensor) -> Tensor:
+            return self.estimate(k, x, condition)
+
         with torch.no_grad():
-            for k in range(first):
-                x = self.table.advance(k, x, self.estimate(k, x, condition), slices[min(k + 1, len(slices) - 1)])
-        return self.finish(first, x, self.estimate(first, x, condition), condition, slices)
+            x = run_steps(self.table, self.start(slices[0]), slices, predict, steps=range(first))
+        return run_steps(self.table, x, slices, predict, steps=range(first, self.num_inference_steps))
 
     def states(self, noise: Tensor, condition: Tensor | None) -> list[Tensor]:
         """x_0 ... x_{K-1}: what each row sees on the deterministic path."""
-        states = [self.start(noise)]
-        for k in range(self.num_inference_steps - 1):
-            states.append(self.table.advance(k, states[-1], self.estimate(k, states[-1], condition)))
-        return states
+
+        def predict(k: int, x: Tensor) -> Tensor:
+            return self.estimate(k, x, condition)
+
+        start, inner = self.start(noise), range(self.num_inference_steps - 1)
+        return [start, *(x for _, x, _ in iterate_steps(self.table, start, None, predict, steps=inner))]
 
 
 @dataclass(frozen=True)

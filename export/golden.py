@@ -23,6 +23,7 @@ from redif_sdk.artifact.records import Golden
 from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.onnx import Denoiser
 from redif_sdk.models.families import LatentDecoder
+from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
@@ -91,14 +92,17 @@ def _run(
     asked = conditions.of(indices).values()
     steps = table.num_inference_steps
     rows = sorted({round(row) for row in np.linspace(0, steps - 1, min(steps, MOST_ROWS))})
-    x = noise[0] * table.init_scale
     states, outputs = [], []
-    for k in range(steps):
+
+    def predict(k: int, x: Tensor) -> Tensor:
         f = denoiser(x, torch.full((len(x),), float(table.timesteps[k])), *asked)
         if k in rows:
             states.append(x)
             outputs.append(f)
-        x = table.advance(k, x, table.clean(k, x, f), noise[min(k + 1, len(noise) - 1)])
+        clean: Tensor = table.clean(k, x, f)
+        return clean
+
+    x = run_steps(table, table.start(noise[0]), noise, predict)
     arrays = {
         "seeds": np.array(seeds, dtype=np.uint64),
         "rows": np.array(rows, dtype=np.int64),

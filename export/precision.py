@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +25,12 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import ExportError
 from redif_sdk.export.conditions import Conditions
 from redif_sdk.export.store import LARGEST_FILE, size_of
+from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
+from redif_sdk.sampling.table import StepTable
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 __all__ = ["DTYPES", "declare_bf16", "int8_model"]
 
@@ -132,13 +138,23 @@ def trajectories(
             indices = range(first, first + PIECE)
             seeds = [(CALIBRATION_SEED, index) for index in indices]
             noise = draw(seeds, shape, slices=table.noise_slices, first_slot=CALIBRATION_SLOT)
-            x = noise[0] * np.float32(table.init_scale)
             asked = {name: value.numpy() for name, value in conditions.of(indices).items()}
-            for k in range(steps):
-                feed = {"sample": x, "timestep": np.full((PIECE,), table.timesteps[k], np.float32), **asked}
-                yield feed
-                x0 = table.clean(k, x, session.run(["f"], feed)[0])
-                x = table.advance(k, x, x0, noise[min(k + 1, len(noise) - 1)])
+            yield from _inputs_of_steps(session, table, noise, asked)
+
+
+def _inputs_of_steps(
+    session: onnxruntime.InferenceSession, table: StepTable, noise: np.ndarray, asked: dict[str, np.ndarray]
+) -> list[dict[str, np.ndarray]]:
+    """The denoiser's inputs at each step for `noise` (N, B, C, H, W)."""
+    inputs: list[dict[str, np.ndarray]] = []
+
+    def predict(k: int, x: np.ndarray) -> np.ndarray:
+        inputs.append({"sample": x, "timestep": np.full((len(x),), table.timesteps[k], np.float32), **asked})
+        clean: np.ndarray = table.clean(k, x, session.run(["f"], inputs[-1])[0])
+        return clean
+
+    run_steps(table, table.start(noise[0]), noise, predict)
+    return inputs
 
 
 class _Feeds:

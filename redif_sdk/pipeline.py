@@ -38,6 +38,7 @@ from redif_sdk.inputs import (
     check_request,
 )
 from redif_sdk.runtimes import Runtime, RuntimeOptions
+from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
@@ -317,15 +318,17 @@ class FastPipeline:
     def _steps(
         self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable
     ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-        """(k, x', x0) after every row. Whoever iterates may write into x', and the next row starts from that."""
+        """(k, x', x0) after each step, as `iterate_steps` yields them: the caller may write into x'."""
         denoiser = self._components["denoiser"]
-        slices, batch = noise.shape[:2]
-        x = noise[0] * np.float32(table.init_scale)
-        for k in range(table.num_inference_steps):
-            t = np.full((batch,), table.timesteps[k], dtype=np.float32)
-            x0 = table.clean(k, x, denoiser.run({"sample": x, "timestep": t, **conditions})["f"])
-            x = table.advance(k, x, x0, noise[min(k + 1, slices - 1)])
-            yield k, x, x0
+
+        def predict(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            t = np.full((len(x),), table.timesteps[k], dtype=np.float32)
+            clean: NDArray[np.float32] = table.clean(
+                k, x, denoiser.run({"sample": x, "timestep": t, **conditions})["f"]
+            )
+            return clean
+
+        return iterate_steps(table, table.start(noise[0]), noise, predict)
 
     def _previews(self, request: Request) -> Iterator[Image.Image]:
         conditions, table = self._conditions(request), request.table

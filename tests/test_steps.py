@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from redif_sdk.errors import InvalidRequest, ManifestError, UnsupportedModel
-from redif_sdk.sampling.loop import sample
+from redif_sdk.sampling.loop import iterate_steps, run_steps, sample
 from redif_sdk.sampling.table import COLUMNS, MAX_ROWS, PREDICTION_TYPES, NoiseSchedule, StepTable, karras_sigmas
 
 quick = settings(deadline=None, max_examples=40)
@@ -157,6 +157,52 @@ def test_numpy_and_torch_compute_the_same() -> None:
         np.testing.assert_allclose(there.numpy(), x0, atol=1e-6)
         after = table.advance(k, torch.from_numpy(x), there, torch.from_numpy(z))
         np.testing.assert_allclose(after.numpy(), table.advance(k, x, x0, z), atol=1e-6)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_the_loop_runs_numpy_and_torch_alike() -> None:
+    table = StepTable.ddim(COSINE, num_inference_steps=4, prediction_type="v_prediction", eta=1.0)
+    noise = np.random.default_rng(0).standard_normal((5, 2, 3, 4, 4)).astype(np.float32)
+    there = torch.from_numpy(noise)
+    ours = run_steps(table, table.start(noise[0]), noise, lambda k, x: table.clean(k, x, 0.5 * x))
+    torchs = run_steps(table, table.start(there[0]), there, lambda k, x: table.clean(k, x, 0.5 * x))
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(torchs.numpy(), ours, atol=1e-6)
+
+
+def test_each_step_takes_its_own_slice_of_noise() -> None:
+    table = StepTable.ddim(COSINE, num_inference_steps=3, prediction_type="v_prediction", eta=1.0)
+    noise = np.random.default_rng(0).standard_normal((4, 1, 1, 2, 2)).astype(np.float32)
+    x = table.start(noise[0])
+    for k, after, x0 in iterate_steps(table, x, noise, lambda k, x: 0.5 * x):
+        np.testing.assert_array_equal(x0, 0.5 * x)
+        np.testing.assert_array_equal(after, table.advance(k, x, x0, noise[k + 1]))
+        x = after
+    with pytest.raises(InvalidRequest, match="adds noise"):
+        run_steps(table, noise[0], None, lambda k, x: x)
+
+
+def test_the_loop_goes_on_from_what_its_caller_wrote() -> None:
+    table = StepTable.ddim(COSINE, num_inference_steps=3, prediction_type="v_prediction")
+    seen = []
+
+    def predict(k: int, x: np.ndarray) -> np.ndarray:
+        seen.append(x.copy())
+        return 0.5 * x
+
+    for _, x, _ in iterate_steps(table, np.ones((1, 1, 2, 2), np.float32), None, predict):
+        x[...] = 7.0
+    assert [float(x.mean()) for x in seen] == [1.0, 7.0, 7.0]
+
+
+def test_the_loop_may_be_run_in_parts() -> None:
+    table = StepTable.ddim(COSINE, num_inference_steps=4, prediction_type="v_prediction")
+    start = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
+    half = run_steps(table, start, None, lambda k, x: 0.5 * x, steps=range(2))
+    whole = run_steps(table, half, None, lambda k, x: 0.5 * x, steps=range(2, 4))
+    np.testing.assert_array_equal(whole, run_steps(table, start, None, lambda k, x: 0.5 * x))
 
 
 # ---------------------------------------------------------------- refusals

@@ -28,6 +28,7 @@ from redif_sdk.errors import ExportError, InvalidRequest, RedifError, RuntimeUna
 from redif_sdk.export import verify
 from redif_sdk.results import document, write_json
 from redif_sdk.runtimes.tensorrt.cuda import find_gpu
+from redif_sdk.sampling.loop import run_steps
 
 BATCHES, STEPS = (1, 8, 32), (2, 4)
 ROUNDS, WARM_UP = 50, 5
@@ -75,12 +76,13 @@ def torch_loop(student: StudentFolder, precision: str, compiled: bool, device: s
         table = student.manifest.step_table(steps)
         z = torch.from_numpy(noise).to(device)
         asked = None if labels is None else torch.from_numpy(labels).to(device)
+
+        def predict(k: int, x: Any) -> Any:
+            t = np.full((len(x),), table.timesteps[k], dtype=np.float32)
+            return table.clean(k, x, call(x, t, asked)[:, : x.shape[1]])
+
         with torch.inference_mode():
-            x = z[0] * table.init_scale
-            for k in range(steps):
-                t = np.full((len(x),), table.timesteps[k], dtype=np.float32)
-                x0 = table.clean(k, x, call(x, t, asked)[:, : x.shape[1]])
-                x = table.advance(k, x, x0, z[min(k + 1, len(z) - 1)])
+            x = run_steps(table, table.start(z[0]), z, predict)
             if post.pixel_shuffle > 1:
                 x = torch.nn.functional.pixel_shuffle(x, post.pixel_shuffle)
             low, high = post.value_range

@@ -26,6 +26,7 @@ from redif_sdk.bench.rounds import Contender, Prepared, Workload, compare, disag
 from redif_sdk.distill.evaluation.peers import contenders as torch_contenders
 from redif_sdk.images import to_uint8
 from redif_sdk.results import document, write_json
+from redif_sdk.sampling.loop import run_steps
 
 WANTED = ("fastpipeline-auto", "onnxruntime", "torch-eager", "diffusers-eager")
 
@@ -65,11 +66,13 @@ def prepare(work: Workload) -> Prepared:
     times = [np.full((work.batch,), t, dtype=np.float32) for t in table.timesteps]
 
     def generate(noise: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
-        x, condition = noise[0] * np.float32(table.init_scale), {} if labels is None else {"class_labels": labels}
-        for k, t in enumerate(times):
-            f = model(sample=x, timestep=t, **condition)["f"]
-            x = table.advance(k, x, table.clean(k, x, f), noise[min(k + 1, len(noise) - 1)])
-        return to_uint8(x, work.manifest.postprocess)
+        condition = {} if labels is None else {"class_labels": labels}
+
+        def predict(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            clean: NDArray[np.float32] = table.clean(k, x, model(sample=x, timestep=times[k], **condition)["f"])
+            return clean
+
+        return to_uint8(run_steps(table, table.start(noise[0]), noise, predict), work.manifest.postprocess)
 
     return Prepared(generate, "onnxruntime", "fp32")
 

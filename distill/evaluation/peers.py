@@ -25,6 +25,7 @@ from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import scale_and_offset
 from redif_sdk.models.denoiser import Denoiser, guided
 from redif_sdk.runtimes import parse_device
+from redif_sdk.sampling.loop import run_steps
 
 __all__ = ["NAMES", "contenders", "gemm_peak", "teacher_contender"]
 
@@ -134,10 +135,12 @@ def _by_table(work: Workload, network: Network, device: torch.device, dtype: tor
     @torch.inference_mode()
     def generate(noise: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
         z, condition = _inputs(noise, labels, device)
-        x = float(table.init_scale) * z[0]
-        for k, t in enumerate(times):
-            x0 = table.clean(k, x, guided(predict, guidance, x, t, condition))
-            x = table.advance(k, x, x0, z[min(k + 1, len(z) - 1)])
+
+        def clean(k: int, x: Tensor) -> Tensor:
+            x0: Tensor = table.clean(k, x, guided(predict, guidance, x, times[k], condition))
+            return x0
+
+        x = run_steps(table, table.start(z[0]), z, clean)
         return _to_images(x, work.manifest.postprocess)
 
     return generate

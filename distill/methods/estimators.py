@@ -22,6 +22,7 @@ from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.errors import TrainingDiverged
+from redif_sdk.sampling.loop import run_steps
 
 
 def check_drift(before: Tensor, after: Tensor, trust_region: float) -> None:
@@ -129,17 +130,20 @@ class TrajectoryGroups:
         x = policy.start(batch.noise.repeat(config.group_size, 1, 1, 1))
         labels = None if batch.condition is None else batch.condition.repeat(config.group_size)
         states, actions, means = [], [], []
+
+        def act(k: int, x: Tensor) -> Tensor:
+            action = mean = policy.estimate(k, x, labels)
+            if k in self.rows:
+                xi = self.exploration.draw(config.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
+                action = mean + config.exploration * xi
+                states.append(x)
+                actions.append(action)
+                means.append(mean)
+            return action
+
         with torch.no_grad():
-            for k in range(policy.num_inference_steps):
-                action = mean = policy.estimate(k, x, labels)
-                if k in self.rows:
-                    xi = self.exploration.draw(config.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
-                    action = mean + config.exploration * xi
-                    states.append(x)
-                    actions.append(action)
-                    means.append(mean)
-                x = policy.table.advance(k, x, action)
-        return states, actions, means, x
+            output = run_steps(policy.table, x, None, act)
+        return states, actions, means, output
 
     @property
     def rows(self) -> range:

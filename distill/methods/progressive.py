@@ -19,6 +19,7 @@ from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.fake_score import levels
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.table import StepTable
 
 
@@ -90,9 +91,7 @@ def two_steps(z: Tensor, k: int, fine: StepTable, coarse: StepTable, estimate: A
 
     From x' = r x0 + s x with row k's own r and s: x~ = (z'' - s z) / r.
     """
-    x = z
-    for row in (2 * k, 2 * k + 1):
-        x = fine.advance(row, x, estimate(row, x, condition))
+    x = run_steps(fine, z, None, lambda row, x: estimate(row, x, condition), steps=range(2 * k, 2 * k + 2))
     _, _, _, r, s, _ = (float(value) for value in coarse.rows[k])
     return (x - s * z) / r
 

@@ -28,6 +28,7 @@ from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.from_diffusers import read_preconditioning
+from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -330,10 +331,12 @@ class Teacher:
 
 
 def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:
-    x = table.init_scale * noise
-    for k, t in enumerate(table.timesteps):
-        x = table.advance(k, x, table.clean(k, x, predict(x, torch.full((len(x),), float(t), device=x.device))))
-    return x
+    def clean(k: int, x: Tensor) -> Tensor:
+        t = torch.full((len(x),), float(table.timesteps[k]), device=x.device)
+        x0: Tensor = table.clean(k, x, predict(x, t))
+        return x0
+
+    return run_steps(table, table.start(noise), None, clean)
 
 
 def noise_process(

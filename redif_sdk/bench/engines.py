@@ -21,6 +21,7 @@ from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.runtimes import Runtime
+from redif_sdk.sampling.loop import run_steps
 
 __all__ = ["ENGINES", "NAMES", "contenders", "overhead"]
 
@@ -205,11 +206,12 @@ def _openvino_stepped(work: Workload, precision: str) -> Generate:
     table = work.table
     times = [np.full((work.batch,), time, dtype=np.float32) for time in table.timesteps]
 
+    def predict(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        clean: NDArray[np.float32] = table.clean(k, x, network({"sample": x, "timestep": times[k], **work.conditions}))
+        return clean
+
     def generate(noise: NDArray[np.float32], _: Any) -> NDArray[np.uint8]:
-        x = noise[0] * np.float32(table.init_scale)
-        for k in range(table.num_inference_steps):
-            f = network({"sample": x, "timestep": times[k], **work.conditions})
-            x = table.advance(k, x, table.clean(k, x, f), noise[min(k + 1, len(noise) - 1)])
+        x = run_steps(table, table.start(noise[0]), noise, predict)
         return to_uint8(x if decode is None else decode({"latents": x}), work.manifest.postprocess)
 
     return generate

@@ -25,12 +25,12 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.paths import FOREIGN_FOLDERS, list_files
 from redif_sdk.artifact.records import Graph
 from redif_sdk.artifact.web_folder import CONFIG_NAME, FORMAT, check_page
+from redif_sdk.cache import cache_folder
 from redif_sdk.card.metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub.space import SPACE_MARKER
 from redif_sdk.images import scale_and_offset
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.runtimes.protocol import cache_folder
 
 __all__ = ["RUNTIME_VERSION", "build_page", "check_supported"]
 

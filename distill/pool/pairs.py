@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.cache import cache_folder
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
@@ -145,7 +145,7 @@ def with_states(teacher: Teacher, pairs: Pairs, times: Sequence[float], *, cache
     kept = teacher.grid() if path_fits(teacher, len(pairs)) else list(times)
     places = [kept.index(float(t)) for t in times]
     with draws.first_before_others():
-        states = [_states(teacher, piece, kept, places, cache or cache_folder()) for piece in _cut(pairs, CHUNK)]
+        states = [_states(teacher, piece, kept, places, cache_folder(cache)) for piece in _cut(pairs, CHUNK)]
     return replace(pairs, states=torch.cat(states).float().to(pairs.noise.device))
 
 
@@ -228,15 +228,11 @@ def _pieces(teacher: Teacher, count: int, split: str, seed: int, cache: Path) ->
     return [(low, size, _file(cache, "pairs", f"{named} {low} {size} 2")) for low, size in pieces]
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("REDIF_CACHE", Path.home() / ".cache" / "redif"))
-
-
 def is_there(teacher: Teacher, count: int, split: str, *, seed: int = 0, cache: Path | None = None) -> bool:
     """Whether :func:`get` would find these pairs without asking the teacher."""
     if seed == 0 and shipped(teacher, count, split) is not None:
         return True
-    pieces = _pieces(teacher, count, split, seed, cache or cache_folder())
+    pieces = _pieces(teacher, count, split, seed, cache_folder(cache))
     return bool(teacher.identity) and all(path.is_file() for _, _, path in pieces)
 
 
@@ -259,7 +255,7 @@ def get(
     ``path``: `with_states` will be asked for these pairs; keep what it needs of the sampling.
     """
     with draws.first_before_others():
-        return _get(teacher, count, split, seed, rebuild, cache or cache_folder(), device, on_batch, path)
+        return _get(teacher, count, split, seed, rebuild, cache_folder(cache), device, on_batch, path)
 
 
 def _get(

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
+from redif_sdk.cache import cache_folder
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
-from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cores, parse_device
 
 try:
     import onnxruntime
@@ -109,7 +110,7 @@ def _target(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Ta
     kind = PROVIDERS[provider][0]
     settings = {"device_id": str(index)} if kind in ("cuda", "dml") else {}
     if provider == TENSORRT:
-        folder = cache_folder(options) / "onnxruntime-tensorrt"
+        folder = cache_folder(options.cache_dir) / "onnxruntime-tensorrt"
         settings |= {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
+from redif_sdk.cache import cache_folder
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
-from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, cores, parse_device
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cores, parse_device
 
 # Its package of telemetry is not let in: openvino has a stand-in for when that is not installed.
 _telemetry_absent = "openvino_telemetry" not in sys.modules
@@ -130,7 +131,7 @@ class OpenVino:
         self._device = device
         self._outputs = [output.name for output in graph.outputs]
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[graph.precision][0]}
-        folder = cache_folder(options) / "openvino"
+        folder = cache_folder(options.cache_dir) / "openvino"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._settings["CACHE_DIR"] = str(folder)
         self._batches = Batches(graph)

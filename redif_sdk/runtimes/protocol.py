@@ -25,7 +25,6 @@ __all__ = [
     "Runtime",
     "RuntimeInfo",
     "RuntimeOptions",
-    "cache_folder",
     "cores",
     "nvidia_driver",
     "parse_device",
@@ -99,13 +98,6 @@ def parse_device(device: str) -> tuple[str, int]:
         known = ", ".join(f'"{name}"' for name in ("auto", *DEVICES, *(f"{name}:N" for name in NUMBERED)))
         raise InvalidRequest(f"device is {device!r}; use one of {known}")
     return match[1], int(match[2] or 0)
-
-
-def cache_folder(options: RuntimeOptions | None = None) -> Path:
-    """Where what is compiled for this machine is kept: `cache_dir`, else ``$REDIF_CACHE``, else ``~/.cache/redif``."""
-    if options is not None and options.cache_dir is not None:
-        return options.cache_dir
-    return Path(os.environ.get("REDIF_CACHE") or Path.home() / ".cache" / "redif")
 
 
 def cores() -> int:

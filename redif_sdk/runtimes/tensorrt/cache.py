@@ -24,8 +24,9 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME
 from redif_sdk.artifact.paths import read_checked
 from redif_sdk.artifact.records import Component, Graph, Precision, TensorSpec
+from redif_sdk.cache import cache_folder
 from redif_sdk.errors import InvalidRequest, ManifestError
-from redif_sdk.runtimes.protocol import RuntimeOptions, cache_folder
+from redif_sdk.runtimes.protocol import RuntimeOptions
 from redif_sdk.runtimes.tensorrt.cuda import Gpu
 
 __all__ = [
@@ -145,7 +146,9 @@ class EngineCache:
 
     def __init__(self, options: RuntimeOptions) -> None:
         """Raises InvalidRequest for a folder inside a student."""
-        self.folder = options.engine_dir if options.engine_dir is not None else cache_folder(options) / "engines"
+        self.folder = (
+            options.engine_dir if options.engine_dir is not None else cache_folder(options.cache_dir) / "engines"
+        )
         place = self.folder.resolve()
         for folder in (place, *place.parents):
             if (folder / MANIFEST_NAME).exists():

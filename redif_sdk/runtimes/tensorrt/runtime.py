@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
+from redif_sdk.cache import cache_folder
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches
-from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cache_folder, parse_device
+from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device
 from redif_sdk.runtimes.tensorrt.cache import EngineCache, EngineRecord, Flavour, graph_digest
 from redif_sdk.runtimes.tensorrt.cuda import Buffer, Cuda, Gpu, find_gpu
 
@@ -294,7 +295,7 @@ class TensorRT:
             _refit(trt, cls.flavour, engine, student, graph)
         kernels = None
         if cls.flavour == "tensorrt-rtx":
-            kept = cache_folder(options) / "kernels" / f"{record.key.name}.sm{gpu.sm}.bin"
+            kept = cache_folder(options.cache_dir) / "kernels" / f"{record.key.name}.sm{gpu.sm}.bin"
             kernels = _KernelCache(engine, kept)
         info = RuntimeInfo(
             runtime=cls.flavour,

@@ -35,7 +35,7 @@ def png(images: list[Any]) -> int:
 
 
 def contenders(student: Path, teacher: Path, steps: int, batch: int, precision: str) -> dict[str, Callable[[], object]]:
-    from redif_sdk.distill.teachers.unet2d import load_pipeline
+    from redif_sdk.distill.teachers.folders import load_pipeline
 
     pipeline, about = load_pipeline(teacher)
     scale = float(about.get("guidance_scale", 7.5))

@@ -27,7 +27,8 @@ from redif_sdk.distill.measures.distances import Statistics, frechet_distance, p
 from redif_sdk.distill.measures.features import NAME as FEATURES
 from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.measures.reference import REFERENCE_FILE
-from redif_sdk.distill.teachers.base import TEACHER_FILE, Teacher
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.folders import TEACHER_FILE
 
 #: What a card says of a data set: licence of the weights, the data, the limits, and where the bank is.
 DATA = {

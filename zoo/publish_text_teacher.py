@@ -17,7 +17,8 @@ from torch import Tensor
 
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.distill import pool as pairs
-from redif_sdk.distill.teachers.base import TEACHER_FILE, Teacher
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.folders import TEACHER_FILE
 from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned

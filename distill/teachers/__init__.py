@@ -1,1 +1,5 @@
-"""The shipped teachers: one diffusers folder each, with a bank of its outputs. Data only."""
+"""Models that are distilled. Importing this package registers its adapters, which `Teacher.from_diffusers` looks up."""
+
+from redif_sdk.distill.teachers import adapters, unet2d
+
+__all__ = ["adapters", "unet2d"]

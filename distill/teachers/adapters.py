@@ -29,46 +29,14 @@ from redif_sdk.artifact.records import (
     TextEncoder,
     Tokenizer,
 )
-from redif_sdk.distill.teachers.base import Teacher, fingerprint, noise_process
-from redif_sdk.distill.teachers.own_scheduler import own_sampler
+from redif_sdk.distill.teachers.base import AtGuidance, Teacher, fingerprint, register, supported
+from redif_sdk.distill.teachers.own_scheduler import noise_process, own_sampler
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.models.families import LAYOUTS, LatentDecoder, TextEncoders
 from redif_sdk.models.prompts import Prompts
 
-__all__ = ["adapter_of", "register", "supported"]
-
-Adapter = Callable[..., Teacher]
-_ADAPTERS: dict[str, Adapter] = {}
-
-
-def register(*pipelines: str) -> Callable[[Adapter], Adapter]:
-    """Make a function ``(pipeline, **options) -> Teacher`` the adapter of these classes of pipelines, by name.
-
-    ``options`` are those of :meth:`Teacher.from_diffusers`: ``prompts``, ``height``, ``width`` and
-    ``num_inference_steps``, each of them None where the caller leaves it open.
-    """
-
-    def keep(adapter: Adapter) -> Adapter:
-        _ADAPTERS.update(dict.fromkeys(pipelines, adapter))
-        return adapter
-
-    return keep
-
-
-def supported() -> list[str]:
-    """The pipelines' names that there are adapters for."""
-    return sorted(_ADAPTERS)
-
-
-def adapter_of(name: str) -> Adapter:
-    """The adapter of a class of pipelines. Raises UnsupportedModel, with what there is and how to add one."""
-    if name not in _ADAPTERS:
-        raise UnsupportedModel(
-            f"no adapter takes a {name}; there are adapters for {', '.join(supported())}, and for any UNet2DModel with "
-            "its scheduler. Write one of your own (docs/adapters.md), or pass the network to Teacher.from_callable"
-        )
-    return _ADAPTERS[name]
+__all__ = ["register", "supported"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +142,7 @@ def text_to_image(
         sampler=own_sampler(pipeline.scheduler, flux=kind.packed, shift=shift),
         fingerprint=fingerprint([network, *encoders.encoders], scheduler_config, bank.digest),
         embedded_guidance=embedded,
+        at_guidance=None if embedded is None else _at_guidance(network, bank, scale),
         pipeline=pipeline,
         extra={"null_class": bank.null, "null_prompt": "", "null_zeros": bank.null_zeros, **about},
     )
@@ -247,16 +216,9 @@ def _student(network: nn.Module, prompts: Prompts | None, embedded: float | None
     return make
 
 
-def with_embedded_guidance(teacher: Teacher, scale: float) -> dict[str, Any]:
-    """The fields of ``teacher`` that change where its network is told another guidance scale."""
-    assert teacher.pipeline is not None
-    assert teacher.network_folder is not None
-    network, pixels = getattr(teacher.pipeline, teacher.network_folder), teacher.postprocess.scale
-    return {
-        "embedded_guidance": scale,
-        "predict": _predict(network, teacher.prompts, scale, pixels),
-        "make_student": _student(network, teacher.prompts, scale, pixels),
-    }
+def _at_guidance(network: nn.Module, prompts: Prompts | None, scale: int) -> AtGuidance:
+    """Of a network that takes the guidance scale as an input: `predict` and `make_student` at a scale."""
+    return lambda told: (_predict(network, prompts, told, scale), _student(network, prompts, told, scale))
 
 
 def _embeds(network: Any) -> bool:

@@ -1,8 +1,9 @@
-"""What a teacher is to the distiller, and the two doors through which foreign models enter.
+"""The teacher protocol, and how diffusers models and callables become one.
 
-``Teacher.from_diffusers`` takes a diffusers folder or pipeline; ``Teacher.from_callable`` takes any function
-``(x, t, condition) -> f`` with its noise schedule and prediction type. Everything behind the doors sees one thing: a
-network, a schedule, a prediction type, and how latents become images. No method, reward or loop lives here.
+``Teacher.from_diffusers`` takes a diffusers folder or pipeline, by the adapter that is registered for its class;
+``Teacher.from_callable`` takes any function ``(x, t, condition) -> f`` with its noise schedule and prediction type.
+Methods, rewards and the training loop see a `Teacher` alone: a network, a schedule, a prediction type, and how latents
+become images.
 """
 
 from __future__ import annotations
@@ -22,23 +23,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
-from redif_sdk.distill.teachers.own_scheduler import Sampler
+from redif_sdk.distill.teachers import folders
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
-from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
 from redif_sdk.models.prompts import Prompts
-from redif_sdk.sampling.from_diffusers import read_preconditioning
 from redif_sdk.sampling.loop import run_steps
-from redif_sdk.sampling.table import NoiseSchedule, StepTable
+from redif_sdk.sampling.noise_schedule import NoiseSchedule
+from redif_sdk.sampling.table import StepTable
 
-SHIPPED = Path(__file__).parent.parent / "shipped"
-TEACHER_FILE = "redif_teacher.json"
+__all__ = ["Adapter", "Sampler", "Teacher", "adapter_of", "check_deterministic", "fingerprint", "register", "supported"]
+
 DECODE_BATCH = 64  # latents at once
-HUB_FILES = (
-    TEACHER_FILE,
-    "model_index.json",
-    *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model")),  # networks, schedulers, tokenizers
-)
+
+MakeStudent = Callable[[], nn.Module]
+AtGuidance = Callable[[float], tuple[Predict, MakeStudent]]
+#: (predict (x, t) -> f, noise (B, C, H, W), steps) -> latents (B, C, H, W)
+Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Teacher:
     condition: Condition | TextCondition | None
     postprocess: Postprocess
     num_inference_steps: int
-    make_student: Callable[[], nn.Module]
+    make_student: MakeStudent
     network_folder: str | None = "unet"
     licence: str = "unknown"
     revision: str | None = None  # the commit, of a teacher from the Hub
@@ -72,6 +72,9 @@ class Teacher:
     decode: nn.Module | None = None  # latents -> images, where they are not pixels
     sampler: Sampler | None = None  # the pipeline's own; None: by `table`
     embedded_guidance: float | None = None  # the scale that the network takes as an input
+    at_guidance: Callable[[float], tuple[Predict, MakeStudent]] | None = (
+        None  # `predict`, `make_student` at another one
+    )
     pipeline: Any = None  # diffusers' own, whose other parts a student is saved with
 
     @property
@@ -110,10 +113,9 @@ class Teacher:
         """
         if not 0 < scale < math.inf:
             raise InvalidRequest(f"guidance_scale must be a number above 0, not {scale:g}")
-        if self.embedded_guidance is not None:
-            from redif_sdk.distill.teachers.adapters import with_embedded_guidance
-
-            return replace(self, **with_embedded_guidance(self, scale))
+        if self.embedded_guidance is not None and self.at_guidance is not None:
+            predict, make_student = self.at_guidance(scale)
+            return replace(self, embedded_guidance=scale, predict=predict, make_student=make_student)
         if scale == 1:
             return replace(self, guidance=None)
         if null_class is None:
@@ -229,12 +231,9 @@ class Teacher:
             return source
         if not isinstance(source, (str, Path)):
             return cls.from_diffusers(source, **options)
-        if (SHIPPED / str(source) / TEACHER_FILE).is_file():
-            return cls.from_diffusers(SHIPPED / str(source), **options)
-        if not Path(source).exists() and is_hub_id(str(source)):
-            folder = fetch(str(source), HUB_FILES)
-            return replace(cls.from_diffusers(folder, **options), name=str(source), revision=folder.name)
-        return cls.from_diffusers(Path(source), **options)
+        folder, revision = folders.locate(source)
+        teacher = cls.from_diffusers(folder, **options)
+        return teacher if revision is None else replace(teacher, name=str(source), revision=revision)
 
     @classmethod
     def from_diffusers(
@@ -247,7 +246,7 @@ class Teacher:
         num_inference_steps: int | None = None,
     ) -> Teacher:
         """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
-        `redif_sdk.distill.teachers.adapters.register` was given; or any UNet2DModel with its scheduler.
+        was given to :func:`register`; or any UNet2DModel with its scheduler.
 
         ``redif_teacher.json`` beside ``model_index.json`` says what diffusers has no place for: class names, prompts,
         steps, the pixel shuffle, guidance. Without it: the pipeline's usual steps and guidance.
@@ -261,20 +260,18 @@ class Teacher:
             InvalidRequest: the folder is not there, or is no diffusers folder; or prompts are missing.
             UnsupportedModel: a pipeline, network or scheduler that no adapter takes.
         """
-        from redif_sdk.distill.teachers import adapters
-        from redif_sdk.distill.teachers import unet2d as pixels
-
         options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
         if not isinstance(source, (str, Path)):
-            if pixels.takes(source):
-                return pixels.from_pipeline(source, **options)
-            return adapters.adapter_of(type(source).__name__)(source, **options)
+            return adapter_of(source)(source, **options)
         folder = Path(source)
-        name = pixels.pipeline_name(folder)
-        if name not in adapters.supported():
-            return pixels.from_folder(folder, name, **options)
-        pipeline, about = pixels.load_pipeline(folder)
-        return replace(adapters.adapter_of(name)(pipeline, about=about, **options), folder=folder)
+        name = folders.pipeline_name(folder)
+        if name in _ADAPTERS:
+            pipeline, about = folders.load_pipeline(folder)
+        elif name and not folders.holds_unet(folder):
+            raise _no_adapter(name)
+        else:
+            pipeline, about = folders.load_unet(folder)
+        return replace(adapter_of(pipeline)(pipeline, about=about, **options), folder=folder)
 
     @classmethod
     def from_callable(
@@ -330,6 +327,52 @@ class Teacher:
         )
 
 
+Adapter = Callable[..., Teacher]
+_ADAPTERS: dict[str, Adapter] = {}
+UNET_2D = "UNet2DModel"  # the adapter of every pipeline that is this network and a scheduler
+
+
+def register(*pipelines: str) -> Callable[[Adapter], Adapter]:
+    """Make a function ``(pipeline, **options) -> Teacher`` the adapter of these classes of pipelines, by name.
+
+    ``options`` are those of :meth:`Teacher.from_diffusers`: ``prompts``, ``height``, ``width`` and
+    ``num_inference_steps``, each of them None where the caller leaves it open; and ``about``, what a folder's
+    ``redif_teacher.json`` says. The adapters of this package register themselves when it is imported.
+    """
+
+    def keep(adapter: Adapter) -> Adapter:
+        _ADAPTERS.update(dict.fromkeys(pipelines, adapter))
+        return adapter
+
+    return keep
+
+
+def supported() -> list[str]:
+    """The names of the classes of pipelines that have an adapter."""
+    return sorted(set(_ADAPTERS) - {UNET_2D})
+
+
+def adapter_of(pipeline: Any) -> Adapter:
+    """The adapter of a pipeline: its class's own, else that of UNet2DModel where it holds one and a scheduler.
+
+    Raises:
+        UnsupportedModel: no adapter takes it. The message names those that there are, and how to add one.
+    """
+    name = type(pipeline).__name__
+    if name not in _ADAPTERS and folders.is_unet_with_scheduler(pipeline):
+        name = UNET_2D
+    if name not in _ADAPTERS:
+        raise _no_adapter(name)
+    return _ADAPTERS[name]
+
+
+def _no_adapter(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"no adapter takes a {name}; there are adapters for {', '.join(supported())}, and for any UNet2DModel with "
+        "its scheduler. Write one of your own (docs/adapters.md), or pass the network to Teacher.from_callable"
+    )
+
+
 def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:
     def clean(k: int, x: Tensor) -> Tensor:
         t = torch.full((len(x),), float(table.timesteps[k]), device=x.device)
@@ -337,31 +380,6 @@ def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table:
         return x0
 
     return run_steps(table, table.start(noise), None, clean)
-
-
-def noise_process(
-    scheduler_config: dict[str, Any], image_tokens: int | None = None
-) -> tuple[NoiseSchedule, str, float]:
-    """A scheduler's noise schedule, prediction type and, of a flow, its shift.
-
-    ``image_tokens``: how many the transformer sees, which some flows' shift depends on.
-    """
-    name = str(scheduler_config.get("_class_name", ""))
-    if name.startswith("EDM"):
-        return NoiseSchedule.of_edm(read_preconditioning(scheduler_config)), "edm", 1.0
-    if "FlowMatch" not in name:
-        kind = scheduler_config.get("prediction_type", "epsilon")
-        return NoiseSchedule.from_config(scheduler_config), kind, 1.0
-    schedule = NoiseSchedule.linear_flow(scheduler_config.get("num_train_timesteps", 1000))
-    if not scheduler_config.get("use_dynamic_shifting"):
-        return schedule, "flow", float(scheduler_config.get("shift", 1.0))
-    if image_tokens is None:
-        raise UnsupportedModel("the scheduler shifts its times by the image's size; set use_dynamic_shifting to false")
-    few, many = (scheduler_config.get(f"{kind}_image_seq_len", n) for kind, n in (("base", 256), ("max", 4096)))
-    low, high = (scheduler_config.get(f"{kind}_shift", n) for kind, n in (("base", 0.5), ("max", 1.15)))
-    mu = low + (high - low) * (image_tokens - few) / (many - few)
-    exponential = scheduler_config.get("time_shift_type", "exponential") == "exponential"
-    return schedule, "flow", math.exp(mu) if exponential else mu
 
 
 def fingerprint(networks: Sequence[nn.Module], scheduler_config: dict[str, Any], *more: str) -> str:

@@ -10,22 +10,18 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.teachers.base import Sampler, Teacher
 from redif_sdk.errors import UnsupportedModel
-from redif_sdk.sampling.table import StepTable
-
-if TYPE_CHECKING:
-    from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.sampling.from_diffusers import read_preconditioning
+from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
 _log = logging.getLogger(__name__)
-
-#: (predict (x, t) -> f, noise (B, C, H, W), steps) -> latents (B, C, H, W)
-Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, int], Tensor]
 
 DETERMINISTIC = (
     "DDIMScheduler",
@@ -41,6 +37,31 @@ DETERMINISTIC = (
     "EDMDPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
+
+
+def noise_process(
+    scheduler_config: dict[str, Any], image_tokens: int | None = None
+) -> tuple[NoiseSchedule, str, float]:
+    """A scheduler's noise schedule, prediction type and, of a flow, its shift.
+
+    ``image_tokens``: how many the transformer sees, which some flows' shift depends on.
+    """
+    name = str(scheduler_config.get("_class_name", ""))
+    if name.startswith("EDM"):
+        return NoiseSchedule.of_edm(read_preconditioning(scheduler_config)), "edm", 1.0
+    if "FlowMatch" not in name:
+        kind = scheduler_config.get("prediction_type", "epsilon")
+        return NoiseSchedule.from_config(scheduler_config), kind, 1.0
+    schedule = NoiseSchedule.linear_flow(scheduler_config.get("num_train_timesteps", 1000))
+    if not scheduler_config.get("use_dynamic_shifting"):
+        return schedule, "flow", float(scheduler_config.get("shift", 1.0))
+    if image_tokens is None:
+        raise UnsupportedModel("the scheduler shifts its times by the image's size; set use_dynamic_shifting to false")
+    few, many = (scheduler_config.get(f"{kind}_image_seq_len", n) for kind, n in (("base", 256), ("max", 4096)))
+    low, high = (scheduler_config.get(f"{kind}_shift", n) for kind, n in (("base", 0.5), ("max", 1.15)))
+    mu = low + (high - low) * (image_tokens - few) / (many - few)
+    exponential = scheduler_config.get("time_shift_type", "exponential") == "exponential"
+    return schedule, "flow", math.exp(mu) if exponential else mu
 
 
 def own_sampler(scheduler: Any, *, flux: bool = False, shift: float = 1.0) -> Sampler | None:

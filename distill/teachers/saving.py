@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,11 @@ from torch import nn
 
 from redif_sdk.artifact.records import TextCondition
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.folders import without_bars
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["class_path", "forget_origin", "pipeline_name", "scheduler_of", "without_bars", "write_pipeline"]
+__all__ = ["class_path", "forget_origin", "pipeline_name", "scheduler_of", "write_pipeline"]
 
 BETAS = (
     "num_train_timesteps",
@@ -27,27 +26,6 @@ BETAS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Without the bars that transformers and diffusers draw while they load and save a file, and without transformers'
-    remark that torchvision is absent: no picture is read by it here."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    before = [(log, log.is_progress_bar_enabled()) for log in (ours, theirs)]
-    for log, _ in before:
-        log.disable_progress_bar()
-    loud = theirs.get_verbosity()
-    theirs.set_verbosity_error()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(loud)
-        for log, shown in before:
-            if shown:
-                log.enable_progress_bar()
 
 
 def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any]) -> None:

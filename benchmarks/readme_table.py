@@ -1,4 +1,8 @@
-"""The README's tables from a quickstart's ``results.json``: ``python benchmarks/readme_table.py FILE``, in Markdown."""
+"""The tables of README.md and docs/results.md from a quickstart's results: ``python benchmarks/readme_table.py [FILE]``.
+
+FILE is a ``results.json`` of ``redif quickstart`` (default: build/quickstart/results.json). Prints, in Markdown, the
+README's short table, then the full quality and speed tables, then what the run took.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,49 @@ from typing import Any
 NAMES = {"teacher": "teacher", "ddim": "DDIM, untrained"}
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """The name of a row's sampler; students are bold."""
+    return NAMES.get(row["method"], f"**student ({row['method']})**")
+
+
+def bold(row: dict[str, Any], text: str) -> str:
+    """``text``, bold in a student's row."""
+    return text if row["method"] in NAMES else f"**{text}**"
+
+
+def short(rows: list[dict[str, Any]], speed_rows: list[dict[str, Any]]) -> list[str]:
+    """The README's table: distance, recall, and the speed at batch 1 of those that were timed."""
+    ratios = {row["contender"]: row["ratio"] for row in speed_rows if row["batch"] == 1}
+    lines = ["| | steps | NFE | FD to teacher | recall | times faster than the teacher (batch 1) |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        contender = "teacher" if row["method"] == "teacher" else f"student-{row['num_inference_steps']}"
+        ratio = None if row["method"] == "ddim" else ratios.get(contender)
+        cells = [name_of(row), str(row["num_inference_steps"]), str(row["network_calls"])]
+        cells += [bold(row, f"{row['fd_teacher']:.2f}"), f"{row['recall']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | " + (f"{ratio:.1f} |" if ratio is not None else "|"))
+    return lines
+
+
 def quality(rows: list[dict[str, Any]]) -> list[str]:
-    real = any(row["fd_real"] is not None for row in rows)  # there are statistics of real pictures
+    """Distances raw and under the two controls, paired error, precision and recall."""
+    real = any(row["fd_real"] is not None for row in rows)  # there are statistics of real images
     keys = ("fd_teacher", "fd_teacher_gain", "fd_teacher_std", *(("fd_real",) if real else ()))
-    titles = ["steps", "calls", "FD to teacher", "best gain", "std match", *(["FD to real"] if real else [])]
+    titles = ["steps", "NFE", "FD to teacher", "best gain", "std match", *(["FD to real"] if real else [])]
     titles += ["paired MSE", "precision", "recall"]
     lines = ["| | " + " | ".join(titles) + " |", "|" + "---|" * (len(titles) + 1)]
     for row in rows:
-        bold = "" if row["method"] in NAMES else "**"
-        name = NAMES.get(row["method"], f"**student ({row['method']})**")
         distances = [row[key] for key in keys]
-        cells = [f"{bold}{distances[0]:.2f}{bold}", *(f"{value:.2f}" for value in distances[1:])]
+        cells = [bold(row, f"{distances[0]:.2f}"), *(f"{value:.2f}" for value in distances[1:])]
         cells += [f"{row['mse']:.4f}", f"{row['precision']:.2f}", f"{row['recall']:.2f}"]
-        lines.append(f"| {name} | {row['num_inference_steps']} | {row['network_calls']} | " + " | ".join(cells) + " |")
+        steps = f"| {name_of(row)} | {row['num_inference_steps']} | {row['network_calls']} | "
+        lines.append(steps + " | ".join(cells) + " |")
     return lines
 
 
 def speed(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| | calls | batch | seconds an image | times faster than the teacher |", "|---|---|---|---|---|"]
+    """Seconds an image and the ratio to the teacher, at each batch size."""
+    lines = ["| | NFE | batch | seconds an image | times faster than the teacher |", "|---|---|---|---|---|"]
     for row in rows:
         cells = (row["contender"], row["network_calls"], row["batch"], f"{row['seconds_per_image']:.4f}")
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['ratio']:.1f} |")
@@ -37,7 +66,8 @@ def speed(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "build/quickstart/results.json")
     results = json.loads(path.read_text())
-    print("\n".join([*quality(results["rows"]), "", *speed(results["speed"])]))
+    rows, timed = results["rows"], results["speed"]
+    print("\n".join([*short(rows, timed), "", *quality(rows), "", *speed(timed)]))
     machine = results["machine"]
     print(f"\n{results['seconds']:.0f} s on {machine['processor']}, {machine['cores']} cores; {results['date']}")
     floor = results["fd_teacher_floor"]

@@ -1,7 +1,7 @@
 """The benchmark's cells as tables and plots: ``python -m benchmarks.distillation.render [FOLDER] [-o FILE]``.
 
-Means over the seeds, with the spread (largest minus smallest) beside them. The best of each column is in bold, and so
-is whatever overlaps it. How many seeds a mean is of is in the last column.
+Cells are means over the seeds, with the spread (largest minus smallest) beside them; the last column is the number of
+seeds. The best of each column is bold, and so is every method whose range overlaps it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 COLUMNS_OF_SHEET = 20
 SHOWN = 12  # of them, in a grid
 
-#: heading -> how a cell's row says it, and the digits that are shown. The first is what ranks.
+#: heading -> (value of a cell's row, digits shown)
 COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
     "FD, best gain": (lambda row: row["judged"][0]["fd_teacher_gain"], 2),
     "FD raw": (lambda row: row["judged"][0]["fd_teacher"], 2),
@@ -47,7 +47,7 @@ RANKED = tuple(COLUMNS)[:6]  # lower is better
 
 
 def read(folder: Path) -> list[Row]:
-    """All cells. At equal seconds, which are regression's own, its cells of equal forward-equivalents count too."""
+    """All cells. Regression's cells of equal forward-equivalents are repeated as its cells of equal seconds."""
     rows = [json.loads(path.read_text())["rows"][0] for path in sorted(folder.glob("*.json"))]
     clocked = {(row["data"], row["steps"]) for row in rows if row["kind"] == "seconds" and row["seed"] is not None}
     own = [row for row in rows if row["method"] == "regression" and (row["data"], row["steps"]) in clocked]
@@ -61,7 +61,7 @@ def spread(values: Iterable[float | None]) -> tuple[float, float, float] | None:
 
 
 def table(rows: list[Row], data: str, kind: str, steps: int) -> list[str]:
-    """One Markdown table: the methods at K steps, and the untrained samplers at the same K."""
+    """The Markdown table of the methods at K steps, with the untrained samplers at the same K."""
     mine = [row for row in rows if row["data"] == data and row["steps"] == steps]
     mine = [row for row in mine if row["seed"] is None or row["kind"] == kind]
     trained = sorted({row["method"] for row in mine if row["seed"] is not None})
@@ -92,7 +92,7 @@ def table(rows: list[Row], data: str, kind: str, steps: int) -> list[str]:
 
 
 def plot(rows: list[Row], data: str, kind: str, path: Path) -> None:
-    """Distance under the gain control against network calls an image, and against seconds of training."""
+    """Plot the distance under the gain control against NFE, and against seconds of training."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     mine = [row for row in rows if row["data"] == data]
     value = COLUMNS["FD, best gain"][0]
@@ -120,7 +120,7 @@ def plot(rows: list[Row], data: str, kind: str, path: Path) -> None:
 
 
 def grid(rows: list[Row], folder: Path, data: str, kind: str, path: Path) -> bool:
-    """The first pictures of every method's student of the first seed, under the teacher's; False: no sheet is there."""
+    """Write the first images of each method's student of seed 0, below the teacher's; False if there is no sheet."""
     teacher = folder / f"{data}-teacher.png"
     if not teacher.is_file():
         return False
@@ -129,14 +129,14 @@ def grid(rows: list[Row], folder: Path, data: str, kind: str, path: Path) -> boo
         own = f"{data}-{kind}-{row['method']}-{row['steps']}-{row['seed']}.png"
         if row["seed"] == 0 and row["kind"] == kind and (folder / own).is_file():
             lines.append((f"{row['method']}, {row['steps']}", folder / own))
-    pictures = [Image.open(place).convert("RGB") for _, place in lines]
-    side = pictures[0].width // COLUMNS_OF_SHEET
+    sheets = [Image.open(place).convert("RGB") for _, place in lines]
+    side = sheets[0].width // COLUMNS_OF_SHEET
     label, scale, gap = 150, 2, 3
     whole = Image.new("RGB", (label + side * scale * SHOWN, (side * scale + gap) * len(lines)), "white")
     pen = ImageDraw.Draw(whole)
-    for index, ((name, _), picture) in enumerate(zip(lines, pictures, strict=True)):
+    for index, ((name, _), sheet) in enumerate(zip(lines, sheets, strict=True)):
         top = index * (side * scale + gap)
-        first = picture.crop((0, 0, side * SHOWN, side))
+        first = sheet.crop((0, 0, side * SHOWN, side))
         whole.paste(first.resize((first.width * scale, first.height * scale), Image.Resampling.NEAREST), (label, top))
         pen.text((6, top + side * scale // 2 - 8), name, fill="black", font=ImageFont.load_default(14))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def grid(rows: list[Row], folder: Path, data: str, kind: str, path: Path) -> boo
 
 
 def render(folder: Path, images: Path, beside: str) -> str:
-    """The Markdown of all cells in ``folder``; plots go to ``images``, and are named as ``beside``/NAME."""
+    """The Markdown of all cells in ``folder``; plots are written to ``images`` and linked as ``beside``/NAME."""
     rows = read(folder)
     parts = []
     for data in sorted({row["data"] for row in rows}):
@@ -154,9 +154,9 @@ def render(folder: Path, images: Path, beside: str) -> str:
             name = f"methods-{data}-{kind}.svg"
             plot(rows, data, kind, images / name)
             parts.append(f"![Distance against calls and against seconds]({beside}/{name})\n")
-            pictures = f"methods-{data}-{kind}.png"
-            if grid(rows, folder, data, kind, images / pictures):
-                parts.append(f"![Every method's pictures of the same noises, seed 0]({beside}/{pictures})\n")
+            sheet = f"methods-{data}-{kind}.png"
+            if grid(rows, folder, data, kind, images / sheet):
+                parts.append(f"![Images of every method from the same noises, seed 0]({beside}/{sheet})\n")
             for steps in sorted({row["steps"] for row in rows if row["seed"] is not None}):
                 lines = table(rows, data, kind, steps)
                 if lines:
@@ -165,7 +165,7 @@ def render(folder: Path, images: Path, beside: str) -> str:
         if untrained:
             parts.append(f"### {data}, the teacher with fewer steps\n")
             shown = (*RANKED, "HF", "MSE", "recall")
-            parts.append(f"| sampler | steps | calls | {' | '.join(shown)} |\n|---|---|---|" + "---|" * len(shown))
+            parts.append(f"| sampler | steps | NFE | {' | '.join(shown)} |\n|---|---|---|" + "---|" * len(shown))
             for row in sorted(untrained, key=lambda row: (row["method"], row["steps"])):
                 cells = [f"{COLUMNS[title][0](row):.{COLUMNS[title][1]}f}" for title in shown]
                 parts[-1] += f"\n| {row['method']} | {row['steps']} | {row['network_calls']} | {' | '.join(cells)} |"

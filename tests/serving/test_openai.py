@@ -84,4 +84,4 @@ def test_the_documentation_s_example_runs(address: str) -> None:
     names: dict[str, Any] = {}
     exec(example.replace("http://127.0.0.1:8000", address), names)
     names["client"].close()
-    assert len(names["pictures"]) == 2
+    assert len(names["images"]) == 2

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md from a quickstart's results: ``python benchmarks/readme_table.py [FILE]``.
+"""Tables of README.md and docs/results.md from a quickstart: ``python benchmarks/readme_table.py [FILE]``.
 
 FILE is a ``results.json`` of ``redif quickstart`` (default: build/quickstart/results.json). Prints, in Markdown, the
 README's short table, then the full quality and speed tables, then what the run took.

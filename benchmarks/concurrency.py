@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for one, many in zip(rows[::2], rows[1::2], strict=True)
     )
     rows += [row for batch in (1, 4) for row in memory(asked.folder, batch, asked.rounds)]
-    print("| what | runtime | batch | images a second | the same pictures |")
+    print("| what | runtime | batch | images a second | the same images |")
     print("|---|---|---|---|---|")
     for row in rows:
         same = {True: "yes", False: "NO", None: ""}[row.get("same_pictures")]

@@ -31,7 +31,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def speed(rows: Rows) -> list[str]:
-    """One network at one batch, the fastest first."""
+    """The contenders on one network at one batch size, fastest first."""
     heads = ("", "engine", "precision", "ms", "p95", "images/s", "times torch eager", "10-90 %", "of the peak")
     lines = []
     for row in sorted(rows, key=lambda row: row["seconds_median"]):
@@ -44,6 +44,7 @@ def speed(rows: Rows) -> list[str]:
 
 
 def overhead(rows: Rows) -> list[str]:
+    """FastPipeline's own time a call, on top of its engine's."""
     heads = (
         "network",
         "engine",
@@ -51,7 +52,7 @@ def overhead(rows: Rows) -> list[str]:
         "batch",
         "over its engine, us",
         "share",
-        "engine at once, us",
+        "instant engine, us",
         "noise, us",
         "PIL, us",
     )
@@ -66,9 +67,10 @@ def overhead(rows: Rows) -> list[str]:
 
 
 def cold(rows: Rows) -> list[str]:
+    """Seconds to the first image, and peak memory, in fresh processes."""
     measured = [row for row in rows if row["peak_memory_mb"] is not None]
     diffusers = next((row["cold_start_seconds"] for row in measured if row["contender"] == "diffusers-eager"), None)
-    heads = ("", "engine", "precision", "batch", "first picture, s", "runs", "times sooner", "peak memory, MB")
+    heads = ("", "engine", "precision", "batch", "first image, s", "runs", "times sooner", "peak memory, MB")
     lines = []
     for row in measured:
         seconds = row["cold_start_seconds"]
@@ -79,6 +81,7 @@ def cold(rows: Rows) -> list[str]:
 
 
 def sizes(rows: Rows) -> list[str]:
+    """Installed size, with the largest packages."""
     lines = [
         [
             row["contender"],
@@ -91,7 +94,7 @@ def sizes(rows: Rows) -> list[str]:
 
 
 def skipped(rows: Rows) -> list[str]:
-    """What was not measured, and why: each once."""
+    """What was not measured, with the reason; without duplicates."""
     found = {
         f"- {_name(row)} ({row['runtime']}, {row['precision']}): {row['skipped']}" for row in rows if row["skipped"]
     }

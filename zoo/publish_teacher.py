@@ -1,6 +1,6 @@
 """Turn a trained checkpoint into a shipped teacher: a diffusers folder, a bank of its outputs, figures, a card.
 
-The judge is a classifier trained on the real images, which has no other use: does it see the class that was asked for?
+The class agreement is measured by a classifier that is trained on the real images and used for nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from redif_sdk.distill.measures.reference import REFERENCE_FILE
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.folders import TEACHER_FILE
 
-#: What a card says of a data set: licence of the weights, the data, the limits, and where the bank is.
+#: The card's text about a data set: licence of the weights, the data, the limits, and where the bank is.
 DATA = {
     "fashion-mnist": {
         "licence": "MIT",
@@ -42,9 +42,9 @@ DATA = {
     "emoji": {
         "licence": "CC-BY-4.0",
         "data": "Noto Emoji (Google, Apache-2.0), Twemoji (Twitter, CC-BY 4.0), Fluent 3D (Microsoft, MIT)",
-        "limits": "32 x 32 pictures in the manner of three emoji sets; few are a character that exists.",
+        "limits": "32 x 32 images in the manner of three emoji sets; few show an existing character.",
         "needs": "the data\nset that `python -m zoo.emoji` makes",
-        "bank": ", in the repository; a wheel leaves them out, and\n  they are sampled when they are needed",
+        "bank": ", in the repository; a wheel leaves them out, and\n  samples them when they are needed",
     },
 }
 STEPS = 50  # of DDIM, in bank and figures
@@ -70,7 +70,7 @@ class TeacherFigures:
 
 
 class Classifier(nn.Sequential):
-    """The held-out judge of classes: four convolutions with batch norm, for square images of ``size`` pixels."""
+    """The classifier that measures class agreement: four convolutions with batch norm, for square images of ``size`` pixels."""
 
     def __init__(self, num_classes: int, channels: int = 1, size: int = 28) -> None:
         widths, layers, side = (channels, 32, 32, 64, 64), [], -(-size // 4)
@@ -82,7 +82,7 @@ class Classifier(nn.Sequential):
 def train_classifier(
     train: data.ImageData, test: data.ImageData, *, seed: int, epochs: int = 4
 ) -> tuple[nn.Module, float]:
-    """Train the judge on real images; returns it and its accuracy on the real test set."""
+    """Train the classifier on real images; returns it and its accuracy on the real test set."""
     torch.manual_seed(seed)
     network = Classifier(len(train.class_names), train.images.shape[1], train.images.shape[-1])
     images, labels = torch.tensor(train.images).float() / 127.5 - 1, torch.tensor(train.labels)
@@ -128,7 +128,7 @@ def write_bank(
 ) -> dict[str, Tensor]:
     """Sample the teacher on the pool and on the held-out noises; keep its images as uint8, in the folder.
 
-    ``known``: a folder whose bank is taken over where it is of the same weights and guidance.
+    ``known``: a folder whose bank is reused if it has the same weights and guidance.
     """
     if known is not None and (known / pairs.BANK_FILE).is_file():
         known_teacher = replace(teacher, folder=known)
@@ -147,7 +147,7 @@ def write_bank(
 
 
 def write_reference(test: data.ImageData, folder: Path) -> Statistics:
-    """Mean and covariance (its upper triangle) of the real test images in the judge's features, float32."""
+    """Mean and covariance (its upper triangle) of the real test images' features, float32."""
     real = Statistics.of(embed(torch.tensor(test.images).float() / 127.5 - 1))
     upper = np.triu_indices(len(real.mean))
     np.savez_compressed(
@@ -271,7 +271,7 @@ one class), not picked.
 | figure (2,000 samples of {STEPS} steps, EfficientNet-Lite0 features) | value |
 |---|---|
 | held-out classifier: accuracy on the real test set | {100 * figures.classifier_accuracy:.2f} % |
-| the same classifier sees the asked class in | {100 * figures.class_agreement:.2f} % |
+| the same classifier sees the requested class in | {100 * figures.class_agreement:.2f} % |
 | Frechet distance to the {tests} real test images | {figures.fd_real:.1f} |
 | the same for 2,000 real training images (floor) | {figures.fd_real_floor:.1f} |
 | Frechet distance of two of its own sets, 2,000 against 4,096 (floor) | {figures.fd_self_floor:.1f} |

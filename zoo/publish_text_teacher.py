@@ -222,11 +222,11 @@ def _percent(share: float) -> str:
 
 def _rows(figures: Mapping[str, Any]) -> str:
     lines = []
-    for part, said in (("trained", "prompts of training pictures"), ("held_out", "compositions held out")):
+    for part, said in (("trained", "prompts of training images"), ("held_out", "compositions held out")):
         found = figures[part]
         for name, row in (
             (f"samples, {said}", found),
-            (f"real pictures, {said}", found["real"]),
+            (f"real images, {said}", found["real"]),
             ("samples under each other's prompts", found["shuffled"]),
         ):
             near = f"{_percent(row['nearest_subject'])} | {_percent(row['nearest_style'])}" if row is found else " | "
@@ -242,7 +242,7 @@ def banked(sizes: Mapping[str, int]) -> str:
     return f"latents of {counts} outputs to distil it on, in the repository; a wheel samples them when they are needed"
 
 
-def card(about: Mapping[str, Any], figures: Mapping[str, Any], pictures: int) -> str:
+def card(about: Mapping[str, Any], figures: Mapping[str, Any], images: int) -> str:
     """The model card."""
     counts, facts = figures["parameters"], about["training"]
     vae, text, diffusion = facts["autoencoder"], facts["text"], facts["diffusion"]
@@ -284,27 +284,27 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
   spacing.
 - **Guidance**: classifier-free against the empty prompt, scale {about["guidance_scale"]:g}: two network calls a step.
 - **Prompts**: names of emoji in English, "a ...", "an emoji of a ...", with a keyword ("fruit, food"), and with a
-  style: "noto style", "twemoji style", "fluent 3d style". Words that no caption had mean nothing to it.
-- **Data**: {pictures:,} pictures; {"; ".join(about["attribution"])}. Names from Unicode (unicode-emoji-json, MIT),
+  style: "noto style", "twemoji style", "fluent 3d style". It does not know words that were in no caption.
+- **Data**: {images:,} images; {"; ".join(about["attribution"])}. Names from Unicode (unicode-emoji-json, MIT),
   keywords from emojilib (MIT). No skin tones, no flags of countries.
 - **Licence**: {about["licence"]} (the weights), after Twemoji's.
 - **Training**: autoencoder {vae["samples"]:,} samples in {vae["seconds"] / 60:.0f} minutes, its decoder
   {decoder["samples"]:,} more in {decoder["seconds"] / 60:.0f}; text encoder alone
-  {text["samples"]:,} in {text["seconds"] / 60:.0f}, matched with latents as CLIP's is with pictures; text encoder and
+  {text["samples"]:,} in {text["seconds"] / 60:.0f}, matched with latents as CLIP's is with images; text encoder and
   UNet together {together["samples"]:,} in {together["seconds"] / 60:.0f} minutes{in_runs}, batch
   {settings["batch_size"]}, AdamW, learning rate {settings["learning_rate"]:g}, EMA {settings["ema_decay"]}, seed
   {settings["seed"]}; {facts["precision"]} on {facts["processor"]}. Text encoder from scratch, no pretrained weights.
 - **Bank**: {banked(about["bank"])}.
-- **Autoencoder**: PSNR {figures["autoencoder_psnr"]["trained"]:.1f} dB on training pictures,
+- **Autoencoder**: PSNR {figures["autoencoder_psnr"]["trained"]:.1f} dB on training images,
   {figures["autoencoder_psnr"]["held_out"]:.1f} dB on those held out.
 
-## Does it show what was asked for?
+## Does the image show the prompt?
 
-The right caption among {CANDIDATES}, by judges that were trained here on real emoji of the two styles that were *not*
-asked for (a head on EfficientNet-Lite0, against a mean of word vectors); and the nearest training picture: is it of the
-subject and of the style that were asked for?
+The right caption among {CANDIDATES}, by classifiers that were trained here on real emoji of the two styles that the prompt
+does *not* name (a head on EfficientNet-Lite0, against a mean of word vectors); and the nearest training image: has it the
+subject and the style of the prompt?
 
-| pictures | n | first | among five | nearest: subject | style |
+| images | n | first | among five | nearest: subject | style |
 |---|---|---|---|---|---|
 {_rows(figures)}
 
@@ -314,7 +314,7 @@ The scale was chosen on {figures["guidance"][0]["pictures"]} other prompts: the 
 |---|---|---|---|
 {tried}
 
-**Held out of training**, pictures and captions, and so from the autoencoder too: {held}.
+**Held out of training**, images and captions, and so from the autoencoder too: {held}.
 
 Made by `python -m zoo.train_text_teacher -o build/text-teacher`, from the data set that
 `python -m zoo.captions` makes. Limits: it knows emoji in three styles and no more; faces and signs with

@@ -1,9 +1,9 @@
-"""What the hostile students of tests/attacks cost their readers before they are refused (docs/safety.md).
+"""Time and memory that readers spend on the hostile students of tests/attacks before they refuse them (docs/safety.md).
 
     python benchmarks/attacks.py [STUDENT] [--json docs/results/attacks.json]
 
-STUDENT is an exported student of `tests/conftest.py: build_student`, made here where none is given (a minute). Exits 1
-if a hostile student was not refused, or a reader did anything else. Linux only.
+STUDENT is an exported student of `tests/conftest.py: build_student`; without it, one is made (a minute). Exits 1 if a
+hostile student was not refused, or if a reader had another effect. Linux only.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def good_student(place: Path) -> Path:
 
 
 def refused(outcome: Outcome, lost: str | None) -> bool:
-    """Whether it was refused, or, of a race, gave what the good student gives (`lost`); and nothing else was done."""
+    """Whether the student was refused (or a lost race gave the good student's result), with no other effect."""
     harmless = not (outcome.events or outcome.changed or outcome.opened or outcome.marker or outcome.leaked)
     unharmed = lost is not None and not outcome.errors and outcome.result == lost
     return harmless and not outcome.timed_out and (outcome.refused or unharmed)
 
 
 def summarise(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """One row a kind of attack."""
+    """One row for each kind of attack."""
     outcomes = list(outcomes)
     good = {outcome.reader: outcome.result for outcome in outcomes if outcome.case == good_case().name}
     races = {case.name for case in CASES if case.may_pass}

@@ -1,8 +1,8 @@
-"""One pipeline under many threads, and what ONNX Runtime's memory settings are worth (docs/performance.md).
+"""Concurrent calls of one pipeline, and the effect of ONNX Runtime's memory settings (docs/performance.md).
 
     python benchmarks/concurrency.py build/quickstart/student-2 [--json FILE]
 
-Rounds take turns; figures are medians. Exits 1 if eight threads make other pictures than one, or fewer a second.
+Rounds are interleaved; figures are medians. Exits 1 if eight threads give other images than one, or fewer a second.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ THREADS = 8
 
 
 def medians(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each job, in turns."""
+    """Median seconds of each job, over interleaved rounds."""
     turns = interleave(jobs, rounds)
     return {name: statistics.median(time for turn in times for time in turn) for name, times in turns.items()}
 
 
 def callers(folder: Path, runtime: str, rounds: int) -> list[dict[str, Any]]:
-    """The same 32 calls from one thread and from eight."""
+    """Rates of the same 32 calls from one thread and from eight."""
     pipe = FastPipeline.from_pretrained(folder, runtime=runtime)
     pool = ThreadPoolExecutor(THREADS)
     asked: dict[str, Any] = {} if pipe.manifest.classes is None else {"class_labels": 0}
@@ -67,7 +67,7 @@ def session(model: bytes, *, arena: bool) -> Any:
 
 
 def memory(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """One thread of ONNX Runtime with and without its memory arena, and with outputs bound beforehand."""
+    """Rates of one ONNX Runtime thread with and without its memory arena, and with preallocated outputs."""
     student = StudentFolder(folder)
     graph = student.manifest.graph("generator", "fp32")
     assert graph is not None

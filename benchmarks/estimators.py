@@ -1,10 +1,10 @@
-"""What does reinforcement add to regression, and what does each estimator of its direction cost?
+"""What does reinforcement add to regression, by estimator? The table of docs/results/rewards.md.
 
 ``python benchmarks/estimators.py [--updates 400] [--seeds 0 1] [-o FILE]``: one-step students of the shipped teacher,
 from the same start, for the same number of updates (and so of gradient samples): plain regression, and ReDiF with the
 texture reward after the same warm start, its direction estimated from one number an image, from the reward's map, and
-by its gradient. Judged on noises that neither train nor judge the quickstart's students. Forward-equivalents and
-seconds are given: the rewards' own cost is in the seconds alone.
+by its gradient. Evaluated on noises that are used neither for training nor for evaluating the quickstart's students.
+Forward-equivalents and seconds are printed; the rewards' own cost is in the seconds only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from redif_sdk.distill.rewards import TextureReward
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document, write_json
 
-SAMPLES, JUDGING_SEED = 800, 1  # of the "train" slots: the quickstart's pool has seed 0, its judge other slots
+SAMPLES, JUDGING_SEED = 800, 1  # of the "train" slots: the quickstart's pool has seed 0, its evaluation other slots
 
 
 class OneNumber:

@@ -1,11 +1,11 @@
-"""Fuzzing of everything that reads what a stranger wrote: anything but a RedifError or a normal return is a finding.
+"""Fuzz every reader of untrusted bytes: anything but a RedifError or a normal return is a finding.
 
     python benchmarks/fuzz.py --seconds 300 [--seed 0] [--engine atheris|plain] [--target NAME]... [--json FILE]
 
 The engine "atheris" is guided by coverage (``python -m venv build/fuzz-venv && build/fuzz-venv/bin/pip install -c
-constraints.txt -e . atheris onnx``; run this file by that Python); "plain" mutates known inputs by their structure and
-needs nothing. Findings, and inputs that take longer than 2 seconds, are written to build/fuzz/ with what reproduces
-them: ``python benchmarks/fuzz.py --reproduce FILE``. Exits 1 if there is one.
+constraints.txt -e . atheris onnx``; run this file with that Python). "plain" mutates known inputs by their structure
+and needs nothing installed. Findings, and inputs that take longer than 2 seconds, are written to build/fuzz/ with what
+reproduces them: ``python benchmarks/fuzz.py --reproduce FILE``. Exits 1 if there is one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LONGEST = 1 << 16  # bytes of an input
 
 @dataclass(frozen=True)
 class Target:
-    """A reader of bytes, with inputs to begin with and the words of its language."""
+    """A reader of bytes, with seed inputs and a dictionary of its format."""
 
     read: Callable[[bytes], object]
     seeds: Callable[[], list[bytes]]
@@ -64,7 +64,7 @@ class Target:
 
 
 def _signed(data: bytes) -> bytes:
-    """The manifest with the digest that it should have, as whoever wrote it would sign it; as it is where it cannot."""
+    """The manifest with its correct digest; unchanged if it cannot be parsed."""
     try:
         content = json.loads(data)
         if not isinstance(content, dict):
@@ -294,7 +294,7 @@ TARGETS: dict[str, Target] = {
 
 @dataclass
 class Fuzzed:
-    """What came of one target. `findings`: files with the inputs, one for each place that failed."""
+    """The result for one target. `findings`: files with the inputs, one for each place that failed."""
 
     target: str
     engine: str
@@ -306,7 +306,7 @@ class Fuzzed:
 
 
 class _HangError(BaseException):
-    """An input took too long. No Exception: a reader must not swallow it."""
+    """An input took too long. Not an Exception, so that a reader cannot swallow it."""
 
 
 @contextmanager
@@ -326,7 +326,7 @@ def _alarm() -> Iterator[None]:
 
 
 def run_one(target: str, data: bytes) -> str | None:
-    """What is wrong with how the reader took `data`, and where; None if it refused it, "" if it took it."""
+    """What is wrong with how the reader handled `data`, and where; None if it refused it, "" if it accepted it."""
     try:
         with _alarm():
             TARGETS[target].read(data)
@@ -341,7 +341,7 @@ def run_one(target: str, data: bytes) -> str | None:
 
 
 def keep(target: str, fault: str, data: bytes, engine: str) -> str:
-    """Write an input that a reader failed on, and how; the file's name."""
+    """Write an input on which a reader failed, and the failure; returns the file's name."""
     FOUND.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(fault.partition(": ")[0].encode()).hexdigest()[:8]
     path = FOUND / f"{target.replace(', ', '-').replace(' ', '-')}-{name}.bin"
@@ -373,7 +373,7 @@ VALUES: tuple[Any, ...] = (*NUMBERS, None, True, False, "", "x" * 300, "\x1b[31m
 
 
 def _bytes(chance: random.Random, data: bytes, pool: Sequence[bytes], words: Sequence[bytes]) -> bytes:
-    """One change that knows nothing of the format."""
+    """One change that ignores the format."""
     at, kind = chance.randrange(len(data) + 1), chance.randrange(8)
     length = min(chance.choice((1, 1, 2, 4, 8, 64)), len(data) - at)
     if kind == 0 and at < len(data):
@@ -395,7 +395,7 @@ def _bytes(chance: random.Random, data: bytes, pool: Sequence[bytes], words: Seq
 
 
 def _json(chance: random.Random, data: bytes) -> bytes:
-    """One change of a JSON document: a value replaced, doubled, moved, taken away or renamed."""
+    """One change of a JSON document: a value replaced, doubled, moved, removed or renamed."""
     try:
         root = json.loads(data)
     except (ValueError, RecursionError):
@@ -430,7 +430,7 @@ def _json(chance: random.Random, data: bytes) -> bytes:
 
 
 def _structured(chance: random.Random, data: bytes) -> bytes:
-    """A change of the JSON that is the input, or the header of one (safetensors)."""
+    """One change of the JSON that is the input, or its header (safetensors)."""
     if data[:1] == b"{":
         return _json(chance, data)
     if data[8:9] == b"{":
@@ -441,7 +441,7 @@ def _structured(chance: random.Random, data: bytes) -> bytes:
 
 
 def plain(target: str, seconds: float, seed: int) -> Fuzzed:
-    """Mutations of the target's inputs, and of those that were taken or refused for a new reason."""
+    """Mutate the target's inputs, and those that were accepted, or refused for a new reason."""
     chance = random.Random(f"{target} {seed}")
     one = TARGETS[target]
     good = one.seeds()
@@ -470,7 +470,7 @@ def plain(target: str, seconds: float, seed: int) -> Fuzzed:
 
 
 def _run_and_place(target: str, data: bytes) -> tuple[str | None, str]:
-    """`run_one`, and what tells this input from others: the lines that refused it."""
+    """`run_one`, and the lines that refused the input, which tell it from others."""
     try:
         with _alarm():
             TARGETS[target].read(data)
@@ -488,7 +488,7 @@ def _run_and_place(target: str, data: bytes) -> tuple[str | None, str]:
 
 
 def atheris(target: str, seconds: float, seed: int) -> Fuzzed:
-    """The same target under atheris, in a process of its own: it ends the process that it runs in."""
+    """The same target under atheris, in a process of its own, because atheris ends its process."""
     report = FOUND / f"{target.replace(', ', '-').replace(' ', '-')}.report"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)

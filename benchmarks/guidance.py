@@ -1,8 +1,8 @@
-"""Which guidance for the shipped teacher? Class agreement and distance to real images, for several scales.
+"""Class agreement and distance to real images of the shipped teacher, for several guidance scales.
 
-``python benchmarks/guidance.py`` (Debian's ``dataset-fashion-mnist``; about ten minutes on two cores). Its noises
-neither train nor judge a student, and its distances are to real *training* images: the scale is not chosen on what
-judges.
+``python benchmarks/guidance.py`` (Debian's ``dataset-fashion-mnist``; about ten minutes on two cores). Its noises are
+used neither for training nor for evaluating a student, and its distances are to real *training* images, so that the
+scale is not chosen on the test images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     classifier, accuracy = train_classifier(train, test, seed=11)
     print(f"the classifier is right on {100 * accuracy:.1f} % of the real test set")
     real = Statistics.of(embed(torch.tensor(train.images[:REAL]).float() / 127.5 - 1))
-    print("| guidance scale | asked class seen | FD to real |\n|---|---|---|")
+    print("| guidance scale | requested class seen | FD to real |\n|---|---|---|")
     for scale in SCALES:
         teacher = replace(Teacher.load(NAME).guided(scale), num_inference_steps=STEPS)
         made = pairs.compute(teacher, SAMPLES, "train", seed=SEED)

@@ -1,10 +1,10 @@
-"""The page for browsers and the demo: how near to Python its pictures are, how fast, and how soon the demo is there.
+"""The page for browsers and the demo: equality of images with Python, speed, and the demo's start-up time.
 
     python benchmarks/pages.py build/quickstart/student-1 build/quickstart/student-2 build/quickstart/student-4 \\
         --json docs/results/pages.json
 
 A headless Chromium runs each student's page (WASM, one thread) in turns with FastPipeline on ONNX Runtime with one
-thread; the medians of the rounds and their ratio are what counts. The demo is started in fresh processes.
+thread; the figures are the medians of the rounds and their ratio. The demo is started in fresh processes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ demo.close(verbose=False)
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager

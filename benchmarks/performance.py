@@ -1,9 +1,9 @@
 """Every figure of ``docs/performance.md``: ``python benchmarks/performance.py [--only PART...] [--rounds N]``.
 
 Parts: ``student`` (the quickstart's two-step student, and its teacher), ``unet`` (a UNet of 6.8 million parameters with
-random weights, with attention heads of 64 and of diffusers' default 8), ``cold`` (first picture and memory, in fresh
-processes), ``sizes`` (installed). Each part replaces its own rows in ``docs/results/performance.json``, so that they
-can be run one by one; nothing else should run on the machine. ``--bounds`` says which promises the figures keep.
+random weights, with attention heads of 64 and of diffusers' default 8), ``cold`` (first image and memory, in fresh
+processes), ``sizes`` (installed). Each part replaces its own rows in ``docs/results/performance.json``, so parts can be
+run one by one. Run nothing else on the machine. ``--bounds`` prints which bounds the figures keep.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCHES = (1, 8)
 HEADS = (64, 8)
 UNET_STEPS = 4
-#: The two installations that are compared: what a deployer of a student needs, and what diffusers needs.
+#: The two installations that are compared: a deployer's, and that of diffusers.
 SIZES = {"redif-sdk[cpu]": ["{source}[cpu]"], "torch + diffusers": ["torch", "diffusers"]}
 
 
@@ -37,7 +37,7 @@ def say(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
 
 
-# ---------------------------------------------------------------- the parts: rows, and what else is to be kept
+# ---------------------------------------------------------------- the parts: rows, and what is stored beside them
 
 
 def student(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs/results/performance.json")
     parser.add_argument("--images", type=Path, default=ROOT / "docs/images")
-    parser.add_argument("--bounds", action="store_true", help="measure nothing; check the promises")
+    parser.add_argument("--bounds", action="store_true", help="measure nothing; check the bounds")
     asked = parser.parse_args()
     if asked.bounds:
         return performance_bounds.check(asked.output)
@@ -178,7 +178,7 @@ def main() -> int:
 
 
 def _store(output: Path, part: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Put a part's rows in the place of its former ones, with the date that it was measured on."""
+    """Replace a part's former rows, with the date of the measurement."""
     before = json.loads(output.read_text()) if output.is_file() else {"rows": [], "parts": {}}
     others = [row for row in before["rows"] if row["part"] != part]
     result = document("performance", [*others, *({"part": part, **row} for row in rows)])

@@ -1,6 +1,6 @@
-"""Do the measured speeds keep the promises? ``python benchmarks/performance_bounds.py [FILE]``.
+"""Do the measured speeds keep their bounds? ``python benchmarks/performance_bounds.py [FILE]``.
 
-Prints each promise with its figure and batch, kept, MISSED or not measured; exits 1 if one is missed.
+Prints each bound with its figure and batch: kept, MISSED or not measured. Exits 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 FASTER = {1: 4.0, 8: 3.0}  # than torch eager in fp32, by batch
 TEACHER = 80.0  # times faster than the teacher, at 2 steps and batch 1
-COLD = 8.0  # times sooner the first picture is there than with diffusers
+COLD = 8.0  # times sooner than diffusers, until the first image
 SIZE = 0.2  # of what torch + diffusers take on the disk
 OVERHEAD_SHARE, OVERHEAD_SECONDS = 0.03, 100e-6  # of FastPipeline over its engine: either one is enough
 
@@ -22,7 +22,7 @@ Rows = list[dict[str, Any]]
 
 
 class Bound(NamedTuple):
-    """A promise: `value` is to be at least `bound` (or at most, where `least` is off); None was not measured."""
+    """`value` must be at least `bound` (at most, if `least` is False); None was not measured."""
 
     what: str
     value: float | None
@@ -48,7 +48,7 @@ def _faster(fast: dict[str, Any], slow: dict[str, Any] | None) -> float | None:
 
 
 def _speed(rows: Rows, name: str, batch: int) -> Iterator[Bound]:
-    """The promises of one network at one batch."""
+    """The bounds of one network at one batch size."""
     group = [row for row in rows if row.get("student") == name and row["batch"] == batch and row["seconds_median"]]
     auto = _one(group, "fastpipeline-auto")
     if auto is None:
@@ -72,14 +72,14 @@ def _speed(rows: Rows, name: str, batch: int) -> Iterator[Bound]:
 
 
 def bounds(rows: Rows) -> list[Bound]:
-    """Every promise with its figure."""
+    """Every bound with its figure."""
     timed = [row for row in rows if row["part"] in ("student", "unet")]
     names = dict.fromkeys(row["student"] for row in timed)
     found = [bound for name in names for batch in FASTER for bound in _speed(timed, name, batch)]
     cold = [row for row in rows if row["part"] == "cold" and row["cold_start_seconds"] is not None]
     ours, theirs = _one(cold, "fastpipeline-auto"), _one(cold, "diffusers-eager")
     sooner = theirs["cold_start_seconds"] / ours["cold_start_seconds"] if ours and theirs else None
-    found.append(Bound("batch 1: first picture of auto against diffusers, times sooner", sooner, COLD))
+    found.append(Bound("batch 1: first image of auto against diffusers, times sooner", sooner, COLD))
     small, large = _one(rows, "redif-sdk[cpu]"), _one(rows, "torch + diffusers")
     share = small["installed_mb"] / large["installed_mb"] if small and large else None
     found.append(Bound("installed redif-sdk[cpu] as a share of torch + diffusers", share, SIZE, least=False))
@@ -87,7 +87,7 @@ def bounds(rows: Rows) -> list[Bound]:
 
 
 def check(path: Path) -> int:
-    """Print every promise; 1 if one is missed."""
+    """Print every bound; 1 if one is missed."""
     found = bounds(json.loads(path.read_text())["rows"])
     for bound in found:
         if bound.value is None:

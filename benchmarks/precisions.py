@@ -1,10 +1,10 @@
-"""What a precision costs in quality, and gives in speed, on trained students: the table of docs/results/precisions.md.
+"""The cost in quality and the gain in speed of a precision, on trained students: the table of docs/performance.md.
 
     python benchmarks/precisions.py build/quickstart/student-1 build/quickstart/student-2 [--json FILE]
 
-Students have to be exported in the precisions to look at (``redif export --precision ...``). Frechet distances are
-those of `redif eval`: to the teacher's images for 2,000 held-out noises. A precision that no engine computes here (bf16
-on most processors) is emulated, which tells its quality and nothing of its speed. Rounds of the timing take turns.
+The students must have been exported in the precisions to compare (``redif export --precision ...``). Frechet distances
+are those of `redif eval`: to the teacher's images for 2,000 held-out noises. A precision that no engine computes here
+(bf16 on most processors) is emulated, which gives its quality but not its speed. The timing interleaves its rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Draw = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
 def artist(folder: Path, precision: str) -> tuple[Draw, str]:
-    """What draws uint8 pictures in `precision` for noise (1, B, C, H, W) and labels, and its name."""
+    """A function that generates uint8 images in `precision` from noise (1, B, C, H, W) and labels, and its name."""
     student = StudentFolder(folder)
     table = student.manifest.step_table()
     try:
@@ -56,7 +56,7 @@ def artist(folder: Path, precision: str) -> tuple[Draw, str]:
 
 
 def pictures(draw: Draw, arena: Arena) -> np.ndarray:
-    """The pictures of every held-out pair, uint8 (N, H, W, C)."""
+    """The images of every held-out pair, uint8 (N, H, W, C)."""
     parts = []
     for low in range(0, len(arena.pairs), PIECE):
         part = arena.pairs[low : low + PIECE]
@@ -66,7 +66,7 @@ def pictures(draw: Draw, arena: Arena) -> np.ndarray:
 
 
 def seconds(draws: dict[str, Draw], arena: Arena, batch: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a call on `batch` pictures."""
+    """Median seconds of a call on `batch` images."""
     part = arena.pairs[:batch]
     noise, labels = part.noise.numpy()[None], None if part.condition is None else part.condition.numpy()
     turns = interleave({name: partial(draw, noise, labels) for name, draw in draws.items()}, rounds)
@@ -87,7 +87,7 @@ def measure(folder: Path, arena: Arena, rounds: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "student": folder.name,
             "num_inference_steps": manifest.step_table().num_inference_steps,
-            "graph_precision": precision,  # "precision" is of the distribution, beside "recall"
+            "graph_precision": precision,  # "precision" here is the measure beside "recall"
             "runtime": artists[precision][1],
             "psnr_to_fp32": 10 * math.log10(255**2 / error) if error else None,
             "megabytes": (folder / f"onnx/generator.{precision}.onnx").stat().st_size / 1e6,

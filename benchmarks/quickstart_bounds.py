@@ -1,9 +1,9 @@
-"""Does a quickstart's ``results.json`` keep its promises? ``python benchmarks/quickstart_bounds.py FILE``.
+"""Does a quickstart's ``results.json`` keep its bounds? ``python benchmarks/quickstart_bounds.py FILE``.
 
 Bounds on the students' Frechet distance to the teacher's samples and on the paired error, relative to untrained DDIM,
-raw and (times 1.15) after the gain control. Of ``redif quickstart --text``: K = 4 against DDIM at 8 steps and K = 2
-against DDIM at 4, the teacher guided, raw and after the gain control. Prints each with its figure; exits 1 if one is
-missed.
+raw and (times 1.15) after the gain control. For ``redif quickstart --text``: K = 4 against DDIM at 8 steps and K = 2
+against DDIM at 4, the teacher guided, raw and after the gain control. Prints each bound with its figure; exits 1 if one
+is missed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GAIN_SLACK = 1.15  # of a bound, after the gain control
 
 
 def bounds(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """(what, value, bound) for every promise."""
+    """(what, value, bound) for every bound."""
     students = {row["num_inference_steps"]: row for row in rows if row["method"] == "redif"}
     ddim = {row["num_inference_steps"]: row for row in rows if row["method"] == "ddim"}
     found = []
@@ -31,7 +31,7 @@ def bounds(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
 
 
 def text_bounds(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """The same of prompts: a student of K calls is nearer than the guided teacher's DDIM of 4 K calls."""
+    """The bounds of text to image: a student of K calls is nearer than the guided teacher's DDIM of 4 K calls."""
     found = {(row["method"], row["num_inference_steps"]): row for row in rows}
     return [
         (f"{key}: student-{steps} against DDIM-{2 * steps}", found["redif", steps][key], found["ddim", 2 * steps][key])

@@ -1,10 +1,10 @@
-"""The server under load: every accepted request answered once, with the right pictures, in flat memory.
+"""The server under load: every accepted request is answered once, with the right images, in constant memory.
 
     python benchmarks/serving_load.py build/quickstart/student-2 --json docs/results/serving.json
 
-And what batching brings, beside what it brings the engine alone. Starts `redif serve` as a process on the loopback,
-with the clients in this one: both share the machine's cores. The mix, drawn with a fixed seed: single pictures and some
-of up to four, cancelled requests, bad ones. Exits 1 where a bound is missed.
+Measures also what batching brings, compared with the engine alone. Starts `redif serve` as a process on the loopback;
+the clients run in this process, and both share the machine's cores. The mix has a fixed seed: single images and
+requests of up to four, cancelled requests, invalid ones. Exits 1 if a bound is missed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BAD_BODIES = [
 
 @contextmanager
 def server(student: str, max_batch: int, core: int | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of `student` on a free port, on one core if that is said; told to stop, which must be no failure."""
+    """Run a server of `student` on a free port, optionally on one core; it must stop without an error."""
     script = "from redif_sdk.cli.main import main; main()"
     options = ["--port", "0", "--runtime", "onnxruntime", "--max-batch", str(max_batch), "--log-level", "error"]
     if core is not None:
@@ -70,7 +70,7 @@ def server(student: str, max_batch: int, core: int | None = None) -> Iterator[tu
 
 
 def choices(manifest: Manifest) -> list[dict[str, Any]]:
-    """What a request may say of what is drawn: each class, each example prompt, or nothing."""
+    """The valid values of a request's condition: each class, each example prompt, or none."""
     if manifest.text is not None:
         return [{"prompt": prompt} for prompt in manifest.text.examples]
     return (
@@ -79,13 +79,13 @@ def choices(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def in_python(body: dict[str, Any]) -> dict[str, Any]:
-    """The same as arguments of a pipeline."""
+    """The same request as arguments of a pipeline."""
     names = {"prompt": "prompt", "class_label": "class_labels"}
     return {names[name]: value for name, value in body.items() if name in names}
 
 
 def plan(requests: int, asks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What to ask for: {"kind": good, cancelled or bad, "body", "after": seconds until a cancelled client leaves}."""
+    """The requests: {"kind": good, cancelled or bad, "body", "after": seconds until a cancelled client disconnects}."""
     drawn = random.Random(0)
     asked = []
     for _ in range(requests):
@@ -122,7 +122,7 @@ async def load(address: str, asked: list[dict[str, Any]], concurrency: int, proc
             return
 
     async def client_loop() -> None:
-        # A client of its own for each: a shared pool looks at all its connections for every request.
+        # One client each: a shared pool scans all its connections for every request.
         async with httpx.AsyncClient(base_url=address, timeout=120, verify=False) as client:
             for entry in waiting:
                 await one(client, entry)
@@ -143,7 +143,7 @@ async def load(address: str, asked: list[dict[str, Any]], concurrency: int, proc
 
 
 def wrong(pipeline: FastPipeline, asked: list[dict[str, Any]]) -> Counter[str]:
-    """What was answered, by kind and status; "wrong" where a picture is not that of its seed."""
+    """Count the answers by kind and status; "wrong" if an image is not that of its seed."""
     found: Counter[str] = Counter()
     for entry in asked:
         found[f"{entry['kind']}: {entry['status']}"] += 1
@@ -166,7 +166,7 @@ def metric(text: str, name: str) -> float:
 
 
 def engine_rate(pipeline: FastPipeline, asks: list[dict[str, Any]], batch: int) -> float:
-    """Pictures a second of the engine alone, in batches of that size."""
+    """Images a second of the engine alone, in batches of `batch`."""
     begun = time.perf_counter()
     for seed in range(128 // batch):
         pipeline(**in_python(asks[0]), num_images_per_prompt=batch, seed=seed, output_type="uint8")
@@ -174,9 +174,9 @@ def engine_rate(pipeline: FastPipeline, asks: list[dict[str, Any]], batch: int) 
 
 
 def gains(student: str, asks: list[dict[str, Any]], concurrency: int, apart: bool) -> dict[str, list[float]]:
-    """Pictures a second of two servers, one without batches, and of the engine, in interleaved rounds.
+    """Images a second of two servers, one without batches, and of the engine, in interleaved rounds.
 
-    `apart`: a server, and the engine by itself, have one core, and the clients another; else all share the machine.
+    `apart`: the server, or the engine by itself, has one core and the clients another; otherwise they share all cores.
     """
     every = sorted(os.sched_getaffinity(0))
     own, other = (every[0], [every[-1]]) if apart else (None, every)
@@ -197,7 +197,7 @@ def gains(student: str, asks: list[dict[str, Any]], concurrency: int, apart: boo
 
 
 def gain_row(rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and the medians of the rounds' gains by batching: of clients, of the engine, and the share kept."""
+    """Medians of the rates, and of the rounds' gains by batching: for clients, for the engine, and the share kept."""
     pairs = {
         kind: [many / one for one, many in zip(rates[f"{kind} 1"], rates[f"{kind} {BATCH}"], strict=True)]
         for kind in ("served", "engine")
@@ -213,7 +213,7 @@ def gain_row(rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def served_rate(address: str, asks: list[dict[str, Any]], concurrency: int) -> float:
-    """Pictures a second that clients see."""
+    """Images a second that clients receive."""
     asked = [entry for entry in plan(360, asks) if entry["kind"] == "good"]
     for entry in asked:
         entry["body"]["n"] = 1
@@ -267,7 +267,7 @@ def main() -> None:
         write_json(options.json, document("serving_load", [row]))
     bounds = {
         "every good request answered with 200": counts["good: 200"] == good,
-        "every picture that of its seed": counts["wrong"] == 0,
+        "every image that of its seed": counts["wrong"] == 0,
         "every bad request refused": all(key[5] == "4" for key in counts if key.startswith("bad: ")),
         "memory grows by less than 5 % over the second half": row["memory_growth_second_half"] < 0.05,
         "batching keeps 90 % of the engine's gain, clients on a core of their own": apart["kept"] >= 0.9,

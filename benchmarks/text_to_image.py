@@ -3,8 +3,8 @@
     python benchmarks/text_to_image.py STUDENT TEACHER [--batch 1 8] [--steps 50] [--json FILE]
 
 The teacher is diffusers' own pipeline at its own number of steps and guidance, in torch; the student is `FastPipeline`.
-Both tokenise, encode the prompt, draw, decode and write a PNG to memory. Turns are interleaved in one process; figures
-are medians. Both use as many threads as the process may. Exits 1 below the bound that is asked with ``--least``.
+Both tokenise and encode the prompt, sample, decode, and write a PNG to memory. Turns are interleaved in one process;
+figures are medians. Both use as many threads as the process may. Exits 1 below the bound of ``--least``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPT = "red heart"
 
 
 def png(images: list[Any]) -> int:
-    """Bytes of the pictures as PNG files."""
+    """The images as bytes of PNG files."""
     total = 0
     for image in images:
         buffer = io.BytesIO()
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--least", type=float, help="Exit 1 if the student is not so many times as fast.")
+    parser.add_argument("--least", type=float, help="Exit 1 if the student is not at least so many times as fast.")
     parser.add_argument("--json", dest="json_file")
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -70,7 +70,7 @@ class TeacherFigures:
 
 
 class Classifier(nn.Sequential):
-    """The classifier that measures class agreement: four convolutions with batch norm, for square images of ``size`` pixels."""
+    """The classifier of class agreement: four convolutions with batch norm, for square images of ``size`` pixels."""
 
     def __init__(self, num_classes: int, channels: int = 1, size: int = 28) -> None:
         widths, layers, side = (channels, 32, 32, 64, 64), [], -(-size // 4)

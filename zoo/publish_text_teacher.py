@@ -300,9 +300,9 @@ pipe("red heart", guidance_scale={about["guidance_scale"]:g}).images[0]
 
 ## Does the image show the prompt?
 
-The right caption among {CANDIDATES}, by classifiers that were trained here on real emoji of the two styles that the prompt
-does *not* name (a head on EfficientNet-Lite0, against a mean of word vectors); and the nearest training image: has it the
-subject and the style of the prompt?
+The right caption among {CANDIDATES}, by classifiers that were trained here on real emoji of the two styles that the
+prompt does *not* name (a head on EfficientNet-Lite0, against a mean of word vectors); and the nearest training image:
+has it the subject and the style of the prompt?
 
 | images | n | first | among five | nearest: subject | style |
 |---|---|---|---|---|---|

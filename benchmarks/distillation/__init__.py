@@ -1,1 +1,1 @@
-"""The comparison of distillation methods: run.py trains and judges the cells, judges.py is who judges."""
+"""The comparison of distillation methods: run.py trains and evaluates the cells, judges.py has the evaluation."""

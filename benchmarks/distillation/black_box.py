@@ -1,11 +1,11 @@
-"""What only reinforcement can do: follow a reward that is somebody else's program, and hold the quality.
+"""A reward without a gradient: follow an HTTP server's reward while keeping the quality.
 
-``python -m benchmarks.distillation.black_box [-o FILE]``: a one-step student is aligned with its teacher first. Then a
-server, asked over HTTP, answers with minus the bytes of each picture's JPEG, which has no gradient, and `redif` follows
-it: alone, with the alignment as an anchor of several weights, and beside the alignment's own reward, at several weights
-of the bytes. Each is a point of the trade-off between bytes and distance to the teacher. The controls go on for the
-same updates with regression alone, and with the alignment's reward alone. `draft` is asked for the same and refuses.
-Judged on the validation noises in EfficientNet-Lite0's features.
+``python -m benchmarks.distillation.black_box [-o FILE]``: a one-step student is first aligned with its teacher. Then
+the reward is a server that returns minus the size in bytes of each image's JPEG, which has no gradient. `redif` follows
+it in two ways: alone, with a regression term of several weights; and beside the alignment's own reward, at several weights
+of the bytes. Each is a point of the trade-off between bytes and distance to the teacher. The controls continue for the
+same number of updates with regression alone, and with the alignment's reward alone. `draft` refuses the same reward.
+Evaluated on the validation noises in EfficientNet-Lite0's features.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from redif_sdk.images import to_pil
 from redif_sdk.results import document, write_json
 
 ANCHORS = (16.0, 4.0, 2.0, 1.0, 0.5, 0.25)
-WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the bytes, where texture's is 1
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the bytes; texture's weight is 1
 ALONE, BESIDE = "redif, bytes alone", "redif, bytes beside texture"
 QUALITY = 90
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ def jpeg_bytes(picture: Image.Image) -> int:
 
 
 class Answer(BaseHTTPRequestHandler):
-    """The protocol of `EndpointReward`: pictures as base64 PNG in, one number each out."""
+    """The server side of `EndpointReward`: base64 PNG images in, one number for each out."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -68,12 +68,12 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def served() -> Iterator[str]:
-    """The reward's address, while it is up."""
+    """Yield the address of the reward while the server runs."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -88,7 +88,7 @@ def mean_bytes(images: Tensor) -> float:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bytes against distance; each point is a student."""
+    """Plot bytes against distance; each point is a student."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for contender, setting in ((ALONE, "anchor"), (BESIDE, "weight")):
         curve = [row for row in rows if row["contender"] == contender]

@@ -1,10 +1,10 @@
-"""Who judges, and under which controls. No network here gives a reward, and none but the validation's is tuned on.
+"""The evaluation of the benchmark: feature networks, protocols and controls. No network here gives a reward.
 
-The test protocol: ImageNet's EfficientNet-Lite0, and a classifier trained on the real images (seed 2). The validation
-protocol, on other noises: another classifier (seed 3), and EfficientNet-Lite1, whose weights are its own but whose
-training data is the same; it was added when it was plain that a classifier alone does not see texture. The primary
-control, fixed beforehand, is the gain: the scalar on the output, out of a grid of 2 %, that brings the distance lowest.
-Beside it: gain and unsharp, and the std match.
+Test protocol: ImageNet's EfficientNet-Lite0, and a classifier trained on the real images (seed 2). Validation protocol,
+on other noises, on which settings are tuned: another classifier (seed 3), and EfficientNet-Lite1, which has its own
+weights but the same training data as Lite0. Lite1 was added when it was clear that a classifier alone does not see
+texture. The primary control, fixed beforehand, is the gain: the scalar on the output, out of a grid of 2 %, with the
+lowest distance. Further controls: gain and unsharp mask, and the std match.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEEDS = {"test": 2, "validation": 3}
 
 
 class Classifier(nn.Module):
-    """A small residual network; its pooled last maps (128) are the features."""
+    """A small residual network; its pooled last feature maps (128) are the features."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 def classifier(data: str, seed: int, cache: Path, updates: int = 1000) -> Classifier:
-    """The classifier of ``data``'s real training images with ``seed``, trained once and kept in ``cache``."""
+    """The classifier of ``data``'s real training images with ``seed``; trained once and kept in ``cache``."""
     split = load(data, "train")
     network = Classifier(split.images.shape[1], len(split.class_names))
     path = cache / f"judge-{data}-{seed}-{updates}.pt"
@@ -97,7 +97,7 @@ def classifier(data: str, seed: int, cache: Path, updates: int = 1000) -> Classi
 
 
 def embedder(network: Classifier) -> Embed:
-    """As `features.embed` does: rounded to the 256 levels of a file."""
+    """A function like `features.embed`: it rounds images to the 256 levels of a file first."""
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def unsharp(images: Tensor, amount: float) -> Tensor:
 
 
 def high_frequency(images: Tensor) -> float:
-    """Mean squared Laplacian of images in [-1, 1]: what blur takes first."""
+    """Mean squared Laplacian of images in [-1, 1], which blur lowers first."""
     seen = images.clamp(-1, 1)
     laplacian = 4 * seen[..., 1:-1, 1:-1] - seen[..., :-2, 1:-1] - seen[..., 2:, 1:-1]
     laplacian = laplacian - seen[..., 1:-1, :-2] - seen[..., 1:-1, 2:]
@@ -125,7 +125,7 @@ def high_frequency(images: Tensor) -> float:
 
 @dataclass
 class Reference:
-    """One feature network's view of the teacher's images and of real ones."""
+    """The statistics of the teacher's images and of real ones in one feature network."""
 
     name: str
     embed: Embed
@@ -153,13 +153,13 @@ class Reference:
         return self._distance(self.embed(images))
 
     def _distance(self, seen: Tensor) -> float:
-        """Through covariances, or, where samples are fewer than features, through the samples."""
+        """Frechet distance by covariances or, if there are fewer samples than features, by the samples."""
         if len(seen) < seen.shape[1]:
             return frechet_distance_of(seen, self.features)
         return frechet_distance(Statistics.of(seen), self.teacher)
 
     def best_gain(self, images: Tensor, start: float) -> tuple[float, float]:
-        """(distance, gain): from 1 downhill over ``GAINS``, on all images. ``start``: the distance at 1."""
+        """(distance, gain) of the best gain in ``GAINS``, by descent from 1; ``start`` is the distance at 1."""
         best, at = start, GAINS.index(1.0)
         for step in (1, -1):
             place = GAINS.index(1.0) + step
@@ -189,7 +189,7 @@ class Reference:
 
 @dataclass
 class Panel:
-    """All references of a protocol; the first is the one that tables lead with."""
+    """All references of a protocol; tables lead with the first."""
 
     target: Tensor
     references: list[Reference]
@@ -217,7 +217,7 @@ class Panel:
 
 
 def sheet(images: Tensor, count: int = 40, columns: int = 20) -> np.ndarray:
-    """The first ``count`` images, in whole rows, as one uint8 picture (H, W, 3)."""
+    """The first ``count`` images, in whole rows, as one uint8 image (H, W, 3)."""
     count = max(columns, min(count, len(images)) // columns * columns)  # whole rows
     levels = ((images[:count].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
     rows = [torch.cat(list(levels[low : low + columns]), 2) for low in range(0, count, columns)]

@@ -1,8 +1,8 @@
-"""What reinforcement costs: ``python -m benchmarks.distillation.overhead [--data ...] [--steps ...] [-o FOLDER]``.
+"""The cost of reinforcement: ``python -m benchmarks.distillation.overhead [--data ...] [--steps ...] [-o FOLDER]``.
 
-`redif` is run at smaller budgets than `regression`, to see where it reaches the distance that `regression` ends at, in
-forward-equivalents and in seconds of the same machine. Cells are kept in FOLDER, so it can be cut and taken up again;
-what it comes to is written to ``docs/results/rl-overhead.json`` and printed.
+`redif` runs at smaller budgets than `regression`, to find where it reaches the distance at which `regression` ends, in
+forward-equivalents and in seconds of the same machine. Cells are kept in FOLDER, so an interrupted run continues. The
+result is printed and written to ``docs/results/rl-overhead.json``.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def cell(folder: Path, budget: float, asked: argparse.Namespace, data: str, meth
 
 
 def crossing(curve: list[tuple[float, float]], level: float) -> float | None:
-    """Where a falling curve of (cost, distance) first comes down to ``level``, between its points on a log scale.
+    """The cost at which a falling curve of (cost, distance) reaches ``level``, interpolated on a log scale.
 
-    None: it never does. A curve that begins below it gives its first point, which is an upper bound.
+    None if it never does. For a curve that starts below ``level`` it is the first point, which is an upper bound.
     """
     if curve[0][1] <= level:
         return curve[0][0]

@@ -1,11 +1,12 @@
-"""Every method on the same terms: ``python benchmarks/distillation/run.py [--data ...] [--steps ...] [-o FOLDER]``.
+"""Train and evaluate every method on the same terms.
 
-A cell is (data, method, K, seed, kind of budget). Each is one JSON file, so the run can be cut and taken up again, and
-two may run side by side on one folder. All methods start from the teacher's weights, see the same pool, and end at the
-same number of forward-equivalents (``--budget``), or at the seconds (``--kind seconds``) that `regression` takes for
-it, which is measured just before, in the same process: machines differ, and so does what else they do. The pool's cost
-is the same for all and is printed beside. `settings.yaml` has each method's settings, chosen on the validation
-protocol: other noises, other feature networks. Nothing was tuned on the test protocol.
+``python -m benchmarks.distillation.run [--data ...] [--steps ...] [-o FOLDER]``. A cell is (data, method, K, seed,
+kind of budget). Each is one JSON file, so an interrupted run continues, and two may share one folder. All methods start from
+the teacher's weights, see the same pool, and end at the same number of forward-equivalents (``--budget``), or after the
+seconds (``--kind seconds``) that `regression` takes for it. Those are measured just before in the same process, since
+machines and their load differ. The pool's cost is the same for all and is printed separately. `settings.yaml` has each
+method's settings, chosen on the validation protocol (other noises, other feature networks). Nothing was tuned on the
+test protocol.
 """
 
 from __future__ import annotations
@@ -60,20 +61,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the benchmark is. ``budget``: forward-equivalents a student."""
+    """The size of the benchmark. ``budget``: forward-equivalents a student."""
 
     budget: float = 48_000
     pool: int = 4096
     samples: int = 2000
     judge_updates: int = 1000
-    clocked: int = 24  # updates of regression that say how long the budget takes
+    clocked: int = 24  # updates of regression from which the budget's seconds are extrapolated
 
 
 SMOKE = Scale(budget=1000, pool=64, samples=32, judge_updates=5, clocked=2)
 
 
 def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") -> dict[str, Any]:
-    """The method's settings at K steps: those of its preset (but for its length), its own, then those for this K."""
+    """The method's settings at K steps: its preset's (except the length), its own, then those for this K."""
     everything = yaml.safe_load(file.read_text())
     own = everything["methods"].get(method, {})
     recipe = preset(own["preset"], steps) if "preset" in own else {}
@@ -87,7 +88,7 @@ def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") ->
 
 
 def dpm_solver(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor:
-    """The teacher under diffusers' own DPM-Solver++(2M), trailing times: latents (N, C, H, W)."""
+    """Latents (N, C, H, W) of the teacher under diffusers' DPM-Solver++(2M), trailing times."""
     products = torch.from_numpy(teacher.schedule.alphas.copy()) ** 2
     betas = 1 - products / torch.cat([torch.ones(1, dtype=products.dtype), products[:-1]])
 
@@ -112,7 +113,7 @@ def dpm_solver(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor
 
 
 class Arena:
-    """One data set's teacher, pool and panel, made when they are first needed."""
+    """One data set's teacher, pool and panel, loaded when first needed."""
 
     def __init__(self, data: str, protocol: str, scale: Scale, cache: Path, teacher: str | None) -> None:
         self.data, self.scale = data, scale
@@ -126,14 +127,14 @@ class Arena:
         self.panel = Panel.of(protocol, data, target, cache, judge_updates=scale.judge_updates)
 
     def seconds(self, steps: int) -> float:
-        """What regression takes for the budget at K steps, here and now."""
+        """The seconds that regression takes for the budget at K steps, measured now."""
         settings = settings_of("regression", steps) | {"updates": self.scale.clocked}
         config = DistillConfig.checked(num_inference_steps=steps, method="regression", **settings)
         meter = Trainer(self.teacher, config, self.pool).run().meter
         return meter.seconds * self.scale.budget / meter.forward_equivalents
 
     def run(self, cell: Cell, extra: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
-        """One cell: its row, and its first images as a picture."""
+        """Train and evaluate one cell; returns its row and its first images as one image."""
         if cell.seed is None:
             policy, budget, settings = None, {}, {}
             if cell.method == "ddim":
@@ -165,7 +166,7 @@ class Arena:
 
 
 def cells(asked: argparse.Namespace) -> Iterator[Cell]:
-    """Seed by seed, so that a run that is cut has whole tables of fewer seeds."""
+    """The cells, seed by seed, so that an interrupted run has whole tables of fewer seeds."""
     for data in asked.data:
         if not asked.no_untrained:
             yield from (Cell(data, method, steps, None) for steps in UNTRAINED_STEPS for method in UNTRAINED)
@@ -173,7 +174,7 @@ def cells(asked: argparse.Namespace) -> Iterator[Cell]:
             for seed in asked.seeds:
                 methods = [
                     m for m in asked.methods if kind == KINDS[0] or m != "regression"
-                ]  # its seconds are everyone's
+                ]  # its seconds are the budget of all methods
                 yield from (Cell(data, method, steps, seed, kind) for steps in asked.steps for method in methods)
 
 
@@ -187,9 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--protocol", choices=("test", "validation"), default="test")
     parser.add_argument("--budget", type=float, default=None, help="Forward-equivalents a student.")
-    parser.add_argument("--samples", type=int, default=None, help="Held-out noises to judge on.")
-    parser.add_argument("--set", dest="extra", default="{}", help="validation: settings over settings.yaml's, as YAML.")
-    parser.add_argument("--tag", default="", help="validation: put before the cells' names.")
+    parser.add_argument("--samples", type=int, default=None, help="Held-out noises to evaluate on.")
+    parser.add_argument("--set", dest="extra", default="{}", help="validation: YAML that overrides settings.yaml.")
+    parser.add_argument("--tag", default="", help="validation: prefix of the cells' names.")
     parser.add_argument("--smoke", action="store_true", help="Everything, at a toy budget.")
     parser.add_argument("--no-untrained", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results")
@@ -217,9 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
                 began = time.monotonic()
                 row, picture = arenas[cell.data].run(cell, extra)
         except Timeout:
-            continue  # another process is at it
+            continue  # another process computes it
         written = document("benchmarks/distillation", [row], threads=torch.get_num_threads(), scale=asdict(scale))
-        if cell.seed == 0:  # which the page shows
+        if cell.seed == 0:  # docs/results.md shows it
             Image.fromarray(np.asarray(picture)).save(path.with_suffix(".png"), optimize=True)
         atomic_write(path, (json.dumps(written, indent=1) + "\n").encode())
         first, second = row["judged"]

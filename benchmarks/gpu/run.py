@@ -1,9 +1,9 @@
-"""How fast, and how right, is a student on an NVIDIA GPU? ``python benchmarks/gpu/run.py STUDENT [-o FILE]``.
+"""Speed and parity of a student on an NVIDIA GPU: ``python benchmarks/gpu/run.py STUDENT [-o FILE]``.
 
-Each contender makes the same pictures from the same noises: the network in torch (eager and compiled) through the step
-table's loop, and FastPipeline on ONNX Runtime (CUDA, TensorRT) and on TensorRT's two flavours. They take turns, round
-by round; a call ends when its pictures are on the host, so the GPU has finished. What cannot be had is listed with its
-reason. The parity gate is run for each of our engines first. Exits 2 without a GPU. See README.md beside this file.
+Each contender generates the same images from the same noises: the network in torch (eager and compiled) stepped by the
+table, and FastPipeline on ONNX Runtime (CUDA, TensorRT) and on both TensorRT flavours. They take turns, round by round;
+a call ends when its images are on the host, so the GPU has finished. What is not available is listed with its reason.
+The parity gate runs first for each of our engines. Exits 2 without a GPU. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ BATCHES, STEPS = (1, 8, 32), (2, 4)
 ROUNDS, WARM_UP = 50, 5
 REFERENCE = "torch eager fp32"
 
-#: Noise (N, B, C, H, W), the condition (labels (B,), what prompts became, or None), and the number of steps, to
-#: pictures uint8 (B, H, W, C).
+#: Noise (N, B, C, H, W), the condition (labels (B,), encoded prompts, or None) and the number of steps -> images uint8
+#: (B, H, W, C).
 Generate = Callable[[NDArray[np.float32], Any, int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to make the pictures; `load` raises RedifError or ImportError where it cannot be had."""
+    """A way to generate the images; `load` raises RedifError or ImportError if it is not available."""
 
     name: str
     load: Callable[[StudentFolder], Generate]
@@ -58,10 +58,10 @@ def torch_loop(student: StudentFolder, precision: str, compiled: bool, device: s
     if student.manifest.network.guidance is not None:
         raise RuntimeUnavailable("the network alone is not what a student with guidance computes")
     if student.manifest.text is not None:
-        raise RuntimeUnavailable("students that are asked by prompts are not stepped in torch here")
+        raise RuntimeUnavailable("text-to-image students are not stepped in torch here")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as in our engines
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
-    # Not by the network's own `to`: diffusers' warns of what it then does not do.
+    # Not by the network's own `to`: diffusers' prints warnings that do not apply here.
     network: Any = torch.nn.Module.to(load_network(student), device=device, dtype=dtype)
     if compiled:
         network = torch.compile(network, mode="reduce-overhead")
@@ -134,7 +134,7 @@ CONTENDERS = [
 
 
 def load_all(student: StudentFolder) -> Iterator[tuple[str, Generate | str, float]]:
-    """(name, the contender or why it cannot be had, seconds that this took) of each."""
+    """Yield (name, the contender or why it is not available, seconds this took) for each."""
     for contender in CONTENDERS:
         start = time.perf_counter()
         try:
@@ -145,7 +145,7 @@ def load_all(student: StudentFolder) -> Iterator[tuple[str, Generate | str, floa
 
 
 def measure(student: StudentFolder, contenders: dict[str, Generate], batch: int, steps: int, rounds: int) -> list[Any]:
-    """A row for each contender, timed in turns. One that fails at this batch gets a row with the reason."""
+    """One row a contender, timed in turns. A contender that fails at this batch gets a row with the reason."""
     work = Workload.of(student.path, batch=batch, steps=steps)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     failed: dict[str, str] = {}

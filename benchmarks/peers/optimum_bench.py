@@ -1,7 +1,7 @@
 """optimum-onnx beside FastPipeline, in optimum's own environment: started by ``optimum.sh``.
 
-optimum exports and runs the pipelines of its registry, and none of a UNet2DModel is in it: what it says when asked is
-kept with the result. What it has for graphs from elsewhere, ``ORTModelForCustomTasks``, runs the student's own
+optimum exports and runs only the pipelines of its registry, which has none of a UNet2DModel; its error messages are
+kept with the result. Its session for graphs from elsewhere, ``ORTModelForCustomTasks``, runs the student's own
 denoiser, and the step table around it makes it a contender like the others of `redif bench`.
 """
 
@@ -32,7 +32,7 @@ WANTED = ("fastpipeline-auto", "onnxruntime", "torch-eager", "diffusers-eager")
 
 
 def own_routes(student: Path) -> dict[str, str]:
-    """What optimum says to a student's folder, by the way that it is asked; "done" where it exports it."""
+    """The result of each of optimum's own ways to export a student's folder: "done", or its error."""
     with tempfile.TemporaryDirectory() as folder:
         routes: dict[str, Callable[[], object]] = {
             "ORTDiffusionPipeline.from_pretrained(student, export=True)": lambda: ORTDiffusionPipeline.from_pretrained(
@@ -49,7 +49,7 @@ def own_routes(student: Path) -> dict[str, str]:
 def _asked(route: Callable[[], object]) -> str:
     try:
         route()
-    except Exception as error:  # whatever it is, it is what is to be told
+    except Exception as error:  # any error is the result that is recorded
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return "done"
 
@@ -60,7 +60,7 @@ def prepare(work: Workload) -> Prepared:
     assert graph is not None
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(work.student.path / graph.file, Path(folder) / "model.onnx")
-        (Path(folder) / "config.json").write_text(json.dumps({"model_type": "bert"}))  # it asks for some known name
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": "bert"}))  # a known name is required
         model = ORTModelForCustomTasks.from_pretrained(folder)
     table = work.table
     times = [np.full((work.batch,), t, dtype=np.float32) for t in table.timesteps]
@@ -100,7 +100,7 @@ def main() -> None:
             spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
             print(f"batch {row['batch']} {row['contender']:18} {speed} {spread}")
     if wrong := disagreeing(rows):
-        print(f"other pictures: {wrong}")
+        print(f"other images: {wrong}")
     found = {name: version(name) for name in ("optimum", "optimum-onnx", "transformers", "diffusers")}
     write_json(asked.output, document("optimum", rows, optimum=found, own_routes=said))
 

@@ -296,9 +296,9 @@ def test_training_goes_on_from_a_published_teacher(
     assert "UNet together 64 in" in text
     assert "2 runs, each from the weights of the one before" in text
     wider = replace(TINY, unet_channels=(16, 48))
-    with pytest.raises(InvalidRequest, match=r"training cannot go on from .*UNet2DConditionModel"):
+    with pytest.raises(InvalidRequest, match=r"training cannot continue from .*UNet2DConditionModel"):
         run(folder, data, vocabulary, wider, AUTOENCODER, DECODER, TEXT, none, initial=first)
-    with pytest.raises(InvalidRequest, match=r"training cannot go on from .*redif_teacher\.json"):
+    with pytest.raises(InvalidRequest, match=r"training cannot continue from .*redif_teacher\.json"):
         run(folder, data, vocabulary, TINY, AUTOENCODER, DECODER, TEXT, none, initial=tmp_path)
 
 

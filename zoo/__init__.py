@@ -1,1 +1,1 @@
-"""How the shipped teachers were made: data sets, training, judges, publishing. Not part of the wheel."""
+"""How the shipped teachers were made: data sets, training, evaluation, publishing. Not part of the wheel."""

@@ -1,10 +1,10 @@
-"""The data set "captions": emoji 64 x 64, in colour, each with a name, keywords and a style to be asked for by.
+"""The data set "captions": 64 x 64 colour images of emoji, each with a name, keywords and a style.
 
-``python -m zoo.captions -o FOLDER`` fetches Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent 3D
-(MIT) as `emoji.py` does, Unicode's names of the characters (unicode-emoji-json, MIT) and keywords (emojilib, MIT), and
-writes one file. Skin tones are left out, and so are the flags of countries, which are many and say little in words. A
-picture has many captions; which one is drawn is a function of a key. Some pictures are held out on purpose: their
-colour, object and style are all in the training split, but not together.
+``python -m zoo.captions -o FOLDER``, from the repository's root, fetches Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0)
+and Fluent 3D (MIT) as `emoji.py` does, Unicode's names of the characters (unicode-emoji-json, MIT) and keywords
+(emojilib, MIT), and writes one file. Skin tones are left out, and so are the flags of countries, which are many and say
+little in words. An image has many captions; a key selects one. Some images are held out on purpose: their colour,
+object and style are all in the training split, but not together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from zoo import emoji
 
 SIZE = 64
 FILE = "emoji-64.npz"
-#: What the styles are called in captions.
+#: Names of the styles in captions.
 STYLES = {"Noto": "noto style", "Twemoji": "twemoji style", "Fluent": "fluent 3d style"}
 ATTRIBUTION = {
     "Noto": "Noto Emoji, Google, Apache-2.0 (npm emoji-datasource-google 16.0.0)",
@@ -62,15 +62,15 @@ COLOURED = {
     "balloon": "red balloon",
     "pushpin": "red pushpin",
 }
-#: Keywords that no picture shall be asked for by.
+#: Keywords that are left out of captions.
 BLOCKED = {
     "shit", "shitface", "turd", "hankey", "sexy", "terrorism", "arab", "arabs", "arabian", "muslim", "jew", "jewish",
     "weed", "drug", "drugs", "kill", "kills",
 }  # fmt: skip
 MOST_KEYWORDS = 5
 
-#: Compositions that no network is trained on. In every style: a colour of a shape, where the colour is known from other
-#: shapes and the shape from other colours. In one style: what is known from the two others.
+#: Compositions that no network is trained on. In every style: a colour and a shape that occur in training, but not
+#: together. In one style: subjects that occur in the two others.
 HELD_OUT_EVERYWHERE = ("brown circle", "purple square", "orange heart")
 HELD_OUT: Mapping[str, tuple[str, ...]] = {
     "Noto": (
@@ -86,7 +86,7 @@ HELD_OUT: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-#: How a caption is built, and how often in a hundred.
+#: Forms of captions, with their frequency in a hundred.
 FORMS = (
     (50, "{name}"),
     (12, "{a name}"),
@@ -96,15 +96,15 @@ FORMS = (
     (5, "{keyword}, {other}"),
     (5, "{keyword}"),
 )
-STYLED = 50  # captions in a hundred that say the style; without one, any will do
-ALIASED = 25  # and names in a hundred that are another name, where there is one
+STYLED = 50  # captions in a hundred that name the style; the others fit any style
+ALIASED = 25  # names in a hundred that are an alias, where there is one
 _DIGIT = 1024
-KEYS = _DIGIT**6  # captions are drawn by keys in [0, KEYS)
+KEYS = _DIGIT**6  # a key in [0, KEYS) selects a caption
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is seen in a picture, whatever its style."""
+    """What an image shows, in any style."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -112,12 +112,12 @@ class Subject:
 
 
 def held_out(name: str, style: str) -> bool:
-    """Whether this subject in this style ("Noto", ...) is one that no network is trained on."""
+    """Whether this subject in this style ("Noto", ...) is held out of every training."""
     return name in HELD_OUT_EVERYWHERE or name in HELD_OUT[style]
 
 
 def cleaned(text: str) -> str:
-    """Lower case; letters, digits, hyphens and apostrophes alone, so that a comma after it stays a word of its own."""
+    """Lower case, only letters, digits, hyphens and apostrophes, so that a comma after it stays a word of its own."""
     plain = unicodedata.normalize("NFKD", text.replace("’", "'")).encode("ascii", "ignore").decode().lower()
     return " ".join(re.sub(r"[^a-z0-9' -]", " ", plain).split())
 
@@ -135,7 +135,7 @@ def _digits(key: int) -> list[float]:
 
 
 def plain(subject: Subject, key: int) -> str:
-    """The caption without a style that ``key``, in [0, KEYS), draws."""
+    """The caption without a style that ``key``, in [0, KEYS), selects."""
     form, named, which, other, _, _ = _digits(key)
     pattern = next(pattern for pattern, bound in zip(_PATTERNS, _BOUNDS, strict=True) if 100 * form < bound)
     names = subject.aliases if subject.aliases and 100 * named < ALIASED else (subject.name,)
@@ -149,7 +149,7 @@ def plain(subject: Subject, key: int) -> str:
 
 
 def caption(subject: Subject, style: str, key: int) -> str:
-    """The caption that ``key``, in [0, KEYS), draws for a picture in ``style`` ("Noto", ...)."""
+    """The caption that ``key``, in [0, KEYS), selects for an image in ``style`` ("Noto", ...)."""
     *_, styled, where = _digits(key)
     text = plain(subject, key)
     if 100 * styled >= STYLED:
@@ -162,7 +162,7 @@ _BOUNDS = tuple(int(bound) for bound in np.cumsum([share for share, _ in FORMS])
 
 
 def texts(subjects: Sequence[Subject]) -> Iterator[str]:
-    """Texts that have between them every word of every caption."""
+    """Texts that together contain every word of every caption."""
     yield from STYLES.values()
     yield "a, an emoji of in"
     for subject in subjects:
@@ -171,7 +171,7 @@ def texts(subjects: Sequence[Subject]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures ``images`` (N, 3, 64, 64) uint8; of each its subject, style, character and whether it is held out."""
+    """Images ``images`` (N, 3, 64, 64) uint8; the subject, style and character of each, and whether it is held out."""
 
     images: NDArray[np.uint8]
     subjects: tuple[Subject, ...]
@@ -184,7 +184,7 @@ class Captioned:
         return len(self.subjects)
 
     def part(self, chosen: NDArray[np.bool_]) -> Captioned:
-        """Those pictures where ``chosen`` (N,) is true."""
+        """The images where ``chosen`` (N,) is true."""
         places = np.flatnonzero(chosen)
 
         def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -204,17 +204,17 @@ class Captioned:
         return self.part(~self.held_out)
 
     def prompt(self, place: int) -> str:
-        """How a picture is asked for when a network is judged: its name and its style."""
+        """The prompt of an image in evaluations: its name and its style."""
         return f"{self.subjects[place].name}, {STYLES[self.styles[place]]}"
 
 
 def subjects_of(
     entries: Sequence[dict[str, Any]], names: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> dict[str, Subject]:
-    """Code points in lower case -> what it shows, from emoji.json's entries and the files of names and of keywords.
+    """Code points in lower case -> subject, from emoji.json's entries and the files of names and keywords.
 
-    A further name, or a keyword, that is another character's name is left out; so is one with a colour that the name
-    does not have, since those are often another vendor's.
+    Left out: a further name, or a keyword, that is another character's name; and one with a colour that the name does
+    not have, since those are often another vendor's.
     """
     found = {}
     for entry in entries:
@@ -255,10 +255,10 @@ def subjects_of(
 
 
 def read_json(tarball: Path, member: str) -> dict[str, Any]:
-    """One JSON file of a package. Raises InvalidRequest where the package does not hold it."""
+    """One JSON file of a package. Raises InvalidRequest if the package does not have it."""
     with tarfile.open(tarball) as archive:
         if member not in archive.getnames():
-            raise InvalidRequest(f"{tarball.name} has no {member}; fetch the version that the name says")
+            raise InvalidRequest(f"{tarball.name} has no {member}; fetch the version in its name")
         handle = archive.extractfile(member)
         assert handle is not None
         read: dict[str, Any] = json.loads(handle.read())
@@ -285,7 +285,7 @@ def build(tarballs: dict[str, Path], names: Mapping[str, Any], keywords: Mapping
 
 
 def load(folder: str | os.PathLike[str] | None = None) -> Captioned:
-    """The data set from ``folder``, or from $REDIF_DATA/captions. Raises InvalidRequest where it is not."""
+    """The data set from ``folder``, or from $REDIF_DATA/captions. Raises InvalidRequest if it is not there."""
     root = os.environ.get("REDIF_DATA")
     place = Path(folder) if folder else Path(root) / "captions" if root else Path()
     if not (place / FILE).is_file():
@@ -323,7 +323,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     atomic_write(output / FILE, buffer.getvalue())
     typer.echo(
-        f"{output / FILE}: {len(arrays['images']):,} pictures of {len(set(arrays['names'].tolist())):,} subjects, "
+        f"{output / FILE}: {len(arrays['images']):,} images of {len(set(arrays['names'].tolist())):,} subjects, "
         f"{int(arrays['held_out'].sum())} of them held out"
     )
 

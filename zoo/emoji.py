@@ -1,8 +1,8 @@
-"""The data set "emoji": pictures of emoji in three styles, 32 x 32 in colour, from three packages of npm's registry.
+"""The data set "emoji": 32 x 32 colour images of emoji in three styles, from three packages of npm's registry.
 
-``python -m zoo.emoji`` fetches Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent 3D (MIT), puts
-each picture on white, scales it down, and writes one file. Its classes are category and style: "Food & Drink, Noto". A
-tenth of the *characters* is held out as the test split, so that no character is in both in another style.
+``python -m zoo.emoji``, from the repository's root, fetches Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent 3D
+(MIT), puts each image on white, scales it down, and writes one file. Its classes are category and style: "Food & Drink,
+Noto". A tenth of the *characters* is held out as the test split, so that no character is in both in another style.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from redif_sdk.distill.evaluation.datasets import EMOJI_FILE as FILE
 from redif_sdk.errors import InvalidRequest
 
 SIZE = 32
-#: style -> npm package, and where in it the picture of a character is.
+#: style -> npm package, and the place of a character's image in it.
 PACKAGES = {
     "Noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
     "Twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
     "Fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
 }
-HELD_OUT = 10  # one character in as many is held out
+HELD_OUT = 10  # one in this many characters is held out
 
 
 def held_out(character: str) -> bool:
@@ -66,9 +66,9 @@ def read_package(path: Path, pattern: str) -> dict[str, bytes]:
 
 
 def characters(tarballs: dict[str, Path]) -> Iterator[tuple[dict[str, Any], str, bytes]]:
-    """Each character in each style that has it, from the three tarballs: its entry of emoji.json, style, picture file.
+    """Each character in each style that has it, from the three tarballs: its entry of emoji.json, style, image file.
 
-    Characters are whole: no skin tones by themselves, and none applied.
+    Characters are whole: neither bare skin tones nor variants with one.
     """
     packages = {style: read_package(path, PACKAGES[style][1]) for style, path in tarballs.items()}
     for entry in json.loads(packages["Noto"]["emoji.json"]):
@@ -104,7 +104,7 @@ def fetch(folder: Path) -> dict[str, Path]:
 
 
 def fetch_packages(folder: Path, packages: Iterable[str]) -> list[Path]:
-    """npm's tarballs of ``packages``, through ``npm pack``: those that lie in ``folder`` already are not fetched again.
+    """npm's tarballs of ``packages``, through ``npm pack``; those already in ``folder`` are not fetched again.
 
     Raises:
         InvalidRequest: npm is missing or fails.
@@ -136,7 +136,7 @@ def main(
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     output.mkdir(parents=True, exist_ok=True)
     atomic_write(output / FILE, buffer.getvalue())
-    typer.echo(f"{output / FILE}: {len(arrays['images']):,} pictures, {int(arrays['held_out'].sum())} of them held out")
+    typer.echo(f"{output / FILE}: {len(arrays['images']):,} images, {int(arrays['held_out'].sum())} of them held out")
 
 
 if __name__ == "__main__":

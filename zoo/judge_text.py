@@ -1,9 +1,9 @@
-"""The judge of text-to-image teachers: does a picture show what its prompt says?
+"""The evaluation of text-to-image teachers: does an image show its prompt?
 
-A small check of pictures against words, trained here on real emoji: a head on EfficientNet-Lite0's features and a
-coarse thumbnail, and a mean of word vectors, trained contrastively. There is one judge for each style, trained on the
-*other* styles: so it never saw the picture that a sample may be a copy of, and on real pictures of its style it shows
-what a perfect sample would reach. Figures: is the right caption the first, or among the first five, of a hundred?
+A small image-text model, trained here on real emoji: a head on EfficientNet-Lite0's features and a coarse thumbnail,
+and a mean of word vectors, trained contrastively. There is one model for each style, trained on the *other* styles. So
+it never saw the image that a sample may be a copy of, and its score on real images of its style is that of a perfect
+sample. Figures: is the right caption the first, or among the first five, of a hundred?
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from zoo.captions import Captioned, Subject
 
 WIDTH = 128
 THUMBNAIL = 8
-LOOK = (
-    128  # pixels of a side that features are taken at: at 64 the judges are right on 45 % of real pictures, here 55 %
-)
+LOOK = 128  # side in pixels at which features are computed: the judges are right on 55 % of real images, at 64 on 45 %
 CANDIDATES = 100
 UPDATES, BATCH = 800, 256
 
 
 def describe(images: Tensor) -> Tensor:
-    """What a judge sees of images (N, 3, H, W) in [-1, 1]: features and a thumbnail, (N, 1280 + 192)."""
+    """The input of a `Judge` for images (N, 3, H, W) in [-1, 1]: features and a thumbnail, (N, 1280 + 192)."""
     parts = []
     for part in images.split(100):
         large = F.interpolate(part, size=(LOOK, LOOK), mode="bilinear", align_corners=False)
@@ -44,7 +42,7 @@ def words_of(text: str) -> list[str]:
 
 
 class Judge(nn.Module):
-    """Descriptions and captions into one space."""
+    """Image descriptions and captions -> one space."""
 
     mean: Tensor
     deviation: Tensor
@@ -52,7 +50,7 @@ class Judge(nn.Module):
     def __init__(self, descriptions: Tensor, subjects: Sequence[Subject]) -> None:
         super().__init__()
         known = {word for text in captions.texts(subjects) for word in words_of(text)}
-        self.places = {word: place for place, word in enumerate(sorted(known), 1)}  # 0: a word that is not known
+        self.places = {word: place for place, word in enumerate(sorted(known), 1)}  # 0: an unknown word
         self.register_buffer("mean", descriptions.mean(0))
         self.register_buffer("deviation", descriptions.std(0) + 1e-3)
         self.words = nn.EmbeddingBag(len(self.places) + 1, WIDTH, mode="mean")
@@ -76,7 +74,7 @@ class Judge(nn.Module):
 def train_judge(
     descriptions: Tensor, subjects: Sequence[Subject], *, seed: int = 7, updates: int = UPDATES, batch: int = BATCH
 ) -> Judge:
-    """A judge of real pictures, by their descriptions, and what they show. Styles are no matter to it."""
+    """Train a `Judge` on the descriptions of real images and their subjects, of any style."""
     torch.manual_seed(seed)
     judge = Judge(descriptions, subjects)
     names = {subject.name: place for place, subject in enumerate(dict.fromkeys(subjects))}
@@ -101,7 +99,7 @@ def train_judge(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Shares of pictures whose caption is the first, and among the first five, of ``CANDIDATES``."""
+    """Shares of images whose caption is the first, and among the first five, of ``CANDIDATES``."""
 
     top1: float
     top5: float
@@ -110,7 +108,7 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieval(judge: Judge, descriptions: Tensor, names: Sequence[str], known: Sequence[str], seed: int) -> Tensor:
-    """The place, from 0, of each picture's own name among itself and others drawn from ``known``: (N,) int64."""
+    """The rank, from 0, of each image's own name among itself and others drawn from ``known``: (N,) int64."""
     pool = sorted(set(known))
     texts = judge.read(pool)
     places = {name: place for place, name in enumerate(pool)}
@@ -128,7 +126,7 @@ class Panel:
     """The judges of all styles."""
 
     def __init__(self, data: Captioned, *, updates: int = UPDATES) -> None:
-        """Trained on the real pictures of ``data``, those held out from teachers among them: judges are no teachers."""
+        """Train on the real images of ``data``, including those held out from teachers."""
         self.data = data
         self.descriptions = describe(torch.tensor(data.images).float() / 127.5 - 1)
         self.known = [subject.name for subject in data.subjects]
@@ -151,7 +149,7 @@ class Panel:
         return F.normalize((descriptions - self._mean) / self._deviation, dim=-1)
 
     def ranks(self, descriptions: Tensor, places: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
-        """Of pictures that were asked for by the prompts of the data's ``places``; ``names``: by others instead."""
+        """Ranks of images generated from the prompts of the data's ``places``; ``names``: of other prompts instead."""
         names = [self.data.subjects[place].name for place in places] if names is None else names
         ranks = torch.zeros(len(places), dtype=torch.int64)
         for style, judge in self.judges.items():
@@ -161,7 +159,7 @@ class Panel:
         return ranks
 
     def verdict(self, descriptions: Tensor, places: Sequence[int]) -> dict[str, object]:
-        """All figures of pictures ``descriptions`` that were asked for by the prompts of the data's ``places``."""
+        """All figures of images ``descriptions`` that were generated from the prompts of the data's ``places``."""
         nearest = self._training[(self._normal(descriptions) @ self._near.T).argmax(1).numpy()]
         data = self.data
         return {
@@ -175,7 +173,7 @@ class Panel:
         }
 
     def controls(self, descriptions: Tensor, places: Sequence[int]) -> dict[str, object]:
-        """The same prompts with the real pictures; and the given pictures with each other's prompts."""
+        """Two controls: the same prompts with the real images; and the given images with each other's prompts."""
         names = [self.data.subjects[place].name for place in places]
         half = len(names) // 2
         moved = [*names[half:], *names[:half]]  # neighbours may be one subject in several styles

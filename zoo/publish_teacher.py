@@ -108,7 +108,7 @@ def classify(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def save_network(network: UNet2DModel, scheduler: DDIMScheduler, about: dict[str, Any], folder: Path) -> None:
-    """The diffusers folder and ``redif_teacher.json``.
+    """Write the diffusers folder and ``redif_teacher.json``.
 
     The class table keeps its last entry, 'no class' (label dropout): guidance needs it.
     """
@@ -180,7 +180,7 @@ def publish(
     data_dir: str | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> TeacherFigures:
-    """Write the shipped teacher's folder and measure it. ``training`` goes into the card as it is."""
+    """Write the shipped teacher's folder and measure it. ``training`` is shown in the card unchanged."""
     train, test = data.load(name, "train", data_dir), data.load(name, "test", data_dir)
     about = {
         "name": name,

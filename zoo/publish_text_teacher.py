@@ -28,10 +28,10 @@ from zoo.mini_sd import LARGEST, Trained, pixels, save_pipeline
 NAME, LICENCE = "mini-sd", "CC-BY-4.0"
 CARD_IMAGE, PROMPTS_FILE = "samples.png", "prompts.json"
 SCALES = (1.0, 2.0, 3.0, 4.5, 6.0)
-WITHIN = 0.01  # the lowest scale is taken whose share of right captions is so near to the best
-SEED = 1000  # of the samples that are judged; the grid's seeds are its places
+WITHIN = 0.01  # choose the lowest scale whose share of right captions is this near to the best
+SEED = 1000  # first seed of the evaluated samples; the grid's seeds are its indices
 
-#: What the card's grid shows, row by row.
+#: Prompts of the card's grid, row by row.
 GRID = (
     "red heart", "blue heart, noto style", "green heart, twemoji style", "purple heart, fluent 3d style",
     "orange heart, noto style", "orange heart, fluent 3d style", "yellow heart, noto style",
@@ -56,8 +56,9 @@ COLUMNS = 10
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is sampled: prompts that choose the scale, prompts of the figures, DDIM steps, the judges'
-    updates, the grid, the scales to choose from, and outputs of each split in the bank."""
+    """Numbers of samples: prompts that choose the scale, prompts of the figures, DDIM steps, updates of the judges, the
+    grid, the scales to choose from, and outputs of each split in the bank.
+    """
 
     choosing: int = 100
     judging: int = 300
@@ -69,7 +70,7 @@ class Effort:
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt, "name, style", asks for a composition that no network was trained on."""
+    """Whether a prompt, "name, style", is a composition that no network was trained on."""
     name, _, said = prompt.rpartition(", ")
     return any(said == text and captions.held_out(name, style) for style, text in captions.STYLES.items())
 
@@ -83,7 +84,7 @@ def sample(
     first_seed: int,
     batch_size: int = 50,
 ) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1], of 256 levels; the picture of prompt i has the seed ``first_seed + i``."""
+    """Images (N, 3, H, W) in [-1, 1], of 256 levels; the image of prompt i has the seed ``first_seed + i``."""
     parts = []
     for low in range(0, len(prompts), batch_size):
         part = list(prompts[low : low + batch_size])
@@ -98,14 +99,14 @@ def sample(
 def choose_scale(
     pipeline: StableDiffusionPipeline, panel: Panel, places: Sequence[int], effort: Effort
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The guidance scale for the prompts of ``places``, and what the judges say of each that was tried."""
+    """The guidance scale for the prompts of ``places``, and the figures of each scale that was tried."""
     prompts = [panel.data.prompt(place) for place in places]
     rows: list[dict[str, Any]] = []
     for scale in effort.scales:
         images = sample(pipeline, prompts, scale=scale, steps=effort.steps, first_seed=2 * SEED)
         rows.append({"scale": scale, **panel.verdict(describe(images), places)})
     best = max(row["top1"] for row in rows)
-    least = best - WITHIN - 1e-6  # shares of a hundred are no exact floats
+    least = best - WITHIN - 1e-6  # shares are not exact in floating point
     return min(row["scale"] for row in rows if row["top1"] > least), rows
 
 
@@ -199,8 +200,10 @@ def publish(trained: Trained, data: Captioned, folder: Path, effort: Effort | No
 
 
 def training_prompts(data: Captioned) -> list[str]:
-    """What students are distilled on: the name of every training picture, and its name with its style, shuffled, so
-    that the prompts of every pool are a fair part of them."""
+    """The prompts that students are distilled on: names of training images, alone and with their styles, shuffled.
+
+    Shuffling makes the prompts of every pool a fair sample of them.
+    """
     places = np.flatnonzero(~data.held_out).tolist()
     names = [str(data.subjects[place].name) for place in places]
     listed = list(dict.fromkeys([*names, *(data.prompt(place) for place in places)]))
@@ -208,10 +211,10 @@ def training_prompts(data: Captioned) -> list[str]:
 
 
 def write_bank(teacher: Teacher, folder: Path, sizes: Mapping[str, int]) -> None:
-    """The teacher's outputs for the first noises of each split, as float16 latents, for those who distil it."""
+    """Write the teacher's outputs for the first noises of each split, as float16 latents."""
     arrays: dict[str, Any] = {"fingerprint": np.array(teacher.identity)}
     for split, count in sizes.items():
-        found, _ = pairs.get(teacher, count, split)  # by way of the cache: what is made is not made twice
+        found, _ = pairs.get(teacher, count, split)  # through the cache, so that nothing is sampled twice
         arrays[split] = found.target.half().numpy()
     np.savez_compressed(folder / pairs.BANK_FILE, **arrays)
 
@@ -235,7 +238,7 @@ def _rows(figures: Mapping[str, Any]) -> str:
 
 
 def banked(sizes: Mapping[str, int]) -> str:
-    """What the card says of outputs for distillation."""
+    """The card's text about outputs for distillation."""
     if not sizes:
         return "none; outputs to distil it on are sampled when they are needed"
     counts = " and ".join(f"{count:,} ({split.replace('_', '-')})" for split, count in sizes.items())

@@ -1,9 +1,9 @@
-"""Train the shipped teachers: ``python -m zoo.train_teacher fashion-mnist -o DIR``.
+"""Train the shipped teachers: ``python -m zoo.train_teacher fashion-mnist -o DIR``, from the repository's root.
 
 An ordinary diffusion model: v-prediction on the cosine schedule, AdamW, EMA, in the space-to-depth view of the images
-(``pixel_unshuffle(2)`` is a permutation, so white noise stays white). Every batch is drawn by its own index, so a run
-that was killed and resumed takes the same path as one that was not. On a busy CPU two processes of one thread do better
-than one of two threads: ``torchrun --nproc_per_node 2 -m zoo.train_teacher ...``.
+(``pixel_unshuffle(2)`` is a permutation, so white noise stays white). Every batch is a function of its index, so a run
+that was killed and resumed takes the same path as one that was not. On a busy CPU two processes of one thread are
+faster than one of two threads: ``torchrun --nproc_per_node 2 -m zoo.train_teacher ...``.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def train(
     checkpoint_seconds: float,
     weight_decay: float = 0.01,
 ) -> UNet2DModel:
-    """Train, or go on from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint."""
+    """Train, or continue from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint."""
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -159,7 +159,7 @@ def train(
         task = progress.add_task(f"teacher {name}", total=updates, completed=start, loss=float("nan"))
         running = float("nan")
         for update in range(start, updates):
-            draw = torch.Generator().manual_seed(seed * 1_000_003 + update)  # the batch depends on its index alone
+            draw = torch.Generator().manual_seed(seed * 1_000_003 + update)  # the batch depends only on its index
             index = torch.randint(0, len(images), (batch_size,), generator=draw)
             t = torch.randint(0, len(alphas_cumprod), (batch_size,), generator=draw)
             noise = torch.randn((batch_size, *images.shape[1:]), generator=draw)

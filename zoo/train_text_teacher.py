@@ -1,11 +1,11 @@
-"""Train the mini Stable Diffusion on captioned emoji: ``python -m zoo.train_text_teacher -o DIR``.
+"""Train the mini Stable Diffusion on captioned emoji: ``python -m zoo.train_text_teacher -o DIR``, from the root.
 
-Four stages, each with its own checkpoint. The autoencoder comes first; with it every picture becomes a latent once,
-and its decoder alone is trained on. The text encoder learns which latents a caption means, as CLIP's did; then UNet
-and text encoder are trained together, the latter at a tenth of the rate (v-prediction, one caption in ten empty, for
-guidance). Every batch is drawn by its own index, so a run that was killed and resumed takes the path of one that was
-not. Then `publish_text_teacher.py` writes the folder. On a busy CPU two processes of one thread each do better than one
-of two: ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m zoo.train_text_teacher -o DIR``.
+Four stages, each with its own checkpoint. The autoencoder comes first; with it every image becomes a latent once, and
+its decoder alone is trained further. The text encoder learns which latents a caption describes, as CLIP's did; then
+UNet and text encoder are trained together, the latter at a tenth of the rate (v-prediction, one caption in ten empty,
+for guidance). Every batch is a function of its index, so a run that was killed and resumed takes the path of one that
+was not. Then `publish_text_teacher.py` writes the folder. On a busy CPU two processes of one thread each are faster
+than one of two: ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m zoo.train_text_teacher -o DIR``.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ TRAINED = STAGES[:-1]
 LATENTS_FILE = "latents.npz"
 WARMUP = 200  # updates
 COOLDOWN = 0.3  # the last part of the updates, in which the learning rate falls to 0
-SHIFT = 4  # most pixels that the autoencoder's pictures are moved by
+SHIFT = 4  # largest shift of the autoencoder's images, in pixels
 SQUARE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 1.0, 0.5, 1e-4
-COLOUR_WEIGHT, COLOUR_BLOCK = 10.0, 4  # of colours without their grey, in blocks of so many pixels
+COLOUR_WEIGHT, COLOUR_BLOCK = 10.0, 4  # the colour term's blocks, in pixels
 CAPTION_DROPOUT = 0.1
-TEXT_RATE = 0.1  # the text encoder's learning rate beside the UNet's
+TEXT_RATE = 0.1  # the text encoder's learning rate relative to the UNet's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one stage is trained. ``samples``: as many are seen in all, and the learning rate falls at their end."""
+    """Settings of one stage. ``samples``: training samples in all; the learning rate falls towards their end."""
 
     samples: int
     batch_size: int
@@ -101,10 +101,10 @@ class Clock:
 
 
 def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """What a stage left in ``path``; None where it has not begun.
+    """The checkpoint of a stage in ``path``; None if there is none.
 
     Raises:
-        InvalidRequest: it was trained with other settings. More samples may be asked for than before.
+        InvalidRequest: it was trained with other settings. ``samples`` may be larger than before.
     """
     if not path.is_file():
         return None
@@ -113,7 +113,7 @@ def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any] | None:
     known.pop("samples"), asked.pop("samples")
     if known != asked:
         differ = ", ".join(f"{name} {known.get(name)!r}" for name in asked if known.get(name) != asked[name])
-        raise InvalidRequest(f"{path} was trained with {differ}; ask for the same, or give another folder")
+        raise InvalidRequest(f"{path} was trained with {differ}; give the same settings or another folder")
     return state
 
 
@@ -127,7 +127,7 @@ def train(
     *,
     checkpoint_seconds: float = 60.0,
 ) -> tuple[nn.Module, dict[str, Any], bool]:
-    """Train ``network``, or go on from ``folder/STAGE.pt``; ``loss(network, update)`` is this process's mean.
+    """Train ``network``, or continue from ``folder/STAGE.pt``; ``loss(network, update)`` is this process's mean.
 
     Returns the averaged network, the facts of its training, and whether all of its samples were seen.
     """
@@ -197,10 +197,10 @@ def train(
 def autoencoder_loss(
     data: Captioned, settings: Settings, architecture: Architecture
 ) -> Callable[[nn.Module, int], Tensor]:
-    """L1 and L2 of pixels, L1 of differences to neighbours, L2 of coarse colours, and a little KL. Without the colours'
-    own term the rare ones come late: green was brown after 30,000 samples.
+    """L1 and L2 of pixels, L1 of differences to neighbours, L2 of coarse colours, and a little KL.
 
-    Pictures are moved by some pixels, and half of them mirrored.
+    Without the colour term rare colours are learnt late: green was brown after 30,000 samples. Images are shifted by
+    some pixels, and half of them mirrored.
     """
     images, size = torch.tensor(data.images), settings.batch_size
     mine, shape = draws.share(size), (architecture.latent_channels, *(architecture.latent_size,) * 2)
@@ -233,7 +233,7 @@ def autoencoder_loss(
 
 
 def captions_of(data: Captioned, index: Tensor, keys: Tensor) -> list[str]:
-    """One caption of each picture ``index`` (B,); ``keys`` (B,) say which of all that it may have."""
+    """One caption of each image ``index`` (B,); ``keys`` (B,) select it."""
     return [
         captions.caption(data.subjects[place], data.styles[place], key)
         for place, key in zip(index.tolist(), keys.tolist(), strict=True)
@@ -243,7 +243,7 @@ def captions_of(data: Captioned, index: Tensor, keys: Tensor) -> list[str]:
 def text_loss(
     data: Captioned, latents: Tensor, tokenizer: CLIPTokenizer, settings: Settings
 ) -> Callable[[nn.Module, int], Tensor]:
-    """:class:`TextReader`'s loss on captions drawn anew; they are cut to the longest, which changes no state."""
+    """:class:`TextReader`'s loss on newly drawn captions, cut to the longest, which changes no state."""
     size = settings.batch_size
     mine = draws.share(size)
 
@@ -295,14 +295,14 @@ def fingerprint(network: nn.Module) -> str:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, data: Captioned, folder: Path) -> tuple[Tensor, float]:
-    """Latents of all pictures (N, C, h, w), scaled to a deviation of 1, and the scale; kept in ``folder``."""
+    """Latents of all images (N, C, h, w), scaled to a deviation of 1, and the scale; cached in ``folder``."""
     path, identity = folder / LATENTS_FILE, fingerprint(vae)
     if path.is_file():
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["autoencoder"]) == identity and len(kept["latents"]) == len(data):
                 return torch.tensor(kept["latents"]), float(kept["scaling_factor"])
     parts = [vae.encode(pixels(part)).latent_dist.mean for part in np.array_split(data.images, -(-len(data) // 64))]
-    latents = torch.cat(parts).contiguous()  # as they are when they are read: sums in another order would differ
+    latents = torch.cat(parts).contiguous()  # the order of sums must be that of a later read
     scaling_factor = round(1 / float(latents.std()), 5)
     latents *= scaling_factor
     buffer = io.BytesIO()
@@ -312,10 +312,10 @@ def encode_all(vae: AutoencoderKL, data: Captioned, folder: Path) -> tuple[Tenso
 
 
 def read_published(folder: Path, vae: AutoencoderKL, denoiser: TextDenoiser) -> dict[str, Any]:
-    """Fill both with the weights of a published teacher; returns the facts of its training.
+    """Fill both networks with the weights of a published teacher; returns the facts of its training.
 
     Raises:
-        InvalidRequest: the folder is no teacher of this architecture.
+        InvalidRequest: the folder is not a teacher of this architecture.
     """
     try:
         facts: dict[str, Any] = json.loads((folder / TEACHER_FILE).read_text(encoding="utf-8"))["training"]
@@ -323,7 +323,7 @@ def read_published(folder: Path, vae: AutoencoderKL, denoiser: TextDenoiser) -> 
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise InvalidRequest(
-            f"training cannot go on from {folder}: {said:.300}; name a folder that this script published, and its "
+            f"training cannot continue from {folder}: {said:.300}; name a folder that this script published, and its "
             "--architecture"
         ) from error
     return facts
@@ -344,9 +344,9 @@ def run(
     seconds: float | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Trained | None:
-    """All stages, as far as ``stages`` and ``seconds`` go; what is trained already is read. None: not yet all.
+    """Run all stages, as far as ``stages`` and ``seconds`` go; finished stages are read. None if not all are finished.
 
-    ``initial``: a published teacher whose weights decoder, UNet and text encoder begin with; the stages that made them
+    ``initial``: a published teacher with whose weights decoder, UNet and text encoder start; the stages that made them
     are left out.
     """
     draws.join()
@@ -405,9 +405,9 @@ def main(
     ] = None,
     initial: Annotated[
         Path | None,
-        typer.Option(help="A published teacher, from whose weights decoder, UNet and text encoder are trained on."),
+        typer.Option(help="A published teacher with whose weights decoder, UNet and text encoder start."),
     ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Stop training after so long; run again to go on.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Stop training after so long; run again to continue.")] = None,
     samples: Annotated[int, typer.Option(help="Training samples of text encoder and UNet.")] = 850_000,
     autoencoder_samples: Annotated[int, typer.Option(help="Training samples of the autoencoder.")] = 42_000,
     decoder_samples: Annotated[int, typer.Option(help="Training samples of its decoder alone, after it.")] = 36_000,

@@ -2,10 +2,10 @@
 
 ``python -m benchmarks.distillation.black_box [-o FILE]``: a one-step student is first aligned with its teacher. Then
 the reward is a server that returns minus the size in bytes of each image's JPEG, which has no gradient. `redif` follows
-it in two ways: alone, with a regression term of several weights; and beside the alignment's own reward, at several weights
-of the bytes. Each is a point of the trade-off between bytes and distance to the teacher. The controls continue for the
-same number of updates with regression alone, and with the alignment's reward alone. `draft` refuses the same reward.
-Evaluated on the validation noises in EfficientNet-Lite0's features.
+it in two ways: alone, with a regression term of several weights; and beside the alignment's own reward, at several
+weights of the bytes. Each is a point of the trade-off between bytes and distance to the teacher. The controls continue
+for the same number of updates with regression alone, and with the alignment's reward alone. `draft` refuses the same
+reward. Evaluated on the validation noises in EfficientNet-Lite0's features.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Train and evaluate every method on the same terms.
 
 ``python -m benchmarks.distillation.run [--data ...] [--steps ...] [-o FOLDER]``. A cell is (data, method, K, seed,
-kind of budget). Each is one JSON file, so an interrupted run continues, and two may share one folder. All methods start from
-the teacher's weights, see the same pool, and end at the same number of forward-equivalents (``--budget``), or after the
-seconds (``--kind seconds``) that `regression` takes for it. Those are measured just before in the same process, since
-machines and their load differ. The pool's cost is the same for all and is printed separately. `settings.yaml` has each
-method's settings, chosen on the validation protocol (other noises, other feature networks). Nothing was tuned on the
-test protocol.
+kind of budget). Each is one JSON file, so an interrupted run continues, and two may share one folder. All methods start
+from the teacher's weights, see the same pool, and end at the same number of forward-equivalents (``--budget``), or
+after the seconds (``--kind seconds``) that `regression` takes for it. Those are measured just before in the same
+process, since machines and their load differ. The pool's cost is the same for all and is printed separately.
+`settings.yaml` has each method's settings, chosen on the validation protocol (other noises, other feature networks).
+Nothing was tuned on the test protocol.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     app.command()(captions.main)
     result = CliRunner().invoke(app, ["-o", str(made / "out"), "--packages", str(made)])
     assert result.exit_code == 0, result.output
-    assert "33 pictures of 11 subjects, 7 of them held out" in " ".join(result.output.split())
+    assert "33 images of 11 subjects, 7 of them held out" in " ".join(result.output.split())
     return made / "out"
 
 

@@ -22,11 +22,11 @@ from redif_sdk.card import samples
 from redif_sdk.card.render import read_card, user_sections, write_card
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.export import golden, store
-from redif_sdk.export.components import load_decoder, load_encoders, load_network
-from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.fuse import generator_model
+from redif_sdk.export.networks import load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import (
-    Denoiser,
+    GraphDenoiser,
     decoder_model,
     denoiser_model,
     largest_extent,
@@ -42,13 +42,13 @@ from redif_sdk.runtimes.protocol import nvidia_driver
 __all__ = ["build_graphs"]
 
 
-class Source(NamedTuple):
+class TorchStudent(NamedTuple):
     """A student in torch, as its graphs are made of it."""
 
-    denoiser: Denoiser
+    denoiser: GraphDenoiser
     encoders: TextEncoders | None
     decoder: LatentDecoder | None
-    conditions: Conditions
+    conditions: ExampleConditions
 
 
 def build_graphs(
@@ -73,7 +73,9 @@ def build_graphs(
     with atomic_folder(student.path, overwrite=True) as new:
         student.copy_to(new, without=(store.FOLDER, golden.FOLDER, samples.FOLDER))
         student.keep_foreign(new)
-        entries = golden.record(source.denoiser, source.decoder, source.conditions, manifest, new, batches, further)
+        entries = golden.record_golden(
+            source.denoiser, source.decoder, source.conditions, manifest, new, batches, further
+        )
         graphs = _Graphs(source, manifest, new).write(precisions)
         manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
         write_manifest(new, manifest)
@@ -115,12 +117,12 @@ def _check_precisions(asked: Sequence[str]) -> None:
         raise InvalidRequest(f"precisions are {list(asked)}; give each once, at least one of {', '.join(PRECISIONS)}")
 
 
-def _source(student: StudentFolder, network: torch.nn.Module) -> Source:
+def _source(student: StudentFolder, network: torch.nn.Module) -> TorchStudent:
     """The student's parts around its network, from its checked bytes."""
     encoders = load_encoders(student)
-    conditions = Conditions(student, encoders)
-    denoiser = Denoiser.of(network, student.manifest, conditions)
-    return Source(denoiser, encoders, load_decoder(student), conditions)
+    conditions = ExampleConditions(student, encoders)
+    denoiser = GraphDenoiser.of(network, student.manifest, conditions)
+    return TorchStudent(denoiser, encoders, load_decoder(student), conditions)
 
 
 def _with_sizes(
@@ -158,7 +160,7 @@ def _another(extent: int, latents: Latents) -> int:
 class _Graphs:
     """Compiles a student and writes its graphs into `folder`. A part that two precisions share is written once."""
 
-    def __init__(self, source: Source, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, source: TorchStudent, manifest: Manifest, folder: Path) -> None:
         self._source = source
         self._manifest = manifest
         self._folder = folder

@@ -18,10 +18,10 @@ from redif_sdk.artifact.records import Guidance
 from redif_sdk.errors import ExportError
 from redif_sdk.models.families import TextEncoders
 
-__all__ = ["Conditions"]
+__all__ = ["ExampleConditions"]
 
 
-class Conditions:
+class ExampleConditions:
     """The conditions of a student's pictures. `encoders` where prompts ask, else None."""
 
     def __init__(self, student: StudentFolder, encoders: TextEncoders | None = None) -> None:

@@ -1,33 +1,41 @@
 """Golden outputs: what torch computes for a few inputs, recorded at export, so that the parity gate needs no torch.
 
-One compressed ``.npz`` holds, for one step table and one batch of B pictures: ``seeds`` (B, 2) uint64, ``rows`` (R,)
-int64, the rows looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and ``images``
-(B, H', W', C') uint8. Of a student with a decoder also ``latents`` (B, C, H, W) float32, the final ones. Of one that is
-asked for classes ``class_labels`` (B,) int64; of one that is asked by prompts ``prompts`` (B,) text, ``tokens.NAME``
-(B, L) int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs. `recorded.py` reads it.
+One compressed ``.npz`` holds, for one step table and one batch of B images: ``seeds`` (B, 2) uint64, ``rows`` (R,)
+int64, the steps looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and
+``images`` (B, H', W', C') uint8. A student with a decoder also has ``latents`` (B, C, H, W) float32, the final ones; a
+class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts`` (B,) text, ``tokens.NAME`` (B, L)
+int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs.
+
+Reading needs numpy only; torch is imported when something is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Golden
-from redif_sdk.export.conditions import Conditions
-from redif_sdk.export.onnx import Denoiser
-from redif_sdk.models.families import LatentDecoder
+from redif_sdk.artifact.untrusted.npz import npz_arrays
+from redif_sdk.errors import ManifestError
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["BATCHES", "FOLDER", "Size", "record"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from redif_sdk.export.conditions import ExampleConditions
+    from redif_sdk.export.onnx import GraphDenoiser
+    from redif_sdk.models.families import LatentDecoder
+
+__all__ = ["BATCHES", "FOLDER", "Arrays", "GoldenRecord", "Size", "read_golden", "record_golden"]
 
 BATCHES = (1, 8)
 FOLDER = "golden"
@@ -35,18 +43,34 @@ SEED = 0
 MOST_ROWS = 4  # of a long table, so that the files stay small
 
 Size = tuple[int, int]  # height and width of latents
+Arrays = dict[str, NDArray[Any]]
+
+# ---------------------------------------------------------------------- recording
 
 
-def record(
-    denoiser: Denoiser,
+def record_golden(
+    denoiser: GraphDenoiser,
     decoder: LatentDecoder | None,
-    conditions: Conditions,
+    conditions: ExampleConditions,
     manifest: Manifest,
     folder: Path,
     batches: Sequence[int] = BATCHES,
     sizes: Sequence[Size] = (),
 ) -> list[Golden]:
-    """Write the golden files of every table, batch and further size into `folder`, and return their entries."""
+    """Write a golden file for each table, batch and size into `folder`.
+
+    Args:
+        denoiser: The network in float32.
+        decoder: The latents' decoder, for a student that has one.
+        conditions: What the recorded images are conditioned on.
+        manifest: The student's manifest.
+        folder: The student's folder; the files go into its subfolder `FOLDER`.
+        batches: Batch sizes to record.
+        sizes: Sizes of latents to record besides the student's own.
+
+    Returns:
+        The manifest's entries of the files.
+    """
     (folder / FOLDER).mkdir()
     own = (manifest.latents.height, manifest.latents.width)
     entries = []
@@ -66,8 +90,8 @@ def record(
     return entries
 
 
-def _asked(conditions: Conditions, manifest: Manifest, indices: range) -> dict[str, NDArray[Any]]:
-    """What the pictures are asked for, on its way from a class or a prompt to the network's inputs."""
+def _asked(conditions: ExampleConditions, manifest: Manifest, indices: range) -> dict[str, NDArray[Any]]:
+    """The conditions of the images as the file holds them: class labels, or prompts, tokens and encoded prompts."""
     given = {name: value.numpy() for name, value in conditions.of(indices).items()}
     if manifest.text is None:
         return given
@@ -76,17 +100,18 @@ def _asked(conditions: Conditions, manifest: Manifest, indices: range) -> dict[s
     return {"prompts": np.array(prompts), **tokens, **{f"conditions.{name}": value for name, value in given.items()}}
 
 
-@torch.no_grad()
 def _run(
-    denoiser: Denoiser,
+    denoiser: GraphDenoiser,
     decoder: LatentDecoder | None,
-    conditions: Conditions,
+    conditions: ExampleConditions,
     manifest: Manifest,
     table: StepTable,
     indices: range,
     size: Size,
 ) -> dict[str, NDArray[Any]]:
-    """Pictures `indices` of `SEED`, in torch from the noise to the uint8 images."""
+    """Images `indices` of `SEED`, in torch from the noise to the uint8 images."""
+    import torch
+
     seeds = [(SEED, index) for index in indices]
     noise = torch.from_numpy(draw(seeds, (manifest.latents.channels, *size), slices=table.noise_slices))
     asked = conditions.of(indices).values()
@@ -102,23 +127,119 @@ def _run(
         clean: Tensor = table.clean(k, x, f)
         return clean
 
-    x = run_steps(table, table.start(noise[0]), noise, predict)
+    with torch.no_grad():
+        x = run_steps(table, table.start(noise[0]), noise, predict)
+        images = _images(x, decoder, manifest).numpy()
     arrays = {
         "seeds": np.array(seeds, dtype=np.uint64),
         "rows": np.array(rows, dtype=np.int64),
         "x": torch.stack(states).numpy(),
         "f": torch.stack(outputs).numpy(),
-        "images": _pictures(x, decoder, manifest).numpy(),
+        "images": images,
     }
     return arrays if decoder is None else arrays | {"latents": x.numpy()}
 
 
-def _pictures(x: Tensor, decoder: LatentDecoder | None, manifest: Manifest) -> Tensor:
-    """Latents (B, C, H, W) to pictures, uint8 (B, H', W', C')."""
+def _images(x: Tensor, decoder: LatentDecoder | None, manifest: Manifest) -> Tensor:
+    """Latents (B, C, H, W) to images, uint8 (B, H', W', C')."""
+    import torch
+
     if decoder is None:
-        pictures = torch.nn.functional.pixel_shuffle(x, manifest.postprocess.pixel_shuffle)
+        images = torch.nn.functional.pixel_shuffle(x, manifest.postprocess.pixel_shuffle)
     else:  # one after another: an autoencoder takes gigabytes for a batch
-        pictures = torch.cat([decoder(one) for one in x.split(1)])
+        images = torch.cat([decoder(one) for one in x.split(1)])
     low, high = manifest.postprocess.value_range
-    levels = (pictures - low) * (255 / (high - low))
+    levels = (images - low) * (255 / (high - low))
     return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class GoldenRecord:
+    """One golden file of a student. `prompts` and `tokens` are empty, and `latents` None, where it has none."""
+
+    manifest: Manifest
+    table: StepTable
+    seeds: list[tuple[int, int]]
+    conditions: Arrays  # by the names of the denoiser's inputs
+    prompts: list[str]
+    tokens: Arrays  # by the names of the text encoder's inputs
+    rows: list[int]
+    x: NDArray[np.float32]
+    f: NDArray[np.float32]
+    latents: NDArray[np.float32] | None
+    images: NDArray[np.uint8]
+
+    def noise(self) -> NDArray[np.float32]:
+        """The noise of the recorded images, drawn from their seeds: float32 (slices, B, C, H, W)."""
+        return draw(self.seeds, self.x.shape[2:], slices=self.table.noise_slices)
+
+
+def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
+    """Read the golden file of a manifest's entry.
+
+    Raises:
+        IntegrityError: The file was altered.
+        ManifestError: Its arrays are not those that the manifest describes.
+    """
+    manifest = student.manifest
+    try:
+        arrays = npz_arrays(student.read(golden.file), golden.file)
+        text = manifest.text is not None
+        record = GoldenRecord(
+            manifest,
+            manifest.step_table(golden.num_inference_steps),
+            [(int(seed), int(index)) for seed, index in arrays["seeds"]],
+            {
+                spec.name: arrays[f"conditions.{spec.name}" if text else spec.name].astype(spec.dtype)
+                for spec in manifest.condition_tensors
+            },
+            [str(prompt) for prompt in arrays["prompts"]] if text else [],
+            {name: arrays[f"tokens.{name}"].astype(np.int64) for name in _token_shapes(manifest, 0)},
+            [int(row) for row in arrays["rows"]],
+            arrays["x"].astype(np.float32),
+            arrays["f"].astype(np.float32),
+            arrays["latents"].astype(np.float32) if manifest.postprocess.decoder is not None else None,
+            arrays["images"].astype(np.uint8),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(
+            f"{golden.file} in {student.path} cannot be read: {error}; export the student again"
+        ) from error
+    if _shapes(record) != _expected_shapes(manifest, golden, len(record.rows)) or record.rows[:1] != [0]:
+        raise ManifestError(f"{golden.file} in {student.path} has arrays of other shapes; export the student again")
+    return record
+
+
+def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the text encoder's inputs by name."""
+    return {
+        name: (batch, part.max_length)
+        for part in (manifest.text.tokenizers if manifest.text is not None else [])
+        for name in (part.input, part.mask)
+        if name is not None
+    }
+
+
+def _shapes(record: GoldenRecord) -> Mapping[str, Any]:
+    arrays = {**record.conditions, **record.tokens, "x": record.x, "f": record.f, "images": record.images}
+    if record.latents is not None:
+        arrays["latents"] = record.latents
+    shapes = {name: value.shape for name, value in arrays.items()}
+    return {**shapes, "seeds": len(record.seeds), "prompts": len(record.prompts)}
+
+
+def _expected_shapes(manifest: Manifest, golden: Golden, rows: int) -> Mapping[str, Any]:
+    """What `_shapes` must return for a file that the manifest describes so."""
+    batch, latents, postprocess = golden.batch, manifest.latents, manifest.postprocess
+    height, width = golden.height or latents.height, golden.width or latents.width
+    scale, channels = postprocess.scale, postprocess.channels(latents.channels)
+    state = (batch, latents.channels, height, width)
+    shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in manifest.condition_tensors}
+    shapes |= _token_shapes(manifest, batch)
+    shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
+    if postprocess.decoder is not None:
+        shapes["latents"] = state
+    return {**shapes, "seeds": batch, "prompts": batch if manifest.text is not None else 0}

@@ -1,7 +1,7 @@
 """Torch networks to ONNX graphs: the denoiser, the text encoders, the decoder.
 
 What each takes and gives, by name, shape and precision, is said here; `trace.py` calls torch's exporter. Networks are
-loaded in `components.py`, the loop around the denoiser is assembled in `fuse.py`, and files are written in `store.py`.
+loaded in `networks.py`, the loop around the denoiser is assembled in `fuse.py`, and files are written in `store.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Guidance, TensorSpec
 from redif_sdk.errors import UnsupportedModel
-from redif_sdk.export.components import load_network
-from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.guidance import add_guidance
+from redif_sdk.export.networks import load_network
 from redif_sdk.export.precision import DTYPES, int8_model
 from redif_sdk.export.trace import trace_graph
 from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
 
 __all__ = [
-    "Denoiser",
+    "GraphDenoiser",
     "decoder_model",
     "denoiser_model",
     "largest_extent",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-class Denoiser(torch.nn.Module):
+class GraphDenoiser(torch.nn.Module):
     """A network with one signature: sample (B, C, H, W), timestep (B,), its conditions (B, ...) -> f (B, C, H, W).
 
     `network` is called as its family is (`families.call_network`); one of no family that is known as
@@ -70,7 +70,9 @@ class Denoiser(torch.nn.Module):
         self.scale = scale
 
     @classmethod
-    def of(cls, network: torch.nn.Module, manifest: Manifest, conditions: Conditions | None = None) -> Denoiser:
+    def of(
+        cls, network: torch.nn.Module, manifest: Manifest, conditions: ExampleConditions | None = None
+    ) -> GraphDenoiser:
         """The denoiser of a student. `conditions` is needed where the student is guided."""
         guidance = manifest.network.guidance if manifest.condition is not None else None
         nulls = conditions.nulls(guidance) if guidance is not None and conditions is not None else None
@@ -84,9 +86,9 @@ class Denoiser(torch.nn.Module):
             scale=manifest.postprocess.scale,
         )
 
-    def bare(self, network: torch.nn.Module, dtype: torch.dtype) -> Denoiser:
+    def bare(self, network: torch.nn.Module, dtype: torch.dtype) -> GraphDenoiser:
         """The same around another copy of the network, without guidance."""
-        return Denoiser(
+        return GraphDenoiser(
             network,
             self.channels,
             dtype=dtype,
@@ -141,7 +143,7 @@ def _check_batch(first: Tensor, *others: Tensor) -> None:
 
 
 def denoiser_model(
-    denoiser: Denoiser, manifest: Manifest, precision: str = "fp32", conditions: Conditions | None = None
+    denoiser: GraphDenoiser, manifest: Manifest, precision: str = "fp32", conditions: ExampleConditions | None = None
 ) -> onnx.ModelProto:
     """The denoiser in ONNX with a free batch axis: sample, timestep and its conditions by name -> f.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.export.recorded import Arrays, Record
+from redif_sdk.export.golden import Arrays, GoldenRecord
 from redif_sdk.images import to_uint8
 from redif_sdk.runtimes import Runtime
 from redif_sdk.sampling.loop import sample
@@ -65,20 +65,20 @@ FIELDS = (
 Row = dict[str, Any]
 
 
-def check_noise(record: Record) -> Row:
+def check_noise(record: GoldenRecord) -> Row:
     """The noise, drawn anew, must be the very same."""
     start = record.noise()[0] * np.float32(record.table.init_scale)
     return _row("noise", "numpy", record, start, record.x[0], EXACT)
 
 
-def check_tokenizer(tokenize: Callable[[list[str]], Arrays], record: Record) -> Row:
+def check_tokenizer(tokenize: Callable[[list[str]], Arrays], record: GoldenRecord) -> Row:
     """The prompts, tokenised anew, must be the very same ids."""
     found = tokenize(record.prompts)
     value, expected = (np.concatenate([side[name] for name in record.tokens], 1) for side in (found, record.tokens))
     return _row("tokenizer", "tokenizers", record, value, expected, EXACT)
 
 
-def check_text_encoder(runtime: Runtime, record: Record) -> Row:
+def check_text_encoder(runtime: Runtime, record: GoldenRecord) -> Row:
     """What the recorded ids become: the row of the tensor that is furthest off."""
     outputs, threshold = runtime.run(record.tokens), THRESHOLDS[runtime.info.precision][0]
     rows = [
@@ -88,7 +88,7 @@ def check_text_encoder(runtime: Runtime, record: Record) -> Row:
     return max(rows, key=lambda row: (not row["passed"], row["relative_rmse"] or 0.0))
 
 
-def check_denoiser(runtime: Runtime, record: Record) -> Row:
+def check_denoiser(runtime: Runtime, record: GoldenRecord) -> Row:
     """The network's output at each recorded row."""
     outputs = []
     for row, x in zip(record.rows, record.x, strict=True):
@@ -97,13 +97,13 @@ def check_denoiser(runtime: Runtime, record: Record) -> Row:
     return _row("denoiser", runtime, record, np.stack(outputs), record.f, THRESHOLDS[runtime.info.precision][0])
 
 
-def check_decoder(runtime: Runtime, record: Record) -> Row:
+def check_decoder(runtime: Runtime, record: GoldenRecord) -> Row:
     """The pictures of the recorded latents."""
     assert record.latents is not None
     return _pictures("decoder", runtime, record, runtime.run({"latents": record.latents})["sample"])
 
 
-def check_loop(runtime: Runtime, decoder: Runtime | None, record: Record) -> Row:
+def check_loop(runtime: Runtime, decoder: Runtime | None, record: GoldenRecord) -> Row:
     """The pictures of the denoiser stepped in numpy, decoded where there is a decoder."""
 
     def network(x: NDArray[np.float32], t: NDArray[np.float32], condition: Any) -> NDArray[np.float32]:
@@ -114,7 +114,7 @@ def check_loop(runtime: Runtime, decoder: Runtime | None, record: Record) -> Row
     return _pictures("loop", runtime, record, decoded)
 
 
-def check_generator(runtime: Runtime, record: Record) -> Row:
+def check_generator(runtime: Runtime, record: GoldenRecord) -> Row:
     """The pictures of the fused graph."""
     inputs: Arrays = {
         "noise": record.noise(),
@@ -126,7 +126,7 @@ def check_generator(runtime: Runtime, record: Record) -> Row:
     return _row("generator", runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
 
 
-def _pictures(component: str, runtime: Runtime, record: Record, values: NDArray[np.float32]) -> Row:
+def _pictures(component: str, runtime: Runtime, record: GoldenRecord, values: NDArray[np.float32]) -> Row:
     """The row of pictures before they are uint8; a value that is not finite would not show in those."""
     images = to_uint8(values, record.manifest.postprocess)
     row = _row(component, runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
@@ -137,7 +137,7 @@ def _pictures(component: str, runtime: Runtime, record: Record, values: NDArray[
 def _row(
     component: str,
     runtime: Runtime | str,
-    record: Record,
+    record: GoldenRecord,
     value: NDArray[Any],
     reference: NDArray[Any],
     threshold: Threshold,

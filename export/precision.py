@@ -23,7 +23,7 @@ from onnx import numpy_helper
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import ExportError
-from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.store import LARGEST_FILE, size_of
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
@@ -72,7 +72,7 @@ def declare_bf16(model: onnx.ModelProto) -> None:
         getattr(model.graph, field).extend(values)
 
 
-def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: Conditions) -> onnx.ModelProto:
+def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: ExampleConditions) -> onnx.ModelProto:
     """The denoiser with int8 convolutions: static, symmetric, weights by channel, for ONNX Runtime and TensorRT alike.
 
     The first and the last convolution, which see the picture itself, stay fp32, and biases too (TensorRT takes no int32
@@ -122,7 +122,7 @@ def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: Conditions
 
 
 def trajectories(
-    denoiser: onnx.ModelProto, manifest: Manifest, conditions: Conditions
+    denoiser: onnx.ModelProto, manifest: Manifest, conditions: ExampleConditions
 ) -> Iterator[dict[str, np.ndarray]]:
     """The denoiser's inputs at every row of every step table, for `CALIBRATION_IMAGES` noises each."""
     import onnxruntime

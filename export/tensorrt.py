@@ -28,12 +28,12 @@ from redif_sdk.export.tensorrt_graph import refuse_opset, refuse_rtx
 from redif_sdk.runtimes.protocol import RuntimeOptions
 from redif_sdk.runtimes.tensorrt.cache import (
     FLAVOURS,
+    BuildSettings,
     Built,
     EngineCache,
     EngineKey,
     EngineRecord,
     Flavour,
-    Settings,
     graph_digest,
 )
 from redif_sdk.runtimes.tensorrt.cuda import Gpu, find_gpu
@@ -141,7 +141,7 @@ def _row(engines: EngineCache, record: EngineRecord, reason: str) -> dict[str, A
 
 def _settings(
     flavour: str, level: str, workspace_mb: int | None, hardware_compatibility: str, strip_weights: bool
-) -> Settings:
+) -> BuildSettings:
     if flavour not in FLAVOURS:
         raise InvalidRequest(f"flavour {flavour!r} is unknown; use {' or '.join(FLAVOURS)}")
     if flavour == "tensorrt-rtx" and hardware_compatibility != "none":
@@ -149,7 +149,7 @@ def _settings(
             "hardware_compatibility is for tensorrt; a tensorrt-rtx engine runs on all GPUs that sm names"
         )
     try:
-        return Settings.model_validate(
+        return BuildSettings.model_validate(
             {
                 "level": level,
                 "workspace_mb": workspace_mb,
@@ -273,7 +273,7 @@ def _targets(trt: Any, flavour: Flavour, sm: list[int], *, own_folder: bool) -> 
 # ---------------------------------------------------------------------- the build
 
 
-class _Source(NamedTuple):
+class _CheckedGraph(NamedTuple):
     """A graph as TensorRT gets it: its bytes were checked, and stay in memory."""
 
     model: onnx.ModelProto
@@ -385,12 +385,12 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _read(student: StudentFolder, graph: Graph) -> _Source:
+def _read(student: StudentFolder, graph: Graph) -> _CheckedGraph:
     data, blobs = student.read_graph(graph)
-    return _Source(onnx.load_model_from_string(data), data, blobs)
+    return _CheckedGraph(onnx.load_model_from_string(data), data, blobs)
 
 
-def _parse(parser: Any, source: _Source, graph: Graph) -> list[Any]:
+def _parse(parser: Any, source: _CheckedGraph, graph: Graph) -> list[Any]:
     """Parse a graph; what is returned holds its weights, and has to live until the engine is built."""
     if not source.blobs:
         held: list[Any] = [source.data]

@@ -18,8 +18,8 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.export import parity as checks
+from redif_sdk.export.golden import GoldenRecord, read_golden
 from redif_sdk.export.parity import FIELDS, THRESHOLDS, Threshold
-from redif_sdk.export.recorded import Record, read_record
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, resolve, runnable, steps_alone
 
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
@@ -76,8 +76,8 @@ def verify(
 
 def _records(
     student: StudentFolder, batches: Sequence[int] | None, sizes: Sequence[tuple[int, int]] | None
-) -> list[Record]:
-    records = [read_record(student, golden) for golden in student.manifest.golden]
+) -> list[GoldenRecord]:
+    records = [read_golden(student, golden) for golden in student.manifest.golden]
     found = [
         record
         for record in records
@@ -100,7 +100,7 @@ def _graphs(manifest: Manifest, precisions: Sequence[str] | None) -> list[Graph]
 
 
 def _check_precision(
-    student: StudentFolder, engines: Sequence[str], graphs: Sequence[Graph], records: Sequence[Record]
+    student: StudentFolder, engines: Sequence[str], graphs: Sequence[Graph], records: Sequence[GoldenRecord]
 ) -> list[dict[str, Any]]:
     """The rows of one precision's graphs in every engine."""
     precision = graphs[0].precision
@@ -132,7 +132,7 @@ def _groups(graphs: Sequence[Graph]) -> Iterator[dict[str, Graph]]:
             yield {component: group[component] for component in components if component in group}
 
 
-def _check_group(load_graph: Load, group: Mapping[str, Graph], records: Sequence[Record]) -> list[dict[str, Any]]:
+def _check_group(load_graph: Load, group: Mapping[str, Graph], records: Sequence[GoldenRecord]) -> list[dict[str, Any]]:
     """The rows of the graphs of one group, which are loaded for it."""
     loaded = {component: load_graph(graph) for component, graph in group.items()}
     rows = []

@@ -20,7 +20,7 @@ from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.runtimes.protocol import RuntimeOptions
 from redif_sdk.runtimes.tensorrt import cache as engines_module
-from redif_sdk.runtimes.tensorrt.cache import Built, EngineCache, EngineKey, Settings, graph_digest
+from redif_sdk.runtimes.tensorrt.cache import BuildSettings, Built, EngineCache, EngineKey, graph_digest
 from redif_sdk.runtimes.tensorrt.cuda import Gpu
 
 GRAPH, OTHER = "a" * 64, "b" * 64
@@ -93,8 +93,8 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
             {"profile": {"x": ((1, 4), (8, 4), (16, 4))}},
             "built for x of 1x4 to 4x4 to 8x4, asked for 1x4 to 8x4 to 16x4",
         ),
-        ({"settings": Settings(level="best")}, "built with level default, asked for best"),
-        ({"settings": Settings(workspace_mb=64)}, "built with workspace mb None, asked for 64"),
+        ({"settings": BuildSettings(level="best")}, "built with level default, asked for best"),
+        ({"settings": BuildSettings(workspace_mb=64)}, "built with workspace mb None, asked for 64"),
     ],
 )
 def test_a_miss_says_what_is_different(cache: EngineCache, changes: dict[str, Any], reason: str) -> None:
@@ -199,14 +199,14 @@ def test_an_enterprise_engine_is_for_one_model_unless_it_was_built_for_more(
     compatibility: Any, fitting: list[str]
 ) -> None:
     gpus = [ADA, Gpu(0, "RTX 4090", 89), Gpu(0, "A10", 86), Gpu(0, "T4", 75)]
-    made = key(flavour="tensorrt", device="NVIDIA L4", settings=Settings(hardware_compatibility=compatibility))
+    made = key(flavour="tensorrt", device="NVIDIA L4", settings=BuildSettings(hardware_compatibility=compatibility))
     assert [gpu.name for gpu in gpus if made.runs_on(gpu)] == fitting
 
 
 def test_a_runtime_takes_the_newest(cache: EngineCache) -> None:
     cache.build_once(key(), built)
     time.sleep(0.002)  # dates have milliseconds
-    newer, _ = cache.build_once(key(settings=Settings(level="best")), lambda: built(b"newer"))
+    newer, _ = cache.build_once(key(settings=BuildSettings(level="best")), lambda: built(b"newer"))
     assert cache.pick(GRAPH, "tensorrt-rtx", "1.7.1", ADA).record == newer
 
 

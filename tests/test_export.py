@@ -23,7 +23,7 @@ from redif_sdk.artifact.paths import list_files
 from redif_sdk.artifact.records import Latents, Network, Postprocess
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
 from redif_sdk.export import build, export, store, trace, verify
-from redif_sdk.export.onnx import Denoiser
+from redif_sdk.export.onnx import GraphDenoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
 from redif_sdk.images import to_uint8
 from redif_sdk.runtimes import runnable
@@ -154,7 +154,7 @@ def test_only_the_first_channels_of_a_learned_variance_network_are_used(plain_st
     with torch.no_grad():
         output = unet(x, t).sample
         assert output.shape[1] == 8
-        assert torch.equal(Denoiser(unet, 4)(x, t), output[:, :4])
+        assert torch.equal(GraphDenoiser(unet, 4)(x, t), output[:, :4])
 
 
 # ---------------------------------------------------------------- networks and postprocessing of one's own

@@ -28,9 +28,9 @@ from redif_sdk.artifact.records import Guidance, TextCondition
 from redif_sdk.distill import import_pipeline
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, UnsupportedModel
 from redif_sdk.export import export, store, verify
-from redif_sdk.export.components import load_decoder, load_encoders, load_network
-from redif_sdk.export.conditions import Conditions
-from redif_sdk.export.onnx import Denoiser, denoiser_model, part_precision, text_encoder_model
+from redif_sdk.export.conditions import ExampleConditions
+from redif_sdk.export.networks import load_decoder, load_encoders, load_network
+from redif_sdk.export.onnx import GraphDenoiser, denoiser_model, part_precision, text_encoder_model
 from redif_sdk.export.verify import summary
 from redif_sdk.runtimes import runnable
 from redif_sdk.sampling.noise import noise as draw
@@ -463,7 +463,7 @@ def test_parts_are_loaded_as_transformers_and_diffusers_load_them(bare: Path, pi
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert torch.equal(ours[name], value.float() if value.is_floating_point() else value), name
-    conditions = Conditions(student, encoders)
+    conditions = ExampleConditions(student, encoders)
     with torch.no_grad():
         expected = pipeline.encode_prompt([PROMPTS[1], PROMPTS[2]], "cpu", 1, False)[0]
     assert torch.allclose(conditions.of([1, 2])["encoder_hidden_states"], expected, atol=1e-6)
@@ -561,7 +561,7 @@ def test_parts_that_the_manifest_does_not_describe(bare: Path, tmp_path: Path) -
     changed(folders[3], condition=TextCondition.model_validate(short))
     student = StudentFolder(folders[3])
     with pytest.raises(ExportError, match=r"make encoder_hidden_states of shape \(1, 16, 32\), and its manifest says"):
-        Conditions(student, load_encoders(student)).of([0])
+        ExampleConditions(student, load_encoders(student)).of([0])
 
 
 def test_a_student_of_the_same_kind_is_traced_once(bare: Path, tmp_path: Path) -> None:
@@ -574,7 +574,7 @@ def test_a_student_of_the_same_kind_is_traced_once(bare: Path, tmp_path: Path) -
         for parameter in other.parameters():
             parameter += 0.01
     known = len(trace._traced)
-    models = [denoiser_model(Denoiser.of(unet, student.manifest), student.manifest) for unet in (network, other)]
+    models = [denoiser_model(GraphDenoiser.of(unet, student.manifest), student.manifest) for unet in (network, other)]
     assert len(trace._traced) <= known + 1
     first, second = (
         onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]) for m in models

@@ -23,7 +23,7 @@ from redif_sdk.artifact.untrusted import onnx as onnx_check
 from redif_sdk.artifact.untrusted.onnx import OPERATORS, OPSETS, check_graph
 from redif_sdk.errors import IntegrityError
 from redif_sdk.export.fuse import generator_model
-from redif_sdk.export.onnx import Denoiser, denoiser_model, load_network
+from redif_sdk.export.onnx import GraphDenoiser, denoiser_model, load_network
 from redif_sdk.export.store import spec_of
 
 INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
@@ -129,7 +129,7 @@ def test_our_own_graphs_are_taken(student: str, request: pytest.FixtureRequest) 
 def test_attention_is_taken(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     student = StudentFolder(build_student(tmp_path / "attention", **blocks))
-    model = denoiser_model(Denoiser(load_network(student), 4), student.manifest)
+    model = denoiser_model(GraphDenoiser(load_network(student), 4), student.manifest)
     for made in (model, generator_model(model, student.manifest)):
         assert sum(node.op_type == "Softmax" for node in made.graph.node) or made is not model
         check(made, graph=described(made))

@@ -20,9 +20,9 @@ from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.export import export, precision, verify
-from redif_sdk.export.conditions import Conditions
+from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.emulate import emulate
-from redif_sdk.export.onnx import Denoiser, load_network
+from redif_sdk.export.onnx import GraphDenoiser, load_network
 from redif_sdk.export.verify import absent, summary
 
 Copy = Callable[[Path], Path]
@@ -87,7 +87,7 @@ def test_int8_is_symmetric_on_all_but_the_outermost_convolutions(full_student: P
 
 def test_ranges_are_those_of_noise_that_no_evaluation_uses(full_student: Path) -> None:
     manifest = StudentFolder(full_student).manifest
-    conditions = Conditions(StudentFolder(full_student))
+    conditions = ExampleConditions(StudentFolder(full_student))
     feeds = list(precision.trajectories(model(full_student, "denoiser", "fp32"), manifest, conditions))
     assert len(feeds) == (2 + 3) * precision.CALIBRATION_IMAGES // precision.PIECE
     times = {float(feed["timestep"][0]) for feed in feeds}
@@ -100,9 +100,9 @@ def test_ranges_are_those_of_noise_that_no_evaluation_uses(full_student: Path) -
 def test_emulated_bf16_is_as_far_from_fp32_as_torch_in_bf16(full_student: Path) -> None:
     network = load_network(StudentFolder(full_student))
     sample, timestep, labels = torch.randn(4, 4, 14, 14), torch.full((4,), 700.0), torch.arange(4)
-    narrow = Denoiser(torch.nn.Module.to(copy.deepcopy(network), torch.bfloat16), 4, dtype=torch.bfloat16)
+    narrow = GraphDenoiser(torch.nn.Module.to(copy.deepcopy(network), torch.bfloat16), 4, dtype=torch.bfloat16)
     with torch.no_grad():
-        exact = Denoiser(network, 4)(sample, timestep, labels).numpy()
+        exact = GraphDenoiser(network, 4)(sample, timestep, labels).numpy()
         in_torch = relative(narrow(sample, timestep, labels).numpy(), exact)
     emulated = emulate(model(full_student, "denoiser", "bf16"))
     onnx.checker.check_model(emulated, full_check=True)
@@ -230,7 +230,7 @@ def test_other_sizes_are_what_torch_makes_of_them(full_student: Path, runtime: s
     out = pipe(class_labels=[4, 5], seed=1, height=50, output_type="uint8")
     assert out.images.shape == (2, 50, 28, 1)
     latents = torch.randn(2, 4, 25, 14)
-    network, table = Denoiser(load_network(StudentFolder(full_student)), 4), manifest.step_table(2)
+    network, table = GraphDenoiser(load_network(StudentFolder(full_student)), 4), manifest.step_table(2)
     x = latents * table.init_scale
     with torch.no_grad():
         for k in range(2):

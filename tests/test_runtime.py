@@ -217,8 +217,8 @@ def test_openvino_s_plugin_is_told_the_graph_s_precision(monkeypatch: pytest.Mon
     cpu = SimpleNamespace(ep_name=plugin.get_ep_name(), device=SimpleNamespace(type=SimpleNamespace(name="CPU")))
     monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [cpu])
     for precision, hint in (("fp32", "f32"), ("int8", "f32"), ("bf16", "bf16")):
-        target = ort._target(RuntimeOptions(provider="onnxruntime-ep-openvino"), "graph", precision)
-        assert json.loads(target.settings["load_config"]) == {"CPU": {"INFERENCE_PRECISION_HINT": hint}}
+        place = ort._place(RuntimeOptions(provider="onnxruntime-ep-openvino"), "graph", precision)
+        assert json.loads(place.settings["load_config"]) == {"CPU": {"INFERENCE_PRECISION_HINT": hint}}
 
 
 def test_a_plugin_provider(tiny_student: Path) -> None:

@@ -84,10 +84,10 @@ def add_graph(folder: Path, component: str, precision: str, model: onnx.ModelPro
 
 def compile_student(folder: Path, precisions: list[str], free: tuple[str, ...] = ()) -> None:
     """All graphs in every precision, without the parity gate: not every engine here runs every precision."""
-    from redif_sdk.export.components import load_decoder, load_encoders, load_network
-    from redif_sdk.export.conditions import Conditions
+    from redif_sdk.export.conditions import ExampleConditions
     from redif_sdk.export.fuse import generator_model
-    from redif_sdk.export.onnx import Denoiser, decoder_model, denoiser_model, size_multiple, text_encoder_model
+    from redif_sdk.export.networks import load_decoder, load_encoders, load_network
+    from redif_sdk.export.onnx import GraphDenoiser, decoder_model, denoiser_model, size_multiple, text_encoder_model
 
     student = StudentFolder(folder)
     network, encoders, decoder = load_network(student), load_encoders(student), load_decoder(student)
@@ -95,8 +95,8 @@ def compile_student(folder: Path, precisions: list[str], free: tuple[str, ...] =
     if free:
         latents = latents.model_copy(update={"dynamic": list(free), "multiple": size_multiple(network)})
     manifest = write_manifest(folder, student.manifest.model_copy(update={"latents": latents}))
-    conditions = Conditions(student, encoders)
-    denoiser = Denoiser.of(network, manifest, conditions)
+    conditions = ExampleConditions(student, encoders)
+    denoiser = GraphDenoiser.of(network, manifest, conditions)
     for precision in precisions:
         model = denoiser_model(denoiser, manifest, precision, conditions)
         decoded = decoder_model(decoder, manifest, precision) if decoder is not None else None

@@ -81,7 +81,7 @@ def available() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-class Target(NamedTuple):
+class Place(NamedTuple):
     """What is to run the nodes: a provider on one device, or a plugin provider's devices."""
 
     provider: str
@@ -90,7 +90,7 @@ class Target(NamedTuple):
     plugin: tuple[Any, ...] = ()  # OrtEpDevice
 
 
-def _target(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Target:
+def _place(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Place:
     """The provider and device that `options` ask for. `prefix` is the graph's own: TensorRT caches engines by it."""
     kind, index = parse_device(options.device)
     if options.provider is not None and options.provider not in PROVIDERS:
@@ -118,7 +118,7 @@ def _target(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Ta
             "trt_timing_cache_enable": "1",
             "trt_timing_cache_path": str(folder),
         }
-    return Target(provider, f"{kind}:{index}" if kind in ("cuda", "dml") else kind, settings)
+    return Place(provider, f"{kind}:{index}" if kind in ("cuda", "dml") else kind, settings)
 
 
 def _openvino_precision(place: str, precision: str) -> dict[str, str]:
@@ -127,7 +127,7 @@ def _openvino_precision(place: str, precision: str) -> dict[str, str]:
     return {"load_config": json.dumps({place.upper(): {"INFERENCE_PRECISION_HINT": hint}})}
 
 
-def _plugin(package: str, kind: str, precision: str) -> Target:
+def _plugin(package: str, kind: str, precision: str) -> Place:
     """A provider from a package of its own, such as ``onnxruntime_ep_openvino``. Raises RuntimeUnavailable."""
     module = package.replace("-", "_")
     if not module.isidentifier() or find_spec(module) is None:
@@ -148,7 +148,7 @@ def _plugin(package: str, kind: str, precision: str) -> Target:
     for place in dict.fromkeys(["cpu", "gpu", "npu"] if kind == "auto" else [kind]):
         if place in kinds:
             settings = _openvino_precision(place, precision) if name == OPENVINO else {}
-            return Target(name, place, settings, tuple(d for d, k in zip(found, kinds, strict=True) if k == place)[:1])
+            return Place(name, place, settings, tuple(d for d, k in zip(found, kinds, strict=True) if k == place)[:1])
     wanted = "device" if kind == "auto" else f"device {kind}"
     raise RuntimeUnavailable(
         f"{name} offers no {wanted} on this machine (it offers: {', '.join(dict.fromkeys(kinds)) or 'none'}); "
@@ -161,30 +161,30 @@ def _register(name: str, library: str) -> None:
     onnxruntime.register_execution_provider_library(name, library)
 
 
-def _session(model: bytes, target: Target, options: Any) -> Any:
-    """A session of which the target's provider runs every node. Raises RuntimeUnavailable."""
-    if not target.plugin and target.provider not in available():
-        remedy = PROVIDERS[target.provider][1]
-        raise RuntimeUnavailable(f"the installed onnxruntime {VERSION} has no {target.provider}; {remedy}")
+def _session(model: bytes, place: Place, options: Any) -> Any:
+    """A session of which the place's provider runs every node. Raises RuntimeUnavailable."""
+    if not place.plugin and place.provider not in available():
+        remedy = PROVIDERS[place.provider][1]
+        raise RuntimeUnavailable(f"the installed onnxruntime {VERSION} has no {place.provider}; {remedy}")
     try:
-        if target.plugin:
-            options.add_provider_for_devices(list(target.plugin), target.settings)
+        if place.plugin:
+            options.add_provider_for_devices(list(place.plugin), place.settings)
             session = onnxruntime.InferenceSession(model, options)
         else:
-            providers: list[Any] = [(target.provider, target.settings)]
-            if target.provider != CPU:
+            providers: list[Any] = [(place.provider, place.settings)]
+            if place.provider != CPU:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            if target.provider == TENSORRT:
-                Path(target.settings["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True, mode=0o700)
-                providers.append((CUDA, {"device_id": target.settings["device_id"]}))
+            if place.provider == TENSORRT:
+                Path(place.settings["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True, mode=0o700)
+                providers.append((CUDA, {"device_id": place.settings["device_id"]}))
             session = onnxruntime.InferenceSession(model, options, providers=providers)
     except ENGINE_ERRORS as error:
         reason = " ".join(str(error).split())
-        device = "the CPU" if target.device == "cpu" else target.device
+        device = "the CPU" if place.device == "cpu" else place.device
         raise RuntimeUnavailable(f"onnxruntime cannot run this on {device}: {reason}; see redif doctor") from error
-    if session.get_providers()[0] != target.provider:
+    if session.get_providers()[0] != place.provider:
         raise RuntimeUnavailable(
-            f"onnxruntime took {session.get_providers()[0]} in place of {target.provider}; see redif doctor for the "
+            f"onnxruntime took {session.get_providers()[0]} in place of {place.provider}; see redif doctor for the "
             f"reason"
         )
     return session
@@ -198,7 +198,7 @@ def usable(provider: str, index: int = 0) -> str | None:
     options.log_severity_level = 4
     try:
         device = f"{kind}:{index}" if kind in ("cuda", "dml") else kind
-        _session(PROBE, _target(RuntimeOptions(device=device, provider=provider), "probe"), options)
+        _session(PROBE, _place(RuntimeOptions(device=device, provider=provider), "probe"), options)
     except RuntimeUnavailable as error:
         return str(error)
     return None
@@ -211,17 +211,15 @@ class OnnxRuntime:
     single pictures, and one without threads of its own, for the pieces of a batch (`batching.py`).
     """
 
-    def __init__(
-        self, model: bytes, data: Mapping[str, bytes], target: Target, info: RuntimeInfo, graph: Graph
-    ) -> None:
+    def __init__(self, model: bytes, data: Mapping[str, bytes], place: Place, info: RuntimeInfo, graph: Graph) -> None:
         self._model: bytes | None = model
         self._data: Mapping[str, bytes] | None = data
-        self._target = target
+        self._assigned = place
         self._batches = Batches(graph)
         self._outputs = [output.name for output in graph.outputs]
         self._lock = Lock()
         self.info = info
-        on_cpu = target.provider == CPU
+        on_cpu = place.provider == CPU
         twice = len(model) + sum(map(len, data.values())) <= HELD_TWICE
         threads = info.num_threads if on_cpu and info.num_threads is not None else 1
         self._workers = Workers(threads) if twice and threads > 1 else None
@@ -235,21 +233,21 @@ class OnnxRuntime:
             raise InvalidRequest(
                 "engine_dir is for TensorRT's runtimes; onnxruntime keeps what it compiles in cache_dir"
             )
-        target = _target(options, f"redif-{student.sha256(graph.file)[:16]}", graph.precision)
-        if graph.precision == "bf16" and target.provider == CPU:
+        place = _place(options, f"redif-{student.sha256(graph.file)[:16]}", graph.precision)
+        if graph.precision == "bf16" and place.provider == CPU:
             raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
         model, data = student.read_graph(graph)
         info = RuntimeInfo(
             runtime="onnxruntime",
             version=VERSION,
-            provider=target.provider,
-            device=target.device,
+            provider=place.provider,
+            device=place.device,
             precision=graph.precision,
             component=graph.component,
             file=graph.file,
-            num_threads=options.num_threads or cores() if target.device == "cpu" else None,
+            num_threads=options.num_threads or cores() if place.device == "cpu" else None,
         )
-        return cls(model, data, target, info, graph)
+        return cls(model, data, place, info, graph)
 
     def _new_session(self, num_threads: int | None) -> Any:
         assert self._model is not None
@@ -262,7 +260,7 @@ class OnnxRuntime:
             # The graph names its data files relative to itself; the engine takes them from these bytes, not from disk.
             blobs = list(self._data.values())
             options.add_external_initializers_from_files_in_memory(list(self._data), blobs, [len(b) for b in blobs])
-        return _session(self._model, self._target, options)
+        return _session(self._model, self._assigned, options)
 
     @cached_property
     def _narrow(self) -> Any:

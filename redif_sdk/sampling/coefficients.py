@@ -16,7 +16,7 @@ __all__ = ["PREDICTION_TYPES", "ancestral_noise", "checked_eta", "to_float32", "
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score", "flow", "edm")
 
 Floats = NDArray[np.float64]
-Preconditioning = tuple[ArrayLike | None, ArrayLike | None, ArrayLike | None]
+Scalings = tuple[ArrayLike | None, ArrayLike | None, ArrayLike | None]
 
 
 def update_rows(
@@ -28,7 +28,7 @@ def update_rows(
     next_sigmas: ArrayLike,
     noise: ArrayLike,
     prediction_type: str,
-    preconditioning: Preconditioning = (None, None, None),
+    preconditioning: Scalings = (None, None, None),
 ) -> Floats:
     """The rows (t, p, q, r, s, c) that go from each (alpha, sigma) to (alpha', sigma') with sampler noise c.
 
@@ -74,7 +74,7 @@ def ancestral_noise(
 
 
 def _clean_coefficients(
-    prediction_type: str, alpha: Floats, sigma: Floats, preconditioning: Preconditioning
+    prediction_type: str, alpha: Floats, sigma: Floats, preconditioning: Scalings
 ) -> tuple[Floats, Floats]:
     """(p, q) of x0 = p x + q f, by the prediction type; float64 (K,)."""
     one, zero = np.ones_like(sigma), np.zeros_like(sigma)

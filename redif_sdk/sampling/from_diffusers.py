@@ -36,7 +36,7 @@ _NEARLY_NO_SIGNAL = 2.0**-24
 _CONSISTENCY_SIGMA_DATA = 0.5
 
 
-class _Request(NamedTuple):
+class _Wanted(NamedTuple):
     """One scheduler to read: its class and configuration, and which steps are wanted (one of the two is given)."""
 
     name: str
@@ -95,7 +95,7 @@ def read_scheduler(
         raise UnsupportedModel(f"scheduler {name} cannot be read as a step table; use one of {', '.join(_READERS)}")
     if (num_inference_steps is None) == (timesteps is None):
         raise InvalidRequest(f"{name} needs either num_inference_steps or timesteps; give exactly one")
-    return reader(_Request(name, config, num_inference_steps, timesteps, eta))
+    return reader(_Wanted(name, config, num_inference_steps, timesteps, eta))
 
 
 def _name_and_config(scheduler: Any) -> tuple[str, Mapping[str, Any]]:
@@ -107,42 +107,42 @@ def _name_and_config(scheduler: Any) -> tuple[str, Mapping[str, Any]]:
     return name, config
 
 
-def _read_ddim(request: _Request) -> TableFields:
-    config = request.config
+def _read_ddim(wanted: _Wanted) -> TableFields:
+    config = wanted.config
     return samplers.ddim(
-        NoiseSchedule.from_config({**config, "_class_name": request.name}),
-        num_inference_steps=request.num_inference_steps,
-        timesteps=request.timesteps,
-        prediction_type=request.prediction_type,
-        eta=request.eta,
+        NoiseSchedule.from_config({**config, "_class_name": wanted.name}),
+        num_inference_steps=wanted.num_inference_steps,
+        timesteps=wanted.timesteps,
+        prediction_type=wanted.prediction_type,
+        eta=wanted.eta,
         spacing=config.get("timestep_spacing", "leading"),
         steps_offset=config.get("steps_offset", 0),
         # PNDM's default differs from DDIM's
-        set_alpha_to_one=config.get("set_alpha_to_one", request.name != "PNDMScheduler"),
+        set_alpha_to_one=config.get("set_alpha_to_one", wanted.name != "PNDMScheduler"),
     )
 
 
-def _read_ddpm(request: _Request) -> TableFields:
-    config = request.config
+def _read_ddpm(wanted: _Wanted) -> TableFields:
+    config = wanted.config
     schedule = NoiseSchedule.from_config(config)
     # DDPM's previous time is the next row's, and after the last row comes the clean image
     return samplers.ddim(
         schedule,
-        timesteps=_grid(request, schedule, "leading").tolist() if request.timesteps is None else request.timesteps,
-        prediction_type=request.prediction_type,
-        eta=request.eta,
+        timesteps=_grid(wanted, schedule, "leading").tolist() if wanted.timesteps is None else wanted.timesteps,
+        prediction_type=wanted.prediction_type,
+        eta=wanted.eta,
     )
 
 
-def _read_lcm(request: _Request) -> TableFields:
-    config = request.config
-    if request.eta != 0.0:
-        raise InvalidRequest(f"eta is {request.eta}, but {request.name} prescribes its own noise; leave eta at 0")
-    schedule = NoiseSchedule.from_config({**config, "_class_name": request.name})
-    if request.timesteps is None:
-        times = _consistency_times(request, len(schedule))
+def _read_lcm(wanted: _Wanted) -> TableFields:
+    config = wanted.config
+    if wanted.eta != 0.0:
+        raise InvalidRequest(f"eta is {wanted.eta}, but {wanted.name} prescribes its own noise; leave eta at 0")
+    schedule = NoiseSchedule.from_config({**config, "_class_name": wanted.name})
+    if wanted.timesteps is None:
+        times = _consistency_times(wanted, len(schedule))
     else:
-        times = falling_times(request.timesteps, len(schedule))
+        times = falling_times(wanted.timesteps, len(schedule))
     next_sigmas = np.append(schedule.sigmas[times[1:]], 0.0)
     rows = update_rows(
         t=times,
@@ -151,7 +151,7 @@ def _read_lcm(request: _Request) -> TableFields:
         next_alphas=np.append(schedule.alphas[times[1:]], 1.0),
         next_sigmas=next_sigmas,
         noise=next_sigmas,
-        prediction_type=request.prediction_type,
+        prediction_type=wanted.prediction_type,
     )
     # The estimate that goes on is c_skip x + c_out x0 (Eq. 9 of the LCM paper). As s = 0, r needs no correction.
     scaled = times * float(config.get("timestep_scaling", 10.0))
@@ -159,52 +159,50 @@ def _read_lcm(request: _Request) -> TableFields:
     c_skip, c_out = _CONSISTENCY_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
     rows[:, 1] = c_skip + c_out * rows[:, 1]
     rows[:, 2] = c_out * rows[:, 2]
-    return TableFields(to_float32(rows), request.prediction_type, "consistency")
+    return TableFields(to_float32(rows), wanted.prediction_type, "consistency")
 
 
-def _consistency_times(request: _Request, total: int) -> NDArray[np.int64]:
+def _consistency_times(wanted: _Wanted, total: int) -> NDArray[np.int64]:
     """K of the times that the consistency model was distilled at, evenly spaced by index."""
-    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
-    original = whole_number("original_inference_steps", request.config.get("original_inference_steps", 50), minimum=1)
+    steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
+    original = whole_number("original_inference_steps", wanted.config.get("original_inference_steps", 50), minimum=1)
     if steps > original or original > total:
         raise InvalidRequest(
-            f"num_inference_steps is {steps}, but {request.name} was distilled at {original} of {total} times; "
+            f"num_inference_steps is {steps}, but {wanted.name} was distilled at {original} of {total} times; "
             "ask for at most that many"
         )
     distilled = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
     return distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)]
 
 
-def _read_dpm_solver(request: _Request) -> TableFields:
-    config = request.config
+def _read_dpm_solver(wanted: _Wanted) -> TableFields:
+    config = wanted.config
     order, algorithm = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
     if order != 1:
         raise UnsupportedModel(
-            f"{request.name} has solver_order={order}: its update uses several network outputs and is no step table; "
+            f"{wanted.name} has solver_order={order}: its update uses several network outputs and is no step table; "
             "set solver_order=1, or use DDIMScheduler"
         )
     if algorithm not in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"):
-        raise UnsupportedModel(f"{request.name} has algorithm_type={algorithm!r}; use dpmsolver++ or sde-dpmsolver++")
-    request.refuse(
-        "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"
-    )
+        raise UnsupportedModel(f"{wanted.name} has algorithm_type={algorithm!r}; use dpmsolver++ or sde-dpmsolver++")
+    wanted.refuse("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
     schedule = _schedule_with_signal(config)
-    times = request.timesteps
+    times = wanted.timesteps
     if times is None:
-        times = _dpm_solver_times(request, schedule).tolist()
+        times = _dpm_solver_times(wanted, schedule).tolist()
     return samplers.ddim(
         schedule,
         timesteps=times,
-        prediction_type=request.prediction_type,
-        eta=1.0 if algorithm == "sde-dpmsolver++" else request.eta,
+        prediction_type=wanted.prediction_type,
+        eta=1.0 if algorithm == "sde-dpmsolver++" else wanted.eta,
         set_alpha_to_one=config.get("final_sigmas_type", "zero") == "zero",
     )
 
 
-def _dpm_solver_times(request: _Request, schedule: NoiseSchedule) -> NDArray[np.int64]:
+def _dpm_solver_times(wanted: _Wanted, schedule: NoiseSchedule) -> NDArray[np.int64]:
     """DPMSolverMultistepScheduler's grids: K + 1 times less the last, below a highest one that may be clipped."""
-    config, total = request.config, len(schedule)
-    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    config, total = wanted.config, len(schedule)
+    steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
     if steps > total:
         raise InvalidRequest(f"num_inference_steps is {steps}, but the schedule has {total} steps; ask for fewer")
     with np.errstate(divide="ignore"):  # no signal, or no noise: an infinite ratio, which sorts as it should
@@ -222,58 +220,58 @@ def _dpm_solver_times(request: _Request, schedule: NoiseSchedule) -> NDArray[np.
     raise InvalidRequest(f"timestep spacing {spacing!r} is unknown; use trailing, leading or linspace")
 
 
-def _read_euler(request: _Request) -> TableFields:
-    config = request.config
-    request.refuse("use_exponential_sigmas", "use_beta_sigmas")
+def _read_euler(wanted: _Wanted) -> TableFields:
+    config = wanted.config
+    wanted.refuse("use_exponential_sigmas", "use_beta_sigmas")
     if config.get("interpolation_type", "linear") != "linear":
-        raise UnsupportedModel(f"{request.name} has interpolation_type={config['interpolation_type']!r}; use linear")
+        raise UnsupportedModel(f"{wanted.name} has interpolation_type={config['interpolation_type']!r}; use linear")
     schedule = _schedule_with_signal(config)
     # float32, as the scheduler has them: the times that it finds for Karras' levels hang on their last bits
     with np.errstate(divide="ignore"):  # no signal is an infinite level, refused where a row visits it
         levels = to_float32(schedule.sigmas / schedule.alphas)
-    times = _euler_times(request, schedule)
+    times = _euler_times(wanted, schedule)
     sigmas = np.interp(times, np.arange(len(schedule)), levels)
     if config.get("use_karras_sigmas"):
-        if request.timesteps is not None:
+        if wanted.timesteps is not None:
             raise InvalidRequest(
-                f"{request.name} has Karras noise levels and takes no timesteps; give a number of steps"
+                f"{wanted.name} has Karras noise levels and takes no timesteps; give a number of steps"
             )
         low, high = config.get("sigma_min"), config.get("sigma_max")
         sigmas = karras_sigmas(
             len(times), sigma_min=sigmas[-1] if low is None else low, sigma_max=sigmas[0] if high is None else high
         )
         times = _times_of_levels(sigmas, np.log(levels))
-    if config.get("timestep_type") == "continuous" and request.prediction_type == "v_prediction":
+    if config.get("timestep_type") == "continuous" and wanted.prediction_type == "v_prediction":
         times = 0.25 * np.log(sigmas)
     spacing = config.get("timestep_spacing", "linspace")
     return samplers.euler(
         sigmas,
         timesteps=times,
-        prediction_type=request.prediction_type,
-        eta=request.eta,
+        prediction_type=wanted.prediction_type,
+        eta=wanted.eta,
         final_sigma=float(levels[0]) if config.get("final_sigmas_type") == "sigma_min" else 0.0,
         # on these grids the start is sqrt(sigma_max^2 + 1) times noise, which the network takes as plain noise
         init_scale=None if spacing in ("linspace", "trailing") else 1.0,
     )
 
 
-def _euler_times(request: _Request, schedule: NoiseSchedule) -> Floats:
+def _euler_times(wanted: _Wanted, schedule: NoiseSchedule) -> Floats:
     """EulerDiscreteScheduler's times, float64 (K,), not all of them whole."""
     last = len(schedule) - 1
-    if request.timesteps is not None:
-        times = np.array(request.timesteps, dtype=np.float64)
+    if wanted.timesteps is not None:
+        times = np.array(wanted.timesteps, dtype=np.float64)
         if times.ndim != 1 or times.size == 0 or not np.all((times >= 0.0) & (times <= last)):
-            raise InvalidRequest(f"timesteps are {request.timesteps!r:.200}; give falling numbers from {last} to 0")
+            raise InvalidRequest(f"timesteps are {wanted.timesteps!r:.200}; give falling numbers from {last} to 0")
         return times
-    if request.config.get("timestep_spacing", "linspace") == "linspace":
-        steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    if wanted.config.get("timestep_spacing", "linspace") == "linspace":
+        steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
         return np.linspace(0, last, steps, dtype=np.float32)[::-1].astype(np.float64)
-    return _grid(request, schedule, "linspace").astype(np.float64)
+    return _grid(wanted, schedule, "linspace").astype(np.float64)
 
 
-def _read_euler_ancestral(request: _Request) -> TableFields:
+def _read_euler_ancestral(wanted: _Wanted) -> TableFields:
     """The noise of eta = 1 is the ancestral sampler's."""
-    return _read_euler(request._replace(eta=1.0))
+    return _read_euler(wanted._replace(eta=1.0))
 
 
 def _times_of_levels(sigmas: Floats, log_levels: NDArray[np.float32]) -> Floats:
@@ -284,20 +282,20 @@ def _times_of_levels(sigmas: Floats, log_levels: NDArray[np.float32]) -> Floats:
     return times_like(low + np.clip(weight, 0.0, 1.0), sigmas)
 
 
-def _read_flow(request: _Request) -> TableFields:
-    config = request.config
+def _read_flow(wanted: _Wanted) -> TableFields:
+    config = wanted.config
     if config.get("use_dynamic_shifting"):
         raise UnsupportedModel(
-            f"{request.name} has use_dynamic_shifting, so its shift depends on the image size; "
+            f"{wanted.name} has use_dynamic_shifting, so its shift depends on the image size; "
             "use StepTable.flow_euler with shift=exp(mu)"
         )
-    request.refuse("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    wanted.refuse("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     total = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), minimum=1)
-    shift, eta = float(config.get("shift", 1.0)), 1.0 if config.get("stochastic_sampling") else request.eta
-    if request.timesteps is not None:
-        sigmas = np.array(request.timesteps, dtype=np.float64) / total
+    shift, eta = float(config.get("shift", 1.0)), 1.0 if config.get("stochastic_sampling") else wanted.eta
+    if wanted.timesteps is not None:
+        sigmas = np.array(wanted.timesteps, dtype=np.float64) / total
         return samplers.flow_euler(sigmas=sigmas.tolist(), time_scale=total, eta=eta)
-    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
+    steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
     # the scheduler's grid ends at its shifted smallest sigma, and is then shifted again
     smallest = shift / total / (1.0 + (shift - 1.0) / total)
     return samplers.flow_euler(
@@ -321,18 +319,18 @@ def read_preconditioning(config: Mapping[str, Any]) -> Preconditioning:
     )
 
 
-def _read_edm(request: _Request) -> TableFields:
-    if request.timesteps is not None:
-        raise InvalidRequest(f"{request.name} has Karras noise levels and takes no timesteps; give a number of steps")
-    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
-    return samplers.edm_euler(read_preconditioning({"_class_name": request.name, **request.config}), steps, request.eta)
+def _read_edm(wanted: _Wanted) -> TableFields:
+    if wanted.timesteps is not None:
+        raise InvalidRequest(f"{wanted.name} has Karras noise levels and takes no timesteps; give a number of steps")
+    steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
+    return samplers.edm_euler(read_preconditioning({"_class_name": wanted.name, **wanted.config}), steps, wanted.eta)
 
 
-def _grid(request: _Request, schedule: NoiseSchedule, default_spacing: str) -> NDArray[np.int64]:
+def _grid(wanted: _Wanted, schedule: NoiseSchedule, default_spacing: str) -> NDArray[np.int64]:
     """The DDIM grid by the configuration's spacing and offset."""
-    steps = whole_number("num_inference_steps", request.num_inference_steps, minimum=1)
-    spacing = request.config.get("timestep_spacing", default_spacing)
-    return inference_times(len(schedule), steps, spacing, request.config.get("steps_offset", 0))
+    steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
+    spacing = wanted.config.get("timestep_spacing", default_spacing)
+    return inference_times(len(schedule), steps, spacing, wanted.config.get("steps_offset", 0))
 
 
 def _schedule_with_signal(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -343,7 +341,7 @@ def _schedule_with_signal(config: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule.from_alphas_cumprod(np.append(schedule.alphas[:-1] ** 2, _NEARLY_NO_SIGNAL))
 
 
-_READERS: dict[str, Callable[[_Request], TableFields]] = {
+_READERS: dict[str, Callable[[_Wanted], TableFields]] = {
     "DDIMScheduler": _read_ddim,
     "DDPMScheduler": _read_ddpm,
     "PNDMScheduler": _read_ddim,

@@ -31,13 +31,13 @@ from redif_sdk.runtimes.tensorrt.cuda import Gpu
 
 __all__ = [
     "FLAVOURS",
+    "BuildSettings",
     "Built",
     "EngineCache",
     "EngineKey",
     "EngineRecord",
     "Flavour",
     "Lookup",
-    "Settings",
     "graph_digest",
 ]
 
@@ -56,7 +56,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Settings(_Part):
+class BuildSettings(_Part):
     """What the builder was told beyond shapes and targets."""
 
     level: Literal["fast", "default", "best"] = "default"  # how long it searches
@@ -77,7 +77,7 @@ class EngineKey(_Part):
     targets: list[int]  # compute capabilities, 89 for 8.9, rising
     device: str | None  # the GPU on which it was built; None: on none, for all of `targets`
     profile: dict[str, tuple[Shape, Shape, Shape]]  # input -> smallest, best and largest shape
-    settings: Settings = Settings()
+    settings: BuildSettings = BuildSettings()
 
     @property
     def digest(self) -> str:
@@ -268,7 +268,7 @@ def _differences(have: EngineKey, asked: EngineKey) -> Iterator[str]:
     for name, shapes in asked.profile.items():
         if have.profile.get(name) != shapes:
             yield f"built for {name} of {_range(have.profile.get(name))}, asked for {_range(shapes)}"
-    for field in Settings.model_fields:
+    for field in BuildSettings.model_fields:
         ours, theirs = getattr(have.settings, field), getattr(asked.settings, field)
         if ours != theirs:
             yield f"built with {field.replace('_', ' ')} {ours}, asked for {theirs}"

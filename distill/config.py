@@ -1,16 +1,31 @@
-"""What a distillation run is asked to do: one frozen, validated object. The command line's options are its fields."""
+"""What a distillation run is asked to do: one frozen, validated object.
+
+All methods share the fields of :class:`DistillConfig`; what one method reads and others do not is in its ``options``
+(``options.py``). Settings are given and written flat, as ``DistillConfig(method="draft", step_delta=1.2)``.
+"""
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from redif_sdk.distill.options import NAMES, MethodOptions, Options, SameStateOptions, model_of
 from redif_sdk.errors import InvalidRequest
 
 DEFAULT_UPDATES = 600
+BUDGETS = ("updates", "seconds", "forward_equivalents")
 #: Former names of settings, and the current ones. Accepted with a DeprecationWarning for one release.
 RENAMED = {
     "earlier_rows": "intermediate_step_fraction",
@@ -23,20 +38,160 @@ RENAMED = {
 }
 RENAMED_VALUES = {("supervision", "trajectory"): "per_step"}
 
+OptionsT = TypeVar("OptionsT", bound=MethodOptions)
+
+
+class DistillConfig(BaseModel):
+    """A run's settings: those that all methods share, and the ``options`` of its method.
+
+    Of the budgets ``updates``, ``seconds`` and ``forward_equivalents`` the first to be spent ends the run. Settings are
+    given flat; one that the method does not read is refused. ``config.exploration`` reads through to the options.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    num_inference_steps: int = Field(4, ge=1, le=64, description="Network calls of the student for an image, K.")
+    options: Options = Field(default_factory=SameStateOptions, description="The settings of the method.")
+    updates: int | None = Field(None, ge=1, description="Budget: optimiser updates.")
+    seconds: float | None = Field(None, gt=0, description="Budget: wall seconds of training.")
+    forward_equivalents: float | None = Field(
+        None, gt=0, description="Budget: cost of training in forward passes of the student on one image."
+    )
+    teacher_calls: int | None = Field(None, ge=1, description="Budget: network calls of the teacher for the pool.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random draw.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; auto = a GPU if there is one."
+    )
+
+    pool_size: int = Field(4096, ge=8, description="Pairs of (noise, teacher's output) to train on.")
+    batch_size: int = Field(64, ge=2, description="Pairs in an update.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate: a short warm-up, then a cosine to 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the weights' moving average, per update.")
+    lora_rank: int = Field(0, ge=0, description="Rank of low-rank adapters (peft) to train; 0 = train all weights.")
+    shard: bool = Field(False, description="Several processes: each keeps a part of the weights (FSDP2).")
+
+    checkpoint_seconds: float = Field(30.0, ge=0, description="Seconds between checkpoints.")
+    log_every: int = Field(10, ge=1, description="Updates between lines of the log.")
+    check_every: int = Field(100, ge=1, description="Updates between checks of recall and error on the pool.")
+    early_stop: int = Field(
+        0, ge=0, description="Stop after this many checks in a row without a better reward; 0 = never."
+    )
+    tracker: Literal["tensorboard"] | None = Field(None, description="Also write figures and images for a tracker.")
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **settings: Any) -> None: ...
+
+    else:  # flat access to what the method reads
+
+        def __getattr__(self, name: str) -> Any:
+            options = self.__dict__.get("options")
+            if options is not None and name in type(options).model_fields:
+                return getattr(options, name)
+            if options is not None and name in NAMES:
+                raise AttributeError(f"{_title(type(options))} does not read {name}")
+            return super().__getattr__(name)
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.options.method
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sorted(cls, values: Any) -> Any:
+        """Flat settings into the common ones and the method's options; a default budget if none is given."""
+        if not isinstance(values, dict):
+            return values
+        values = current_names(values)
+        if "options" not in values:
+            values = _with_options(values)
+        return (
+            values if any(values.get(name) is not None for name in BUDGETS) else values | {"updates": DEFAULT_UPDATES}
+        )
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in handler(self).items():
+            flat |= value if name == "options" else {name: value}
+        return flat
+
+    @classmethod
+    def checked(cls, **settings: Any) -> DistillConfig:
+        """The config, or one clear :class:`InvalidRequest` in place of pydantic's report."""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "value_error":
+                raise InvalidRequest(message) from error
+            raise InvalidRequest(f"{first['loc'][-1]}: {message}, not {first['input']!r}") from error
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that the run reads, flat, by name."""
+        common = {name: getattr(self, name) for name in COMMON}
+        return {**common, **{name: getattr(self.options, name) for name in type(self.options).model_fields}}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting by name; ``default`` where the method does not read it."""
+        if name in COMMON:
+            return getattr(self, name)
+        return getattr(self.options, name) if name in type(self.options).model_fields else default
+
+    def options_as(self, kind: type[OptionsT]) -> OptionsT:
+        """The options, which must be of this kind.
+
+        Raises:
+            TypeError: the method of this run has other options.
+        """
+        if not isinstance(self.options, kind):
+            raise TypeError(f"{_title(type(self.options))} has no {kind.__name__}")
+        return self.options
+
+    def replaced(self, **changes: Any) -> DistillConfig:
+        """A copy with these settings changed. With another method, settings that it does not read are left out.
+
+        Raises:
+            InvalidRequest: a changed setting is wrong, or is not read.
+        """
+        changes = current_names(changes)
+        kept = applicable({**self.settings(), **{k: v for k, v in changes.items() if k in ("method", "estimator")}})
+        return self.checked(**{**kept, **changes})
+
+
+#: The settings that all methods share.
+COMMON = tuple(name for name in DistillConfig.model_fields if name != "options")
+
+
+def setting_names() -> list[str]:
+    """Every setting of every method, sorted."""
+    return sorted({*COMMON, *NAMES})
+
+
+def unknown_setting(name: str, known: Sequence[str]) -> str:
+    """The message for a setting that is not among the ``known`` ones; it names the most similar."""
+    similar = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {similar[0]!r}? " if similar else ""
+    return f"unknown setting {name!r}; {hint}known: {', '.join(known)}"
+
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under their current names; each old one is a DeprecationWarning.
+    """The settings under their current names; each former one is a DeprecationWarning.
 
     Raises:
-        InvalidRequest: a setting is given under both its old name and its new one.
+        InvalidRequest: a setting is given under both its former name and its current one.
     """
     found: dict[str, Any] = {}
-    for old, value in settings.items():
-        name = RENAMED.get(old, old)
-        if name != old:
-            _warn_renamed(f"the setting {old!r} is now called {name!r}")
+    for former, value in settings.items():
+        name = RENAMED.get(former, former)
+        if name != former:
+            _warn_renamed(f"the setting {former!r} is now called {name!r}")
             if name in settings:
-                raise InvalidRequest(f"{old} and {name} are one setting; give {name} alone")
+                raise InvalidRequest(f"{former} and {name} are one setting; give {name} alone")
         if isinstance(value, str) and (name, value) in RENAMED_VALUES:
             _warn_renamed(f"{name}={value!r} is now {name}={RENAMED_VALUES[name, value]!r}")
             value = RENAMED_VALUES[name, value]
@@ -44,117 +199,37 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def applicable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of current names of settings, those that the method among them reads: for settings that many methods share."""
+    model = _model(settings)
+    return {name: value for name, value in settings.items() if name in COMMON or name in model.model_fields}
+
+
+def _model(settings: Mapping[str, Any]) -> type[MethodOptions]:
+    return model_of(settings.get("method", "redif"), settings.get("estimator", "same-state"))
+
+
+def _with_options(values: dict[str, Any]) -> dict[str, Any]:
+    model = _model(values)
+    unknown = [name for name in values if name not in COMMON and name not in NAMES]
+    if unknown:
+        raise ValueError(unknown_setting(unknown[0], setting_names()))
+    unread = [name for name in values if name not in COMMON and name not in model.model_fields]
+    if unread:
+        own = ", ".join(sorted({*model.model_fields} - {"method"})) or "no setting of its own"
+        raise ValueError(
+            f"{_title(model)} does not read {', '.join(unread)}; beside the settings of every method it reads {own}"
+        )
+    tags = {name: model.model_fields[name].default for name in ("method", "estimator") if name in model.model_fields}
+    options = tags | {name: value for name, value in values.items() if name not in COMMON}
+    return {name: value for name, value in values.items() if name in COMMON} | {"options": options}
+
+
+def _title(model: type[MethodOptions]) -> str:
+    fields = model.model_fields
+    estimator = f" with the estimator {fields['estimator'].default}" if "estimator" in fields else ""
+    return f"the method {fields['method'].default}{estimator}"
+
+
 def _warn_renamed(message: str) -> None:
-    warnings.warn(f"{message}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
-
-
-class DistillConfig(BaseModel):
-    """A run's settings. Of the budgets (``updates``, ``seconds``,
-    ``forward_equivalents``, ``teacher_calls``) the first to be spent ends it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    num_inference_steps: int = Field(4, ge=1, le=64, description="The student's network calls an image, K.")
-    method: str = Field("redif", description="redif, regression, progressive, consistency, dmd2, draft or grpo.")
-    reward: Any = Field("feature", description="A name, an address, 'a+b', a callable, a list, or {reward: weight}.")
-    reward_space: Literal["images", "latents"] = Field(
-        "images", description="What rewards see: pictures, or a latent model's latents, undecoded."
-    )
-    updates: int | None = Field(None, ge=1, description="Optimiser updates.")
-    seconds: float | None = Field(None, gt=0, description="Wall seconds of training.")
-    forward_equivalents: float | None = Field(None, gt=0, description="Training's cost; the pool's is not in it.")
-    teacher_calls: int | None = Field(None, ge=1, description="Teacher network calls for the pool of pairs.")
-    seed: int = Field(0, ge=0, lt=2**31)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where to train; auto: a GPU if any.")
-
-    pool_size: int = Field(4096, ge=8, description="Pairs of (noise, teacher's output).")
-    batch_size: int = Field(64, ge=2)
-    learning_rate: float = Field(1e-3, gt=0, description="Peak; a short warm-up, then a cosine to 0 over the run.")
-    shard: bool = Field(False, description="Several processes: each keeps a part of the weights (FSDP2).")
-    lora_rank: int = Field(0, ge=0, description="Train low-rank adapters of this rank (peft); 0: all weights.")
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-
-    schedule_updates: int = Field(20, ge=0, description="redif: policy-gradient updates of the step table's times.")
-    calibration: int = Field(0, ge=0, description="redif: pool entries on which the output's gain is learnt; 0: none.")
-    warm_start: float = Field(0.7, ge=0, le=1, description="redif, draft, dmd2: share of the run that is regression.")
-    estimator: Literal["same-state", "pathwise", "trajectory"] = "same-state"
-    group_size: int = Field(16, ge=2, description="Actions a state (even), or trajectories a start.")
-    exploration: float = Field(0.1, gt=0, description="e, the std of an action, in units of x0.")
-    exploration_rank: int = Field(40, ge=0, description="Principal components of residuals; 0: white.")
-    step_delta: float = Field(0.15, gt=0, description="redif, draft, dmd2: rms step of x0 along the direction.")
-    supervision: Literal["rollout", "per_step"] = Field(
-        "rollout", description="regression: of the output, or of every step's clean image."
-    )
-    segments: float = Field(
-        0.0, ge=0, le=1, description="regression, warm starts: share that is by rows, along the teacher's own path."
-    )
-    huber: float = Field(0.0, ge=0, description="Width of the pseudo-Huber loss; 0: the squared error.")
-    regression_weight: float = Field(1.0, ge=0, description="Weight of the squared error to the teacher's output.")
-    dmd_weight: float = Field(0.0, ge=0, description="redif: weight of DMD's term beside the reinforcement; 0: none.")
-    dmd_fraction: float = Field(1.0, gt=0, le=1, description="redif: fraction of the updates that have DMD's term.")
-    regression_last_k: int = Field(
-        0, ge=0, description="regression, warm starts: backpropagate through the last k steps; 0: all."
-    )
-    backprop_last_k: int = Field(
-        0, ge=0, description="redif, draft, dmd2: backpropagate through the last k steps; 0: all."
-    )
-    intermediate_step_fraction: float = Field(
-        0.0, ge=0, le=1, description="same-state: fraction of the updates that explore at a step before the last."
-    )
-    clip_mean_shift: float = Field(
-        0.01, gt=0, description="trajectory: clip range, as an rms change of the mean in units of e."
-    )
-    kl: float = Field(0.0, ge=0, description="trajectory: weight of the KL to the network that the phase began with.")
-    ppo_epochs: int = Field(1, ge=1, description="trajectory: optimiser steps on each batch of trajectories.")
-
-    sde_window: int = Field(0, ge=0, description="grpo: noisy rows a trajectory, at a random place; 0: all.")
-    fake_updates: int = Field(
-        2, ge=1, description="dmd2, dmd_weight: updates of the fake score for one of the student."
-    )
-    gan_weight: float = Field(0.0, ge=0, description="dmd2: weight of a discriminator's loss; 0: none.")
-    fake_learning_rate: float = Field(2e-4, gt=0, description="dmd2: of the fake score.")
-
-    checkpoint_seconds: float = Field(30.0, ge=0)
-    log_every: int = Field(10, ge=1)
-    early_stop: int = Field(0, ge=0, description="Checks in a row that are no better, or look hacked; 0: never.")
-    tracker: Literal["tensorboard"] | None = Field(None, description="accelerate's tracker, beside the log.")
-    check_every: int = Field(100, ge=1, description="Updates between looks at recall and held-out error.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _budget(cls, values: Any) -> Any:
-        budgets = ("updates", "seconds", "forward_equivalents")
-        if not isinstance(values, dict):
-            return values
-        values = current_names(values)
-        return values | {"updates": DEFAULT_UPDATES} if all(values.get(name) is None for name in budgets) else values
-
-    @model_validator(mode="after")
-    def _even_group(self) -> DistillConfig:
-        if self.estimator == "same-state" and self.group_size % 2:
-            raise ValueError("group_size must be even: the actions are antithetic pairs")
-        return self
-
-    @model_validator(mode="after")
-    def _segments_of_regression(self) -> DistillConfig:
-        regression = {"regression": 1.0} | dict.fromkeys(("redif", "draft", "dmd2"), self.warm_start)
-        share = regression.get(self.method, 0.0)
-        if self.segments > share:
-            raise ValueError(
-                f"segments is {self.segments:g}, but {self.method} spends {share:g} of a run on regression; lower it"
-                + (", or raise warm_start" if share else " to 0")
-            )
-        return self
-
-    @classmethod
-    def checked(cls, **values: Any) -> DistillConfig:
-        """The config, or one clear :class:`InvalidRequest` in place of pydantic's report."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "the settings"
-            given = f", not {first['input']!r}" if first["loc"] else ""
-            raise InvalidRequest(f"{name}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+    warnings.warn(f"{message}; the former name goes with the next release", DeprecationWarning, stacklevel=3)

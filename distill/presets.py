@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from redif_sdk.distill.config import DistillConfig, current_names
+from redif_sdk.distill.config import BUDGETS, DistillConfig, applicable, current_names, setting_names, unknown_setting
 from redif_sdk.errors import InvalidRequest
 
 #: Updates at K = 1; fewer at more steps, since an update costs K times as much.
@@ -54,10 +54,10 @@ def preset(name: str, num_inference_steps: int) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file: fields of :class:`DistillConfig`, and ``preset``.
+    """The settings in a YAML file, by their current names; ``preset`` may be among them.
 
     Raises:
-        InvalidRequest: the file cannot be read, is no mapping, or names a field that there is not.
+        InvalidRequest: the file cannot be read, is no mapping, or names an unknown setting.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -69,36 +69,40 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidRequest(f"{path} holds a {type(found).__name__}; give 'name: value' lines")
     found = current_names(found)
-    known = {*DistillConfig.model_fields, "preset"}
+    known = ["preset", *setting_names()]
     for name in found:
         if name not in known:
-            raise InvalidRequest(f"{path}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+            raise InvalidRequest(f"{path}: {unknown_setting(name, known)}")
     return found
 
 
-def resolve(
-    given: Mapping[str, Any], *, file: Path | None = None, name: str | None = None, defaults: Mapping[str, Any] = {}
-) -> DistillConfig:
-    """The run's config: ``given`` by hand over ``file`` over the preset over ``defaults``.
+def resolve(given: Mapping[str, Any], *, file: Path | None = None, name: str | None = None) -> DistillConfig:
+    """The run's config: ``given`` by hand over ``file`` over the preset.
 
-    A budget that is given at one place takes the place of those below it: a preset's updates do not end a run that was
-    given seconds.
+    A preset is a default: what the chosen method does not read of it is left out, while a setting that was given by
+    hand or in the file is refused. A budget that is given at one place takes the place of those below it: a preset's
+    updates do not end a run that was given seconds.
+
+    Raises:
+        InvalidRequest: a setting is wrong or not read by the method, or there is no such preset or file.
     """
     written = read(file) if file else {}
     name = name or written.pop("preset", None)
     written.pop("preset", None)
-    given, defaults = current_names(given), current_names(defaults)
-    steps = {**defaults, **written, **given}.get("num_inference_steps", 4)
-    layers = [defaults, preset(name, steps) if name and isinstance(steps, int) else {}, written, given]
-    values: dict[str, Any] = {}
-    for layer in layers:
+    given = current_names(given)
+    asked = {**written, **given}
+    steps = asked.get("num_inference_steps", 4)
+    recipe = preset(name, steps) if name and isinstance(steps, int) else {}
+    chosen: dict[str, Any] = {key: asked[key] for key in ("method", "estimator") if key in asked}
+    try:
+        values = applicable({**recipe, **chosen})
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    for layer in (written, given):
         if any(layer.get(budget) is not None for budget in BUDGETS):
             values = {key: value for key, value in values.items() if key not in BUDGETS}
         values |= layer
     return DistillConfig.checked(**values)
-
-
-BUDGETS = ("updates", "seconds", "forward_equivalents")
 
 
 def as_yaml(config: DistillConfig) -> str:

@@ -204,7 +204,7 @@ def distill(
     config = config or DistillConfig()
     draws.join()
     make_method(config.method)
-    names = reward_names(config.reward)
+    names = [] if config.get("reward") is None else reward_names(config.get("reward"))
     teacher = Teacher.load(source, prompts=prompts) if prompts is not None else Teacher.load(source)
     if student is not None:
         network = Denoiser(
@@ -218,7 +218,7 @@ def distill(
     check_deterministic(teacher)
     if pairs is None:
         size, place = pool_size(teacher, config), chosen_device(config.device)
-        pairs, calls = pool.get(teacher, size, "train", device=place, path=config.segments > 0)
+        pairs, calls = pool.get(teacher, size, "train", device=place, path=config.get("segments", 0.0) > 0)
     else:
         calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
     begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start
@@ -241,7 +241,7 @@ def distill(
         stopped=trainer.stopped,
         distillation=Distillation(
             method=config.method,
-            rewards=names if trainer.method.rewarded else [],
+            rewards=names,
             seed=config.seed,
             budget=budget,
             versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},

@@ -321,7 +321,7 @@ def test_edm_networks_are_fed_noise_levels(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "student/scheduler/scheduler_config.json").read_text())
     assert kept["_class_name"] == "EDMEulerScheduler"
     with pytest.raises(UnsupportedModel, match="schedule_updates"):
-        distill(teacher, config.model_copy(update={"schedule_updates": 2}))
+        distill(teacher, config.replaced(schedule_updates=2))
 
 
 @pytest.mark.parametrize(

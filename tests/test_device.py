@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from redif_sdk.distill import DistillConfig, policy, pool
 from redif_sdk.distill.compute import device as precision
+from redif_sdk.distill.config import applicable
 from redif_sdk.distill.methods import consistency, fake_score
 from redif_sdk.distill.training import loop as training
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
@@ -108,7 +109,7 @@ def test_another_device_trains_what_the_cpu_does(name: str, monkeypatch: pytest.
     pairs = pool.get(teacher, 32, "train")[0]
     settings = {"num_inference_steps": 2, "updates": 6, "warm_start": 0.2, "schedule_updates": 2, "group_size": 4}
     settings |= {"batch_size": 8, "calibration": 16, **RUNS[name]}
-    config = DistillConfig.checked(**settings)
+    config = DistillConfig.checked(**applicable(settings))
     ours = training.Trainer(teacher, config, pairs).run()
     with simulated(monkeypatch):
         theirs = training.Trainer(teacher, config, pairs).run()

@@ -10,6 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from redif_sdk.distill import DistillConfig, distill, load_student
 from redif_sdk.distill.compute.lora import adapted, merged
+from redif_sdk.distill.config import applicable
 from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.loop import Trainer
@@ -42,7 +43,9 @@ def config(method: str = "redif", **settings: object) -> DistillConfig:
         "group_size": 2,
         "reward": "pixel",
     }
-    return DistillConfig.checked(**(fixed | {"method": method, "lora_rank": 2, "schedule_updates": 0} | settings))
+    return DistillConfig.checked(
+        **applicable(fixed | {"method": method, "lora_rank": 2, "schedule_updates": 0} | settings)
+    )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute import device as precision
-from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.config import COMMON, DistillConfig, applicable
 from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.methods.fake_score import clean_at, levels, noised
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
+from redif_sdk.distill.options import MODELS
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.student import distill, load_student
 from redif_sdk.distill.teachers.base import Teacher
@@ -79,7 +80,7 @@ def teacher() -> Teacher:
 def trainer(teacher: Teacher, method: str, folder: Path | None = None, **settings: object) -> Trainer:
     defaults = {"num_inference_steps": 2, "updates": 6, "reward": "pixel", "batch_size": 16, "pool_size": 64}
     defaults |= {"warm_start": 0.0, "group_size": 4, "exploration_rank": 0}
-    config = DistillConfig.checked(**(defaults | {"method": method} | settings))
+    config = DistillConfig.checked(**(applicable(defaults | {"method": method} | settings) | settings))
     pairs, _ = pool.get(teacher, config.pool_size, "train")
     return Trainer(teacher, config, pairs, folder)
 
@@ -133,7 +134,8 @@ def test_regression_along_the_trajectory_supervises_every_row_by_itself(teacher:
 
 @pytest.mark.parametrize("method", ["redif", "draft"])
 def test_gradients_of_the_last_rows_alone_cost_less(teacher: Teacher, method: str) -> None:
-    run = trainer(teacher, method, num_inference_steps=3, backprop_last_k=1, schedule_updates=0)
+    chosen = {"schedule_updates": 0} if method == "redif" else {}
+    run = trainer(teacher, method, num_inference_steps=3, backprop_last_k=1, **chosen)
     policy, batch = run.context.policy, run.pairs[:16]
     run.meter.student_calls = run.meter.gradient_samples = 0
     truncated = policy.sample(batch.noise, None, 1)
@@ -411,6 +413,7 @@ def test_a_flow_teacher_samples_as_diffusers_does(flow_teacher: Teacher) -> None
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_learns_from_a_flow_teacher(flow_teacher: Teacher, method: str) -> None:
     settings = {"updates": 150, "learning_rate": 1e-2, "schedule_updates": 4, "exploration": 0.1, "step_delta": 0.05}
+    settings = {name: value for name, value in settings.items() if name in {*COMMON, *MODELS[method].model_fields}}
     if method in ("consistency", "grpo"):
         settings["updates"] = 600  # they learn slowly
     run = trainer(flow_teacher, method, None, batch_size=32, **settings)

@@ -15,6 +15,7 @@ from redif_sdk.distill import DistillConfig, Teacher, pool
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.config import applicable
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
@@ -41,7 +42,7 @@ SHARDED = ("regression", "redif", "redif, pathwise", "dmd2", "draft")
 def settings_of(name: str, **more: object) -> DistillConfig:
     settings = {"num_inference_steps": 2, "updates": 8, "warm_start": 0.25, "schedule_updates": 2, "group_size": 4}
     settings |= {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.01, **RUNS[name]}
-    return DistillConfig.checked(**settings, **more)
+    return DistillConfig.checked(**applicable(settings), **more)
 
 
 def train(
@@ -50,7 +51,7 @@ def train(
     """The trained student's outputs on the pool, and its meter. ``cut``: a folder in which it is cut and resumed."""
     config = settings_of(name, **more)
     if cut is not None:
-        config = config.model_copy(update={"checkpoint_seconds": 0, "check_every": 2, "log_every": 1})
+        config = config.replaced(checkpoint_seconds=0, check_every=2, log_every=1)
 
         def stop(share: float, figures: dict[str, float]) -> None:
             if share > 0.6:

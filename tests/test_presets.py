@@ -37,8 +37,8 @@ def test_every_preset_is_a_valid_run_and_longer_than_the_one_before(steps: int) 
 def test_what_is_given_by_hand_is_over_the_file_is_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("preset: fast\nlearning_rate: 0.5\nseed: 7\n")
-    made = resolve({"seed": 9}, file=file, defaults={"batch_size": 32, "num_inference_steps": 2})
-    assert (made.seed, made.learning_rate, made.reward, made.batch_size) == (9, 0.5, "texture", 32)
+    made = resolve({"seed": 9, "num_inference_steps": 2}, file=file)
+    assert (made.seed, made.learning_rate, made.get("reward"), made.batch_size) == (9, 0.5, "texture", 32)
     assert made.updates == preset("fast", 2)["updates"]
     assert resolve({"seconds": 5.0}, file=file).updates is None  # one budget takes the place of another
     assert resolve({}, file=file, name="best").updates == preset("best", 4)["updates"]
@@ -51,7 +51,7 @@ def test_what_is_given_by_hand_is_over_the_file_is_over_the_preset(tmp_path: Pat
     ("text", "said"),
     [
         ("- 1\n", "holds a list"),
-        ("learning_rat: 1\n", "unknown setting 'learning_rat'; known: backprop_last_k"),
+        ("learning_rat: 1\n", "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
         ("a: [\n", "cannot be read"),
         ("!!python/object/apply:os.system ['true']\n", "cannot be read"),
     ],
@@ -67,17 +67,18 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_former_name_of_a_setting_is_accepted_with_a_warning(tmp_path: Path, old: str, new: str) -> None:
-    wanted, wanted_by_hand = DistillConfig.checked(**{new: 1}), 0.5 if new == "dmd_fraction" else 2
-    if new == "intermediate_step_fraction":
-        wanted_by_hand = 0.25
+    estimator = "trajectory" if new == "clip_mean_shift" else "same-state"
+    wanted, by_hand = DistillConfig.checked(estimator=estimator, **{new: 1}), 0.5
+    if new.endswith("last_k"):
+        by_hand = 2
     with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'"):
-        assert DistillConfig(**{old: 1}) == wanted
+        assert DistillConfig(estimator=estimator, **{old: 1}) == wanted
     file = tmp_path / "run.yaml"
-    file.write_text(f"{old}: 1\n")
+    file.write_text(f"estimator: {estimator}\n{old}: 1\n")
     with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'"):
         assert resolve({}, file=file) == wanted
     with pytest.warns(DeprecationWarning, match=old):  # by hand, under its old name, over the file's new one
-        assert getattr(resolve({old: wanted_by_hand}, file=file), new) == wanted_by_hand
+        assert getattr(resolve({old: by_hand}, file=file), new) == by_hand
     with (
         pytest.warns(DeprecationWarning, match=old),
         pytest.raises(InvalidRequest, match=f"{old} and {new} are one setting"),
@@ -117,9 +118,7 @@ def test_the_estimate_of_segments_has_the_teachers_path_and_keeps_nothing(
 
 
 def test_the_estimate_counts_what_the_run_then_spends(teacher: Teacher) -> None:
-    config = DistillConfig.checked(
-        num_inference_steps=2, method="regression", reward="pixel", updates=30, batch_size=16, pool_size=64
-    )
+    config = DistillConfig.checked(num_inference_steps=2, method="regression", updates=30, batch_size=16, pool_size=64)
     expected = estimate(teacher, config, 64, pool_is_there=False)
     run = Trainer(teacher, config, pool.get(teacher, 64, "train")[0])
     run.run()
@@ -148,7 +147,7 @@ def test_a_run_that_gets_no_better_ends_early_and_says_so(teacher: Teacher, tmp_
 def test_tensorboard_has_the_figures_and_the_pictures(teacher: Teacher, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = {"num_inference_steps": 1, "reward": "pixel", "updates": 10, "batch_size": 8, "pool_size": 64}
+    settings = {"num_inference_steps": 1, "updates": 10, "batch_size": 8, "pool_size": 64}
     config = DistillConfig.checked(**settings, check_every=5, log_every=5, tracker="tensorboard", method="regression")
     Trainer(teacher, config, pool.get(teacher, 64, "train")[0], tmp_path / "run").run()
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*") if path.parent.name == "run"}

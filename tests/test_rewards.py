@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute.costs import flops
-from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.config import DistillConfig, applicable
 from redif_sdk.distill.rewards import Discriminator, make_rewards
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward, prompt_vectors, train_on
 from redif_sdk.distill.rewards.mmd import MmdReward
@@ -39,7 +39,9 @@ def teacher() -> Teacher:
 
 def trainer(teacher: Teacher, reward: object, folder: Path | None = None, **settings: object) -> Trainer:
     fixed = {"num_inference_steps": 1, "updates": 6, "batch_size": 16, "warm_start": 0.0, "group_size": 8}
-    config = DistillConfig.checked(**(fixed | {"exploration_rank": 0, "reward": reward} | settings))
+    config = DistillConfig.checked(
+        **(applicable(fixed | {"exploration_rank": 0, "reward": reward} | settings) | settings)
+    )
     pairs, _ = pool.get(teacher, 64, "train")
     return Trainer(teacher, config, pairs, folder)
 

@@ -125,7 +125,10 @@ def test_segments_need_a_path_of_as_many_steps() -> None:
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [("redif", "spends 0.5 of a run on regression; lower it, or raise warm_start"), ("grpo", "spends 0 of a run")],
+    [
+        ("redif", "spends 0.5 of a run on regression; lower it, or raise warm_start"),
+        ("grpo", "the method grpo does not read segments, warm_start"),
+    ],
 )
 def test_segments_beyond_the_regression_are_refused(method: str, said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):

@@ -21,6 +21,7 @@ from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student, pool
 from redif_sdk.distill.compute import device as precision
+from redif_sdk.distill.config import applicable
 from redif_sdk.distill.student import pool_size, training_folder
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
@@ -70,7 +71,7 @@ def test_sigkill_and_resume_give_the_same_bits(teacher_folder: Path, tmp_path: P
 
 
 def config(**settings: object) -> DistillConfig:
-    return DistillConfig.checked(**{"num_inference_steps": 2, "updates": 3, **SMALL, **settings})
+    return DistillConfig.checked(**applicable({"num_inference_steps": 2, "updates": 3, **SMALL, **settings}))
 
 
 def test_resume_with_other_settings_is_refused(teacher_folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods.estimators import check_drift
 from redif_sdk.distill.methods.fake_score import clean_at
+from redif_sdk.distill.options import SameStateOptions
 from redif_sdk.distill.policy import Exploration, Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, compute
 from redif_sdk.distill.rewards import Advantage, make_rewards
@@ -106,6 +107,11 @@ class _Examination:
     config: DistillConfig
     update_seconds: float = 0.0
 
+    @property
+    def options(self) -> SameStateOptions:
+        """How actions are drawn: as the run would, or by default where its method draws none."""
+        return self.config.options if isinstance(self.config.options, SameStateOptions) else SameStateOptions()
+
     def prediction_type(self) -> str:
         """One step must denoise the samples; where it does not, the types by which it would are named."""
         declared = self.teacher.prediction_type
@@ -185,24 +191,24 @@ class _Examination:
         with torch.no_grad():
             before = policy.sample(self.pairs.noise, self.pairs.condition)
         after = policy.sample(self.pairs.noise, self.pairs.condition)
-        check_drift(before, after, self.config.step_delta)
+        check_drift(before, after, self.options.step_delta)
         return "no dropout, and no drift before the first update"
 
     def rewards(self) -> list[tuple[str, Callable[[], str]]]:
         """A check for each reward: it tells the actions of a group apart."""
         from redif_sdk.distill.rewards import name_of
 
-        made = make_rewards(self.config.reward, self.teacher, self.pairs, self.config.seed)
+        made = make_rewards(self.config.get("reward", "pixel"), self.teacher, self.pairs, self.config.seed)
 
         def spread(reward: Any) -> str:
             white = Exploration.white(self.pairs.noise[0].numel())
             generator = torch.Generator().manual_seed(0)
-            xi = white.antithetic(self.config.group_size, tuple(self.pairs.target.shape), generator)
+            xi = white.antithetic(self.options.group_size, tuple(self.pairs.target.shape), generator)
             advantage = Advantage([(reward, 1.0)], self.teacher.images)
-            advantage(self.pairs.target + self.config.exploration * xi, self.pairs.target, self.pairs.condition)
+            advantage(self.pairs.target + self.options.exploration * xi, self.pairs.target, self.pairs.condition)
             if advantage.dropped:
                 raise RedifError(f"{advantage.dropped} of {advantage.groups} groups have no spread; explore more")
-            return f"tells {self.config.group_size} actions of each of {advantage.groups} states apart"
+            return f"tells {self.options.group_size} actions of each of {advantage.groups} states apart"
 
         return [(name_of(reward), partial(spread, reward)) for reward, _ in made]
 

@@ -19,6 +19,7 @@ from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.fake_score import clean_at, levels
 from redif_sdk.distill.methods.regression import error
+from redif_sdk.distill.options import ConsistencyOptions
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.sampling.table import StepTable
 
@@ -44,7 +45,8 @@ class Consistency(Method):
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """d(f_theta(x_n+1, t_n+1), f_theta-(x^_n, t_n)), x^_n one DDIM step of the teacher from x_n+1 (eq. 13); at the
         last step the target is x^_n itself, which is the boundary condition f(x, 0) = x."""
-        config, teacher, meter = context.config, context.teacher, context.policy.meter
+        teacher, meter = context.teacher, context.policy.meter
+        huber = context.config.options_as(ConsistencyOptions).huber
         assert self.target is not None
         torch._foreach_lerp_(
             list(self.target.parameters()), [p.data for p in context.policy.network.parameters()], 1 - EMA
@@ -67,7 +69,7 @@ class Consistency(Method):
             wanted = torch.where(last.view(-1, 1, 1, 1), real, wanted)
         meter.gradient_samples += len(x)
         residual = _clean(context.policy.network, context, t, x, batch.condition) - wanted
-        yield error(residual, config.huber), {"mse": residual.detach().pow(2).mean().item()}
+        yield error(residual, huber), {"mse": residual.detach().pow(2).mean().item()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"target": None if self.target is None else self.target.state_dict()}

@@ -16,6 +16,7 @@ import torch
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.options import Dmd2Options
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
 
@@ -30,30 +31,29 @@ class Dmd2(Method):
         self.discriminator: Discriminator | None = None
 
     def _begin(self, context: Context) -> FakeScore:
-        config = context.config
         if self.fake is None:
             self.fake = FakeScore.make(context)
-            if config.gan_weight:
-                self.discriminator = Discriminator.make(context.teacher, config.seed, context.device)
+            if context.config.options_as(Dmd2Options).gan_weight:
+                self.discriminator = Discriminator.make(context.teacher, context.config.seed, context.device)
         return self.fake
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """<g, x> with g = (fake_x0 - real_x0) / mean |x - real_x0| (eqs. 7 and 8 of DMD) + gan_weight * softplus(-D(x))
         (section 4.3 of DMD2) + regression_weight |x - teacher|^2."""
-        config = context.config
-        if progress < config.warm_start:
+        options = context.config.options_as(Dmd2Options)
+        if progress < options.warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
         fake = self._begin(context)
-        output = context.policy.sample(batch.noise, batch.condition, config.backprop_last_k)
-        matching, fake_loss = fake.matching(output, batch.condition, generator, config.fake_updates)
+        output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
+        matching, fake_loss = fake.matching(output, batch.condition, generator, options.fake_updates)
         residual = visible_residual(output, batch.target, context.bounds)
-        loss = config.step_delta * matching + config.regression_weight * error(residual, config.huber)
+        loss = options.step_delta * matching + options.regression_weight * error(residual, options.huber)
         figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": fake_loss}
         if self.discriminator is not None:
             figures |= self.discriminator.learn(context, output.detach(), batch, generator)
             fooled = self.discriminator(context.images(output), output.detach(), batch.condition).mean()
-            loss = loss - config.gan_weight * fooled
+            loss = loss - options.gan_weight * fooled
         yield loss, figures
 
     def state_dict(self) -> dict[str, Any]:

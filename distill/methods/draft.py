@@ -12,6 +12,7 @@ import torch
 
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.options import DraftOptions
 from redif_sdk.distill.pool import Pairs
 
 
@@ -35,17 +36,17 @@ class Draft(Method):
         s_i is the gradient's rms, so that weights mean the same for every reward (the paper has one reward and tunes
         its learning rate).
         """
-        config = context.config
-        if progress < config.warm_start:
+        options = context.config.options_as(DraftOptions)
+        if progress < options.warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
-        output = context.policy.sample(batch.noise, batch.condition, config.backprop_last_k)
+        output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
         learnt = context.advantage.learn(context, output, batch, generator)
         gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
         residual = visible_residual(output, batch.target, context.bounds)
         # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
         loss = (
-            config.regression_weight * error(residual, config.huber)
-            - 2 * config.step_delta * (gradient * output).mean()
+            options.regression_weight * error(residual, options.huber)
+            - 2 * options.step_delta * (gradient * output).mean()
         )
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **learnt}

@@ -19,6 +19,7 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.methods import Context, Loss
 from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, Trajectories
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.errors import TrainingDiverged
@@ -57,22 +58,30 @@ class SameStateGroups:
     exploration: Exploration
     fake: FakeScore | None = None  # for the supervised term: distribution matching
 
+    @property
+    def options(self) -> SameStateOptions | PathwiseOptions:
+        """The settings of the estimator."""
+        options = self.context.config.options
+        assert isinstance(options, SameStateOptions | PathwiseOptions)
+        return options
+
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:
         """One loss: -2 <d, mu> + regression_weight |mu - teacher|^2; d is the score direction at an rms of
         ``step_delta``.
 
         In a ``dmd_fraction`` of the updates with DMD's term, weighted by ``dmd_weight``.
         """
-        policy, config = self.context.policy, self.context.config
+        policy, options = self.context.policy, self.options
         rows = policy.num_inference_steps
-        pathwise = config.estimator == "pathwise"
-        last = rows == 1 or pathwise or float(torch.rand((), generator=generator)) >= config.intermediate_step_fraction
+        last = rows == 1 or isinstance(options, PathwiseOptions)
+        if not last and isinstance(options, SameStateOptions):
+            last = float(torch.rand((), generator=generator)) >= options.intermediate_step_fraction
         if last:
-            mean = output = policy.sample(batch.noise, batch.condition, config.backprop_last_k)
+            mean = output = policy.sample(batch.noise, batch.condition, options.backprop_last_k)
             row, state = rows - 1, batch.noise
             if check:
                 with torch.no_grad():
-                    check_drift(policy.sample(batch.noise, batch.condition), mean, config.step_delta)
+                    check_drift(policy.sample(batch.noise, batch.condition), mean, options.step_delta)
         else:
             row = int(torch.randint(0, rows - 1, (), generator=generator))
             with torch.no_grad():
@@ -81,26 +90,26 @@ class SameStateGroups:
             output = policy.finish(row, state, mean, batch.condition)
             if check:
                 with torch.no_grad():
-                    check_drift(policy.estimate(row, state, batch.condition), mean, config.step_delta)
+                    check_drift(policy.estimate(row, state, batch.condition), mean, options.step_delta)
         learnt = self.context.advantage.learn(self.context, output, batch, generator)
         direction, figures = self._direction(batch, row, state, mean.detach(), generator)
         figures |= learnt
         residual = visible_residual(output, batch.target, self.context.bounds)
-        loss = config.regression_weight * error(residual, config.huber) - 2 * (direction * mean).mean()
-        if self.fake is not None and float(torch.rand((), generator=generator)) < config.dmd_fraction:
-            matching, fake_loss = self.fake.matching(output, batch.condition, generator, config.fake_updates)
-            loss, figures = loss + config.dmd_weight * matching, figures | {"fake_loss": fake_loss}
+        loss = options.regression_weight * error(residual, options.huber) - 2 * (direction * mean).mean()
+        if self.fake is not None and float(torch.rand((), generator=generator)) < options.dmd_fraction:
+            matching, fake_loss = self.fake.matching(output, batch.condition, generator, options.fake_updates)
+            loss, figures = loss + options.dmd_weight * matching, figures | {"fake_loss": fake_loss}
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
 
     def _direction(
         self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        policy, config = self.context.policy, self.context.config
+        policy, options = self.context.policy, self.options
         advantage_of, last = self.context.advantage, row == self.context.policy.num_inference_steps - 1
-        if config.estimator == "pathwise":
+        if isinstance(options, PathwiseOptions):
             return self._step(advantage_of.gradient(mean, batch.target, batch.condition), {})
-        xi = self.exploration.antithetic(config.group_size, tuple(mean.shape), generator)
-        actions = mean + config.exploration * xi
+        xi = self.exploration.antithetic(options.group_size, tuple(mean.shape), generator)
+        actions = mean + options.exploration * xi
         if not last:
             with torch.no_grad():
                 actions = torch.stack([policy.finish(row, state, action, batch.condition) for action in actions])
@@ -112,7 +121,7 @@ class SameStateGroups:
     def _step(self, direction: Tensor, figures: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
         """The direction at the length of the trust region, an rms of ``step_delta`` over the batch."""
         rms = draws.mean(direction.pow(2)).sqrt().clamp_min(1e-12)
-        return self.context.config.step_delta * direction / rms, {"direction_rms": rms.item(), **figures}
+        return self.options.step_delta * direction / rms, {"direction_rms": rms.item(), **figures}
 
 
 @dataclass
@@ -126,16 +135,16 @@ class TrajectoryGroups:
         self, batch: Pairs, generator: torch.Generator
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """G trajectories: of the noisy rows the states, actions and means (G B, C, H, W); and the final output."""
-        policy, config = self.context.policy, self.context.config
-        x = policy.start(batch.noise.repeat(config.group_size, 1, 1, 1))
-        labels = None if batch.condition is None else batch.condition.repeat(config.group_size)
+        policy, options = self.context.policy, self.options
+        x = policy.start(batch.noise.repeat(options.group_size, 1, 1, 1))
+        labels = None if batch.condition is None else batch.condition.repeat(options.group_size)
         states, actions, means = [], [], []
 
         def act(k: int, x: Tensor) -> Tensor:
             action = mean = policy.estimate(k, x, labels)
             if k in self.rows:
-                xi = self.exploration.draw(config.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
-                action = mean + config.exploration * xi
+                xi = self.exploration.draw(options.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
+                action = mean + options.exploration * xi
                 states.append(x)
                 actions.append(action)
                 means.append(mean)
@@ -146,6 +155,11 @@ class TrajectoryGroups:
         return states, actions, means, output
 
     @property
+    def options(self) -> Trajectories:
+        """The settings of the estimator."""
+        return self.context.config.options_as(Trajectories)
+
+    @property
     def rows(self) -> range:
         return range(self.context.policy.num_inference_steps) if self.window is None else self.window
 
@@ -154,24 +168,24 @@ class TrajectoryGroups:
 
         The clip range of a log-probability averaged over D elements is ``clip_mean_shift / sqrt(D)``.
         """
-        policy, config = self.context.policy, self.context.config
+        policy, options = self.context.policy, self.options
         advantage_of = self.context.advantage
         states, actions, means, output = self.rollout(batch, generator)
-        group = config.group_size
+        group = options.group_size
         labels = None if batch.condition is None else batch.condition.repeat(group)
         with torch.no_grad():
             centre = output.unflatten(0, (group, -1)).mean(0)
         advantage_of.learn(self.context, centre, batch, generator)
         advantage = advantage_of(output.unflatten(0, (group, -1)), batch.target, batch.condition).flatten()
-        clip = config.clip_mean_shift / math.sqrt(output[0].numel())
-        for epoch in range(config.ppo_epochs):
+        clip = options.clip_mean_shift / math.sqrt(output[0].numel())
+        for epoch in range(options.ppo_epochs):
             surrogate, kl, clipped = output.new_zeros(()), output.new_zeros(()), 0.0
             for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
                 mean = policy.estimate(k, x, labels)
                 if check and epoch == 0:
-                    check_drift(old, mean, config.clip_mean_shift * config.exploration)
-                new_log = self.exploration.log_prob(action, mean, config.exploration)
-                ratio = (new_log - self.exploration.log_prob(action, old, config.exploration)).exp()
+                    check_drift(old, mean, options.clip_mean_shift * options.exploration)
+                new_log = self.exploration.log_prob(action, mean, options.exploration)
+                ratio = (new_log - self.exploration.log_prob(action, old, options.exploration)).exp()
                 bounded = ratio.clamp(1 - clip, 1 + clip)
                 surrogate = surrogate - torch.minimum(ratio * advantage, bounded * advantage).mean()
                 clipped += float((ratio.detach() != bounded.detach()).float().mean())
@@ -179,12 +193,12 @@ class TrajectoryGroups:
                     kl = kl + self._kl(k, x, labels, mean)
             rows = len(self.rows)
             # log-probabilities averaged over D elements have gradients D times too small
-            loss = output[0].numel() * surrogate / rows + config.kl * kl / rows
+            loss = output[0].numel() * surrogate / rows + options.kl * kl / rows
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
-            if config.regression_weight:
+            if options.regression_weight:
                 output = policy.sample(batch.noise, batch.condition)
                 residual = visible_residual(output, batch.target, self.context.bounds)
-                loss = loss + config.regression_weight * error(residual, config.huber)
+                loss = loss + options.regression_weight * error(residual, options.huber)
                 figures["mse"] = residual.detach().pow(2).mean().item()
             yield loss, figures
 
@@ -198,4 +212,4 @@ class TrajectoryGroups:
                 wanted = policy.estimate(k, x, labels)
             finally:
                 policy.network = current
-        return -self.exploration.log_prob(wanted, mean, self.context.config.exploration).mean()
+        return -self.exploration.log_prob(wanted, mean, self.options.exploration).mean()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
+from redif_sdk.distill.options import FakeScoreOptions
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import UnsupportedModel
@@ -42,8 +43,8 @@ class FakeScore:
     @classmethod
     def make(cls, context: Any) -> FakeScore:
         """With the settings of a run (methods.Context)."""
-        config = context.config
-        return cls(context.teacher, context.policy.meter, config.fake_learning_rate, config.grad_clip, context.device)
+        rate = context.config.options_as(FakeScoreOptions).fake_learning_rate
+        return cls(context.teacher, context.policy.meter, rate, context.config.grad_clip, context.device)
 
     def learn(self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator) -> float:
         """One update: denoise the student's ``outputs`` (B, C, H, W), |x0 - x|^2 weighted by min(SNR, 5)."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from redif_sdk.distill.methods import Context, Loss, Method
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
+from redif_sdk.distill.options import GrpoOptions
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs
 
@@ -32,15 +32,13 @@ class Grpo(Method):
 
     def prepare(self, context: Context) -> None:
         """The reference of the KL is the student as it begins."""
-        if context.config.kl:
+        if context.config.options_as(GrpoOptions).kl:
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        if "regression_weight" not in context.config.model_fields_set:
-            context = replace(context, config=context.config.model_copy(update={"regression_weight": 0.0}))
-        config, rows = context.config, context.policy.num_inference_steps
+        options, rows = context.config.options_as(GrpoOptions), context.policy.num_inference_steps
         white = Exploration.white(batch.noise[0].numel(), context.device)
-        size = min(config.sde_window or rows, rows)
+        size = min(options.sde_window or rows, rows)
         first = int(torch.randint(0, rows - size + 1, (), generator=generator))
         groups = TrajectoryGroups(context, white, self.reference, range(first, first + size))
         check, self._checked = not self._checked, True

@@ -19,10 +19,17 @@ from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGrou
 from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.methods.times import gain_cost, guided_by, learn_gain, learn_times
+from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, TrajectoryOptions
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.pool import Pairs
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
+
+
+def _options(context: Context) -> SameStateOptions | PathwiseOptions | TrajectoryOptions:
+    options = context.config.options
+    assert isinstance(options, SameStateOptions | PathwiseOptions | TrajectoryOptions)
+    return options
 
 
 class ReDiF(Method):
@@ -40,23 +47,23 @@ class ReDiF(Method):
 
         A guided teacher judges times itself, at all its calls a step: the student's network does not know guidance yet.
         """
-        config, teacher, policy = context.config, context.teacher, context.policy
-        if not config.schedule_updates or policy.num_inference_steps == 1:
+        updates, teacher, policy = _options(context).schedule_updates, context.teacher, context.policy
+        if not updates or policy.num_inference_steps == 1:
             return
         judged = policy if teacher.guidance is None else guided_by(teacher, policy.table)
-        policy.table = learn_times(judged, context.pairs, context.advantage, config.schedule_updates, config.seed)
+        policy.table = learn_times(judged, context.pairs, context.advantage, updates, context.config.seed)
         if judged is not policy:
             policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        if progress < context.config.warm_start:
+        if progress < _options(context).warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
         first = self.exploration is None
         if first:
             self._begin(context)
         assert self.exploration is not None
-        if context.config.estimator != "trajectory":
+        if _options(context).estimator != "trajectory":
             groups = SameStateGroups(context, self.exploration, self.fake)
             yield from groups.losses(batch, generator, check=first)
         else:
@@ -64,29 +71,31 @@ class ReDiF(Method):
 
     def finish(self, context: Context, student: StudentPolicy) -> None:
         """The schedule policy once more: the gain of the table's last row."""
-        if context.config.calibration:
-            student.table = student.table.with_gain(learn_gain(context, student, context.config.calibration))
+        if count := _options(context).calibration:
+            student.table = student.table.with_gain(learn_gain(context, student, count))
 
     def reserve(self, context: Context) -> float:
-        return gain_cost(context, context.config.calibration)
+        return gain_cost(context, _options(context).calibration)
 
     def _begin(self, context: Context) -> None:
         """The exploration of the reinforcement phase, from the residuals that the warm start left."""
-        pool, config = context.pairs[: min(RESIDUALS, len(context.pairs))], context.config
+        pool, options = context.pairs[: min(RESIDUALS, len(context.pairs))], _options(context)
         elements = pool.noise[0].numel()
-        trajectory = config.estimator == "trajectory"
-        if config.exploration_rank:
+        rank = 0 if isinstance(options, PathwiseOptions) else options.exploration_rank
+        trajectory = isinstance(options, TrajectoryOptions)
+        if rank:
             with torch.no_grad():
                 parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
                 outputs = torch.cat([context.policy.sample(part.noise, part.condition) for part in parts])
             self.exploration = Exploration.structured(
-                pool.target - outputs, config.exploration_rank, white_part=0.5 if trajectory else 0.0
+                pool.target - outputs, rank, white_part=0.5 if trajectory else 0.0
             )
         else:
             self.exploration = Exploration.white(elements, context.device)
-        if trajectory and config.kl:
-            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
-        if config.dmd_weight and not trajectory:
+        if isinstance(options, TrajectoryOptions):
+            if options.kl:
+                self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+        elif options.dmd_weight:
             self.fake = FakeScore.make(context)
 
     def state_dict(self) -> dict[str, Any]:

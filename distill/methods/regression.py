@@ -18,6 +18,7 @@ from torch import Tensor
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.methods import Context, Loss, Method
+from redif_sdk.distill.options import Supervised
 from redif_sdk.distill.pool import Pairs
 
 
@@ -44,18 +45,18 @@ class Regression(Method):
     rewarded = False
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        policy = context.policy
-        if progress < context.config.segments:
+        policy, options = context.policy, context.config.options_as(Supervised)
+        if progress < options.segments:
             yield self._segments(context, batch, generator)
             return
-        if context.config.supervision == "per_step":
+        if options.supervision == "per_step":
             with torch.no_grad():
                 states = policy.states(batch.noise, batch.condition)
             outputs = [policy.estimate(row, state, batch.condition) for row, state in enumerate(states)]
         else:
-            outputs = [policy.sample(batch.noise, batch.condition, context.config.regression_last_k)]
+            outputs = [policy.sample(batch.noise, batch.condition, options.regression_last_k)]
         residuals = [visible_residual(output, batch.target, context.bounds) for output in outputs]
-        loss = torch.stack([error(residual, context.config.huber) for residual in residuals]).mean()
+        loss = torch.stack([error(residual, options.huber) for residual in residuals]).mean()
         yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}
 
     def _segments(self, context: Context, batch: Pairs, generator: torch.Generator) -> Loss:
@@ -67,4 +68,5 @@ class Regression(Method):
         ends = torch.cat([batch.states[:, 1:], batch.target[:, None]], 1)
         each = torch.arange(len(batch), device=device)
         residual = context.policy.advance(rows, batch.states[each, rows], batch.condition) - ends[each, rows]
-        return error(residual, context.config.huber), {"mse": residual.detach().pow(2).mean().item()}
+        huber = context.config.options_as(Supervised).huber
+        return error(residual, huber), {"mse": residual.detach().pow(2).mean().item()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill.methods.fake_score import FakeScore
+from redif_sdk.distill.options import FakeScoreOptions
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.errors import InvalidRequest
 
@@ -32,7 +33,7 @@ class DistributionReward:
 
     def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
         """``fake_updates`` updates of the fake score on ``outputs`` (B, C, H, W), then the direction there."""
-        fake, count = self._begin(context), context.config.fake_updates
+        fake, count = self._begin(context), context.config.options_as(FakeScoreOptions).fake_updates
         learnt = [fake.learn(outputs, batch.condition, generator) for _ in range(count)]
         self.outputs, self.rise = outputs, -fake.difference(outputs, batch.condition, generator)
         return {"fake_loss": sum(learnt) / count}

@@ -38,10 +38,11 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
     began = time.monotonic()
     pairs = pool.compute(teacher, small, "train", seed=config.seed)
     pool_seconds = 0.0 if pool_is_there else (time.monotonic() - began) * pool_size / small
-    trial = config.model_copy(update={"schedule_updates": 0, "early_stop": 0, "tracker": None})
+    alone = {"schedule_updates": 0} if config.get("schedule_updates") else {}
+    trial = config.replaced(early_stop=0, tracker=None, **alone)
     trainer = Trainer(teacher, trial, pairs)
     trainer.method.prepare(trainer.context)
-    if config.segments:
+    if config.get("segments"):
         trainer.pairs = replace(trainer.pairs, index=None)  # entries that are not named are not kept on disk
         pool_seconds = max(pool_seconds, trainer.follow() * pool_size / small)
     spent, seconds = [], []

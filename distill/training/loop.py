@@ -96,10 +96,10 @@ class Trainer:
         network, self.ema = (self._network().to(device) for _ in range(2))
         self.ema.requires_grad_(False)
         refuse_dropout(network)
-        in_latents = config.reward_space == "latents"
+        in_latents = config.get("reward_space") == "latents"
         plain = Postprocess(value_range=(-NO_RANGE, NO_RANGE))  # rewards are then given latents as they are
         judged = replace(self.teacher, decode=None, postprocess=plain) if in_latents else self.teacher
-        rewards = make_rewards(config.reward if self.method.rewarded else "pixel", judged, self.pairs, config.seed)
+        rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
         table = self.start_table or self.teacher.table(config.num_inference_steps)
         if table.num_inference_steps != config.num_inference_steps:
             raise InvalidRequest(
@@ -125,7 +125,7 @@ class Trainer:
             )
         self.sharded = config.shard and draws.world() > 1
         if self.sharded:
-            sharding.refuse(config.method, config.kl)
+            sharding.refuse(config.method, config.get("kl", 0.0))
             for part in (network, self.ema):
                 sharding.shard(part, device)
         self.optimizer = torch.optim.AdamW(
@@ -233,7 +233,7 @@ class Trainer:
     def follow(self) -> float:
         """With ``segments``: the table's times move to the nearest of the teacher's own path, and the pairs get the
         states there. Returns the seconds it took, which like the pool's own are not the budget's."""
-        if not self.config.segments:
+        if not self.config.get("segments"):
             return 0.0
         began, policy = time.monotonic(), self.context.policy
         if policy.table.stochastic:
@@ -412,10 +412,10 @@ class Trainer:
 
     def _identity(self) -> str:
         """What a checkpoint must have in common with the run that resumes it."""
-        fixed = self.config.model_dump(
-            mode="json", exclude={"checkpoint_seconds", "reward", "tracker", "device"}, fallback=str
-        )
-        more = {"reward": str(self.config.reward), "teacher": self.teacher.identity, "processes": draws.world()}
+        settings = self.config.model_dump(mode="json", fallback=str)
+        free = ("checkpoint_seconds", "reward", "tracker", "device")
+        fixed = {name: value for name, value in settings.items() if name not in free}
+        more = {"reward": str(self.config.get("reward")), "teacher": self.teacher.identity, "processes": draws.world()}
         return json.dumps(fixed | more)
 
     def _load(self) -> bool:

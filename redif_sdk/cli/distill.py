@@ -156,12 +156,12 @@ def distill_command(
         for name, value in options.items()
         if getattr(context.get_parameter_source(renamed.get(name, name)), "name", "") == "COMMANDLINE"
     }
-    defaults = {name: value for name, value in options.items() if name not in given}
-    config = resolve(given, file=config_file, name=preset, defaults=defaults)
-    method, reward, steps = config.method, config.reward, config.num_inference_steps
+    config = resolve(given, file=config_file, name=preset)
+    method, steps = config.method, config.num_inference_steps
     place = chosen_device(config.device)
     make_method(method)
-    reward_names(reward)
+    if config.get("reward") is not None:
+        reward_names(config.get("reward"))
     if output.exists():
         raise InvalidRequest(f"{output} exists already; remove it, or choose another -o")
     folder = training_folder(output)
@@ -194,7 +194,7 @@ def distill_command(
             rebuild=rebuild_bank,
             device=place,
             on_batch=lambda n: progress.update(task, advance=n),
-            path=config.segments > 0,
+            path=config.get("segments", 0.0) > 0,
         )
         progress.update(task, completed=count)
         task = progress.add_task(f"{method}, {steps} step(s)", total=1.0, note="")

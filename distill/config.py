@@ -44,7 +44,9 @@ OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 class DistillConfig(BaseModel):
     """A run's settings: those that all methods share, and the ``options`` of its method.
 
-    Of the budgets ``updates``, ``seconds`` and ``forward_equivalents`` the first to be spent ends the run. Settings are
+    Of the budgets ``updates``, ``seconds`` and ``forward_equivalents`` the first to be spent ends the run. Phases and
+    learning rate follow ``updates`` or ``forward_equivalents`` where one is given; ``seconds`` beside them are a safety
+    net, which cuts the run and says so. Settings are
     given flat; one that the method does not read is refused. ``config.exploration`` reads through to the options.
     """
 
@@ -53,7 +55,7 @@ class DistillConfig(BaseModel):
     num_inference_steps: int = Field(4, ge=1, le=64, description="Network calls of the student for an image, K.")
     options: Options = Field(default_factory=SameStateOptions, description="The settings of the method.")
     updates: int | None = Field(None, ge=1, description="Budget: optimiser updates.")
-    seconds: float | None = Field(None, gt=0, description="Budget: wall seconds of training.")
+    seconds: float | None = Field(None, gt=0, description="Budget: wall seconds of training; beside updates, a limit.")
     forward_equivalents: float | None = Field(
         None, gt=0, description="Budget: cost of training in forward passes of the student on one image."
     )

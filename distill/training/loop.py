@@ -37,7 +37,6 @@ from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-LATE = 0.15  # by how much the clock must be ahead of the updates to rule
 GRID = 10  # pictures of the student, and of the teacher, that a tracker is shown
 CHECK_PAIRS = 192  # pool entries on which a run is watched
 NO_RANGE = 1e3  # latents have none: nothing is clamped at it
@@ -179,13 +178,18 @@ class Trainer:
     def progress(self) -> float:
         """The share of the run that is done: what phases and learning rate follow.
 
-        With both budgets, the clock rules only when the run is late by more than ``LATE``: a machine that is fast
-        enough takes the same path whatever its speed.
+        Where there is a budget of work, the clock has no part in it: a slow machine takes the path of a fast one.
         """
-        updates, seconds = self.shares
-        if updates is None or (seconds is not None and seconds > updates + LATE):
-            return min(1.0, seconds or 0.0)
-        return min(1.0, updates)
+        work, seconds = self.shares
+        return min(1.0, (seconds or 0.0) if work is None else work)
+
+    def _cut(self) -> str:
+        """Why the run has to be called cut: seconds ended it before its budget of work did. Empty: they did not."""
+        work, seconds = self.shares
+        if work is None or work >= 1 or seconds is None or seconds < 1:
+            return ""
+        done = f"{self.update} of {self.config.updates} updates" if self.config.updates else f"{work:.0%} of its budget"
+        return f"the clock cut the run at {done}, after {self.meter.seconds:.0f} s; allow it more time"
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -220,6 +224,7 @@ class Trainer:
                 self._save(log)
                 saved = time.monotonic()
         self._save(log)
+        self.stopped = self.stopped or self._cut()
         if log:
             log.close()
         if tracker:

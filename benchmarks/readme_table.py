@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from redif_sdk.results import label
+
 NAMES = {"teacher": "teacher", "ddim": "DDIM, untrained"}
 
 
 def name_of(row: dict[str, Any]) -> str:
     """The name of a row's sampler; students are bold."""
-    return NAMES.get(row["method"], f"**student ({row['method']})**")
+    return NAMES.get(row["method"], f"**student: {label(row)}**")
 
 
 def bold(row: dict[str, Any], text: str) -> str:

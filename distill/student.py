@@ -12,6 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
 
@@ -34,6 +37,7 @@ from redif_sdk.distill.training.loop import Progress, Trainer
 from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.models.prompts import Prompts
+from redif_sdk.sampling.noise import noise
 from redif_sdk.sampling.table import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
@@ -54,6 +58,7 @@ class Student:
     name: str
     distillation: Distillation | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    estimator: str | None = None  # of the policy gradient, where its method has one and it was trained here
     stopped: str = ""  # why training ended before its budget did
     scheduler: Any = None  # diffusers' own, of an imported pipeline that keeps it
 
@@ -84,6 +89,15 @@ class Student:
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
         table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
         return StudentPolicy(self.network, table, self.teacher.schedule, exact=True)
+
+    def images(self, seed: int, count: int) -> NDArray[np.uint8]:
+        """(N, H, W, C) of the default table, before any export: image i has the noise (seed, i); conditions in turn."""
+        start = torch.from_numpy(noise([(seed, i) for i in range(count)], self.teacher.shape)[0])
+        with torch.no_grad():
+            latents = self.policy().sample(start, self.teacher.labels(np.arange(count)))
+            levels = ((self.teacher.images(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        found: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).numpy()
+        return found
 
     def manifest(self, name: str) -> Manifest:
         teacher, guidance = self.teacher, self.guidance
@@ -239,6 +253,7 @@ def distill(
         tables=[policy.table],
         name=f"{teacher.name}-{config.num_inference_steps}",
         stopped=trainer.stopped,
+        estimator=config.estimator if config.method == "redif" else None,
         distillation=Distillation(
             method=config.method,
             rewards=names,

@@ -19,7 +19,7 @@ import numpy as np
 
 from redif_sdk.artifact.atomic import atomic_write
 
-__all__ = ["SCHEMA", "document", "machine", "versions", "write_json"]
+__all__ = ["SCHEMA", "document", "label", "machine", "versions", "write_json"]
 
 SCHEMA = "redif-results-1"
 
@@ -85,6 +85,12 @@ def document(command: str, rows: Sequence[Mapping[str, Any]], *, device: str = "
         "rows": [dict(row) for row in rows],
         **extra,
     }
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """How a quality row's contender was made: "redif (same-state, texture)", or its method alone."""
+    how = ", ".join(str(row[key]) for key in ("estimator", "reward") if row.get(key))
+    return f"{row['method']} ({how})" if how else str(row["method"])
 
 
 def _plain(value: Any) -> Any:

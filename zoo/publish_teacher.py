@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation import datasets as data
+from redif_sdk.distill.evaluation.arena import Arena
+from redif_sdk.distill.evaluation.judged import JUDGED_FILE, write_judged
 from redif_sdk.distill.measures.distances import Statistics, frechet_distance, precision_recall
 from redif_sdk.distill.measures.features import NAME as FEATURES
 from redif_sdk.distill.measures.features import embed
@@ -49,6 +51,7 @@ DATA = {
 }
 STEPS = 50  # of DDIM, in bank and figures
 CARD_IMAGE = "samples.png"
+BASELINES = (1, 2, 4, 8)  # steps of untrained DDIM that are judged once
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,16 @@ def write_reference(test: data.ImageData, folder: Path) -> Statistics:
     return real
 
 
+def judge_once(teacher: Teacher, folder: Path) -> None:
+    """Judge the teacher and untrained DDIM once, over all held-out noises, into ``judged.npz`` in ``folder``."""
+    (folder / JUDGED_FILE).unlink(missing_ok=True)  # what it holds would be taken over
+    arena = Arena.of(teacher, pairs.PIXEL_BANK_SIZES["held_out"])
+    floor = arena.floor()
+    assert floor is not None
+    rows = [arena.teacher_row(), *(arena.ddim_row(steps) for steps in BASELINES)]
+    write_judged(teacher, arena.judge.reference, rows, floor, folder / JUDGED_FILE)
+
+
 def grid(images: Tensor, columns: int, scale: int = 2) -> Image.Image:
     """Images (N, 1 or 3, H, W) in [-1, 1], row by row."""
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -199,6 +212,7 @@ def publish(
         teacher = Teacher.from_diffusers(staging)
         images = write_bank(teacher, staging, on_batch, known=folder)
         real = write_reference(test, staging)
+        judge_once(replace(teacher, name=name, folder=staging), staging)
         judge, accuracy = train_classifier(train, test, seed=11)
         held, labels = images["held_out"], teacher.labels(np.arange(len(images["held_out"])))
         assert labels is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 from redif_sdk.artifact.records import Condition, TextCondition
 from redif_sdk.distill import pool
 from redif_sdk.distill.evaluation.datasets import load
+from redif_sdk.distill.evaluation.judged import Judged, read_judged
 from redif_sdk.distill.measures.distances import Judge, Statistics, frechet_distance_of
 from redif_sdk.distill.measures.features import NAME as FEATURES
 from redif_sdk.distill.measures.features import embed
@@ -24,6 +25,7 @@ from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.results import label
 
 OnProgress = Callable[[float, str], object]
 Sampler = Callable[[Tensor, Tensor | None], Tensor]
@@ -46,6 +48,7 @@ class Arena:
     teacher: Teacher
     pairs: pool.Pairs
     judge: Judge
+    judged: Judged | None = None  # what came with the teacher, over exactly these noises
 
     @classmethod
     def of(cls, teacher: Teacher, num_samples: int, *, rebuild: bool = False, data: str | None = None) -> Arena:
@@ -58,10 +61,16 @@ class Arena:
         if data is not None:
             real = Statistics.of(embed(torch.tensor(load(data, "test").images).float() / 127.5 - 1))
         pairs, _ = pool.get(teacher, num_samples, "held_out", rebuild=rebuild)
-        return cls(teacher, pairs, Judge(teacher.images(pairs.target), embed, real))
+        judged = None if rebuild else read_judged(teacher)
+        known = judged.features[:num_samples] if judged and len(judged.features) >= num_samples else None
+        judge = Judge(teacher.images(pairs.target), embed, real, known)
+        whole = judged is not None and len(judged.features) == num_samples and data is None
+        return cls(teacher, pairs, judge, judged if whole else None)
 
     def floor(self) -> float | None:
         """Frechet distance between two sets of the teacher's own samples, of other noises, of this size."""
+        if self.judged is not None:
+            return self.judged.floor
         if self.teacher.folder is None:
             return None
         other = pool.shipped(self.teacher, len(self.pairs), "train")
@@ -78,13 +87,17 @@ class Arena:
         calls_per_step: int = 1,
         seed: int | None = None,
         budget: dict[str, Any] | None = None,
+        estimator: str | None = None,
+        reward: str | None = None,
     ) -> dict[str, Any]:
-        """One row of DESIGN's quality table for a contender's latents."""
+        """One row of DESIGN's quality table for a contender's latents; how it was made may be given."""
         quality = self.judge.quality(self.teacher.images(latents))
         return {
             "data": self.teacher.extra.get("name", self.teacher.name),
             "teacher": self.teacher.name,
             "method": method,
+            "estimator": estimator,
+            "reward": reward,
             "num_inference_steps": steps,
             "network_calls": steps * calls_per_step,
             "seed": seed,
@@ -95,11 +108,16 @@ class Arena:
         }
 
     def teacher_row(self) -> dict[str, Any]:
+        """The teacher against itself: zeros, but for the distance to real images. Known if it came with the teacher."""
         steps = self.teacher.num_inference_steps
+        if self.judged is not None and (known := self.judged.row("teacher", steps)):
+            return known
         return self.row("teacher", steps, self.pairs.target, calls_per_step=self.teacher.calls_per_step)
 
     def ddim_row(self, steps: int) -> dict[str, Any]:
-        """The teacher itself, its guidance included, with DDIM at ``steps``: untrained."""
+        """The teacher itself, its guidance included, with DDIM at ``steps``: untrained. Known if it came with it."""
+        if self.judged is not None and (known := self.judged.row("ddim", steps)):
+            return known
         latents = outputs(partial(self.teacher.few_steps, num_inference_steps=steps), self.pairs)
         return self.row("ddim", steps, latents, calls_per_step=self.teacher.calls_per_step)
 
@@ -112,6 +130,8 @@ class Arena:
             calls_per_step=student.calls_per_step,
             seed=made.seed if made else None,
             budget=made.budget.model_dump() if made else None,
+            estimator=student.estimator,
+            reward="+".join(made.rewards) if made and made.rewards else None,
         )
 
 
@@ -187,7 +207,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = []
         for key in columns:
-            value = row[key]
+            value = label(row) if key == "method" else row[key]
             cells.append(f"{value:.{digits.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
         table.add_row(*cells)
     Console().print(table)

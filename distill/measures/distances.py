@@ -112,14 +112,18 @@ class Judge:
     """The teacher's held-out images (N, C, H, W) in [-1, 1], embedded once; ``real``: statistics of real data.
 
     The reference is the teacher's output for the *same* noises as the contender's, so a perfect student is at 0.
+    ``known``: the target's features (N, D), where they were computed before.
     """
 
     target: Tensor
     embed: Embed
     real: Statistics | None = None
+    known: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.reference = self.embed(self.target)
+    @cached_property
+    def reference(self) -> Tensor:
+        """Features of the target, (N, D)."""
+        return self.embed(self.target) if self.known is None else self.known
 
     @cached_property
     def statistics(self) -> Statistics:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from redif_sdk.results import label
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: #c2410c; --plain: #64748b; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -133,7 +135,7 @@ def _quality(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         figures = [_number(row[key]) for key in distances]
         tail = [_number(row["mse"], 4), _number(row["precision"], 2), _number(row["recall"], 2)]
-        name = names.get(row["method"], f"student ({row['method']})")
+        name = names.get(row["method"], f"student: {label(row)}")
         counts = [str(row["num_inference_steps"]), str(row["network_calls"])]
         cells.append((_kind(row), [name, *counts, *figures, *tail]))
     return _table(titles, cells)
@@ -222,6 +224,9 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
         asked, example = "prompt", f'pipe({prompts[0]!r}, seed=0).images[0].save("picture.png")'
         shown = f" Here: {'; '.join(prompts[: len(sheets[0].rows[0][1])])}."
         pool = "are counted in each budget, whether they were made now, lay in the cache or ship with the package"
+    if results.get("preset") and not results.get("trained"):
+        spent = f"Preset {results['preset']}: {spent}"
+    spent = ". ".join([spent, *(f"{name}: {why}" for name, why in results.get("stopped", {}).items())])
     spent += " (not now: they come with the teacher)" * bool(results.get("trained"))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -15,8 +15,12 @@ import yaml
 from redif_sdk.distill.config import BUDGETS, DistillConfig, applicable, current_names, setting_names, unknown_setting
 from redif_sdk.errors import InvalidRequest
 
-#: Updates at K = 1; fewer at more steps, since an update costs K times as much.
-UPDATES = {"fast": 200, "balanced": 700, "best": 2400}
+#: Updates by the largest K that they are for; beyond the last, the last.
+UPDATES: dict[str, dict[int, int]] = {
+    "fast": {1: 1240, 2: 450, 4: 60},
+    "balanced": {1: 2000, 2: 800, 4: 200},
+    "best": {1: 4000, 2: 2000, 4: 600},
+}
 RECIPE: dict[str, Any] = {
     "method": "redif",
     "reward": "texture",
@@ -37,20 +41,49 @@ BY_STEPS: dict[int, dict[str, Any]] = {
     2: {"warm_start": 0.7, "step_delta": 1.2, "backprop_last_k": 1},
     4: {"step_delta": 0.6, "backprop_last_k": 1, "regression_last_k": 1, "calibration": 0},
 }
+#: Text to image: most of a run follows the teacher's own path, and the reward sees latents (docs/text-to-image.md).
+TEXT_UPDATES: dict[str, dict[int, int]] = {
+    "fast": {1: 350, 2: 500, 4: 630},
+    "balanced": {1: 1000, 2: 1500, 4: 1900},
+    "best": {1: 3500, 2: 5000, 4: 6300},
+}
+TEXT: dict[str, Any] = {
+    "learning_rate": 4e-4,
+    "schedule_updates": 20,
+    "segments": 0.7,
+    "warm_start": 0.85,
+    "regression_last_k": 0,
+    "step_delta": 0.4,
+    "reward_space": "latents",
+    "calibration": 0,
+}
+TEXT_POOL = {"fast": 2048, "balanced": 6144, "best": 16384}  # a small pool would be learnt by heart
 LARGEST_FILE = 1 << 20  # bytes
 
 
-def preset(name: str, num_inference_steps: int) -> dict[str, Any]:
-    """The settings of a preset ("fast", "balanced", "best") for K steps.
+def _for(steps: int, by_steps: Mapping[int, Any]) -> Any:
+    """The entry of the smallest key that is at least ``steps``, or of the largest."""
+    return by_steps[min((key for key in by_steps if steps <= key), default=max(by_steps))]
+
+
+def preset(name: str, num_inference_steps: int, *, text: bool = False) -> dict[str, Any]:
+    """The settings of a preset for K steps.
+
+    Args:
+        name: "fast", "balanced" or "best".
+        num_inference_steps: the student's network calls an image, K.
+        text: the teacher is a text-to-image model.
 
     Raises:
         InvalidRequest: there is no such preset.
     """
     if name not in UPDATES:
         raise InvalidRequest(f"unknown preset {name!r}; known: {', '.join(UPDATES)}")
-    own = next((values for steps, values in BY_STEPS.items() if num_inference_steps <= steps), BY_STEPS[4])
-    updates = max(40, round(UPDATES[name] / num_inference_steps))
-    return {**RECIPE, **own, "updates": updates, "num_inference_steps": num_inference_steps}
+    settings = {**RECIPE, **_for(num_inference_steps, BY_STEPS), "num_inference_steps": num_inference_steps}
+    if text:
+        updates = _for(num_inference_steps, TEXT_UPDATES[name])
+        return {**settings, **TEXT, "pool_size": TEXT_POOL[name], "updates": updates}
+    return {**settings, "updates": _for(num_inference_steps, UPDATES[name])}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -76,12 +109,17 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def resolve(given: Mapping[str, Any], *, file: Path | None = None, name: str | None = None) -> DistillConfig:
+def resolve(
+    given: Mapping[str, Any], *, file: Path | None = None, name: str | None = None, text: bool = False
+) -> DistillConfig:
     """The run's config: ``given`` by hand over ``file`` over the preset.
 
     A preset is a default: what the chosen method does not read of it is left out, while a setting that was given by
     hand or in the file is refused. A budget that is given at one place takes the place of those below it: a preset's
     updates do not end a run that was given seconds.
+
+    Args:
+        text: the teacher is a text-to-image model, which has presets of its own.
 
     Raises:
         InvalidRequest: a setting is wrong or not read by the method, or there is no such preset or file.
@@ -92,7 +130,7 @@ def resolve(given: Mapping[str, Any], *, file: Path | None = None, name: str | N
     given = current_names(given)
     asked = {**written, **given}
     steps = asked.get("num_inference_steps", 4)
-    recipe = preset(name, steps) if name and isinstance(steps, int) else {}
+    recipe = preset(name, steps, text=text) if name and isinstance(steps, int) else {}
     chosen: dict[str, Any] = {key: asked[key] for key in ("method", "estimator") if key in asked}
     try:
         values = applicable({**recipe, **chosen})

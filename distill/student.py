@@ -253,7 +253,7 @@ def distill(
         tables=[policy.table],
         name=f"{teacher.name}-{config.num_inference_steps}",
         stopped=trainer.stopped,
-        estimator=config.estimator if config.method == "redif" else None,
+        estimator=config.get("estimator") if config.method == "redif" else None,
         distillation=Distillation(
             method=config.method,
             rewards=names,

@@ -19,6 +19,7 @@ from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.estimate import estimate
 from redif_sdk.distill.training.loop import LOG, Trainer
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.quickstart.images import plan
 from tests.test_other_methods import make_teacher
 
 
@@ -89,6 +90,38 @@ def test_a_former_name_of_a_setting_is_accepted_with_a_warning(tmp_path: Path, o
 def test_a_former_value_of_a_setting_is_accepted_with_a_warning() -> None:
     with pytest.warns(DeprecationWarning, match="supervision='per_step'"):
         assert DistillConfig(method="regression", supervision="trajectory").supervision == "per_step"
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("name", ["fast", "balanced", "best"])
+def test_the_quickstarts_settings_are_those_of_distill_with_the_same_preset(name: str, text: bool) -> None:
+    made = plan([1, 2, 4], name, seed=3, text=text)
+    for steps, config in made.items():
+        assert config == resolve({"num_inference_steps": steps, "seed": 3}, name=name, text=text)
+        assert (config.method, config.estimator, config.reward) == ("redif", "same-state", "texture")
+        assert config.updates
+        assert config.seconds is None
+    assert plan([2], name, updates=7, text=text)[2].updates == 7
+
+
+def test_the_clock_bends_no_path_and_says_that_it_cut(teacher: Teacher) -> None:
+    """Beside a budget of updates seconds are a limit alone: phases and learning rate do not see them."""
+    settings = {"num_inference_steps": 1, "method": "regression", "reward": "pixel", "batch_size": 8, "pool_size": 64}
+    pairs = pool.get(teacher, 64, "train")[0]
+    shown: list[float] = []
+    run = Trainer(
+        teacher,
+        DistillConfig.checked(**settings, updates=5000, seconds=0.2),
+        pairs,
+        on_progress=lambda done, figures: shown.append(done),
+    )
+    run.run()
+    assert 0 < run.update < 5000
+    assert shown == [pytest.approx((place + 1) / 5000) for place in range(run.update)]
+    assert f"the clock cut the run at {run.update} of 5000 updates" in run.stopped
+    whole = Trainer(teacher, DistillConfig.checked(**settings, updates=2, seconds=600), pairs)
+    whole.run()
+    assert whole.stopped == ""
 
 
 def test_a_dry_run_prints_the_settings_and_the_cost_and_writes_nothing(tmp_path: Path) -> None:

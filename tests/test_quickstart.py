@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.card.render import read_card, render_over
 from redif_sdk.distill import Teacher, load_student, pool
-from redif_sdk.distill.evaluation.arena import evaluate_folder
+from redif_sdk.distill.evaluation import arena as arena_module
+from redif_sdk.distill.evaluation.arena import Arena, evaluate_folder
+from redif_sdk.distill.evaluation.judged import JUDGED_FILE, read_judged, write_judged
+from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export.verify import summary, verify
 from redif_sdk.quickstart.images import quickstart
+from redif_sdk.results import label
 
 # the quality row of docs/design.md
 QUALITY = {"data", "teacher", "method", "num_inference_steps", "network_calls", "seed", "fd_teacher", "fd_teacher_gain"}
@@ -68,6 +74,56 @@ def test_the_shipped_teacher_is_small_and_has_what_the_main_job_needs() -> None:
     assert figures["class_agreement"] >= 0.90
 
 
+def test_what_was_judged_when_the_teacher_was_published_is_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Teacher.load("fashion-mnist")
+    for call in ("few_steps", "sample"):
+        monkeypatch.setattr(teacher, call, lambda *_, **__: pytest.fail("the teacher was called"))
+    monkeypatch.setattr(arena_module, "embed", lambda *_: pytest.fail("images were embedded"))
+    arena = Arena.of(teacher, 2000)
+    rows = [arena.teacher_row(), *(arena.ddim_row(steps) for steps in (1, 2, 4))]
+    assert [(row["method"], row["num_inference_steps"]) for row in rows] == [
+        ("teacher", 50),
+        ("ddim", 1),
+        ("ddim", 2),
+        ("ddim", 4),
+    ]
+    assert all(set(row) >= QUALITY and row["num_samples"] == 2000 for row in rows)
+    assert arena.floor() == pytest.approx(1.19, abs=0.02)
+
+
+def test_the_kept_features_are_the_judges_own() -> None:
+    teacher = Teacher.load("fashion-mnist")
+    kept, few = read_judged(teacher), pool.shipped(teacher, 16, "held_out")
+    assert kept is not None
+    assert few is not None
+    torch.testing.assert_close(kept.features[:16], embed(teacher.images(few.target)), atol=2e-3, rtol=1e-3)
+    arena = Arena.of(teacher, 16)
+    assert arena.ddim_row(1)["num_samples"] == 16, "rows over all noises are of no use here"
+
+
+@pytest.mark.slow
+def test_the_kept_rows_are_what_is_measured() -> None:
+    teacher = Teacher.load("fashion-mnist")
+    kept, arena = read_judged(teacher), Arena.of(teacher, 2000)
+    assert kept is not None
+    anew = dataclasses.replace(arena, judged=None).ddim_row(1)
+    for name, value in (kept.row("ddim", 1) or {}).items():
+        assert anew[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
+
+
+def test_judged_figures_of_another_teacher_are_not_taken(tmp_path: Path) -> None:
+    teacher = dataclasses.replace(Teacher.load("fashion-mnist"), folder=tmp_path)
+    row = {"method": "ddim", "num_inference_steps": 1}
+    write_judged(teacher, torch.ones(4, 3), [row], 1.5, tmp_path / JUDGED_FILE)
+    kept = read_judged(teacher)
+    assert kept is not None
+    assert (kept.row("ddim", 1), kept.row("ddim", 2), kept.floor, kept.features.shape) == (row, None, 1.5, (4, 3))
+    assert read_judged(teacher.guided(3.0)) is None
+    (tmp_path / JUDGED_FILE).write_bytes(b"PK damaged")
+    with pytest.raises(InvalidRequest, match=r"judged\.npz cannot be read"):
+        read_judged(teacher)
+
+
 def test_a_broken_bank_is_named(tmp_path: Path) -> None:
     import shutil
 
@@ -98,6 +154,34 @@ def test_the_results_hold_every_field_and_contender(finished: Path) -> None:
     calls = {(row["method"], row["num_inference_steps"]): row["network_calls"] for row in results["rows"]}
     assert (calls["teacher", 50], calls["ddim", 2], calls["redif", 2]) == (100, 4, 2)  # guidance doubles the teacher's
     assert {row["contender"] for row in results["speed"]} == {"teacher", "student-1", "student-2"}
+
+
+def test_a_students_row_says_how_it_was_made(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    *baselines, _, student = results["rows"]
+    assert (student["method"], student["estimator"], student["reward"]) == ("redif", "same-state", "texture")
+    assert all(row["estimator"] is None and row["reward"] is None for row in baselines)
+    assert "student: redif (same-state, texture)" in (finished / "report.html").read_text()
+    assert label(baselines[0]) == "teacher"
+
+
+def test_a_students_images_are_there_as_soon_as_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clock cuts the run; and these are the images that its exported graph makes."""
+    import redif_sdk.export
+
+    class NotYetError(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotYetError
+
+    monkeypatch.setattr(redif_sdk.export, "export", refuse)
+    settings = {"updates": None, "num_samples": 16, "seed": 0, "rebuild_bank": False, "quiet": False}
+    with pytest.raises(NotYetError):
+        quickstart(tmp_path, steps=[1], minutes=0.02, **settings)
+    shown = np.asarray(Image.open(tmp_path / "student-1.png"))
+    assert shown.shape == (28, 280)
+    assert StudentFolder(tmp_path / "student-1").manifest.distillation is not None
 
 
 def test_the_report_needs_nothing_beside_it(finished: Path) -> None:

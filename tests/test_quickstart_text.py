@@ -17,7 +17,6 @@ from redif_sdk.cli.main import app
 from redif_sdk.distill import presets
 from redif_sdk.distill.shipped.students import keep
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.quickstart import text as quickstart_text
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +26,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--steps", "2", "--updates", "3", "--minutes", "2", "--num-samples", "24", "--quiet"]
     command = ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
     with pytest.MonkeyPatch.context() as patch:  # the tiny pipeline has no bank: less to sample, and no times to learn
-        patch.setattr(quickstart_text, "POOL", 64)
-        patch.setitem(quickstart_text.SETTINGS, "schedule_updates", 0)
+        patch.setitem(presets.TEXT_POOL, "fast", 64)
+        patch.setitem(presets.TEXT, "schedule_updates", 0)
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return place / "out"
@@ -81,11 +80,6 @@ def test_students_that_come_with_the_teacher_are_judged_and_not_trained(done: Pa
         for folder in (tmp_path / "out", done)
     )
     assert np.abs(ours.astype(int) - theirs).max() <= 2, "half precision is all that was lost"
-
-
-def test_the_recipe_for_a_cpu_is_the_quickstarts_own() -> None:
-    recipe = presets.read(Path(__file__).parents[1] / "benchmarks/recipes/mini-sd-cpu.yaml")
-    assert recipe.items() >= quickstart_text.SETTINGS.items()
 
 
 def test_trained_students_are_of_prompts() -> None:

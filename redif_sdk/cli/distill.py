@@ -170,6 +170,8 @@ def distill_command(
     model = TeacherModel.load(teacher, **_options(prompts, height, width))
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
+    if model.prompts is not None:  # a preset means something else for text to image
+        config = resolve(given, file=config_file, name=preset, text=True)
     count = allowed(model, config)
     if dry_run:
         from redif_sdk.distill.training.estimate import estimate
@@ -307,7 +309,12 @@ def quickstart_command(
     steps: Annotated[
         list[int] | None, typer.Option("--steps", help="Students to make; default 1, 2 and 4, with --text 2 and 4.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Most minutes to spend on training, shared by the students.")] = 7.4,
+    preset: Annotated[
+        str, typer.Option(help="Recipe and length: fast, balanced or best, as in redif distill --preset.")
+    ] = "fast",
+    minutes: Annotated[
+        float, typer.Option(help="Limit on the minutes of training; a student that it cuts says so.")
+    ] = 30,
     updates: Annotated[int | None, typer.Option(help="Updates a student, instead of the preset's.")] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="Held-out noises to judge on; default 2000, with --text 1000.")
@@ -323,7 +330,7 @@ def quickstart_command(
     from redif_sdk.quickstart.text import text_quickstart
     from redif_sdk.results import write_json
 
-    shared: dict[str, Any] = {"minutes": minutes, "updates": updates, "seed": seed, "quiet": quiet}
+    shared: dict[str, Any] = {"preset": preset, "minutes": minutes, "updates": updates, "seed": seed, "quiet": quiet}
     if text:
         if rebuild_bank:
             raise InvalidRequest("--rebuild-bank is of the quickstart on classes; leave it out with --text")

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,9 @@ from redif_sdk.results import document, write_json
 from redif_sdk.sampling.noise import noise
 
 if TYPE_CHECKING:
+    from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.evaluation.arena import Arena
+    from redif_sdk.distill.pool import Pairs
     from redif_sdk.distill.student import Student
     from redif_sdk.distill.teachers.base import Teacher
 
@@ -36,40 +37,7 @@ TEACHER = "fashion-mnist"
 SHEET_SEED = 7  # of the pictures in the report: neither a training nor a judging noise
 SHEET_IMAGES = 20
 SPEED_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What one student costs.
-
-    ``share``: of the minutes for training, when the machine is too slow for ``updates``. ``chained``: it begins with
-    the weights of the student of fewer steps, else with the teacher's, which is near enough from four steps on.
-    """
-
-    updates: int
-    share: float
-    settings: dict[str, Any]
-    chained: bool = True
-
-
-#: The texture reward is differentiable, so its own gradient takes the place of the estimate (docs/results/rewards.md).
-COMMON = {"reward": "texture", "estimator": "pathwise"}
-FOUR = {
-    "reward": {"texture": 1.0, "pixel": 1.0},  # the pixel error is what places four times well
-    "learning_rate": 1e-3,
-    "warm_start": 0.6,
-    "step_delta": 2.0,
-    "schedule_updates": 10,
-}
-PRESETS = {
-    1: Preset(650, 0.45, {"learning_rate": 2e-3, "warm_start": 0.42, "step_delta": 5.0}),
-    2: Preset(270, 0.38, {"learning_rate": 2e-3, "warm_start": 0.6, "step_delta": 3.0}),
-    4: Preset(50, 0.17, FOUR, chained=False),
-}
-
-
-def _preset(steps: int, count: int) -> Preset:
-    return PRESETS.get(steps, Preset(max(40, 700 // steps), 1 / count, FOUR, chained=False))
+PREVIEW = 10  # images of a student that was just trained
 
 
 class Reporter:
@@ -80,6 +48,11 @@ class Reporter:
 
         self.console = Console(stderr=True, quiet=quiet)
         self.seconds: dict[str, float] = {}
+
+    def begin(self, teacher: str, steps: Sequence[int], preset: str) -> None:
+        """What is going to be done, before anything that takes time."""
+        counts = ", ".join(map(str, steps))
+        self.console.print(f"{teacher}: students of {counts} step(s), preset {preset}; loading torch", soft_wrap=True)
 
     @contextmanager
     def part(self, title: str) -> Iterator[Callable[[float, dict[str, float]], None]]:
@@ -115,53 +88,55 @@ def quickstart(
     seed: int,
     rebuild_bank: bool,
     quiet: bool,
+    preset: str = "fast",
 ) -> dict[str, Any]:
     """Run the whole job into ``output``; returns the contents of ``results.json``.
 
+    Args:
+        output: folder of the students, the report and the results; what is in it is overwritten.
+        steps: num_inference_steps of the students to make.
+        minutes: limit on all of the training. It is there for slow machines: a student that it cuts says so.
+        updates: of each student, in place of the preset's.
+        num_samples: held-out noises to judge on.
+        seed: of every draw.
+        rebuild_bank: sample the teacher anew.
+        quiet: print nothing.
+        preset: "fast", "balanced" or "best", as in ``redif distill --preset``.
+
     Raises:
-        InvalidRequest: a number of steps below 1, or no minutes to train in.
+        InvalidRequest: a number of steps below 1, no minutes to train in, or an unknown preset.
         ParityError: an exported student does not compute what torch computes.
     """
-    from redif_sdk.distill.evaluation.arena import Arena
-    from redif_sdk.distill.student import import_pipeline
-    from redif_sdk.distill.teachers.base import Teacher
-    from redif_sdk.export import export
-
-    if not steps or any(count < 1 for count in steps):
-        raise InvalidRequest(f"steps must be whole numbers from 1 up, not {list(steps)}")
-    if minutes <= 0:
-        raise InvalidRequest(f"minutes must be above 0, not {minutes:g}")
-    steps = sorted(set(steps))
-    for count in steps:
-        user_sections(read_card(output / f"student-{count}") or "")  # malformed ones are refused before the work
+    steps = checked_steps(output, steps, minutes)
     report, began = Reporter(quiet), time.monotonic()
+    report.begin(TEACHER, steps, preset)
+    from redif_sdk.distill import pool  # imports torch, which takes seconds
+    from redif_sdk.distill.evaluation.arena import Arena
+    from redif_sdk.distill.teachers.base import Teacher
+
+    # Students of four and more steps are nearly the teacher: seconds of training, and there is something to look at.
+    order = sorted(steps, key=lambda count: (count < 4, count))
+    configs = plan(order, preset, seed=seed, updates=updates)
     output.mkdir(parents=True, exist_ok=True)
     teacher = Teacher.load(TEACHER)
     with report.part("teacher: outputs, judge"):
         arena = Arena.of(teacher, num_samples, rebuild=rebuild_bank)
-    students = _distil(teacher, output, steps, minutes, updates, seed, rebuild_bank, report)
-    verification: list[dict[str, Any]] = []
+    pairs, _ = pool.get(teacher, configs[steps[0]].pool_size, "train", rebuild=rebuild_bank)
+    students = distil(teacher, configs, output, 60 * minutes, pairs, report)
     with report.part("export and verify"):
-        original = output / "teacher"
-        import_pipeline(teacher, original, [teacher.num_inference_steps, *steps], overwrite=True)
-        export(original, runtimes=GATE)
-        for count in steps:
-            manifest = export(output / f"student-{count}", runtimes=GATE)
-            verification += [{"student": f"student-{count}", **row} for row in manifest.verification]
+        verification = exported(teacher, output, steps)
     with report.part("evaluate") as show:
         rows = _evaluate(arena, students, steps, show)
         floor = arena.floor()
     with report.part("generate and time"):
         pipelines = {count: FastPipeline.from_pretrained(output / f"student-{count}") for count in steps}
-        reference = FastPipeline.from_pretrained(original)
+        reference = FastPipeline.from_pretrained(output / "teacher")
         sheets = _sheets(reference, pipelines, teacher.num_inference_steps)
         speed = _speed(reference, pipelines, teacher.num_inference_steps)
         for count, pipe in pipelines.items():
             pictures = pipe(class_labels=list(range(10)), seed=seed, output_type="uint8").images
             strip(pictures).save(output / f"student-{count}.png")
-    for count in steps:
-        own = [row for row in speed if row["contender"] in ("teacher", f"student-{count}")]
-        record(output / f"student-{count}", [*quality_rows(rows, count), *speed_rows(own)])
+    record_rows(output, steps, rows, speed)
     seconds = round(time.monotonic() - began, 1)
     results = document(
         "quickstart",
@@ -171,6 +146,8 @@ def quickstart(
         seconds=seconds,
         seconds_by_part=report.seconds,
         fd_teacher_floor=floor,
+        preset=preset,
+        stopped={f"student-{count}": student.stopped for count, student in students.items() if student.stopped},
     )
     write_json(output / "results.json", results)
     poster(sheets).save(output / "samples.png", optimize=True)
@@ -179,38 +156,102 @@ def quickstart(
     return results
 
 
-def _distil(
+def checked_steps(output: Path, steps: Sequence[int], minutes: float) -> list[int]:
+    """``steps`` sorted, each once, after all has been checked that can be before the work.
+
+    Raises:
+        InvalidRequest: a number of steps below 1, no minutes to train in, or a card whose sections are malformed.
+    """
+    if not steps or any(count < 1 for count in steps):
+        raise InvalidRequest(f"steps must be whole numbers from 1 up, not {list(steps)}")
+    if minutes <= 0:
+        raise InvalidRequest(f"minutes must be above 0, not {minutes:g}")
+    for count in steps:
+        user_sections(read_card(output / f"student-{count}") or "")  # malformed ones are refused before the work
+    return sorted(set(steps))
+
+
+def record_rows(
+    output: Path, steps: Sequence[int], rows: Sequence[dict[str, Any]], speed: Sequence[dict[str, Any]]
+) -> None:
+    """Put quality and speed into the manifests and cards of ``output``'s students."""
+    for count in steps:
+        own = [row for row in speed if row["contender"] in ("teacher", f"student-{count}")]
+        record(output / f"student-{count}", [*quality_rows(rows, count), *speed_rows(own)])
+
+
+def plan(
+    steps: Sequence[int], preset: str, *, seed: int = 0, updates: int | None = None, text: bool = False
+) -> dict[int, DistillConfig]:
+    """num_inference_steps -> settings: exactly those of ``redif distill --preset PRESET --steps K``.
+
+    Args:
+        steps: num_inference_steps of the students.
+        preset: "fast", "balanced" or "best".
+        seed: of every draw.
+        updates: of each student, in place of the preset's.
+        text: the teacher is a text-to-image model.
+    """
+    from redif_sdk.distill.presets import resolve
+
+    given = {"seed": seed} | ({"updates": updates} if updates else {})
+    return {count: resolve({**given, "num_inference_steps": count}, name=preset, text=text) for count in steps}
+
+
+def distil(
     teacher: Teacher,
+    configs: dict[int, DistillConfig],
     output: Path,
-    steps: Sequence[int],
-    minutes: float,
-    updates: int | None,
-    seed: int,
-    rebuild_bank: bool,
+    seconds: float,
+    pairs: Pairs,
     report: Reporter,
 ) -> dict[int, Student]:
-    """One student for each K, fewest steps first."""
-    from redif_sdk.distill import pool
-    from redif_sdk.distill.config import DistillConfig
+    """A student for each of ``configs``, in their order, each from the weights of the one before; saved and shown.
+
+    Args:
+        teacher: what they are distilled from.
+        configs: num_inference_steps -> settings.
+        output: their folders, ``student-K``, and images, ``student-K.png``, go here.
+        seconds: limit on all of the training; each gets the share of what is left that its cost is of what is left.
+        pairs: the pool.
+        report: shows the progress.
+    """
     from redif_sdk.distill.student import distill
 
-    pairs, _ = pool.get(teacher, DistillConfig().pool_size, "train", rebuild=rebuild_bank)
-    presets = {count: _preset(count, len(steps)) for count in steps}
-    whole = sum(preset.share for preset in presets.values())
+    costs = {count: (config.updates or 1) * config.batch_size * (count + 2) for count, config in configs.items()}
     students: dict[int, Student] = {}
-    for count, preset in presets.items():
-        config = DistillConfig.checked(
-            num_inference_steps=count,
-            updates=updates or preset.updates,
-            seconds=60 * minutes * preset.share / whole,
-            seed=seed,
-            **(COMMON | preset.settings),
-        )
-        before = students[max(students)] if students and preset.chained else None
+    before: Student | None = None
+    for count, config in configs.items():
+        began, share = time.monotonic(), costs[count] / sum(costs[other] for other in configs if other not in students)
+        limited = config.model_copy(update={"seconds": max(1.0, seconds * share)})
         with report.part(f"redif: student of {count} step(s)") as show:
-            students[count] = distill(teacher, config, start=before, pairs=pairs, on_progress=show)
-            students[count].save_pretrained(output / f"student-{count}", overwrite=True)
+            before = students[count] = distill(teacher, limited, start=before, pairs=pairs, on_progress=show)
+            before.save_pretrained(output / f"student-{count}", overwrite=True)
+        seconds -= time.monotonic() - began
+        if before.stopped:
+            report.console.print(f"[bold red]student-{count}: {before.stopped} (--minutes)[/bold red]", soft_wrap=True)
+        strip(before.images(config.seed, PREVIEW)).save(output / f"student-{count}.png")
+        report.console.print(f"its first images: {output / f'student-{count}.png'}", soft_wrap=True)
     return students
+
+
+def exported(teacher: Teacher, output: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
+    """Export ``output``'s students, and the teacher beside them for comparison; returns the rows of their checks.
+
+    Raises:
+        ParityError: an exported network does not compute what torch computes.
+    """
+    from redif_sdk.distill.student import import_pipeline
+    from redif_sdk.export import export
+
+    original = output / "teacher"
+    import_pipeline(teacher, original, [teacher.num_inference_steps, *steps], overwrite=True)
+    export(original, runtimes=GATE)
+    rows: list[dict[str, Any]] = []
+    for count in steps:
+        manifest = export(output / f"student-{count}", runtimes=GATE)
+        rows += [{"student": f"student-{count}", **row} for row in manifest.verification]
+    return rows
 
 
 def _evaluate(

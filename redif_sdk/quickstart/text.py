@@ -7,10 +7,9 @@ What it shares with the quickstart on classes (the bar, the tables, the report's
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.atomic import atomic_write
-from redif_sdk.card.record import quality_rows, record, speed_rows
-from redif_sdk.card.render import read_card, user_sections
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.quickstart.images import GATE, SPEED_ROUNDS, Reporter, summarise
+from redif_sdk.quickstart.images import (
+    SPEED_ROUNDS,
+    Reporter,
+    checked_steps,
+    distil,
+    exported,
+    plan,
+    record_rows,
+    summarise,
+)
 from redif_sdk.quickstart.report import Sheet, grid, render, strip
 from redif_sdk.results import document, write_json
 
 if TYPE_CHECKING:
+    from redif_sdk.distill.config import DistillConfig
+    from redif_sdk.distill.evaluation.arena import Arena
     from redif_sdk.distill.student import Student
     from redif_sdk.distill.teachers.base import Teacher
 
@@ -35,21 +43,6 @@ PROMPT = "red heart"
 PROMPTS_FILE = "prompts.json"  # beside the teacher: what its card's grid shows
 SHEET_SEED = 7
 COLUMNS = 10
-
-SHARES, OTHERS = {1: 0.3, 2: 0.4, 4: 0.6}, 0.6  # K -> share of the minutes
-#: Over the preset "best"; chosen as docs/text-to-image.md says.
-SETTINGS: dict[str, Any] = {
-    "learning_rate": 4e-4,
-    "schedule_updates": 20,
-    "segments": 0.7,
-    "warm_start": 0.85,
-    "regression_last_k": 0,
-    "step_delta": 0.4,
-    "reward_space": "latents",
-    "reward": "texture",
-    "calibration": 0,
-}
-POOL, POOL_MINUTES, LARGEST_POOL = 2048, 10, 8192  # pairs for each ten minutes: a small pool would be learnt by heart
 
 
 def text_quickstart(
@@ -63,29 +56,29 @@ def text_quickstart(
     quiet: bool,
     teacher: str = TEACHER,
     trained: bool = False,
+    preset: str = "fast",
 ) -> dict[str, Any]:
     """Run the whole job into ``output``; returns the contents of ``results.json``.
 
-    ``trained``: nothing is distilled here; the students are those that lie beside the teacher.
+    Args:
+        output, steps, minutes, updates, num_samples, seed, quiet, preset: as of the quickstart on classes.
+        teacher: a shipped text-to-image teacher, or a folder.
+        trained: nothing is distilled here; the students are those that lie beside the teacher.
 
     Raises:
-        InvalidRequest: a number of steps below 1, no minutes to train in, no such teacher, or no student beside it.
+        InvalidRequest: a number of steps below 1, no minutes to train in, an unknown preset, no such teacher, or no
+            student beside it.
         ParityError: an exported student does not compute what torch computes.
     """
-    from redif_sdk.distill.evaluation.arena import Arena
-    from redif_sdk.distill.shipped.students import shipped_student
-    from redif_sdk.distill.student import import_pipeline
-    from redif_sdk.distill.teachers.base import Teacher
-    from redif_sdk.export import export
-
-    if not steps or any(count < 1 for count in steps):
-        raise InvalidRequest(f"steps must be whole numbers from 1 up, not {list(steps)}")
-    if minutes <= 0:
-        raise InvalidRequest(f"minutes must be above 0, not {minutes:g}")
-    steps = sorted(set(steps))
-    for count in steps:
-        user_sections(read_card(output / f"student-{count}") or "")  # malformed ones are refused before the work
+    steps = checked_steps(output, steps, minutes)
     report, began = Reporter(quiet), time.monotonic()
+    report.begin(teacher, steps, preset)
+    from redif_sdk.distill.evaluation.arena import Arena  # imports torch, which takes seconds
+    from redif_sdk.distill.shipped.students import shipped_student
+    from redif_sdk.distill.teachers.base import Teacher
+
+    # each begins with the weights of the one of more steps
+    configs = plan(sorted(steps, reverse=True), preset, seed=seed, updates=updates, text=True)
     output.mkdir(parents=True, exist_ok=True)
     model = Teacher.load(teacher)
     if model.prompts is None:
@@ -95,36 +88,22 @@ def text_quickstart(
         arena = Arena.of(model, num_samples)
     for count, student in shipped.items():
         student.save_pretrained(output / f"student-{count}", overwrite=True)
-    students = shipped or _distil(model, output, steps, minutes, updates, seed, report)
-    verification: list[dict[str, Any]] = []
+    students = shipped or _distil(model, configs, output, minutes, report)
     with report.part("export and verify"):
-        original = output / "teacher"
-        import_pipeline(model, original, [model.num_inference_steps, *steps], overwrite=True)
-        export(original, runtimes=GATE)
-        for count in steps:
-            manifest = export(output / f"student-{count}", runtimes=GATE)
-            verification += [{"student": f"student-{count}", **row} for row in manifest.verification]
+        verification = exported(model, output, steps)
     with report.part("evaluate") as show:
-        rows = [arena.teacher_row()]
-        for place, count in enumerate(steps):
-            for more in dict.fromkeys((count, 2 * count)):
-                if all(row["num_inference_steps"] != more or row["method"] != "ddim" for row in rows):
-                    rows.append(arena.ddim_row(more))
-            rows.append(arena.student_row(students[count], count))
-            show((place + 1) / len(steps), {})
+        rows = _evaluate(arena, students, steps, show)
         floor = arena.floor()
     with report.part("draw and time"):
         pipelines = {count: FastPipeline.from_pretrained(output / f"student-{count}") for count in steps}
-        reference = FastPipeline.from_pretrained(original)
+        reference = FastPipeline.from_pretrained(output / "teacher")
         prompts = shown_prompts(model)
         sheets = _sheets(reference, pipelines, prompts, model.num_inference_steps)
         speed = _speed(reference, pipelines, model.num_inference_steps)
         for count, pipe in pipelines.items():
-            hearts = pipe(PROMPT, num_images_per_prompt=4, seed=seed, output_type="uint8").images
-            strip(hearts).save(output / f"student-{count}.png")
-    for count in steps:
-        own = [row for row in speed if row["contender"] in ("teacher", f"student-{count}")]
-        record(output / f"student-{count}", [*quality_rows(rows, count), *speed_rows(own)])
+            images = pipe(PROMPT, num_images_per_prompt=4, seed=seed, output_type="uint8").images
+            strip(images).save(output / f"student-{count}.png")
+    record_rows(output, steps, rows, speed)
     seconds = round(time.monotonic() - began, 1)
     results = document(
         "quickstart --text",
@@ -136,14 +115,35 @@ def text_quickstart(
         fd_teacher_floor=floor,
         prompts=prompts,
         trained=trained,
+        preset=preset,
+        stopped={f"student-{count}": student.stopped for count, student in students.items() if student.stopped},
     )
+    _write(output, results, sheets, prompts)
+    summarise(report, results, output, steps[-1])
+    return results
+
+
+def _write(output: Path, results: dict[str, Any], sheets: Sequence[Sheet], prompts: Sequence[str]) -> None:
+    """The results, a grid of all prompts for each student, and the report."""
     write_json(output / "results.json", results)
     for sheet in sheets:
         grid(sheet, prompts, COLUMNS).save(output / f"prompts-{sheet.steps}.png", optimize=True)
     shown = [Sheet(sheet.steps, [(title, images[:COLUMNS]) for title, images in sheet.rows]) for sheet in sheets]
     atomic_write(output / "report.html", render(results, shown).encode())
-    summarise(report, results, output, steps[-1])
-    return results
+
+
+def _evaluate(
+    arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Callable[[float, dict[str, float]], None]
+) -> list[dict[str, Any]]:
+    """The teacher, and for each K untrained DDIM at K and 2 K steps and the student."""
+    rows = [arena.teacher_row()]
+    for place, count in enumerate(steps):
+        for more in dict.fromkeys((count, 2 * count)):
+            if all(row["num_inference_steps"] != more or row["method"] != "ddim" for row in rows):
+                rows.append(arena.ddim_row(more))
+        rows.append(arena.student_row(students[count], count))
+        show((place + 1) / len(steps), {})
+    return rows
 
 
 def shown_prompts(teacher: Teacher) -> list[str]:
@@ -156,21 +156,12 @@ def shown_prompts(teacher: Teacher) -> list[str]:
 
 
 def _distil(
-    teacher: Teacher,
-    output: Path,
-    steps: Sequence[int],
-    minutes: float,
-    updates: int | None,
-    seed: int,
-    report: Reporter,
+    teacher: Teacher, configs: dict[int, DistillConfig], output: Path, minutes: float, report: Reporter
 ) -> dict[int, Student]:
     from redif_sdk.distill import pool
     from redif_sdk.distill.compute.device import chosen_device
-    from redif_sdk.distill.presets import resolve
-    from redif_sdk.distill.student import distill
 
-    shares = {count: SHARES.get(count, OTHERS) for count in sorted(steps, reverse=True)}
-    size = min(LARGEST_POOL, POOL * math.ceil(minutes / POOL_MINUTES))
+    size = max(config.pool_size for config in configs.values())
     with report.part("teacher: the pool") as show:
         done = 0
 
@@ -180,16 +171,7 @@ def _distil(
             show(done / size, {})
 
         pairs, _ = pool.get(teacher, size, "train", device=chosen_device("auto"), path=True, on_batch=made)
-    students: dict[int, Student] = {}
-    before: Student | None = None  # each begins with the weights of the one of more steps
-    for count, share in shares.items():
-        budget = {"seconds": 60 * minutes * share / sum(shares.values())} | ({"updates": updates} if updates else {})
-        asked = {"num_inference_steps": count, "seed": seed, "pool_size": size, **SETTINGS, **budget}
-        config = resolve(asked, name="best")
-        with report.part(f"redif: student of {count} step(s)") as show:
-            students[count] = before = distill(teacher, config, start=before, pairs=pairs, on_progress=show)
-            students[count].save_pretrained(output / f"student-{count}", overwrite=True)
-    return students
+    return distil(teacher, configs, output, 60 * minutes, pairs, report)
 
 
 def _pictures(pipe: FastPipeline, prompts: Sequence[str], steps: int) -> NDArray[np.uint8]:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from redif_sdk.distill import DistillConfig, policy, pool
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import applicable
-from redif_sdk.distill.methods import consistency, fake_score
+from redif_sdk.distill.methods import consistency
+from redif_sdk.distill.rewards import fake_score
 from redif_sdk.distill.training import loop as training
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.models import prompts

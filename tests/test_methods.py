@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig, applicable
-from redif_sdk.distill.methods import Context
+from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import TrajectoryGroups, check_drift, score_direction
 from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.methods.regression import error, visible_residual
@@ -26,7 +26,8 @@ from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.training import loop as training
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
-from redif_sdk.sampling.table import NoiseSchedule, StepTable
+from redif_sdk.sampling.noise_schedule import NoiseSchedule
+from redif_sdk.sampling.table import StepTable
 from tests.networks import Tiny
 
 SHAPE = (1, 4, 4)

@@ -18,12 +18,12 @@ from redif_sdk.distill.config import COMMON, DistillConfig, applicable
 from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import METHODS
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
-from redif_sdk.distill.methods.fake_score import clean_at, levels, noised
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.options import MODELS
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.student import distill, load_student
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.denoising import clean_at, levels, noised
 from redif_sdk.distill.teachers.saving import scheduler_of
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods.estimators import check_drift
-from redif_sdk.distill.methods.fake_score import clean_at
 from redif_sdk.distill.options import SameStateOptions
 from redif_sdk.distill.policy import Exploration, Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, compute
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
+from redif_sdk.distill.teachers.denoising import clean_at
 from redif_sdk.distill.training.loop import refuse_dropout
 from redif_sdk.errors import RedifError
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
-from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.methods.fake_score import clean_at, levels
+from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import error
 from redif_sdk.distill.options import ConsistencyOptions
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.teachers.denoising import clean_at, levels
 from redif_sdk.sampling.table import StepTable
 
 EMA = 0.95  # of the network that gives the target, LCM's

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.methods.fake_score import FakeScore
+from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
 from redif_sdk.distill.options import Dmd2Options
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
+from redif_sdk.distill.rewards.fake_score import FakeScore
 
 
 class Dmd2(Method):

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from redif_sdk.distill.methods import Context, Loss, Method
+from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import Regression, error, visible_residual
 from redif_sdk.distill.options import DraftOptions
 from redif_sdk.distill.pool import Pairs

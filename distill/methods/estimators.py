@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.methods import Context, Loss
-from redif_sdk.distill.methods.fake_score import FakeScore
+from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.protocol import Loss
 from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, Trajectories
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.errors import TrainingDiverged
 from redif_sdk.sampling.loop import run_steps
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.distill.methods import Context, Loss, Method
+from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.options import GrpoOptions
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs

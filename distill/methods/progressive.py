@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.methods import Context, Loss, Method
-from redif_sdk.distill.methods.fake_score import levels
+from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.teachers.denoising import levels
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.table import StepTable
 

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.distill.methods import Context, Loss, Method
+from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGroups
-from redif_sdk.distill.methods.fake_score import FakeScore
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.methods.times import gain_cost, guided_by, learn_gain, learn_times
 from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, TrajectoryOptions
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.fake_score import FakeScore
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.methods import Context, Loss, Method
+from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.options import Supervised
 from redif_sdk.distill.pool import Pairs
 

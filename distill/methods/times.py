@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.context import Context
 from redif_sdk.distill.measures.distances import Statistics, frechet_distance
-from redif_sdk.distill.methods import Context
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
-from redif_sdk.distill.rewards import Advantage
+from redif_sdk.distill.rewards.advantage import Advantage
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest, UnsupportedModel

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
 
 NOISE = 0.1  # added to both sides in training: what cannot be told apart under it is let pass
@@ -70,10 +71,11 @@ class Discriminator:
         made.cost = flops(made.network, images, None)
         return made
 
-    def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
+    def learn(
+        self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator
+    ) -> dict[str, float]:
         """One update of the logistic loss on the teacher's pictures against the student's ``outputs`` (latents)."""
-        advantage = context.advantage
-        real, made = advantage.images(batch.target), advantage.images(outputs)
+        real, made = context.judged(batch.target), context.judged(outputs)
         both = torch.stack([real, made])
         both = (both + NOISE * draws.normal(both.shape, generator, both.device, dim=1)).flatten(0, 1)
         labels = None if batch.condition is None else batch.condition.repeat(2)
@@ -97,6 +99,6 @@ class Discriminator:
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], context: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any], context: RewardContext) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.methods.fake_score import FakeScore
 from redif_sdk.distill.options import FakeScoreOptions
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.fake_score import FakeScore
+from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.errors import InvalidRequest
 
 
@@ -31,14 +32,16 @@ class DistributionReward:
         self.outputs: Tensor | None = None
         self.rise: Tensor | None = None
 
-    def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
+    def learn(
+        self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator
+    ) -> dict[str, float]:
         """``fake_updates`` updates of the fake score on ``outputs`` (B, C, H, W), then the direction there."""
         fake, count = self._begin(context), context.config.options_as(FakeScoreOptions).fake_updates
         learnt = [fake.learn(outputs, batch.condition, generator) for _ in range(count)]
         self.outputs, self.rise = outputs, -fake.difference(outputs, batch.condition, generator)
         return {"fake_loss": sum(learnt) / count}
 
-    def _begin(self, context: Any) -> FakeScore:
+    def _begin(self, context: RewardContext) -> FakeScore:
         if self.fake is None:
             self.fake = FakeScore.make(context)
         return self.fake
@@ -52,6 +55,6 @@ class DistributionReward:
     def state_dict(self) -> dict[str, Any]:
         return {"fake": None if self.fake is None else self.fake.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], context: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any], context: RewardContext) -> None:
         if state["fake"] is not None:
             self._begin(context).load_state_dict(state["fake"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.feature import FeatureReward
+from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
 
 BANK, RECENT = 1024, 512
@@ -46,10 +47,12 @@ class MmdReward:
         squares = torch.cdist(a, b).pow(2) / (2 * self.width**2)
         return (torch.exp(-4 * squares) + torch.exp(-squares) + torch.exp(-squares / 4)).mean(1)
 
-    def learn(self, context: Any, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> dict[str, float]:
+    def learn(
+        self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator
+    ) -> dict[str, float]:
         """Put ``outputs`` into the queue."""
         with torch.no_grad():
-            latest = draws.gathered(self._embed(context.advantage.images(outputs)))
+            latest = draws.gathered(self._embed(context.judged(outputs)))
             self.recent = torch.cat([latest, self.recent])[:RECENT]
         return {}
 
@@ -61,5 +64,5 @@ class MmdReward:
     def state_dict(self) -> dict[str, Any]:
         return {"recent": self.recent}
 
-    def load_state_dict(self, state: dict[str, Any], context: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any], context: RewardContext) -> None:
         self.recent = state["recent"]

@@ -26,8 +26,9 @@ from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.compute.lora import adapted, merged
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.context import Context
 from redif_sdk.distill.measures.distances import precision_recall
-from redif_sdk.distill.methods import Context, Method, make_method
+from redif_sdk.distill.methods import Method, make_method
 from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states

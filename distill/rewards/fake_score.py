@@ -16,10 +16,9 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.options import FakeScoreOptions
 from redif_sdk.distill.policy import Meter
+from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.errors import UnsupportedModel
-
-T_MIN, T_MAX = 0.02, 0.98  # of the schedule: where the scores are compared
+from redif_sdk.distill.teachers.denoising import clean_at, levels, noised
 
 
 @dataclass
@@ -41,10 +40,10 @@ class FakeScore:
         )
 
     @classmethod
-    def make(cls, context: Any) -> FakeScore:
-        """With the settings of a run (methods.Context)."""
+    def make(cls, context: RewardContext) -> FakeScore:
+        """With the settings of a run."""
         rate = context.config.options_as(FakeScoreOptions).fake_learning_rate
-        return cls(context.teacher, context.policy.meter, rate, context.config.grad_clip, context.device)
+        return cls(context.teacher, context.meter, rate, context.config.grad_clip, context.device)
 
     def learn(self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator) -> float:
         """One update: denoise the student's ``outputs`` (B, C, H, W), |x0 - x|^2 weighted by min(SNR, 5)."""
@@ -93,41 +92,3 @@ class FakeScore:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["fake"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def levels(teacher: Teacher, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma of the teacher's schedule at times t (B,) int64, each (B, 1, 1, 1).
-
-    Raises:
-        UnsupportedModel: EDM's network is not fed times of a schedule.
-    """
-    schedule = teacher.schedule
-    if schedule.edm is not None:
-        raise UnsupportedModel(
-            f"{teacher.name} is fed EDM's noise levels, not times of a schedule; use redif, regression, draft or grpo"
-        )
-    alphas, sigmas = (torch.from_numpy(v.copy()).float().to(t.device) for v in (schedule.alphas, schedule.sigmas))
-    return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
-
-
-def noised(teacher: Teacher, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Times (B,), uniform between T_MIN and T_MAX of the schedule, and x noised to them."""
-    length = len(teacher.schedule)
-    t = draws.integers(int(T_MIN * length), int(T_MAX * length), len(x), generator, x.device)
-    alpha, sigma = levels(teacher, t)
-    return t, alpha * x + sigma * draws.normal(x.shape, generator, x.device)
-
-
-def clean_at(teacher: Teacher, t: Tensor, x: Tensor, f: Tensor) -> Tensor:
-    """x0 of a network's output f at times t, by the teacher's prediction type."""
-    alpha, sigma = levels(teacher, t)
-    kind = teacher.prediction_type
-    if kind == "epsilon":
-        return (x - sigma * f) / alpha.clamp_min(1e-4)
-    if kind == "v_prediction":
-        return alpha * x - sigma * f
-    if kind == "score":
-        return (x + sigma**2 * f) / alpha.clamp_min(1e-4)
-    if kind == "flow":
-        return x - sigma * f
-    return f

@@ -1,0 +1,63 @@
+"""What a method may see of the run: one `Context`, made by the training loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.policy import Meter, StudentPolicy
+from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.advantage import Advantage
+from redif_sdk.distill.teachers.base import Teacher
+
+__all__ = ["Context"]
+
+
+@dataclass
+class Context:
+    """The student, the teacher, the pool, the rewards and the settings.
+
+    A method that calls the teacher, or another network than the policy's own, adds that to ``meter``.
+
+    Attributes:
+        bounds: where latents are pixels, the range to which images are clamped.
+        unit: floating-point operations of the student's network on one image.
+    """
+
+    policy: StudentPolicy
+    teacher: Teacher
+    pairs: Pairs
+    advantage: Advantage
+    config: DistillConfig
+    bounds: tuple[float, float] | None = None
+    unit: float = math.inf
+
+    @property
+    def device(self) -> torch.device:
+        """Where student, rewards and batches are."""
+        return self.pairs.noise.device
+
+    @property
+    def meter(self) -> Meter:
+        """What the run has spent so far."""
+        return self.policy.meter
+
+    def images(self, latents: Tensor) -> Tensor:
+        """What a user would see of ``latents`` (B, C, H, W): (B, C', H', W') in [-1, 1].
+
+        The clamp passes gradients, so that a pixel beyond the range can come back.
+        """
+        images = self.teacher.images(latents)
+        return images + (images.clamp(-1, 1) - images).detach()
+
+    def judged(self, latents: Tensor) -> Tensor:
+        """What the rewards are given for ``latents`` (B, C, H, W): images in [-1, 1], or the latents themselves."""
+        return self.advantage.images(latents)
+
+    def charge(self, operations: float) -> None:
+        """Count an auxiliary network's floating-point ``operations``, in the student's own forward calls."""
+        self.meter.auxiliary_calls += operations / self.unit

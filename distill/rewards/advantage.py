@@ -1,0 +1,182 @@
+"""How several rewards become one advantage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.protocol import LearningReward, Reward, RewardContext, name_of
+from redif_sdk.errors import InvalidRequest, TrainingDiverged
+
+__all__ = ["Advantage"]
+
+
+@dataclass
+class Advantage:
+    """Rewards of a group of G outputs for each of B states -> advantages (G, B), or (G, B, h, w) by place.
+
+    Each reward is normalised over its group before the weighted sum (a raw sum lets one dominate), the sum again, and
+    clipped to +-``clip``. A group without spread says nothing: its advantage is 0, and it is counted in ``dropped``.
+    """
+
+    rewards: list[tuple[Reward, float]]
+    to_images: Callable[[Tensor], Tensor]
+    clip: float = 5.0
+    clamped: bool = True  # off: the rewards see latents, which have no range
+    dropped: int = 0
+    groups: int = 0
+    charge: Callable[[float], None] = lambda operations: None  # is told what decoding and the rewards' networks cost
+
+    def __post_init__(self) -> None:
+        self._costs: dict[tuple[int, int], float] = {}
+        self._decoding: float | None = None  # operations to make a picture of latents: 0 where they are pixels
+
+    def learn(
+        self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator
+    ) -> dict[str, float]:
+        """Let the rewards that learn see the student's ``outputs`` (B, C, H, W) for this batch; figures for the log."""
+        figures: dict[str, float] = {}
+        for reward, _ in self.rewards:
+            if isinstance(reward, LearningReward):
+                figures |= reward.learn(context, outputs.detach(), batch, generator)
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the rewards that learn, by their place in the list."""
+        learning = [(place, r) for place, (r, _) in enumerate(self.rewards) if isinstance(r, LearningReward)]
+        return {str(place): reward.state_dict() for place, reward in learning}
+
+    def load_state_dict(self, state: dict[str, Any], context: RewardContext) -> None:
+        for place, kept in state.items():
+            reward = self.rewards[int(place)][0]
+            assert isinstance(reward, LearningReward)
+            reward.load_state_dict(kept, context)
+
+    def images(self, latents: Tensor) -> Tensor:
+        """What a user would see, in [-1, 1]; or what the rewards see in its place."""
+        if self._decoding is None:
+            self._decoding = flops(self.to_images, latents[:1].detach())
+        self.charge((3 if latents.requires_grad else 1) * len(latents) * self._decoding)
+        images = self.to_images(latents)
+        return images.clamp(-1, 1) if self.clamped else images
+
+    @torch.no_grad()
+    def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Tensor]:
+        """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) or (N, h, w) each.
+
+        Targets may be fewer, where outputs are groups of them one after the other.
+        """
+        return self._judged(self.rewards, outputs, self.images(outputs), targets, condition, 1)
+
+    def _judged(
+        self,
+        rewards: list[tuple[Reward, float]],
+        outputs: Tensor,
+        images: Tensor,
+        targets: Tensor,
+        condition: Tensor | None,
+        passes: int,
+    ) -> list[Tensor]:
+        """``passes``: what a call costs in forward ones: 3 where its gradient is taken."""
+        repeats, values = (len(outputs) // len(targets), 1, 1, 1), []
+        wanted = self.images(targets)
+        for index, (reward, _) in enumerate(rewards):
+            in_latents = getattr(reward, "space", "images") == "latents"
+            given = (outputs, targets) if in_latents else (images, wanted)
+            if not getattr(reward, "grouped", False):
+                given = (given[0], given[1].repeat(repeats))
+            value = reward(*given, condition).float().to(images.device)
+            if (index, len(images)) not in self._costs:
+                self._costs[index, len(images)] = flops(reward, given[0].detach(), given[1], condition)
+            self.charge(passes * self._costs[index, len(images)])
+            values.append(value)
+            name = name_of(reward)
+            if value.dim() not in (1, 3) or len(value) != len(images):
+                raise InvalidRequest(f"the reward {name} gave shape {tuple(value.shape)} for {len(images)} images")
+            if not torch.isfinite(value).all():
+                raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
+        return values
+
+    def score(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> float:
+        """The weighted mean reward of a batch: what the log shows. Rewards that judge locally are left out."""
+        able = [(reward, weight) for reward, weight in self.rewards if not getattr(reward, "local", False)]
+        with torch.no_grad():
+            values = self._judged(able, outputs, self.images(outputs), targets, condition, 1)
+        return float(sum(w * v.mean().item() for v, (_, w) in zip(values, able, strict=True)))
+
+    def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None, *, by_place: bool = False) -> Tensor:
+        """``outputs`` (G, B, C, H, W), ``targets`` (B, C, H, W) -> (G, B).
+
+        ``by_place``: (G, B, H, W) where a reward gives a map, each place's advantage being that of the map around it.
+        """
+        group, batch = outputs.shape[:2]
+        labels = None if condition is None else condition.repeat(group)
+        values = self.values(outputs.flatten(0, 1), targets, labels)
+        by_place = by_place and any(value.dim() == 3 for value in values)
+        total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()), device=outputs.device)
+        pixels = self.images(targets[:1]).shape[-2] if by_place else 0
+        for value, (reward, weight) in zip(values, self.rewards, strict=True):
+            if value.dim() == 3:
+                value = _around(value, outputs, pixels, getattr(reward, "reach", 0)) if by_place else value.mean((1, 2))
+            advantage = _normalise(value.unflatten(0, (group, batch)))
+            total = total + weight * (advantage[..., None, None] if by_place and advantage.dim() == 2 else advantage)
+        advantage = _normalise(total) if len(self.rewards) > 1 else total
+        flat = (advantage == 0).transpose(0, 1).flatten(1).all(1)
+        self.dropped += int(flat.sum())
+        self.groups += batch
+        if draws.mean(flat.float()) == 1:
+            raise TrainingDiverged(
+                "every group's rewards are equal: the reward cannot tell the actions apart; explore more or change it"
+            )
+        return advantage.clamp(-self.clip, self.clip)
+
+    def gradient(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        """The rewards' gradient at ``outputs`` (B, C, H, W), each at an rms of 1 over the batch, and then weighted.
+
+        A clamp at the range of the images passes gradients, so that a pixel beyond it can come back.
+
+        Raises:
+            InvalidRequest: a reward that is not differentiable.
+        """
+        variable = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            images = self.to_images(variable)
+            if self.clamped:
+                images = images + (images.clamp(-1, 1) - images).detach()
+            values = self._judged(self.rewards, variable, images, targets, condition, 3)
+            total = torch.zeros_like(outputs)
+            for value, (reward, weight) in zip(values, self.rewards, strict=True):
+                if not value.requires_grad:
+                    raise InvalidRequest(
+                        f"the reward {name_of(reward)} has no gradient; use the estimator same-state, which needs none"
+                    )
+                (gradient,) = torch.autograd.grad(value.sum(), variable, retain_graph=True)
+                total += weight * gradient / draws.mean(gradient.pow(2)).sqrt().clamp_min(1e-12)
+        return total
+
+
+def _around(maps: Tensor, outputs: Tensor, pixels: int, reach: int) -> Tensor:
+    """Maps (N, h', w') at the places of the latents (N, h, w): the mean of what lies within ``reach`` pixels."""
+    height, width = outputs.shape[-2:]
+    placed = F.interpolate(maps[:, None], size=(height, width), mode="area")
+    radius = math.ceil(reach * height / pixels)
+    return F.avg_pool2d(placed, 2 * radius + 1, 1, radius)[:, 0]
+
+
+def _normalise(values: Tensor) -> Tensor:
+    """(G, B, ...): minus the group's mean at each place, over the group's std; groups without spread become 0."""
+    centred = values - values.mean(0)
+    dims = (0, *range(2, values.dim()))
+    degrees = (len(values) - 1) * centred[0, 0].numel()
+    std = (centred.pow(2).sum(dims, keepdim=True) / degrees).sqrt()
+    spread = std > 1e-6 * values.abs().amax(dims, keepdim=True).clamp_min(1e-12)
+    return torch.where(spread, centred / std.clamp_min(1e-30), torch.zeros_like(centred))

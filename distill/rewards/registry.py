@@ -1,0 +1,77 @@
+"""The rewards by name. A new one is a module beside this file, and a line in `REWARDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.discriminator import Discriminator
+from redif_sdk.distill.rewards.distribution import DistributionReward
+from redif_sdk.distill.rewards.endpoint import EndpointReward, is_endpoint
+from redif_sdk.distill.rewards.feature import FeatureReward
+from redif_sdk.distill.rewards.mmd import MmdReward
+from redif_sdk.distill.rewards.perceptual import LpipsReward, pretrained
+from redif_sdk.distill.rewards.pixel import PixelReward
+from redif_sdk.distill.rewards.protocol import Reward, name_of
+from redif_sdk.distill.rewards.texture import TextureReward
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.errors import InvalidRequest
+
+__all__ = ["REWARDS", "RewardSpec", "make_rewards", "reward_names"]
+
+Factory = Callable[[Teacher, Pairs, int], Reward]
+REWARDS: dict[str, Factory] = {
+    "pixel": lambda teacher, pairs, seed: PixelReward(),
+    "feature": FeatureReward.fit,
+    "texture": lambda teacher, pairs, seed: TextureReward(),
+    "lpips": lambda teacher, pairs, seed: LpipsReward(),
+    "discriminator": lambda teacher, pairs, seed: Discriminator.make(teacher, seed, pairs.noise.device),
+    "mmd": MmdReward.fit,
+    "distribution": lambda teacher, pairs, seed: DistributionReward(),
+}
+PRETRAINED = ("clip:", "dino:")
+
+RewardSpec = str | Reward | Sequence["str | Reward"] | Mapping["str | Reward", float]
+
+
+def _weighted(spec: RewardSpec) -> list[tuple[str | Reward, float]]:
+    if isinstance(spec, Mapping):
+        return [(reward, float(weight)) for reward, weight in spec.items()]
+    if isinstance(spec, str):
+        parts = [part.strip() for part in spec.split("+")]
+        return [(part, 1.0) for part in parts]
+    if callable(spec):
+        return [(spec, 1.0)]
+    return [(reward, 1.0) for reward in spec]
+
+
+def reward_names(spec: RewardSpec) -> list[str]:
+    """The rewards' names in ``spec``, checked: "feature", "feature+pixel", a callable, a list or {reward: weight}.
+
+    Raises:
+        InvalidRequest: an unknown name, or no reward at all.
+    """
+    names = []
+    for reward, _ in _weighted(spec):
+        if isinstance(reward, str) and is_endpoint(reward):
+            reward = EndpointReward(reward)
+        if isinstance(reward, str) and reward not in REWARDS and not reward.startswith(PRETRAINED):
+            known = ", ".join([*sorted(REWARDS), *(f"{kind}FOLDER" for kind in PRETRAINED)])
+            raise InvalidRequest(f"unknown reward {reward!r}; known: {known}, the address of one, or any callable")
+        names.append(reward if isinstance(reward, str) else name_of(reward))
+    if not names:
+        raise InvalidRequest("no reward is given; name at least one, e.g. 'feature'")
+    return names
+
+
+def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) -> list[tuple[Reward, float]]:
+    reward_names(spec)
+
+    def make(reward: str | Reward) -> Reward:
+        if not isinstance(reward, str):
+            return reward
+        if reward.startswith(PRETRAINED):
+            return pretrained(reward)
+        return EndpointReward(reward) if is_endpoint(reward) else REWARDS[reward](teacher, pairs, seed)
+
+    return [(make(reward), weight) for reward, weight in _weighted(spec)]

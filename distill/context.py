@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs
@@ -15,6 +18,8 @@ from redif_sdk.distill.rewards.advantage import Advantage
 from redif_sdk.distill.teachers.base import Teacher
 
 __all__ = ["Context"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,3 +66,23 @@ class Context:
     def charge(self, operations: float) -> None:
         """Count an auxiliary network's floating-point ``operations``, in the student's own forward calls."""
         self.meter.auxiliary_calls += operations / self.unit
+
+    def once(self, make: Callable[[], T], *, together: bool = False) -> T:
+        """What ``make`` returns, computed by the first process for all of them; its cost is shared on their meters.
+
+        So what a run learns once (times, a basis) is the same on every process, whatever a reward answers elsewhere.
+
+        Args:
+            make: as for `redif_sdk.distill.compute.random.from_first`.
+            together: it calls a sharded network, so every process must call it.
+        """
+        if draws.world() == 1:
+            return make()
+        before = replace(self.meter)
+
+        def counted() -> tuple[T, Meter]:
+            return make(), self.meter.since(before)
+
+        value, spent = draws.from_first(counted, together=together)
+        self.meter.charge_share(before, spent, 1 if together else draws.world())
+        return value

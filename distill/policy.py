@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,19 @@ class Meter:
     def forward_equivalents(self) -> float:
         own = self.teacher_calls + self.student_calls + 3 * self.gradient_samples + self.auxiliary_calls
         return float(own * self.processes)
+
+    def since(self, before: Meter) -> Meter:
+        """What was spent since the copy ``before`` was made."""
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in _COUNTERS})
+
+    def charge_share(self, before: Meter, spent: Meter, share: int) -> None:
+        """Stand at ``before`` and one of ``share`` equal parts of ``spent``; calls are rounded up to whole ones."""
+        for name in _COUNTERS:
+            part = getattr(spent, name) / share
+            setattr(self, name, getattr(before, name) + (part if name == "auxiliary_calls" else math.ceil(part)))
+
+
+_COUNTERS = ("teacher_calls", "student_calls", "gradient_samples", "auxiliary_calls")
 
 
 @dataclass
@@ -143,6 +156,10 @@ class Exploration:
     basis: Tensor
     scales: Tensor
     tau: float
+
+    def to(self, device: torch.device | str) -> Exploration:
+        """The same exploration on ``device``."""
+        return Exploration(self.basis.to(device), self.scales.to(device), self.tau)
 
     @classmethod
     def white(cls, elements: int, device: torch.device | str = "cpu") -> Exploration:

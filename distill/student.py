@@ -216,7 +216,7 @@ def distill(
         TrainingDiverged: an in-training check failed.
     """
     config = config or DistillConfig()
-    draws.join()
+    draws.init_distributed()
     make_method(config.method)
     names = [] if config.get("reward") is None else reward_names(config.get("reward"))
     teacher = Teacher.load(source, prompts=prompts) if prompts is not None else Teacher.load(source)

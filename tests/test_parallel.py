@@ -70,7 +70,7 @@ def train(
 def main(folder: Path) -> None:
     """Every run, as one of the processes that torchrun started; the first writes what came out."""
     torch.set_num_threads(1)
-    draws.join()
+    draws.init_distributed()
     teacher = make_teacher(num_inference_steps=8)
     pairs = pool.get(teacher, 64, "train", cache=folder)[0]
     found = {name: train(name, teacher, pairs) for name in RUNS}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from redif_sdk.artifact.records import Guidance
 from redif_sdk.distill import DistillConfig, pool
-from redif_sdk.distill.methods.times import guided_by, on_grid
+from redif_sdk.distill.methods.times import on_grid, teacher_as_policy
 from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.pool import cache as pool_cache
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.table import StepTable
 from tests.test_other_methods import exact, make_flow_teacher, make_teacher, trainer
@@ -83,7 +84,7 @@ def test_states_are_where_the_teacher_stood(tmp_path: Path, monkeypatch: pytest.
     assert torch.equal(stood(again[2:5]), stood(again)[2:5])
     other = pool.get(named, 8, "train", seed=1, cache=tmp_path)[0]
     assert not torch.equal(stood(pool.with_states(named, other, few, cache=tmp_path)), stood(again))
-    monkeypatch.setattr(pool, "LARGEST_PATH", 1)  # too large to be kept whole: the asked times alone
+    monkeypatch.setattr(pool_cache, "LARGEST_PATH", 1)  # too large to be kept whole: the asked times alone
     apart = pool.with_states(named, pairs, few, cache=tmp_path / "large")
     assert torch.equal(stood(apart), stood(again))
     assert sum(file.stat().st_size for file in (tmp_path / "large").iterdir()) < 8 * 2 * 16 * 2 + 200
@@ -91,7 +92,7 @@ def test_states_are_where_the_teacher_stood(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_pool_that_was_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was sampled is kept piece by piece, and a larger pool shares the pieces of a smaller one."""
-    monkeypatch.setattr(pool, "CHUNK", 8)
+    monkeypatch.setattr(pool_cache, "CHUNK", 8)
     done: list[int] = []
 
     def cut(count: int) -> None:
@@ -151,7 +152,7 @@ def test_a_guided_teacher_judges_times_itself() -> None:
 
     def wrong(table: StepTable) -> Tensor:
         with torch.no_grad():
-            output = guided_by(guided, table).sample(run.pairs.noise, run.pairs.condition)
+            output = teacher_as_policy(guided, table).sample(run.pairs.noise, run.pairs.condition)
         return (output - run.pairs.target).pow(2).mean()
 
     assert wrong(run.context.policy.table) < wrong(guided.table(3))

@@ -349,7 +349,7 @@ def run(
     ``initial``: a published teacher with whose weights decoder, UNet and text encoder start; the stages that made them
     are left out.
     """
-    draws.join()
+    draws.init_distributed()
     folder.mkdir(parents=True, exist_ok=True)
     clock, training = Clock(seconds), data.training
     tokenizer = build_tokenizer(vocabulary, architecture.max_length)
@@ -374,7 +374,7 @@ def run(
         vae, facts["autoencoder"], done = stage("autoencoder", vae, loss, autoencoder)
         if not done or stages == ("autoencoder",):
             return None
-    with draws.first_before_others():
+    with draws.main_process_first():
         latents, scaling_factor = encode_all(vae, training, folder)
     vae.register_to_config(scaling_factor=scaling_factor)
     vae.requires_grad_(False)  # the latents stay as they are
@@ -441,9 +441,9 @@ def main(
         )
     if threads:
         torch.set_num_threads(threads)
-    draws.join()
+    draws.init_distributed()
     data = captions.load(data_dir)
-    with draws.first_before_others():
+    with draws.main_process_first():
         vocabulary = vocabulary or fetch_vocabulary(output)
     settings = partial(Settings, seed=seed, architecture=architecture)
     trained = run(

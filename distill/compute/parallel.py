@@ -55,6 +55,11 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def is_sharded(network: nn.Module) -> bool:
+    """Whether each process keeps a part of ``network``: then all of them must call it together."""
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
 def local(parameters: Any) -> list[Tensor]:
     """What this process keeps of each parameter."""
     return [p.data.to_local() if isinstance(p.data, DTensor) else p.data for p in parameters]

@@ -9,8 +9,9 @@ is the CPU's, so that a run on another device draws the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from redif_sdk.errors import InvalidRequest
 
+T = TypeVar("T")
 
-def join() -> None:
+
+def init_distributed() -> None:
     """Join the processes that were launched together, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
@@ -29,7 +32,7 @@ def join() -> None:
 
 
 @contextmanager
-def first_before_others() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process runs the block before the others do, who find what it left on disk."""
     if world() == 1:
         yield
@@ -130,3 +133,18 @@ def agreed(*values: float) -> list[float]:
     told = torch.tensor(values, dtype=torch.float64, device=_place())
     dist.broadcast(told, 0)
     return [float(value) for value in told]
+
+
+def from_first(make: Callable[[], T], *, together: bool = False) -> T:
+    """What ``make`` returns on the first process, on all of them; the others do not call it.
+
+    Args:
+        make: its value must pickle, and hold no tensor of a GPU.
+        together: every process calls ``make``, since it calls a sharded network; the first one's value counts.
+    """
+    if world() == 1:
+        return make()
+    held = [make() if together or rank() == 0 else None]
+    dist.broadcast_object_list(held, src=0, device=_place())
+    value: Any = held[0]
+    return cast("T", value)

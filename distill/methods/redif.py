@@ -1,7 +1,7 @@
 """ReDiF (arXiv 2512.22802): the student's denoising trajectory is a policy, the reward its agreement with the teacher.
 
 Three phases: the *schedule policy* learns the step table's times with the network frozen; *regression* through the
-rollout warms the network up; *reinforcement* follows the reward, with one of the estimators (``groups.py``). At the end
+rollout warms the network up; *reinforcement* follows the reward, with one of the estimators (`estimators`). At the end
 the table's output gain may be learnt too (``calibration``): averages over what is uncertain lose contrast.
 """
 
@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from redif_sdk.distill.compute.parallel import is_sharded
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGroups
+from redif_sdk.distill.methods.gain import gain_cost, learn_gain
 from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import Regression
-from redif_sdk.distill.methods.times import gain_cost, guided_by, learn_gain, learn_times
+from redif_sdk.distill.methods.times import learn_times, teacher_as_policy
 from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, TrajectoryOptions
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.fake_score import FakeScore
+from redif_sdk.sampling.table import StepTable
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
@@ -51,10 +54,15 @@ class ReDiF(Method):
         updates, teacher, policy = _options(context).schedule_updates, context.teacher, context.policy
         if not updates or policy.num_inference_steps == 1:
             return
-        judged = policy if teacher.guidance is None else guided_by(teacher, policy.table)
-        policy.table = learn_times(judged, context.pairs, context.advantage, updates, context.config.seed)
-        if judged is not policy:
-            policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step
+        judged = policy if teacher.guidance is None else teacher_as_policy(teacher, policy.table)
+
+        def learn() -> StepTable:
+            table = learn_times(judged, context.pairs, context.advantage, updates, context.config.seed)
+            if judged is not policy:
+                policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step
+            return table
+
+        policy.table = context.once(learn, together=judged is policy and is_sharded(policy.network))
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         if progress < _options(context).warm_start:
@@ -73,7 +81,8 @@ class ReDiF(Method):
     def finish(self, context: Context, student: StudentPolicy) -> None:
         """The schedule policy once more: the gain of the table's last row."""
         if count := _options(context).calibration:
-            student.table = student.table.with_gain(learn_gain(context, student, count))
+            gain = context.once(lambda: learn_gain(context, student, count))
+            student.table = student.table.with_gain(gain)
 
     def reserve(self, context: Context) -> float:
         return gain_cost(context, _options(context).calibration)
@@ -85,12 +94,16 @@ class ReDiF(Method):
         rank = 0 if isinstance(options, PathwiseOptions) else options.exploration_rank
         trajectory = isinstance(options, TrajectoryOptions)
         if rank:
-            with torch.no_grad():
-                parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
-                outputs = torch.cat([context.policy.sample(part.noise, part.condition) for part in parts])
-            self.exploration = Exploration.structured(
-                pool.target - outputs, rank, white_part=0.5 if trajectory else 0.0
-            )
+
+            def explore() -> Exploration:
+                with torch.no_grad():
+                    parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
+                    outputs = torch.cat([context.policy.sample(part.noise, part.condition) for part in parts])
+                white_part = 0.5 if trajectory else 0.0
+                return Exploration.structured(pool.target - outputs, rank, white_part).to("cpu")
+
+            made = context.once(explore, together=is_sharded(context.policy.network))
+            self.exploration = made.to(context.device)
         else:
             self.exploration = Exploration.white(elements, context.device)
         if isinstance(options, TrajectoryOptions):

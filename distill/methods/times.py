@@ -1,8 +1,7 @@
 """The schedule policy: policy gradient on the step table's times, the network frozen.
 
 Times are stick-breaking fractions, t_{k+1} = t_k sigmoid(m_k), with a Gaussian policy on m; every candidate table is
-judged on the same pairs. It costs seconds, and plain samplers can run its result (integer times). The output's gain is
-one number, so it is searched: the reward is of the whole population, minus the Frechet distance to the pool.
+judged on the same pairs. It costs seconds, and plain samplers can run its result (integer times).
 """
 
 from __future__ import annotations
@@ -16,19 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.compute.costs import flops
-from redif_sdk.distill.context import Context
-from redif_sdk.distill.measures.distances import Statistics, frechet_distance
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.advantage import Advantage
-from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 
-GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(16))  # .90 to 1.20
-FIT_UPDATES, FIT_BATCH = 50, 64  # of the feature network that judges gains
 GROUP, BATCH, SPREAD, RATE = 8, 24, 0.35, 0.12
 
 
@@ -76,8 +69,8 @@ def on_grid(times: Sequence[float], grid: Sequence[float]) -> list[float]:
     return [grid[place] for place in chosen]
 
 
-def guided_by(teacher: Teacher, table: StepTable) -> StudentPolicy:
-    """The teacher itself, guided, with ``table``; nobody trains it, so that it need be no module."""
+def teacher_as_policy(teacher: Teacher, table: StepTable) -> StudentPolicy:
+    """The teacher itself, guided, sampling by ``table``. It is never trained, so it need not be a module."""
     return StudentPolicy(cast("torch.nn.Module", teacher), table, teacher.schedule, exact=True)
 
 
@@ -120,39 +113,3 @@ def learn_times(
     finally:
         policy.table = original
     return table_at(schedule, times_of(start[0], mean), prediction_type)
-
-
-def gain_cost(context: Context, count: int) -> float:
-    """What :func:`learn_gain` spends, in forward-equivalents."""
-    if not count:
-        return 0.0
-    used = min(count, len(context.pairs))
-    decoding = flops(context.teacher.images, context.pairs.target[:1]) / context.unit  # 0 where latents are pixels
-    decoded = len(context.pairs) + (len(GAINS) + 1) * used
-    image = context.teacher.images(context.pairs.target[:1])
-    with torch.random.fork_rng(devices=[]):
-        judge = flops(FeatureNetwork(image.shape[1], 1).to(image.device), image) / context.unit
-    judged = 3 * FIT_UPDATES * FIT_BATCH + (len(GAINS) + 1) * used
-    return used * context.policy.num_inference_steps + decoding * decoded + judge * judged
-
-
-@torch.no_grad()
-def learn_gain(context: Context, student: StudentPolicy, count: int) -> float:
-    """The gain on the student's output at which ``count`` of its pictures are nearest to the pool's, as a population.
-
-    Nearest by Frechet distance (Heusel et al. 2017) in the features of a network trained on the pool alone.
-    """
-    pool = context.pairs[: min(count, len(context.pairs))]
-    parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
-    outputs = torch.cat([student.sample(part.noise, part.condition) for part in parts])
-    with torch.enable_grad():
-        judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, FIT_UPDATES, FIT_BATCH)
-    bounds = context.teacher.postprocess.value_range
-
-    def to_images(latents: Tensor) -> Tensor:  # pictures, also where the rewards see latents
-        return context.teacher.images(latents).clamp(*bounds)
-
-    wanted = Statistics.of(judge.embed(to_images(pool.target)))
-    distances = [frechet_distance(Statistics.of(judge.embed(to_images(gain * outputs))), wanted) for gain in GAINS]
-    context.policy.meter.auxiliary_calls += gain_cost(context, count) - len(pool) * student.num_inference_steps
-    return GAINS[distances.index(min(distances))]

@@ -86,7 +86,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        draws.join()
+        draws.init_distributed()
         draws.share(config.batch_size)
         if config.batch_size > len(self.pairs):
             raise InvalidRequest(f"batch_size {config.batch_size} is more than the pool's {len(self.pairs)} pairs")

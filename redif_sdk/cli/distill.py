@@ -185,7 +185,7 @@ def distill_command(
             for name, value in row.items():
                 typer.echo(f"# {name}: {value}")
         return
-    draws.join()
+    draws.init_distributed()
     quiet = quiet or draws.rank() > 0
     with _progress(quiet) as progress:
         task = progress.add_task("teacher's outputs", total=count, note="")

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     app.command()(emoji.main)
     result = CliRunner().invoke(app, ["-o", str(made / "out"), "--packages", str(made)])
     assert result.exit_code == 0, result.output
-    assert "180 pictures" in result.output
+    assert "180 images" in result.output
     return made / "out"
 
 

@@ -71,7 +71,7 @@ def test_pictures_are_on_white_and_characters_are_in_one_split(folder: Path) -> 
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidRequest, match=r"python -m redif_sdk\.distill\.emoji"):
+    with pytest.raises(InvalidRequest, match=r"python -m zoo\.emoji"):
         data.load("emoji", "train", tmp_path)
     with pytest.raises(InvalidRequest, match="known: fashion-mnist, emoji"):
         data.load("cifar", "train", tmp_path)

@@ -1,4 +1,4 @@
-"""What the pictures that an export looks at are asked for: classes in turn, or the student's own example prompts.
+"""What the images that an export looks at are asked for: classes in turn, or the student's own example prompts.
 
 Prompts are tokenised as a deployer's are (`redif_sdk.tokenizer`) and encoded by the text encoders in torch.
 """
@@ -22,7 +22,7 @@ __all__ = ["ExampleConditions"]
 
 
 class ExampleConditions:
-    """The conditions of a student's pictures. `encoders` where prompts ask, else None."""
+    """The conditions of a student's images. `encoders` where prompts ask, else None."""
 
     def __init__(self, student: StudentFolder, encoders: TextEncoders | None = None) -> None:
         """Raises IntegrityError or ManifestError for a tokenizer that was altered or is none."""
@@ -36,7 +36,7 @@ class ExampleConditions:
             self._tokenize = PromptTokenizer(student)
 
     def of(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What the network takes for pictures of these numbers, by name, each (B, ...); nothing if it takes nothing."""
+        """What the network takes for images of these numbers, by name, each (B, ...); nothing if it takes nothing."""
         if self._manifest.text is not None:
             return self.encode(self.prompts(indices))
         classes = self._manifest.classes
@@ -45,7 +45,7 @@ class ExampleConditions:
         return {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
 
     def nulls(self, guidance: Guidance) -> dict[str, Tensor]:
-        """What `guidance` leads away from, by name, for one picture: (1, ...)."""
+        """What `guidance` leads away from, by name, for one image: (1, ...)."""
         if self._manifest.text is None:
             return {"class_labels": torch.tensor([guidance.null_class])}
         if guidance.null_zeros:

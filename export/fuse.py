@@ -62,7 +62,7 @@ def generator_model(
     latents = manifest.latents
     size = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
     height, width, channels = manifest.image_shape
-    picture = [f"image_{axis}" if axis in latents.dynamic else n for axis, n in (("height", height), ("width", width))]
+    image = [f"image_{axis}" if axis in latents.dynamic else n for axis, n in (("height", height), ("width", width))]
     conditions = manifest.condition_tensors
     inputs = [
         _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, *size]),
@@ -88,7 +88,7 @@ def generator_model(
         outer.nodes,
         "generator",
         inputs,
-        [_tensor("images", TensorProto.UINT8, ["batch", *picture, channels])],
+        [_tensor("images", TensorProto.UINT8, ["batch", *image, channels])],
         initializer=outer.constants,
     )
     _check_names(graph, denoiser.graph, {spec.name for spec in conditions})

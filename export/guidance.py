@@ -1,4 +1,4 @@
-"""Classifier-free guidance inside a denoiser's graph: two conditions a picture, one of them "nothing", and the mix.
+"""Classifier-free guidance inside a denoiser's graph: two conditions an image, one of them "nothing", and the mix.
 
 It is done at ONNX level, since torch.export cannot double a free batch axis through diffusers' networks.
 """
@@ -20,7 +20,7 @@ __all__ = ["add_guidance"]
 def add_guidance(model: onnx.ModelProto, guidance: Guidance, nulls: Mapping[str, NDArray[Any]]) -> None:
     """Make a denoiser a guided one: its batch is doubled, the second half asked for nothing, and the halves mixed.
 
-    `nulls`: what nothing is, by the names of the condition's inputs, each for one picture: (1, ...). They become
+    `nulls`: what nothing is, by the names of the condition's inputs, each for one image: (1, ...). They become
     constants of the graph.
     """
     graph, make = model.graph, onnx.helper.make_node

@@ -45,7 +45,7 @@ def load_network(student: StudentFolder) -> torch.nn.Module:
 
 
 def load_decoder(student: StudentFolder) -> LatentDecoder | None:
-    """What turns the student's latents into pictures, in float32, or None where they are pictures already.
+    """What turns the student's latents into images, in float32, or None where they are images already.
 
     Raises as `load_network` does.
     """

@@ -44,7 +44,7 @@ class GraphDenoiser(torch.nn.Module):
     tuple, or an object with ``.sample``. Networks that learn their variance return 2C channels: f is the first C.
 
     With `guidance` the network sees every image twice, asked for its condition and for `nulls` (by name, each for one
-    picture), and f is the guided mix. A network in another `dtype` than float32 is given, and gives, float32.
+    image), and f is the guided mix. A network in another `dtype` than float32 is given, and gives, float32.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ def denoiser_model(
     """The denoiser in ONNX with a free batch axis: sample, timestep and its conditions by name -> f.
 
     The inputs and f are float32 in every precision; fp16 and bf16 are the network's own dtype between them. int8 is
-    calibrated on pictures of `conditions`, which it needs. Raises ExportError.
+    calibrated on images of `conditions`, which it needs. Raises ExportError.
     """
     if precision == "int8":
         assert conditions is not None
@@ -247,7 +247,7 @@ _PATCHES = {"SD3Transformer2DModel": "patch_size", "FluxTransformer2DModel": Non
 
 def largest_extent(network: torch.nn.Module) -> int | None:
     """The most rows or columns of the network's input: Stable Diffusion 3 has a table of its patches' places, which it
-    cuts to the picture; others have no end."""
+    cuts to the image; others have no end."""
     config: Any = getattr(network, "config", None)
     if any(kind.__name__ == "SD3Transformer2DModel" for kind in type(network).__mro__):
         return int(config["pos_embed_max_size"]) * int(config["patch_size"])
@@ -270,7 +270,7 @@ def size_multiple(network: torch.nn.Module) -> int:
             return 2 if field is None else int(config[field])
     if is_supported(network):
         raise UnsupportedModel(
-            f"{type(network).__name__} knows its places in the picture for one size alone; export it without sizes"
+            f"{type(network).__name__} knows its places in the image for one size alone; export it without sizes"
         )
     raise UnsupportedModel(
         f"{type(network).__name__} has no down_blocks, so the sizes that it takes are not known; "

@@ -47,7 +47,7 @@ class Threshold:
         return value >= self.bound if self.measure == "psnr" else value <= self.bound
 
 
-#: By precision: for what a network gives, and for the pictures (max_abs in levels of 255).
+#: By precision: for what a network gives, and for the images (max_abs in levels of 255).
 THRESHOLDS: Mapping[str, tuple[Threshold, Threshold]] = {
     "fp32": (Threshold("relative_rmse", 1e-4), Threshold("max_abs", 1)),
     "fp16": (Threshold("relative_rmse", 1e-2), Threshold("psnr", 45)),
@@ -98,24 +98,24 @@ def check_denoiser(runtime: Runtime, record: GoldenRecord) -> Row:
 
 
 def check_decoder(runtime: Runtime, record: GoldenRecord) -> Row:
-    """The pictures of the recorded latents."""
+    """The images of the recorded latents."""
     assert record.latents is not None
-    return _pictures("decoder", runtime, record, runtime.run({"latents": record.latents})["sample"])
+    return _images("decoder", runtime, record, runtime.run({"latents": record.latents})["sample"])
 
 
 def check_loop(runtime: Runtime, decoder: Runtime | None, record: GoldenRecord) -> Row:
-    """The pictures of the denoiser stepped in numpy, decoded where there is a decoder."""
+    """The images of the denoiser stepped in numpy, decoded where there is a decoder."""
 
     def network(x: NDArray[np.float32], t: NDArray[np.float32], condition: Any) -> NDArray[np.float32]:
         return runtime.run({"sample": x, "timestep": t, **condition})["f"]
 
     latents = sample(network, record.table, record.noise(), record.conditions)
     decoded = latents if decoder is None else decoder.run({"latents": latents})["sample"]
-    return _pictures("loop", runtime, record, decoded)
+    return _images("loop", runtime, record, decoded)
 
 
 def check_generator(runtime: Runtime, record: GoldenRecord) -> Row:
-    """The pictures of the fused graph."""
+    """The images of the fused graph."""
     inputs: Arrays = {
         "noise": record.noise(),
         "table": record.table.rows,
@@ -126,8 +126,8 @@ def check_generator(runtime: Runtime, record: GoldenRecord) -> Row:
     return _row("generator", runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
 
 
-def _pictures(component: str, runtime: Runtime, record: GoldenRecord, values: NDArray[np.float32]) -> Row:
-    """The row of pictures before they are uint8; a value that is not finite would not show in those."""
+def _images(component: str, runtime: Runtime, record: GoldenRecord, values: NDArray[np.float32]) -> Row:
+    """The row of images before they are uint8; a value that is not finite would not show in those."""
     images = to_uint8(values, record.manifest.postprocess)
     row = _row(component, runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
     nonfinite = int(np.size(values) - np.isfinite(values).sum())
@@ -145,7 +145,7 @@ def _row(
     """One row of the report: `value` against torch's `reference`. `runtime`: the name of what is no engine."""
     info = None if isinstance(runtime, str) else runtime.info
     measured, expected = value.astype(np.float64), reference.astype(np.float64)
-    pictures = reference.dtype == np.uint8
+    images = reference.dtype == np.uint8
     if value.shape != reference.shape:
         measured = np.full_like(expected, math.nan)
     difference = np.abs(measured - expected)
@@ -154,7 +154,7 @@ def _row(
         "max_abs": float(difference.max()),
         "mean_abs": float(difference.mean()),
         "relative_rmse": error / scale if scale else error,
-        "psnr": (20.0 * math.log10(255.0 / error) if error else math.inf) if pictures else math.nan,
+        "psnr": (20.0 * math.log10(255.0 / error) if error else math.inf) if images else math.nan,
     }
     height, width = record.images.shape[1:3]
     nonfinite = int(measured.size - np.isfinite(measured).sum())

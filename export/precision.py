@@ -75,7 +75,7 @@ def declare_bf16(model: onnx.ModelProto) -> None:
 def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: ExampleConditions) -> onnx.ModelProto:
     """The denoiser with int8 convolutions: static, symmetric, weights by channel, for ONNX Runtime and TensorRT alike.
 
-    The first and the last convolution, which see the picture itself, stay fp32, and biases too (TensorRT takes no int32
+    The first and the last convolution, which see the image itself, stay fp32, and biases too (TensorRT takes no int32
     ones). Weights take seven of the eight bits: processors without VNNI add two products in 16 bits, and would saturate
     (relative error .27 instead of .05 with a UNet of 6.5 M). The ranges are those of the student's own trajectories, on
     noise that only training uses, for `conditions`. Raises ExportError.

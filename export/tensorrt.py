@@ -83,7 +83,7 @@ def build_engines(
 
     `sm`: compute capabilities to build for, 89 for 8.9; RTX only, and by default that of the GPU here. `engine_dir`:
     where engines go in place of the cache, which is for this machine's GPU alone. `batches`: (smallest, best, largest);
-    `sizes`: the same of the pictures' (height, width), for students whose sizes are free. `max_steps`: most rows of a
+    `sizes`: the same of the images' (height, width), for students whose sizes are free. `max_steps`: most rows of a
     step table, by default those of the student's longest. `level`: "fast", "default" or "best", how long the builder
     searches. `workspace_mb`: most memory for one layer. `hardware_compatibility`: "none", "ampere-plus" or "same-cc",
     the GPUs that an Enterprise engine runs on beside its own kind. `strip_weights`: leave out what the student's graph

@@ -20,11 +20,11 @@ from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.export import parity as checks
 from redif_sdk.export.golden import GoldenRecord, read_golden
 from redif_sdk.export.parity import FIELDS, THRESHOLDS, Threshold
-from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, resolve, runnable, steps_alone
+from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, loops_in_numpy, resolve, runnable
 
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
 
-#: The graphs that are checked together: stepping the denoiser to pictures takes the decoder too.
+#: The graphs that are checked together: stepping the denoiser to images takes the decoder too.
 TOGETHER: tuple[tuple[Component, ...], ...] = (("text_encoder",), ("denoiser", "decoder"), ("generator",))
 
 Load = Callable[[Graph], Runtime]
@@ -41,10 +41,10 @@ def verify(
     """Check every hash, then every graph in every engine (default: those that run here) against the golden outputs.
 
     Returns one row a check: component ("noise", drawn anew; "tokenizer", the ids of the prompts; "text_encoder", what
-    these become; "denoiser", the network's output at each recorded row; "decoder", the pictures of recorded latents;
+    these become; "denoiser", the network's output at each recorded row; "decoder", the images of recorded latents;
     "loop", those of the denoiser stepped in numpy; "generator", those of the fused graph), precision, runtime, device,
     num_inference_steps, batch, size, max_abs, mean_abs, relative_rmse, psnr (dB), nonfinite (values), measure and
-    threshold (what was asked of it), passed. An undefined figure, such as the psnr of equal pictures, is None. An
+    threshold (what was asked of it), passed. An undefined figure, such as the psnr of equal images, is None. An
     engine that cannot be had for a precision gives one row with the `reason`, and None for the rest: it is not passed.
     A bf16 graph that no engine here computes is checked by emulation (runtime "emulated", see `emulate.py`); so is the
     fused one where the engine is OpenVINO, which is given the networks alone.
@@ -108,7 +108,7 @@ def _check_precision(
     absent: list[dict[str, Any]] = []
     left = {graph.component for graph in graphs if precision == "bf16"}  # to be emulated
     for engine in engines:
-        taken = [graph for graph in graphs if graph.component != "generator" or not steps_alone(engine, precision)]
+        taken = [graph for graph in graphs if graph.component != "generator" or not loops_in_numpy(engine, precision)]
         try:
             for group in _groups(taken):
                 rows += _check_group(partial(load, engine, student), group, records)

@@ -1,4 +1,4 @@
-"""`redif export --target web`: a folder that makes a student's pictures in the visitor's browser, without a server.
+"""`redif export --target web`: a folder that makes a student's images in the visitor's browser, without a server.
 
 It holds the page of `page/`, ONNX Runtime Web, the student's graphs and ``student.json``, which says all that the page
 has to know. The folder is no student: it is written beside one, whole or not at all. Needs npm once, and no torch.
@@ -83,9 +83,9 @@ _README = """\
 
 # {name}, in your browser
 
-This folder is a static page that makes pictures with the few-step diffusion model *{name}* in the visitor's own
+This folder is a static page that makes images with the few-step diffusion model *{name}* in the visitor's own
 browser: by WebGPU where there is one, else on the processor. There is no server behind it, and nothing leaves the page.
-The same seed gives the same picture as in Python.
+The same seed gives the same image as in Python.
 
 - To try it here: `python -m http.server` in this folder, then open http://localhost:8000.
 - To publish it: copy the folder to any host of static files, or `redif push FOLDER --space ORG/NAME` it to the Hugging
@@ -226,17 +226,17 @@ def _config(
 
 
 def _recorded(student: StudentFolder, precision: str) -> list[dict[str, Any]]:
-    """One picture for each number of steps, which a visitor's browser can compare its own with."""
+    """One image for each number of steps, which a visitor's browser can compare its own with."""
     manifest = student.manifest
     pipe = FastPipeline(student, runtime="onnxruntime", device="cpu", precision=precision)
     height, width, _ = manifest.image_shape
     recorded = []
     for place, steps in enumerate(manifest.supported_steps):
         label = None if manifest.classes is None else place % manifest.classes.num_classes
-        picture = pipe(class_labels=label, num_inference_steps=steps, seed=_CHECKED_SEED, output_type="uint8").images[0]
+        image = pipe(class_labels=label, num_inference_steps=steps, seed=_CHECKED_SEED, output_type="uint8").images[0]
         request = {"classLabel": label, "steps": steps, "seed": str(_CHECKED_SEED), "index": "0"}
         request |= {"height": height, "width": width}
-        recorded.append({"request": request, "pixels": base64.b64encode(picture.tobytes()).decode()})
+        recorded.append({"request": request, "pixels": base64.b64encode(image.tobytes()).decode()})
     return recorded
 
 

@@ -61,7 +61,7 @@ def call_network(
         conditions: by name: ``class_labels`` (B,) int64, or ``encoder_hidden_states`` (B, L, D),
             ``pooled_projections`` (B, P), ``encoder_attention_mask`` (B, L). Floats are cast to x's dtype.
         embedded_guidance: the guidance scale that the network takes as an input (Flux dev, LCM).
-        scale: pixels a latent on each side, of which SDXL and PixArt are told the picture's size.
+        scale: pixels a latent on each side, of which SDXL and PixArt are told the image's size.
 
     Raises:
         UnsupportedModel: a network of no family that is known here, and prompts for it.
@@ -95,7 +95,7 @@ def _unet(network: Any, call: Call) -> Tensor:
 
 
 def _unet_with_text(network: Any, call: Call) -> Tensor:
-    """Stable Diffusion's; SDXL's also takes pooled embeddings and the picture's size, LCM's the guidance scale."""
+    """Stable Diffusion's; SDXL's also takes pooled embeddings and the image's size, LCM's the guidance scale."""
     config, batch = network.config, call.x.shape[0]
     more: dict[str, Any] = {}
     if config.addition_embed_type == "text_time":
@@ -163,7 +163,7 @@ def _flux(network: Any, call: Call) -> Tensor:
 
 def _pixart(network: Any, call: Call) -> Tensor:
     size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-    if network.config.sample_size == 128:  # PixArt's own rule for the model that is told its picture's size
+    if network.config.sample_size == 128:  # PixArt's own rule for the model that is told its image's size
         height, width = (side * call.scale for side in call.x.shape[2:])
         ones = call.x.new_ones(call.x.shape[0], 1)
         size = {"resolution": torch.cat([ones * height, ones * width], 1), "aspect_ratio": ones * (height / width)}

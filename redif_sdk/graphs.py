@@ -1,6 +1,6 @@
 """The graphs of one student in one engine and one precision, each loaded when it is first needed.
 
-What they are run for, in which order, is `pipeline.py`'s business; how an engine is chosen, that of `runtimes/`.
+`pipeline.py` runs them; `runtimes/` chooses the engine.
 """
 
 from __future__ import annotations
@@ -25,18 +25,27 @@ from redif_sdk.runtimes import Runtime, RuntimeOptions
 if TYPE_CHECKING:
     from redif_sdk.tokenizer import PromptTokenizer
 
-__all__ = ["Components"]
+__all__ = ["LoadedGraphs"]
 
-#: What cannot be done without a graph.
-_NEEDED_BY = {"text_encoder": "prompts need", "decoder": "latents need"}
+#: What needs a graph, for the message that it is missing.
+_NEEDED_BY = {"text_encoder": "prompts need", "decoder": "decoding latents needs"}
 
 
-class Components:
-    """Safe to use from several threads. `first` is loaded already, and says engine, precision and device of all."""
+class LoadedGraphs:
+    """A student's graphs, safe to use from several threads.
+
+    Args:
+        student: The student's folder.
+        first: A graph that is loaded already; the others use its engine, precision and device.
+        options: How `first` was loaded.
+
+    Raises:
+        RuntimeUnavailable: A graph that every call needs is missing.
+        IntegrityError: A tokenizer was altered.
+        ManifestError: A tokenizer's file is not a tokenizer.
+    """
 
     def __init__(self, student: StudentFolder, first: Runtime, options: RuntimeOptions) -> None:
-        """Raises RuntimeUnavailable where a graph is missing that a plain call needs, IntegrityError or ManifestError
-        for tokenizers that are not what they should be."""
         self._student = student
         self._info = first.info
         self._options = replace(options, device=first.info.device)
@@ -52,45 +61,45 @@ class Components:
 
     @property
     def generator(self) -> Runtime | None:
-        """The fused graph, where this student has one and this engine is given it."""
+        """The fused graph, if it is loaded; else the denoiser is run step by step."""
         return self._loaded.get("generator")
 
     def __getitem__(self, component: Component) -> Runtime:
-        """A loaded graph. Raises RuntimeUnavailable where there is none in this precision: no other stands in."""
+        """A loaded graph. Raises RuntimeUnavailable if there is none in this precision; no other is used instead."""
         with self._lock:
             if component not in self._loaded:
                 graph = self._graph(component)
                 self._loaded[component] = runtimes.load(self._info.runtime, self._student, graph, self._options)
             return self._loaded[component]
 
-    def replaced(self, component: Component, runtime: Runtime) -> Components:
-        """The same with another runtime for one of them."""
+    def replaced(self, component: Component, runtime: Runtime) -> LoadedGraphs:
+        """A copy that uses `runtime` for one component."""
         other = copy.copy(self)
         other._loaded = self._loaded | {component: runtime}
         return other
 
     def prepare_steps(self) -> None:
-        """Load whatever single steps need."""
+        """Load the graphs that sampling step by step needs."""
         for component in self._needed(stepped=True):
             self[component]
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
-        """What denoiser and generator take for prompts, a row each. Equal prompts are encoded once."""
+        """The conditions of prompts, one row a prompt. Equal prompts are encoded once."""
         assert self._tokenizer is not None
         places: dict[str, int] = {}
         rows = [places.setdefault(prompt, len(places)) for prompt in prompts]
         arrays = self["text_encoder"].run(self._tokenizer(list(places)))
         return {spec.name: arrays[spec.name][rows] for spec in self._student.manifest.condition_tensors}
 
-    def pictures(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents (B, C, H, W) to pictures (B, H', W', C'), by the decoder where there is one."""
+    def images(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Latents (B, C, H, W) to images, uint8 (B, H', W', C'), through the decoder if there is one."""
         postprocess = self._student.manifest.postprocess
         if postprocess.decoder is not None:
             latents = self["decoder"].run({"latents": latents})["sample"]
         return to_uint8(latents, postprocess)
 
     def _needed(self, *, stepped: bool) -> Iterator[Component]:
-        """The graphs that a call by single steps needs, or by the fused one."""
+        """The graphs that a call needs, step by step (`stepped`) or with the fused graph."""
         manifest = self._student.manifest
         if manifest.text is not None:
             yield "text_encoder"
@@ -105,7 +114,7 @@ class Components:
         if graph is None:
             raise RuntimeUnavailable(
                 f"{self._student.path} has no graph of its {component} in {precision}, which "
-                f"{_NEEDED_BY.get(component, 'single steps need')}; "
+                f"{_NEEDED_BY.get(component, 'sampling step by step needs')}; "
                 f"run redif export {self._student.path} --precision {precision}"
             )
         return graph

@@ -1,6 +1,6 @@
-"""Latents to pictures in numpy, and arrays to PIL: the arithmetic that the fused graph does in ONNX.
+"""Latents to images in numpy, and arrays to PIL: the arithmetic that the fused graph does in ONNX.
 
-A student with a decoder has its latents decoded first, by a graph. No file is read or written here.
+Latents of a student with a decoder are decoded by a graph first. No file is read or written here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def scale_and_offset(postprocess: Postprocess) -> tuple[np.float32, np.float32]:
 
 
 def to_uint8(x: NDArray[np.float32], postprocess: Postprocess) -> NDArray[np.uint8]:
-    """Latents (B, C, H, W), or what a decoder made of them, to pictures, uint8 (B, H', W', C').
+    """Latents or decoded latents (B, C, H, W) to images, uint8 (B, H', W', C').
 
-    They are shuffled, scaled, clipped, and rounded half to even.
+    The values are pixel-shuffled, scaled, clipped, and rounded half to even.
     """
     scale, offset = scale_and_offset(postprocess)
     levels = np.rint(np.clip(pixel_shuffle(x, postprocess.pixel_shuffle) * scale + offset, 0.0, 255.0))
@@ -44,12 +44,12 @@ def to_uint8(x: NDArray[np.float32], postprocess: Postprocess) -> NDArray[np.uin
 
 
 def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
-    """Pictures (B, H, W, C), C = 1 (grey, mode "L"), 3 or 4, to PIL."""
+    """Images, uint8 (B, H, W, C) with C = 1 (grey, mode "L"), 3 or 4, to PIL."""
     return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images]
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """One picture of all, all of one size, in rows of `columns` (default: as square as it gets)."""
+    """One image of all `images`, which have one size, in rows of `columns` (default: as square as possible)."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)

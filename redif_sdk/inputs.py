@@ -1,6 +1,6 @@
-"""What a request may say: classes or prompts, seeds, latents and steps, checked before anything is computed.
+"""Checks of a request, before anything is computed: classes or prompts, seeds, latents, steps, sizes.
 
-Every refusal is an InvalidRequest that names what would have been accepted. No graph is run and no file is read here.
+Every error is an InvalidRequest that names the valid choices. No graph is run and no file is read here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OUTPUT_TYPES = ("pil", "np", "uint8")
 LONGEST_PROMPT = 10_000  # characters
 MOST_PROMPTS = 10_000  # a call
 
-#: diffusers' names for what prompts become: argument -> tensor.
+#: diffusers' names for encoded prompts: argument -> tensor.
 EMBEDS = {
     "prompt_embeds": "encoder_hidden_states",
     "pooled_prompt_embeds": "pooled_projections",
@@ -55,19 +55,22 @@ Label = SupportsIndex | str
 Labels = Label | Sequence[Label] | NDArray[np.integer[Any]]
 Seeds = SupportsIndex | Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]] | None
 
-#: What denoiser and generator take besides the state, by name; the first axis of each is the batch.
+#: The conditions of a batch, by the names of the denoiser's and the generator's inputs; axis 0 of each is the batch.
 Conditions = dict[str, NDArray[Any]]
-#: The same as a caller may give it: class labels alone, or every tensor by name; None of an unconditional student.
+#: Conditions as a caller may give them: class labels, or all tensors by name; None for an unconditional student.
 Asked = Labels | Mapping[str, ArrayLike] | None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request for B pictures. Where there are `prompts`, the text encoder makes the conditions of them."""
+    """A checked request for B images.
+
+    `prompts` (one for each image) still have to be encoded; where they are None, `conditions` is complete.
+    """
 
     table: StepTable
     conditions: Conditions
-    prompts: list[str] | None  # one a picture
+    prompts: list[str] | None
     seeds: list[tuple[int, int]]  # (seed, image index), B of them
     latents: NDArray[np.float32] | None  # (B, C, H, W)
     size: tuple[int, int]  # (H, W)
@@ -95,7 +98,26 @@ def check_request(
     width: int | None = None,
     embeds: Mapping[str, ArrayLike | None] | None = None,
 ) -> Request:
-    """The request, or InvalidRequest. `embeds`: what was given under the names of `EMBEDS`; None is nothing."""
+    """Check the arguments of a pipeline call.
+
+    Args:
+        manifest: The student's manifest.
+        prompt: A prompt or several, or the name of a class.
+        class_labels: Class numbers or names.
+        num_images_per_prompt: Images for each prompt or label; an unconditional student makes that many.
+        num_inference_steps: Steps; None: the student's default.
+        seed: One seed for all images, one for each, or pairs (seed, image index); None: drawn at random.
+        latents: Float (B, C, H, W), in place of the first slice of noise.
+        height: Pixels; None: the student's own.
+        width: Pixels; None: the student's own.
+        embeds: Encoded prompts by the names of `EMBEDS`; None counts as not given.
+
+    Returns:
+        The checked request.
+
+    Raises:
+        InvalidRequest: An argument is wrong, or does not go with the student or with another argument.
+    """
     size = check_size(manifest, height, width, latents)
     per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, minimum=1)
     if num_inference_steps is not None:
@@ -103,12 +125,14 @@ def check_request(
     table = manifest.step_table(num_inference_steps)
     given = {name: value for name, value in (embeds or {}).items() if value is not None}
     if given and manifest.text is None:
-        raise InvalidRequest(f"{manifest.name} is not asked by prompts; it takes no {', '.join(given)}")
+        raise InvalidRequest(f"{manifest.name} is not a text-to-image model; {', '.join(given)} is not supported")
     conditions: Conditions = {}
     prompts = None
     if manifest.text is not None:
         if class_labels is not None:
-            raise InvalidRequest(f"{manifest.name} is asked by prompts; it takes no class_labels: give a prompt")
+            raise InvalidRequest(
+                f"{manifest.name} is a text-to-image model; class_labels is not supported: give a prompt"
+            )
         if given:
             conditions = _embeds(manifest, prompt, given)
         else:
@@ -122,7 +146,9 @@ def check_request(
         count = len(labels)
     else:
         if prompt is not None or class_labels is not None:
-            raise InvalidRequest(f"{manifest.name} is unconditional; ask for pictures with num_images_per_prompt alone")
+            raise InvalidRequest(
+                f"{manifest.name} is unconditional; prompt and class_labels are not supported: leave them out"
+            )
         count = 1
     count *= per_prompt
     conditions = {name: np.repeat(value, per_prompt, axis=0) for name, value in conditions.items()}
@@ -133,29 +159,36 @@ def check_request(
 
 
 def check_guidance(manifest: Manifest, guidance_scale: float | None, negative_prompt: object) -> None:
-    """Refuse what diffusers' pipelines take and a student cannot: guidance is in its graphs, or it has none.
+    """Check the guidance arguments of diffusers' pipelines. A student's guidance is in its graphs, or it has none.
 
-    The scale that the student has may be named; 0 and 1 both mean none, as in diffusers. Raises InvalidRequest.
+    The student's own scale is accepted; 0 and 1 both mean no guidance, as in diffusers.
+
+    Raises:
+        InvalidRequest: Another scale, or a negative prompt.
     """
     guidance = manifest.network.guidance
     if negative_prompt is not None:
         reason = (
-            f"it has no guidance, and makes {manifest.network.calls_per_step} network call a step"
+            f"it runs without guidance, at {manifest.network.calls_per_step} network call a step"
             if guidance is None
-            else "what its guidance leads away from is in its graphs"
+            else "its negative prompt is fixed in its graphs"
         )
-        raise InvalidRequest(f"{manifest.name} cannot use a negative_prompt: {reason}; leave it out")
+        raise InvalidRequest(f"negative_prompt is not supported by {manifest.name}: {reason}; leave it out")
     embedded = manifest.network.embedded_guidance
     own = [guidance.scale] if guidance else [0.0, 1.0] if embedded is None else [embedded]
     if guidance_scale is not None and guidance_scale not in own:
-        said = f"is made for guidance_scale {own[0]:g}" if own[0] else "has no guidance to scale"
-        raise InvalidRequest(f"guidance_scale is {guidance_scale!r:.30}; {manifest.name} {said}: leave it out")
+        choice = f"use {own[0]:g}, or leave it out" if own[0] else "it runs without guidance; leave it out"
+        raise InvalidRequest(f"guidance_scale={guidance_scale!r:.30} is not supported by {manifest.name}: {choice}")
 
 
 def check_size(
     manifest: Manifest, height: int | None, width: int | None, latents: ArrayLike | None = None
 ) -> tuple[int, int]:
-    """(H, W) of the latents for pictures of that height and width in pixels; by default the given latents' own."""
+    """The latents' (H, W) for images of that height and width in pixels; by default those of the given latents.
+
+    Raises:
+        InvalidRequest: A size that the student does not make.
+    """
     scale = manifest.postprocess.scale
     if latents is not None and height is None and width is None and np.ndim(latents) == 4:
         height, width = (extent * scale for extent in np.shape(latents)[2:])
@@ -167,34 +200,37 @@ def check_size(
 
 
 def count_of(conditions: Conditions) -> int:
-    """The number of pictures that conditions are of."""
+    """The batch size of conditions."""
     return len(next(iter(conditions.values())))
 
 
 def check_conditions(manifest: Manifest, asked: Asked, batch: int) -> Conditions:
-    """The conditions of `batch` pictures: a conditional student's labels or tensors, none of an unconditional one's.
+    """The conditions of `batch` images, from labels or tensors; empty for an unconditional student.
 
-    Raises InvalidRequest.
+    Raises:
+        InvalidRequest: Conditions that the student does not take, or of another number, shape or dtype.
     """
     if manifest.text is not None:
         if not isinstance(asked, Mapping):
             names = ", ".join(spec.name for spec in manifest.condition_tensors)
-            raise InvalidRequest(f"{manifest.name} takes {names} by name, as encode_prompt gives them")
+            raise InvalidRequest(f"{manifest.name} takes {names} by name; use what encode_prompt returns")
         return _tensors(manifest, asked, batch)
     if isinstance(asked, Mapping):
         if unknown := set(asked) - {"class_labels"}:
-            raise InvalidRequest(f"{manifest.name} takes no {', '.join(sorted(map(str, unknown)))}")
+            raise InvalidRequest(
+                f"{manifest.name} is conditioned on class_labels only, not on {', '.join(sorted(map(str, unknown)))}"
+            )
         asked = asked.get("class_labels")  # type: ignore[assignment]  # anything else is refused below
     if manifest.classes is None:
         if asked is not None:
-            raise InvalidRequest(f"{manifest.name} is unconditional; it takes no class_labels")
+            raise InvalidRequest(f"{manifest.name} is unconditional; class_labels is not supported")
         return {}
     usual = isinstance(asked, np.ndarray) and asked.dtype == np.int64 and asked.shape == (batch,)
     if usual and asked.min() >= 0 and asked.max() < manifest.classes.num_classes:  # type: ignore[union-attr]
         return {"class_labels": asked}  # type: ignore[dict-item]  # in a fraction of the time
     labels = np.array(_labels(manifest, asked), dtype=np.int64)
     if len(labels) != batch:
-        raise InvalidRequest(f"{len(labels)} class_labels for {batch} pictures; give one a picture")
+        raise InvalidRequest(f"{len(labels)} class_labels for {batch} images; give one for each image")
     return {"class_labels": labels}
 
 
@@ -203,10 +239,12 @@ def _prompts(manifest: Manifest, prompt: object) -> list[str]:
     text = manifest.text
     assert text is not None
     if prompt is None:
-        raise InvalidRequest(f"{manifest.name} draws what it is asked for; give a prompt, as {text.examples[0]!r:.200}")
+        raise InvalidRequest(
+            f"{manifest.name} is a text-to-image model: prompt is required, for example {text.examples[0]!r:.150}"
+        )
     several = [prompt] if isinstance(prompt, str) else _several(prompt)
     if several is None or not all(isinstance(item, str) for item in several):
-        raise InvalidRequest(f"prompt is {prompt!r:.60}; give a text, or a list of texts")
+        raise InvalidRequest(f"prompt is {prompt!r:.60}; give a string or a list of strings")
     if not 1 <= len(several) <= MOST_PROMPTS:
         raise InvalidRequest(f"{len(several)} prompts were given; give 1 to {MOST_PROMPTS}")
     for item in several:
@@ -215,25 +253,27 @@ def _prompts(manifest: Manifest, prompt: object) -> list[str]:
         try:
             item.encode()
         except UnicodeEncodeError:  # half of a pair of surrogates
-            raise InvalidRequest(f"{item!r:.60} is no text that can be encoded; give another prompt") from None
+            raise InvalidRequest(f"prompt {item!r:.60} cannot be encoded as UTF-8; give another prompt") from None
     return several
 
 
 def _embeds(manifest: Manifest, prompt: object, given: Mapping[str, ArrayLike]) -> Conditions:
-    """The conditions that take the place of a prompt, under diffusers' names."""
+    """The conditions, from encoded prompts under diffusers' names."""
     if prompt is not None:
-        raise InvalidRequest(f"prompt and {', '.join(given)} both say what to draw; give one of them")
+        raise InvalidRequest(f"prompt and {', '.join(given)} exclude each other; give one of them")
     taken = [spec.name for spec in manifest.condition_tensors]
     for name in given:
         if EMBEDS[name] not in taken:
-            raise InvalidRequest(f"{manifest.name} takes no {name}; its prompts become {', '.join(taken)}")
+            raise InvalidRequest(
+                f"{name} is not supported by {manifest.name}; its encoded prompts are {', '.join(taken)}"
+            )
     if missing := [name for name, tensor in EMBEDS.items() if tensor in taken and name not in given]:
         raise InvalidRequest(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or a prompt")
     return _tensors(manifest, {EMBEDS[name]: value for name, value in given.items()}, None)
 
 
 def _tensors(manifest: Manifest, asked: Mapping[str, ArrayLike], batch: int | None) -> Conditions:
-    """Every tensor that the student takes, of the shape and dtype that its manifest says, and of one batch."""
+    """The student's conditioning tensors, each of its shape and dtype in the manifest and all of one batch size."""
     specs = manifest.condition_tensors
     if set(asked) != {spec.name for spec in specs}:
         names = ", ".join(spec.name for spec in specs)
@@ -241,8 +281,8 @@ def _tensors(manifest: Manifest, asked: Mapping[str, ArrayLike], batch: int | No
     found = {spec.name: _tensor(spec, asked[spec.name]) for spec in specs}
     lengths = {len(value) for value in found.values()}
     if len(lengths) > 1 or 0 in lengths or (batch is not None and lengths != {batch}):
-        wanted = "the same number, at least one" if batch is None else f"{batch}"
-        raise InvalidRequest(f"{', '.join(found)} are of {sorted(lengths)} pictures; give {wanted}")
+        wanted = "the same for all, at least 1" if batch is None else f"{batch}"
+        raise InvalidRequest(f"{', '.join(found)} have batch sizes {sorted(lengths)}; give {wanted}")
     return found
 
 
@@ -264,7 +304,11 @@ def _tensor(spec: TensorSpec, value: ArrayLike) -> NDArray[Any]:
 def check_latents(
     manifest: Manifest, latents: ArrayLike, batch: int, size: tuple[int, int] | None = None
 ) -> NDArray[np.float32]:
-    """Latents (batch, C, H, W) as finite float32 of the student's shape, or of `size`."""
+    """Latents as float32 (batch, C, H, W), with the student's own H and W or those of `size`.
+
+    Raises:
+        InvalidRequest: Another shape, no numbers, or values that are not finite.
+    """
     array = np.asarray(latents)
     if array.dtype.kind not in "fiu":
         raise InvalidRequest(f"latents have dtype {array.dtype}; give an array of floating-point numbers")
@@ -280,7 +324,11 @@ def check_latents(
 
 
 def check_noise(manifest: Manifest, noise: ArrayLike, table: StepTable) -> NDArray[np.float32]:
-    """Noise (N, B, C, H, W) as float32, cut to the slices that the table reads."""
+    """Noise as float32 (N, B, C, H, W), cut to the slices that the table reads.
+
+    Raises:
+        InvalidRequest: Another shape, too few slices, no numbers, or values that are not finite.
+    """
     array = np.asarray(noise)
     if array.ndim != 5 or array.shape[0] < table.noise_slices or array.shape[1] < 1:
         shape = f"({table.noise_slices}, B, {manifest.latents.channels}, H, W)"
@@ -290,7 +338,7 @@ def check_noise(manifest: Manifest, noise: ArrayLike, table: StepTable) -> NDArr
     own = (latents.channels, latents.height, latents.width)
     usual = array.dtype == np.float32 and array.shape[2:] == own and array.flags.c_contiguous
     if usual and math.isfinite(np.vdot(array, array)):  # then every number is
-        return array  # in a fraction of the time
+        return array  # without the checks below: a fraction of the time
     flat = array.reshape(-1, *array.shape[2:])
     return check_latents(manifest, flat, len(flat), check_size(manifest, None, None, flat)).reshape(array.shape)
 
@@ -322,7 +370,9 @@ def _several(value: Any) -> list[Any] | None:
 def _labels(manifest: Manifest, asked: Any) -> list[int]:
     """Class numbers for a number, a name, or a sequence of these."""
     if asked is None:
-        raise InvalidRequest(f"{manifest.name} draws what it is asked for; name a class: {_choices(manifest)}")
+        raise InvalidRequest(
+            f"{manifest.name} is class-conditional: class_labels is required, one of {_choices(manifest)}"
+        )
     several = _several(asked)
     wanted = [asked] if several is None else several
     if not wanted:
@@ -338,11 +388,11 @@ def _label(manifest: Manifest, item: Any) -> int:
         wanted = item.strip().casefold()
         if wanted in names:
             return names.index(wanted)
-        raise InvalidRequest(f"{item!r} is no class of {manifest.name}; use {_choices(manifest)}")
+        raise InvalidRequest(f"{item!r} is not a class of {manifest.name}; use {_choices(manifest)}")
     try:
         return _integer("a class label", item, minimum=0, limit=classes.num_classes)
     except InvalidRequest:
-        raise InvalidRequest(f"{item!r} is no class of {manifest.name}; use {_choices(manifest)}") from None
+        raise InvalidRequest(f"{item!r} is not a class of {manifest.name}; use {_choices(manifest)}") from None
 
 
 def _choices(manifest: Manifest) -> str:
@@ -356,7 +406,7 @@ def _choices(manifest: Manifest) -> str:
 
 
 def _seeds(seed: Any, count: int) -> list[tuple[int, int]]:
-    """(seed, image index) of `count` pictures."""
+    """(seed, image index) of `count` images."""
     if seed is None:
         seed = secrets.randbits(DRAWN_SEED_BITS)
     given = _several(seed)
@@ -364,7 +414,7 @@ def _seeds(seed: Any, count: int) -> list[tuple[int, int]]:
         number = _integer("seed", seed, minimum=0, limit=SEED_LIMIT)
         return [(number, index) for index in range(count)]
     if len(given) != count:
-        raise InvalidRequest(f"{len(given)} seeds for {count} pictures; give one a picture, or a single one for all")
+        raise InvalidRequest(f"{len(given)} seeds for {count} images; give one for each image, or one for all")
     seeds = []
     for item in given:
         pair = _several(item) or [item, 0]

@@ -22,7 +22,7 @@ from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
-from redif_sdk.graphs import Components
+from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import to_pil
 from redif_sdk.inputs import (
     OUTPUT_TYPES,
@@ -86,7 +86,7 @@ class FastPipeline:
         self._remote: hub.Remote | None = None  # where the files come from that were not downloaded
         self._tables: dict[int | None, StepTable] = {t.num_inference_steps: t for t in student.manifest.tables}
         engine, self._choice = runtimes.choose(student, "generator", runtime, precision, options)
-        self._components = Components(student, engine, options)
+        self._components = LoadedGraphs(student, engine, options)
 
     @classmethod
     def from_pretrained(
@@ -311,7 +311,7 @@ class FastPipeline:
                 returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
                 if returned is not None and "latents" in returned:
                     x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-            return self._components.pictures(x)
+            return self._components.images(x)
         inputs: dict[str, NDArray[Any]] = {"noise": noise, "table": table.rows, "init_scale": table.scale}
         return generator.run(inputs | conditions)["images"]
 
@@ -334,7 +334,7 @@ class FastPipeline:
         conditions, table = self._conditions(request), request.table
         for k, x, x0 in self._steps(request.noise(self.manifest), conditions, table):
             last = k == table.num_inference_steps - 1
-            yield to_pil(self._components.pictures(x if last else x0))[0]
+            yield to_pil(self._components.images(x if last else x0))[0]
 
     # ------------------------------------------------------------------ saving
 

@@ -1,6 +1,6 @@
 """The machine-readable result of a command: one object with its date, versions, machine and rows.
 
-`document` makes it, `write_json` writes it to a file or to standard output. What the rows say is each command's own.
+`document` makes it; `write_json` writes it to a file or to standard output. Each command has rows of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, of those in `PACKAGES` that are installed, and Python's own. Imports none of them."""
+    """Package -> version of each installed package of `PACKAGES`, and of Python. Imports none of them."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, the threads that OMP_NUM_THREADS asks for (null: unset), and the `device` that was used."""
+    """Processor, usable cores, OMP_NUM_THREADS (None: unset), the `device` that was used, and the system."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return {
         "processor": _processor(),
@@ -75,7 +75,7 @@ def _processor() -> str:
 
 
 def document(command: str, rows: Sequence[Mapping[str, Any]], *, device: str = "cpu", **extra: Any) -> dict[str, Any]:
-    """The result of `command`: schema, date (UTC), versions, machine, rows; `extra` adds further top-level keys."""
+    """The result of `command`: schema, date (UTC), versions, machine and rows. `extra` adds top-level keys."""
     return {
         "schema": SCHEMA,
         "command": command,
@@ -102,7 +102,11 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(target: str | Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to the file `target`, or to standard output for ``-``. ValueError for NaN and infinity."""
+    """Write `content` to the file `target`, or to standard output for ``-``.
+
+    Raises:
+        ValueError: `content` holds NaN or infinity.
+    """
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     if str(target) == "-":
         sys.stdout.write(text)

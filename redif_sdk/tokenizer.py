@@ -1,7 +1,7 @@
-"""Prompts to token ids, by the `tokenizers` package alone and from a student's checked bytes.
+"""Prompts to token ids, with the `tokenizers` package and from a student's checked bytes.
 
 The ids are those of transformers with ``padding="max_length", truncation=True``, which diffusers' pipelines ask for.
-What a prompt may be is `request.py`'s business, and what ids become the text encoder's graph's.
+`inputs.py` checks prompts; the text encoder's graph takes the ids.
 """
 
 from __future__ import annotations
@@ -20,25 +20,32 @@ from redif_sdk.errors import InvalidRequest, ManifestError, UnsupportedModel
 
 __all__ = ["PromptTokenizer"]
 
-#: A server keeps this logger silent: what it says quotes prompts.
+#: A server keeps this logger silent: its messages quote prompts.
 _log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """The tokenizers of a student that is asked by prompts. Safe to use from several threads."""
+    """The tokenizers of a text-to-image student. Safe to use from several threads.
+
+    Raises:
+        UnsupportedModel: The student is not a text-to-image model.
+        IntegrityError: A tokenizer's file was altered.
+        ManifestError: It is not a tokenizer.
+    """
 
     def __init__(self, student: StudentFolder) -> None:
-        """Raises UnsupportedModel for a student without prompts, IntegrityError for a file that was altered,
-        ManifestError for one that is no tokenizer."""
         text = student.manifest.text
         if text is None:
-            raise UnsupportedModel(f"{student.path} takes no prompts, so it has no tokenizer")
+            raise UnsupportedModel(f"{student.path} is not a text-to-image model, so it has no tokenizer")
         self._parts = [(part, _load(student, part)) for part in text.tokenizers]
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """The text encoder's inputs by name: ids, and the mask where one is taken, each int64 (B, max_length).
+        """The text encoder's inputs by name: ids, and a mask for encoders that take one, each int64 (B, max_length).
 
-        What is cut of a prompt that is too long is logged as a warning.
+        A prompt that is too long is cut, and the part that was cut is logged as a warning.
+
+        Raises:
+            InvalidRequest: The tokenizer cannot encode a prompt.
         """
         arrays: dict[str, NDArray[np.int64]] = {}
         for part, backend in self._parts:
@@ -59,7 +66,7 @@ class PromptTokenizer:
 
 
 def _load(student: StudentFolder, part: Tokenizer) -> Backend:
-    """The tokenizer of a file, which may have kept another length or padding: here both are the manifest's."""
+    """The tokenizer of a file, with the manifest's length and without padding, whatever the file says of these."""
     where = f"{part.file} in {student.path}"
     data = student.read(part.file)
     try:
@@ -67,9 +74,9 @@ def _load(student: StudentFolder, part: Tokenizer) -> Backend:
         backend.no_padding()
         backend.enable_truncation(part.max_length)
     except Exception as error:  # the package has no errors of its own: all of them are plain Exceptions
-        raise ManifestError(f"{where} is no tokenizer that can be used: {error!s:.200}; export it again") from error
+        raise ManifestError(f"{where} is not a usable tokenizer: {error!s:.200}; export it again") from error
     if backend.num_special_tokens_to_add(False) >= part.max_length:
-        raise ManifestError(f"{where} has no room for a prompt in {part.max_length} tokens; export it again")
+        raise ManifestError(f"{where} leaves no room for a prompt in {part.max_length} tokens; export it again")
     return backend
 
 
@@ -77,11 +84,11 @@ def _encode(backend: Backend, text: str) -> Encoding:
     try:
         return backend.encode(text)
     except Exception as error:  # as above
-        raise InvalidRequest(f"a prompt has no tokens here ({error!s:.200}); give another one") from error
+        raise InvalidRequest(f"a prompt cannot be tokenised ({error!s:.200}); give another one") from error
 
 
 def _cut(text: str, encoding: Encoding) -> str:
-    """The end of a prompt that has no token."""
+    """The part of a prompt that was cut off."""
     first = encoding.overflowing[0]
     begins = [
         start for (start, _), special in zip(first.offsets, first.special_tokens_mask, strict=True) if not special

@@ -77,7 +77,7 @@ def test_a_folder_inside_a_student_is_refused(bare_student: Path, tmp_path: Path
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidRequest, match="is no folder"):
+    with pytest.raises(InvalidRequest, match="cannot be used as a folder"):
         EngineCache(RuntimeOptions(engine_dir=tmp_path / "file")).build_once(key(), built)
 
 

@@ -361,7 +361,10 @@ def test_atomic_folder_takes_an_empty_folder_but_no_other(tmp_path: Path, folder
     assert (tmp_path / "empty" / "a").read_text() == "x"
     with pytest.raises(InvalidRequest, match="not empty"), atomic_folder(folder):
         pass
-    with pytest.raises(InvalidRequest, match="is no folder of ours"), atomic_folder(tmp_path / "empty", overwrite=True):
+    with (
+        pytest.raises(InvalidRequest, match="so it is not overwritten"),
+        atomic_folder(tmp_path / "empty", overwrite=True),
+    ):
         pass
     with pytest.raises(InvalidRequest, match="is a file"), atomic_folder(tmp_path / "empty" / "a", overwrite=True):
         pass

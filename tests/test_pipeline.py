@@ -145,7 +145,7 @@ def test_the_array_interface_is_the_call(pipe: FastPipeline) -> None:
         expected = pipe(class_labels=[7, 8, 9], seed=1, num_inference_steps=steps, output_type="uint8").images
         assert images.dtype == np.uint8
         assert np.array_equal(images, expected)
-    with pytest.raises(InvalidRequest, match="give one a picture"):
+    with pytest.raises(InvalidRequest, match="give one for each image"):
         pipe.generate_array(drawn, [7, 8], 3)
     with pytest.raises(InvalidRequest, match=r"give \(4, B, 4, H, W\)"):
         pipe.generate_array(drawn[:1], [7, 8, 9], 3)
@@ -192,7 +192,7 @@ def test_threads_do_not_disturb_each_other(tiny_student: Path, pipe: FastPipelin
     ("request_", "message"),
     [
         ({}, "name a class: 0 to 9"),
-        ({"class_labels": 10}, "10 is no class of tiny; use 0 to 9"),
+        ({"class_labels": 10}, "10 is not a class of tiny; use 0 to 9"),
         ({"class_labels": -1}, "-1 is no class"),
         ({"class_labels": [1, 2.0]}, "2.0 is no class"),
         ({"class_labels": True}, "True is no class"),

@@ -247,17 +247,17 @@ def test_sizes_that_cannot_be_had_are_refused(full_student: Path, tiny_student: 
     for wrong, message in (
         ({"height": 51}, "give a multiple of 2"),
         ({"height": 0}, "height is 0"),
-        ({"width": 30}, "width is 30; this student makes pictures of width 28 alone"),
+        ({"width": 30}, "width=30 is not supported; the student makes images of width 28"),
         ({"latents": np.zeros((1, 4, 14, 15))}, "width is 30"),
         ({"height": 28, "latents": np.zeros((1, 4, 15, 14))}, r"give \(1, 4, 14, 14\)"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             pipe("a", **wrong)
-    with pytest.raises(InvalidRequest, match="height is 56; this student makes"):
+    with pytest.raises(InvalidRequest, match="height=56 is not supported; the student makes"):
         FastPipeline.from_pretrained(tiny_student)("a", height=56)
 
 
 def test_a_network_that_halves_its_input_takes_even_sizes_alone(tmp_path: Path) -> None:
     folder = build_student(tmp_path / "halving")
-    with pytest.raises(InvalidRequest, match="height is 30; give a multiple of 4"):
+    with pytest.raises(InvalidRequest, match="height=30 is not supported; give a multiple of 4"):
         export(folder, sizes=[(30, 28)])

@@ -152,7 +152,7 @@ def test_sizes_in_pixels(pipe: FastPipeline) -> None:
     latents = noise([(0, 0)], (4, 12, 16))[0]
     assert np.array_equal(draw(pipe, "red heart", latents=latents), images)
     assert next(pipe.stream("red heart", height=24, width=32)).size == (32, 24)
-    with pytest.raises(InvalidRequest, match="height is 10; give a multiple of 4"):
+    with pytest.raises(InvalidRequest, match="height=10 is not supported; give a multiple of 4"):
         pipe("red heart", height=10)
 
 
@@ -172,7 +172,7 @@ def test_the_array_interface_is_the_call(pipe: FastPipeline) -> None:
         (None, "takes encoder_hidden_states, pooled_projections, encoder_attention_mask by name"),
         (np.zeros(3, np.int64), "by name"),
         ({}, "not nothing"),
-        ({name: value[:2] for name, value in conditions.items()}, r"of \[2\] pictures; give 3"),
+        ({name: value[:2] for name, value in conditions.items()}, r"have batch sizes \[2\]; give 3"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             pipe.generate_array(drawn, wrong, 3)
@@ -215,10 +215,10 @@ def test_embeddings_are_their_prompts(pipe: FastPipeline) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "red heart"}, "prompt and prompt_embeds, .* both say what to draw"),
+        ({"prompt": "red heart"}, "prompt and prompt_embeds, .* exclude each other"),
         ({"prompt_attention_mask": None}, "without prompt_attention_mask; give all of them"),
         ({"prompt_embeds": np.zeros((1, 9, 4))}, rf"has shape \(1, 9, 4\); give \(batch, {LENGTH}, 4\)"),
-        ({"pooled_prompt_embeds": np.zeros((2, 4))}, r"are of \[1, 2\] pictures; give the same number"),
+        ({"pooled_prompt_embeds": np.zeros((2, 4))}, r"have batch sizes \[1, 2\]; give the same for all"),
         ({"pooled_prompt_embeds": np.full((1, 4), np.nan)}, "pooled_projections holds NaN"),
         ({"pooled_prompt_embeds": np.full((1, 4), 1e60)}, "infinite"),
         ({"pooled_prompt_embeds": np.zeros((1, 4), complex)}, "complex"),
@@ -239,14 +239,14 @@ def test_embeddings_that_do_not_fit(pipe: FastPipeline, changes: dict[str, Any],
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({}, "prompted draws what it is asked for; give a prompt, as 'red heart'"),
+        ({}, "prompted is a text-to-image model: prompt is required, for example 'red heart'"),
         ({"prompt": 3}, "prompt is 3; give a text, or a list of texts"),
         ({"prompt": ["a", 3]}, "give a text, or a list of texts"),
         ({"prompt": b"a"}, "give a text"),
         ({"prompt": []}, "0 prompts were given; give 1 to"),
         ({"prompt": "x" * 10_001}, "a prompt has 10001 characters; give at most 10000"),
-        ({"prompt": "\ud83d"}, "is no text that can be encoded"),
-        ({"class_labels": 1}, "is asked by prompts; it takes no class_labels"),
+        ({"prompt": "\ud83d"}, "cannot be encoded as UTF-8"),
+        ({"class_labels": 1}, "is a text-to-image model; class_labels is not supported"),
         ({"prompt": "a", "class_labels": 1}, "it takes no class_labels"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "3 seeds for 2 pictures"),
     ],
@@ -262,12 +262,13 @@ def test_guidance_is_in_the_graphs_or_there_is_none(prompted: Path, pipe: FastPi
     for harmless in (None, 0, 0.0, 1, 1.0):
         assert np.array_equal(draw(pipe, "red heart", guidance_scale=harmless), expected)
     with pytest.raises(
-        InvalidRequest, match=r"guidance_scale is 7\.5; prompted has no guidance to scale: leave it out"
+        InvalidRequest,
+        match=r"guidance_scale=7\.5 is not supported by prompted: it runs without guidance",
     ):
         pipe("red heart", guidance_scale=7.5)
     for negative in ("ugly", "", ["ugly"]):
         with pytest.raises(
-            InvalidRequest, match="cannot use a negative_prompt: it has no guidance, and makes 1 network"
+            InvalidRequest, match="negative_prompt is not supported by prompted: it runs without guidance, at 1 network"
         ):
             pipe("red heart", negative_prompt=negative)
     network = pipe.manifest.network
@@ -278,9 +279,9 @@ def test_guidance_is_in_the_graphs_or_there_is_none(prompted: Path, pipe: FastPi
         folder = build_prompted(tmp_path / name, network=network.model_copy(update=changes))
         other = FastPipeline.from_pretrained(folder, runtime="onnxruntime", num_threads=1)
         assert np.array_equal(draw(other, "red heart", guidance_scale=own), draw(other, "red heart"))
-        with pytest.raises(InvalidRequest, match=rf"guidance_scale is 1\.0; prompted is made for guidance_scale {own}"):
+        with pytest.raises(InvalidRequest, match=rf"guidance_scale=1\.0 is not supported by prompted: use {own}"):
             other("red heart", guidance_scale=1.0)
-        with pytest.raises(InvalidRequest, match="cannot use a negative_prompt"):
+        with pytest.raises(InvalidRequest, match="negative_prompt is not supported"):
             other("red heart", negative_prompt="ugly")
 
 
@@ -288,7 +289,7 @@ def test_class_students_take_no_embeddings(tmp_path: Path, pipe: FastPipeline) -
     folder = build_prompted(tmp_path / "plain", condition=None, task="unconditional")
     plain = FastPipeline.from_pretrained(folder, runtime="fake")
     assert draw(plain, None, num_images_per_prompt=2).shape == (2, 16, 16, 3)
-    with pytest.raises(InvalidRequest, match="is not asked by prompts; it takes no prompt_embeds"):
+    with pytest.raises(InvalidRequest, match="is not a text-to-image model; prompt_embeds is not supported"):
         plain(prompt_embeds=np.zeros((1, 4)))
     with pytest.raises(InvalidRequest, match="there is nothing to encode"):
         plain.encode_prompt("red heart")
@@ -561,7 +562,7 @@ def test_a_stream_shows_how_it_forms(address: str, pipe: FastPipeline) -> None:
         ({}, "give a prompt, as 'red heart'"),
         ({"prompt": "a", "class_label": 1}, "is asked by prompts; it takes no class_label"),
         ({"prompt": "x" * 10_001}, "prompt: String should have at most 10000 characters"),
-        ({"prompt": "a", "size": "10x16"}, "width is 10; give a multiple of 4"),
+        ({"prompt": "a", "size": "10x16"}, "width=10 is not supported; give a multiple of 4"),
     ],
 )
 def test_what_cannot_be_done_over_http(address: str, body: dict[str, Any], words: str) -> None:

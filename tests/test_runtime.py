@@ -175,7 +175,7 @@ def test_auto_says_what_it_took_and_what_it_passed_over(
         pipe = FastPipeline(student)
     assert (pipe.runtime_info["runtime"], pipe.runtime_info["precision"]) == ("onnxruntime", "fp32")
     assert "fastest in fp32" in pipe.runtime_info["choice"]
-    assert "passed over: runtime openvino cannot compute in bf16" in caplog.text
+    assert "not available: runtime openvino cannot compute in bf16" in caplog.text
     assert "onnxruntime in fp32 on cpu" in caplog.text
     with pytest.raises(RuntimeUnavailable, match=r"has no bf16 instructions.*onnxruntime has no bf16"):
         FastPipeline(student, precision="bf16")

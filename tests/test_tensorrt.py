@@ -369,7 +369,10 @@ def test_what_rtx_does_not_build(
         ({"batches": (4, 1, 8)}, r"batches are \(4, 1, 8\); give smallest, best and largest"),
         ({"batches": (0, 1, 8)}, r"batches are \(0, 1, 8\)"),
         ({"max_steps": 2}, "max_steps is 2, and tiny has a table of 3 steps"),
-        ({"sizes": ((28, 28), (28, 28), (32, 28))}, "height is 32; this student makes pictures of height 28 alone"),
+        (
+            {"sizes": ((28, 28), (28, 28), (32, 28))},
+            "height=32 is not supported; the student makes images of height 28",
+        ),
         ({"precisions": ["fp16"]}, r"no graph of precision 'fp16' \(it has fp32\); export it first"),
         ({"components": ["decoder"]}, r"no graph of component 'decoder' \(it has denoiser, generator\)"),
     ],

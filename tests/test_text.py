@@ -163,7 +163,7 @@ def test_two_tokenizers_and_no_mask(tmp_path: Path, clip: PromptTokenizer) -> No
 
 
 def test_files_that_are_no_tokenizers(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"tokenizer/tokenizer\.json .* is no tokenizer"):
+    with pytest.raises(ManifestError, match=r"tokenizer/tokenizer\.json .* is not a usable tokenizer"):
         PromptTokenizer(student(tmp_path / "a", '{"version": "1.0"}'))
     with pytest.raises(ManifestError, match="no room for a prompt in 2 tokens"):
         PromptTokenizer(student(tmp_path / "b", clip_tokenizer().to_str(), max_length=2))

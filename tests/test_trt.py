@@ -145,7 +145,7 @@ def test_a_runtime_that_is_not_installed(described_student: Path) -> None:
     [
         ({"device": "cpu"}, RuntimeUnavailable, 'runtime tensorrt-rtx has no device cpu; use "cuda" or "cuda:N"'),
         ({"device": "npu"}, RuntimeUnavailable, "has no device npu"),
-        ({"num_threads": 2}, InvalidRequest, "num_threads means nothing to runtime tensorrt-rtx"),
+        ({"num_threads": 2}, InvalidRequest, "num_threads is not supported by runtime tensorrt-rtx"),
         ({"provider": "CUDAExecutionProvider"}, InvalidRequest, "provider means nothing"),
     ],
 )

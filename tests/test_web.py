@@ -71,7 +71,7 @@ def test_it_is_replaced_unless_somebody_worked_in_it(page: Path, tiny_student: P
     assert not (copy / "ort/ort.webgpu.min.mjs").exists()
     assert (copy / ".git/HEAD").read_text() == "ref: refs/heads/main\n"
     (copy / "CNAME").write_text("example.org\n")
-    with pytest.raises(InvalidRequest, match=r"CNAME in .* is not of the page"):
+    with pytest.raises(InvalidRequest, match=r"CNAME in .* is not part of the page"):
         build_page(tiny_student, copy)
     (copy / "CNAME").unlink()
     (copy / "style.css").write_text("body { color: red }")
@@ -95,7 +95,7 @@ def test_what_it_refuses(
     other.mkdir()
     (other / "thesis.txt").write_text("years")
     if shutil.which("npm"):
-        with pytest.raises(InvalidRequest, match="mine is no folder of ours"):
+        with pytest.raises(InvalidRequest, match=r"mine holds no student\.json"):
             build_page(tiny_student, other)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]

@@ -1,9 +1,9 @@
-// The page: reads the form and the address, asks the worker, and shows what comes. No picture is computed here.
+// The page: reads the form and the address, asks the worker, and shows what comes. No image is computed here.
 
 import { SEED_LIMIT } from "./noise.js";
 
 const $ = (id) => document.getElementById(id);
-const SMALL = 128; // pixels: smaller pictures are shown with hard edges
+const SMALL = 128; // pixels: smaller images are shown with hard edges
 const MOST_SHOWN = 512;
 
 let config = null;
@@ -11,8 +11,8 @@ let worker = null;
 let ready = false;
 let running = null; // {id, requests, start, made} of the request under way
 let lastId = 0;
-let checking = null; // what to do with the pictures of the check
-const shown = []; // {request, canvas, item, strip, picture, seconds}, in the order of the gallery
+let checking = null; // what to do with the images of the check
+const shown = []; // {request, canvas, item, strip, image, seconds}, in the order of the gallery
 let viewed = -1;
 
 start().catch((error) => fail(error.message));
@@ -70,28 +70,28 @@ const answers = {
       generate();
     }
   },
-  preview({ id, place, step, ...picture }) {
+  preview({ id, place, step, ...image }) {
     if (running?.id === id && !checking) {
       const entry = entryOf(place);
-      entry.strip.push(picture);
-      paint(entry.canvas, picture);
+      entry.strip.push(image);
+      paint(entry.canvas, image);
       entry.item.classList.add("forming");
       entry.note.textContent = `step ${step + 1} of ${entry.request.steps}`;
     }
   },
-  picture({ id, place, seconds, ...picture }) {
+  image({ id, place, seconds, ...image }) {
     if (running?.id !== id) {
       return;
     }
     running.made += 1;
     if (checking) {
-      checking(place, picture);
+      checking(place, image);
       return;
     }
     const entry = entryOf(place);
-    entry.picture = picture;
+    entry.image = image;
     entry.seconds = seconds;
-    paint(entry.canvas, picture);
+    paint(entry.canvas, image);
     entry.item.classList.remove("forming");
     entry.note.textContent = caption(entry.request);
     entry.button.disabled = false;
@@ -103,7 +103,7 @@ const answers = {
   done({ id, cancelled }) {
     if (running?.id === id) {
       const seconds = (performance.now() - running.start) / 1000;
-      const made = `${running.made} ${running.made === 1 ? "picture" : "pictures"} in ${duration(seconds)}`;
+      const made = `${running.made} ${running.made === 1 ? "image" : "images"} in ${duration(seconds)}`;
       const rate = running.made > 0 ? `, ${(running.made / seconds).toPrecision(3)} a second` : "";
       settle(cancelled ? `Cancelled: ${made}.` : `${made}${rate}.`);
     }
@@ -118,7 +118,7 @@ function settle(message) {
   running = null;
   checking = null;
   for (let i = shown.length - 1; i >= 0; i -= 1) {
-    if (!shown[i].picture) {
+    if (!shown[i].image) {
       shown[i].item.remove();
       shown.splice(i, 1);
     }
@@ -164,15 +164,15 @@ function send(requests, entries, previews) {
   worker.postMessage({ type: "generate", id: lastId, requests, previews });
 }
 
-/** The requests that the form asks for, one a picture. Throws an Error that says what to change. */
+/** The requests that the form asks for, one for each image. Throws an Error that says what to change. */
 function readForm() {
-  const count = whole($("count").value, "Pictures", 1, 64);
+  const count = whole($("count").value, "Images", 1, 64);
   if ($("random").checked) {
     $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
   }
   const [seed, index] = readSeed($("seed").value);
   if (index + BigInt(count) > SEED_LIMIT) {
-    throw new Error("The seed's pictures end at index 2^64 - 1: ask for fewer.");
+    throw new Error("The seed's images end at index 2^64 - 1: ask for fewer.");
   }
   const classLabel = readClass();
   const [height, width] = ["height", "width"].map(readExtent);
@@ -201,7 +201,7 @@ function readClass() {
   const text = $("class-input").value.trim();
   const named = classNumber(text);
   if (named === null) {
-    throw new Error(`"${text.slice(0, 40)}" is no class of this model; choose one from the list.`);
+    throw new Error(`"${text.slice(0, 40)}" is not a class of this model; choose one from the list.`);
   }
   return named;
 }
@@ -237,9 +237,9 @@ function whole(text, name, least, most) {
 
 // ---------------------------------------------------------------- the address
 
-let addressAsks = false; // whether the address names a picture that is to be made when the model is there
+let addressAsks = false; // whether the address names an image that is to be made when the model is there
 
-/** What follows # of the address of these pictures. */
+/** What follows # of the address of these images. */
 function address(request, count) {
   const parts = new URLSearchParams();
   if (request.classLabel !== null) {
@@ -254,7 +254,7 @@ function address(request, count) {
   return parts.toString();
 }
 
-/** Put what the address says into the form; whether it asks for pictures. */
+/** Put what the address says into the form; whether it asks for images. */
 function readAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
   const label = parts.has("class") && config.numClasses !== null ? classNumber(parts.get("class")) : null;
@@ -289,7 +289,7 @@ function makeEntry(request) {
   button.disabled = true;
   button.append(canvas);
   item.append(button, note);
-  const entry = { request, item, button, canvas, note, strip: [], picture: null, seconds: null };
+  const entry = { request, item, button, canvas, note, strip: [], image: null, seconds: null };
   button.addEventListener("click", () => view(shown.indexOf(entry)));
   return entry;
 }
@@ -316,15 +316,15 @@ function fileName({ classLabel, seed, index, steps }) {
 }
 
 function view(place) {
-  if (place < 0 || place >= shown.length || !shown[place].picture) {
+  if (place < 0 || place >= shown.length || !shown[place].image) {
     return;
   }
   viewed = place;
-  const { request, picture, strip, seconds } = shown[place];
+  const { request, image, strip, seconds } = shown[place];
   $("viewer-title").textContent =
     `${caption(request)}, ${request.steps} ${request.steps === 1 ? "step" : "steps"}, ${duration(seconds)}`;
-  paint($("large"), picture);
-  const frames = strip.length > 0 ? [...strip, picture] : [];
+  paint($("large"), image);
+  const frames = strip.length > 0 ? [...strip, image] : [];
   $("strip").hidden = frames.length === 0;
   $("strip").replaceChildren(...frames.map((frame, step) => {
     const item = document.createElement("li");
@@ -339,17 +339,17 @@ function view(place) {
     $("save").download = fileName(request);
   });
   $("previous").disabled = place === 0;
-  $("next").disabled = !shown[place + 1]?.picture;
+  $("next").disabled = !shown[place + 1]?.image;
   if (!$("viewer").open) {
     $("viewer").showModal();
   }
 }
 
-/** All pictures of the gallery that have the first one's size, on one sheet. */
+/** All images of the gallery that have the first one's size, on one sheet. */
 function sheet() {
-  const pictures = shown.map((entry) => entry.picture).filter(Boolean);
-  const { height, width } = pictures[0];
-  const same = pictures.filter((picture) => picture.height === height && picture.width === width);
+  const images = shown.map((entry) => entry.image).filter(Boolean);
+  const { height, width } = images[0];
+  const same = images.filter((image) => image.height === height && image.width === width);
   const columns = Math.ceil(Math.sqrt(same.length));
   const canvas = document.createElement("canvas");
   canvas.width = columns * width;
@@ -390,8 +390,8 @@ function verify() {
       const most = Math.max(...largest);
       $("verified").dataset.largest = String(most);
       $("verified").textContent = most <= 1
-        ? `${largest.length} recorded pictures: no value is more than ${most} of 255 off. This browser makes the right pictures.`
-        : `${largest.length} recorded pictures: some values are ${most} of 255 off. This browser does not make the right pictures; try the other engine.`;
+        ? `${largest.length} recorded images: no value is more than ${most} of 255 off. This browser makes the right images.`
+        : `${largest.length} recorded images: some values are ${most} of 255 off. This browser does not make the right images; try the other engine.`;
     }
   };
   send(requests, [], false);
@@ -491,7 +491,7 @@ $("clear").addEventListener("click", () => {
 $("share").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(location.href);
-    say("The link is copied; it makes the same pictures wherever it is opened.");
+    say("The link is copied; it makes the same images wherever it is opened.");
   } catch {
     say("This browser does not let the page copy; the link is the page's address.");
   }

@@ -89,11 +89,11 @@ export class Generator {
   }
 
   /**
-   * One picture: {height, width, pixels}, RGBA. `request` has classLabel (a number, or null), steps, seed and index
-   * (BigInt), height and width (pixels). `onStep(step, picture)` is given the clean-image estimate after every step but
+   * One image: {height, width, pixels}, RGBA. `request` has classLabel (a number, or null), steps, seed and index
+   * (BigInt), height and width (pixels). `onStep(step, image)` is given the clean-image estimate after every step but
    * the last, and makes the steps run one by one. `cancelled()` is asked before every network call; null comes back.
    */
-  async picture(request, { onStep = null, cancelled = () => false } = {}) {
+  async image(request, { onStep = null, cancelled = () => false } = {}) {
     const { latents, pixelShuffle } = this.config;
     const table = this.config.tables.find((each) => each.rows.length === request.steps);
     const height = request.height / pixelShuffle;
@@ -163,7 +163,7 @@ export class Generator {
     return this.develop(x, shape);
   }
 
-  /** Latents (1, C, H, W) to a picture: torch's pixel shuffle, the value range to 0..255, rounded half to even. */
+  /** Latents (1, C, H, W) to an image: torch's pixel shuffle, the value range to 0..255, rounded half to even. */
   develop(x, shape) {
     const { pixelShuffle: factor, scale, offset } = this.config;
     const channels = shape[1] / factor ** 2;

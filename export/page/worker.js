@@ -13,9 +13,9 @@ self.onmessage = async ({ data }) => {
       });
       await generator.load();
       self.postMessage({ type: "ready", engine: generator.engine, threads: generator.threads });
-    } else if (data.type === "generate") { // {id, requests, previews} -> preview..., picture..., done {cancelled}
+    } else if (data.type === "generate") { // {id, requests, previews} -> preview..., image..., done {cancelled}
       await generate(data);
-    } else if (data.type === "cancel") { // {id}: no further picture of that request is begun
+    } else if (data.type === "cancel") { // {id}: no further image of that request is begun
       cancelled.add(data.id);
     }
   } catch (error) {
@@ -27,20 +27,20 @@ async function generate({ id, requests, previews }) {
   const gone = () => cancelled.has(id);
   for (const [place, request] of requests.entries()) {
     const start = performance.now();
-    const onStep = previews ? (step, picture) => post("preview", picture, { id, place, step }) : null;
-    const picture = await generator.picture(request, { onStep, cancelled: gone });
-    if (picture === null) {
+    const onStep = previews ? (step, image) => post("preview", image, { id, place, step }) : null;
+    const image = await generator.image(request, { onStep, cancelled: gone });
+    if (image === null) {
       break;
     }
-    post("picture", picture, { id, place, seconds: (performance.now() - start) / 1000 });
+    post("image", image, { id, place, seconds: (performance.now() - start) / 1000 });
     await new Promise((resolve) => setTimeout(resolve)); // let a cancellation in
   }
   self.postMessage({ type: "done", id, cancelled: gone() });
   cancelled.delete(id);
 }
 
-function post(type, picture, more) {
-  self.postMessage({ type, ...more, ...picture }, [picture.pixels.buffer]);
+function post(type, image, more) {
+  self.postMessage({ type, ...more, ...image }, [image.pixels.buffer]);
 }
 
 /** An engine's error in a sentence. Its own numbers, which some builds throw, mean that memory ran out. */

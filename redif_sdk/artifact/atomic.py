@@ -13,12 +13,12 @@ from redif_sdk.errors import InvalidRequest
 
 __all__ = ["REPLACEABLE", "atomic_folder", "atomic_write"]
 
-#: A folder that `atomic_folder` may replace holds one of these: a slip of the keyboard must not delete a home folder.
+#: A folder is replaced only if it holds one of these files, so that a mistyped path deletes no other folder.
 REPLACEABLE = ("redif.json", "model_index.json")
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: the old file or the new one is there, never a part. After an OSError nothing is left."""
+    """Write `data` to `path` at once: the old file or the whole new one is there, also after an OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
@@ -32,7 +32,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def _check_free(path: Path, overwrite: bool, replaceable: Sequence[str]) -> None:
-    """Raise InvalidRequest unless `path` is free, an empty folder, or a folder of ours that may be overwritten."""
+    """Raise InvalidRequest unless `path` is free, an empty folder, or a folder that may be replaced."""
     if not os.path.lexists(path):
         return
     if not path.is_dir():
@@ -40,18 +40,23 @@ def _check_free(path: Path, overwrite: bool, replaceable: Sequence[str]) -> None
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise InvalidRequest(f"{path} is there already and not empty; give another folder, or ask to overwrite it")
+        raise InvalidRequest(f"{path} exists and is not empty; give another folder, or overwrite it")
     if not any((path / name).is_file() for name in replaceable):
         names = " or ".join(replaceable)
-        raise InvalidRequest(f"{path} is no folder of ours ({names}), so it is not overwritten; give another folder")
+        raise InvalidRequest(f"{path} holds no {names}, so it is not overwritten; give another folder")
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False, replaceable: Sequence[str] = REPLACEABLE) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write into; swap it in at the end, or remove it on any error.
+    """Yield a temporary folder beside `path` to write into; it replaces `path` at the end, or is removed on an error.
 
-    An empty folder at `path` counts as none. Raises InvalidRequest when something else is there and `overwrite` is
-    false, or when it is not a folder of ours. The sibling is on the same file system, so the swap is a rename.
+    Args:
+        path: The folder to make. An empty folder counts as absent.
+        overwrite: Whether to replace a folder that is there.
+        replaceable: A folder is replaced only if it holds one of these files.
+
+    Raises:
+        InvalidRequest: Something else is at `path`, or a folder that may not be replaced.
     """
     path = Path(path).resolve()
     _check_free(path, overwrite, replaceable)

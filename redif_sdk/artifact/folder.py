@@ -1,6 +1,6 @@
 """A student's folder: `write_manifest` lists and hashes its files, `StudentFolder` reads them if they are unaltered.
 
-What ``redif.json`` says is `manifest.py`; how a file is opened safely is `paths.py`; nothing here knows torch.
+`manifest.py` defines ``redif.json``, `paths.py` opens files safely, `untrusted/` checks what is in them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ UNHASHED = frozenset({MANIFEST_NAME, CARD_NAME, ".gitattributes"})  # the Hub ed
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Hash every file of `folder` (except README.md, .gitattributes, redif.json), and write ``redif.json`` atomically.
 
-    Returns the manifest with `files` and `digest` filled in. Raises ManifestError for a file of a kind that may not be
-    there, IntegrityError for a link that leaves the folder.
+    Returns:
+        The manifest with `files` and `digest` filled in.
+
+    Raises:
+        ManifestError: The manifest is not valid, or a file is of a kind that a student may not hold.
+        IntegrityError: A link leaves the folder.
     """
     folder = Path(folder)
     entries = []
@@ -64,24 +68,30 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 class StudentFolder:
     """A checked view of a student's folder: only listed files are read, and only if they are unaltered and harmless.
 
-    `repair`, where given, is called with the path of a file that is missing or altered, and the file is then read once
-    more: a student from the Hub fetches it again.
+    Args:
+        path: The folder.
+        repair: Called with the path of a file that is missing or altered, which is then read once more. A student
+            from the Hub downloads it again.
+
+    Attributes:
+        manifest: The checked manifest.
+        manifest_bytes: The bytes of ``redif.json``. Written anew, a manifest of an older format would have another
+            digest.
+
+    Raises:
+        ManifestError: `path` is not a student, or holds a pickle.
+        IntegrityError: The manifest was altered.
     """
 
     def __init__(self, path: str | Path, *, repair: Callable[[str], None] | None = None) -> None:
-        """Read and check ``redif.json``, and see that no pickle lies about.
-
-        ManifestError if `path` is no student, IntegrityError if it was altered.
-        """
         self.path = Path(path)
         self._repair = repair
         if not self.path.is_dir():
             raise ManifestError(f"{self.path} is not a folder; give the folder of a student")
         if not (self.path / MANIFEST_NAME).exists():
             raise ManifestError(
-                f"{self.path} has no {MANIFEST_NAME}, so it is no student; make one with redif distill or import"
+                f"{self.path} has no {MANIFEST_NAME}, so it is not a student; run redif distill or redif import"
             )
-        #: ``redif.json`` as it stands there: one of an older format, written anew, would not match its own digest.
         self.manifest_bytes = read_checked(self.path, MANIFEST_NAME, limit=MANIFEST_LIMIT)
         self.manifest = Manifest.from_bytes(self.manifest_bytes, f"{self.path / MANIFEST_NAME}")
         self._entries = {entry.path: entry for entry in self.manifest.files}
@@ -90,8 +100,7 @@ class StudentFolder:
             check_pickle(path)
 
     def _check_uses(self) -> None:
-        """IntegrityError for a graph, golden file or tokenizer that is not listed, ManifestError for one of a wrong
-        kind."""
+        """Check that graphs, golden files and tokenizers are listed and of the right kinds."""
         kinds = [(graph.file, ".onnx") for graph in self.manifest.graphs]
         kinds += [(golden.file, ".npz") for golden in self.manifest.golden]
         kinds += [(file, ".data") for graph in self.manifest.graphs for file in graph.data]
@@ -104,9 +113,10 @@ class StudentFolder:
                 raise ManifestError(f"{file} of {self.path} is used as a {kind} file; export it again")
 
     def read(self, relative: str) -> bytes:
-        """The bytes of a listed file, from one open, hashed and looked into before they are returned.
+        """The bytes of a listed file, hashed and checked by its kind.
 
-        Raises IntegrityError, naming the file.
+        Raises:
+            IntegrityError: The file is not listed, missing, altered or hostile; the message names it.
         """
         self._check_header(self._entry(relative))
         data = self.read_bytes(relative)
@@ -114,16 +124,20 @@ class StudentFolder:
         return data
 
     def read_bytes(self, relative: str) -> bytes:
-        """The bytes of a listed file, from one open, hashed before they are returned, and not looked into."""
+        """The bytes of a listed file, hashed but not checked further. Raises IntegrityError."""
         return self._bytes(self._entry(relative))
 
     def read_graph(self, graph: Graph) -> tuple[bytes, dict[str, bytes]]:
-        """The bytes of a graph, and its data files by name, hashed and checked (`untrusted/onnx.py`) as `read` does."""
+        """The bytes of a graph and of its data files by name, hashed and checked (`untrusted/onnx.py`).
+
+        Raises:
+            IntegrityError: As for `read`.
+        """
         data = [self._entry(path) for path in graph.data]
         return self._model(graph), {PurePosixPath(entry.path).name: self._bytes(entry) for entry in data}
 
     def _model(self, graph: Graph) -> bytes:
-        """The bytes of a graph, hashed and checked, without those of its data files."""
+        """The bytes of a graph without its data files, hashed and checked."""
         model = self._bytes(self._entry(graph.file))
         sizes = {PurePosixPath(path).name: self._entry(path).bytes for path in graph.data}
         check_graph(model, graph, sizes, f"{graph.file} in {self.path}")
@@ -132,7 +146,7 @@ class StudentFolder:
     def _entry(self, relative: str) -> FileEntry:
         entry = self._entries.get(relative)
         if entry is None:
-            raise IntegrityError(f"{relative} is not in the list of files of {self.path}, so it is not read")
+            raise IntegrityError(f"{relative} is not in the list of files of {self.path}; export the student again")
         return entry
 
     def _bytes(self, entry: FileEntry) -> bytes:
@@ -150,7 +164,7 @@ class StudentFolder:
         return read_checked(self.path, entry.path, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
 
     def sha256(self, relative: str) -> str:
-        """The hash that a listed file has, or is refused. IntegrityError if it is not listed."""
+        """The SHA-256 of a listed file, by the manifest. Raises IntegrityError if it is not listed."""
         return self._entry(relative).sha256
 
     def files(self, folder: str) -> list[str]:
@@ -158,8 +172,12 @@ class StudentFolder:
         return [path for path in self._entries if path.startswith(f"{folder}/")]
 
     def check_all(self) -> None:
-        """Look at every byte: raise IntegrityError, naming the file, unless all listed files are there, unaltered and
-        harmless, and nothing else is there."""
+        """Check every file of the folder.
+
+        Raises:
+            IntegrityError: A listed file is missing, altered or hostile, or another file is there.
+            ManifestError: The card holds active content.
+        """
         for path in list_files(self.path):
             if path not in self._entries and path not in UNHASHED:
                 raise IntegrityError(
@@ -180,7 +198,7 @@ class StudentFolder:
                 self._check_large(entry)
 
     def _check_header(self, entry: FileEntry) -> None:
-        """Of a safetensors file, look at the header before all of it is read."""
+        """Check the header of a safetensors file before all of it is read."""
         if entry.path.endswith(".safetensors"):
             where = f"{entry.path} in {self.path}"
             size = safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
@@ -188,15 +206,20 @@ class StudentFolder:
             safetensors_header(header, entry.bytes - 8 - size, where)
 
     def _check_large(self, entry: FileEntry) -> None:
-        """Hash a file piece by piece."""
+        """Check the hash of a large file piece by piece."""
         self._check_header(entry)
         if hash_file(self.path, entry.path, size=entry.bytes) != (entry.bytes, entry.sha256):
             raise self._altered(entry.path)
 
     def copy_to(self, target: Path, *, without: tuple[str, ...] = ()) -> None:
-        """Copy the student into the folder `target`, hashing on the way; top-level folders in `without` are left out.
+        """Copy the student's files into the folder `target`, checking their hashes.
 
-        ``redif.json`` is copied too unless something is left out (a part of a student needs a manifest of its own).
+        Args:
+            target: An existing folder.
+            without: Top-level folders to leave out. Then ``redif.json`` is not copied either, since it would not fit.
+
+        Raises:
+            IntegrityError: A file is missing or altered.
         """
         for entry in self.manifest.files:
             if entry.path.split("/")[0] in without:
@@ -211,7 +234,7 @@ class StudentFolder:
             atomic_write(target / MANIFEST_NAME, self.manifest_bytes)
 
     def keep_foreign(self, target: Path) -> None:
-        """Copy what version control left in the folder (`FOREIGN_FOLDERS`), for when `target` will replace it."""
+        """Copy version control's files (`FOREIGN_FOLDERS`) into `target`, which will replace this folder."""
         for name in FOREIGN_FOLDERS:
             if (self.path / name).is_dir():
                 shutil.copytree(locate(self.path, name), target / name, symlinks=True)

@@ -38,7 +38,7 @@ MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
-#: What a reader may have to allocate, in values: the latents of one image, its noise over all steps, and the noise of
+#: Bounds of what a reader allocates, in values: the latents of one image, its noise over all steps, and the noise of
 #: all golden files together.
 LARGEST_LATENTS = 1 << 26
 LARGEST_NOISE = 1 << 28
@@ -114,10 +114,10 @@ class Manifest(BaseModel):
             raise ValueError("two graphs are of the same component and precision")
         latents = self.latents.channels * self.latents.height * self.latents.width
         if latents > LARGEST_LATENTS:
-            raise ValueError(f"the latents of a picture have {latents} values; at most {LARGEST_LATENTS} are read")
+            raise ValueError(f"the latents of an image have {latents} values; the limit is {LARGEST_LATENTS}")
         most = max(table.noise_slices for table in self.tables)
         if most * latents > LARGEST_NOISE:
-            raise ValueError(f"a picture takes {most * latents} values of noise; at most {LARGEST_NOISE} are drawn")
+            raise ValueError(f"an image takes {most * latents} values of noise; the limit is {LARGEST_NOISE}")
         recorded = [golden.file for golden in self.golden]
         if len(set(recorded)) != len(recorded):
             raise ValueError("a golden file is named twice")
@@ -126,7 +126,7 @@ class Manifest(BaseModel):
             for golden in self.golden
         )
         if most * self.latents.channels * values > LARGEST_GOLDEN:
-            raise ValueError(f"the golden files are of more than {LARGEST_GOLDEN} values of noise")
+            raise ValueError(f"the golden files take more than {LARGEST_GOLDEN} values of noise")
         return self
 
     _parsed: tuple[list[dict[str, Any]], list[StepTable]] | None = PrivateAttr(default=None)
@@ -140,11 +140,15 @@ class Manifest(BaseModel):
 
     @property
     def supported_steps(self) -> list[int]:
-        """The numbers of steps that there is a table for, in the manifest's order: the first is the default."""
+        """The numbers of steps that have a table, in the manifest's order; the first is the default."""
         return [table.num_inference_steps for table in self.tables]
 
     def step_table(self, num_inference_steps: int | None = None) -> StepTable:
-        """The table with that many rows; the first one for None. Raises InvalidRequest, naming those that there are."""
+        """The table of that many steps; None: the first one.
+
+        Raises:
+            InvalidRequest: There is none; the message has the valid numbers.
+        """
         if num_inference_steps is None:
             return self.tables[0]
         for table in self.tables:
@@ -152,53 +156,54 @@ class Manifest(BaseModel):
                 return table
         have = ", ".join(str(steps) for steps in self.supported_steps)
         raise InvalidRequest(
-            f"{self.name} has no table for {num_inference_steps!r} steps; num_inference_steps can be {have}"
+            f"num_inference_steps={num_inference_steps!r} is not supported by {self.name}; choose from {have}"
         )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of a picture."""
+        """(height, width, channels) of an image, by default."""
         scale = self.postprocess.scale
         return self.latents.height * scale, self.latents.width * scale, self.postprocess.channels(self.latents.channels)
 
     @property
     def classes(self) -> Condition | None:
-        """The condition of a student that is asked for classes."""
+        """The condition of a class-conditional student, else None."""
         return self.condition if isinstance(self.condition, Condition) else None
 
     @property
     def text(self) -> TextCondition | None:
-        """The condition of a student that is asked by prompts."""
+        """The condition of a text-to-image student, else None."""
         return self.condition if isinstance(self.condition, TextCondition) else None
 
     @property
     def condition_tensors(self) -> list[TensorSpec]:
-        """What the denoiser and the generator take besides the state: class_labels, or what prompts become."""
+        """The conditioning inputs of the denoiser and the generator: class_labels, or the encoded prompts' tensors."""
         if isinstance(self.condition, TextCondition):
             return self.condition.tensors
         return [TensorSpec(name="class_labels", dtype="int64", shape=["batch"])] if self.condition else []
 
     def graph(self, component: str, precision: str) -> Graph | None:
-        """The graph of that component and precision, if there is one."""
+        """The graph of that component and precision, or None."""
         for graph in self.graphs:
             if (graph.component, graph.precision) == (component, precision):
                 return graph
         return None
 
     def digested(self) -> Manifest:
-        """The same manifest with its digest."""
+        """A copy with its digest filled in."""
         return self.model_copy(update={"digest": digest_of(self.model_dump(mode="json"))})
 
     def to_bytes(self) -> bytes:
-        """``redif.json`` as it stands on disk."""
+        """The bytes of ``redif.json``."""
         return encode(self.model_dump(mode="json"))
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = MANIFEST_NAME) -> Manifest:
-        """Parse and check ``redif.json``; `where` names it in errors.
+        """Parse and check the bytes of ``redif.json``; `where` names it in errors.
 
-        Raises ManifestError for anything that is no manifest of a version that we read, IntegrityError for one that was
-        altered.
+        Raises:
+            ManifestError: They are not a valid manifest, or of a version that this release does not read.
+            IntegrityError: They were altered.
         """
         document = strict_json.parse(data, where)
         version = document.get("format_version")
@@ -207,7 +212,7 @@ class Manifest(BaseModel):
             raise ManifestError(
                 f"{where} has format_version {version!r}; this release reads {FORMAT_VERSION}: update redif-sdk"
             )
-        # The bytes must be the very ones that we write, so that no altered byte goes unnoticed, not even a blank.
+        # The bytes must be exactly those that `to_bytes` writes, so that even an altered blank is noticed.
         if document.get("digest") != digest_of(document) or encode(document) != data:
             raise IntegrityError(f"{where} was altered: it does not match its own digest; fetch or export it again")
         try:
@@ -216,4 +221,4 @@ class Manifest(BaseModel):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             newer = "" if version == FORMAT_VERSION else f" (it is of format {version}: update redif-sdk)"
-            raise ManifestError(f"{where} is no valid manifest: {field}: {first['msg']}{newer}") from error
+            raise ManifestError(f"{where} is not a valid manifest: {field}: {first['msg']}{newer}") from error

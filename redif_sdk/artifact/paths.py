@@ -29,25 +29,25 @@ __all__ = [
     "shown",
 ]
 
-#: Formats that run code when they are loaded. No student holds one, and no reader opens one.
+#: Formats that run code when they are loaded. A student never holds one.
 PICKLE_SUFFIXES = frozenset(
     {".pkl", ".pickle", ".pt", ".pt2", ".pth", ".bin", ".ckpt", ".joblib", ".dill", ".npy", ".h5", ".keras", ".mar"}
 )
-#: What an engine compiles for one machine. It runs unchecked code there, so it is built where it is used.
+#: Compiled engines. They run unchecked code on one kind of machine, so they are built where they are used.
 ENGINE_SUFFIXES = frozenset({".engine", ".plan", ".trt", ".rtx", ".timing", ".blob", ".so", ".dll", ".dylib"})
-#: All that a student is made of: weights, graphs, recorded outputs, configurations, pictures and text.
+#: The kinds of files in a student: weights, graphs, recorded outputs, configurations, images and text.
 SUFFIXES = frozenset(
     {".safetensors", ".onnx", ".data", ".npz", ".json", ".txt", ".model", ".md", ".png", ".jpg", ".jpeg", ".webp"}
 )
 LICENCES = frozenset({"LICENSE", "LICENCE", "NOTICE"})
 
-#: What version control and the Hub's client leave beside the files. Never read, never hashed.
+#: Folders of version control and of the Hub's client. Never read, never hashed.
 FOREIGN_FOLDERS = (".git", ".cache/huggingface")
 
-#: Where a pulled student notes what it is a copy of.
+#: The file in which a pulled student records its repository and commit.
 ORIGIN = ".cache/huggingface/redif-origin.json"
 
-#: Most files of a student's folder; a folder that holds more is not walked to its end.
+#: Most files of a student's folder; listing stops with an error beyond that.
 MOST_FILES = 10_000
 
 _CHUNK = 1 << 20
@@ -59,10 +59,11 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def check_relative(path: str) -> str:
-    """Return `path` if it is a plain relative POSIX path of an allowed format.
+    """Return `path` if it is a plain relative POSIX path and not a pickle.
 
-    Raises ManifestError for an absolute path, ``..``, ``.``, an empty part, a backslash, a drive letter, a control
-    character, or the suffix of a pickle.
+    Raises:
+        ManifestError: It is absolute, or has ``..``, ``.``, an empty part, a backslash, a drive letter, a control
+            character, or the suffix of a pickle.
     """
     if (
         not path
@@ -80,12 +81,12 @@ def check_relative(path: str) -> str:
 
 
 def shown(path: str) -> str:
-    """`path` as a message may hold it: quoted, escaped and cut where it is no plain name."""
+    """`path` for use in a message: quoted, escaped and cut unless it is plain and short."""
     return path if path.isprintable() and len(path) <= 200 else f"{path!r:.200}"
 
 
 def check_pickle(path: str) -> None:
-    """Raise ManifestError for the suffix of a pickle, wherever in the name: a loader may look at any of them."""
+    """Raise ManifestError if any suffix of the name is a pickle's: a loader may look at any of them."""
     if not PICKLE_SUFFIXES.isdisjoint(PurePosixPath(path.lower()).suffixes):
         raise ManifestError(
             f"{shown(path)}: files of this kind can hold a pickle, which runs code; convert it to safetensors"
@@ -93,10 +94,13 @@ def check_pickle(path: str) -> None:
 
 
 def check_name(path: str) -> str:
-    """Return `path` if every file system, and every reader, takes it for the same thing.
+    """Return `path` if it means the same on every file system and to every reader.
 
-    Raises ManifestError for what `check_relative` refuses, and for all but ASCII letters, digits and ``_.+=@-``: a
-    letter of another script may look like one of these, and ``*`` or ``:`` means something to the Hub or to Windows.
+    Only ASCII letters, digits and ``_.+=@-`` are allowed: a letter of another script may look like one of these, and
+    ``*`` or ``:`` has a meaning to the Hub or to Windows.
+
+    Raises:
+        ManifestError: Any other path.
     """
     check_relative(path)
     parts = path.split("/")
@@ -104,21 +108,21 @@ def check_name(path: str) -> str:
         _PART.fullmatch(part) is None or part.endswith(".") or _DEVICE.fullmatch(part) for part in parts
     ):
         raise ManifestError(
-            f"{path!r:.200} is no name for a student's file; use ASCII letters, digits and _.+=@- (no device name of "
-            f"Windows), at most {_DEEPEST} folders deep"
+            f"{path!r:.200} is not a valid name in a student; use ASCII letters, digits and _.+=@- (no device name "
+            f"of Windows), at most {_DEEPEST} folders deep"
         )
     return path
 
 
 def check_kind(path: str) -> str:
-    """Return `path` if it names a file of a kind that a student is made of (`SUFFIXES`). Raises ManifestError."""
+    """Return `path` if it is a valid name of a kind in `SUFFIXES`. Raises ManifestError otherwise."""
     check_name(path)
     name = PurePosixPath(path)
     if name.suffix.lower() in ENGINE_SUFFIXES:
         raise ManifestError(f"{path}: compiled engines never travel with a student; build them where they are used")
     if name.suffix.lower() not in SUFFIXES and name.name not in LICENCES:
         raise ManifestError(
-            f"{path}: files of this kind are no part of a student (its kinds: {', '.join(sorted(SUFFIXES))}); remove it"
+            f"{path}: a student holds no files of this kind (allowed: {', '.join(sorted(SUFFIXES))}); remove it"
         )
     return path
 
@@ -127,7 +131,11 @@ def locate(root: Path, relative: str) -> Path:
     """The real path of `relative` inside `root`, links followed.
 
     A link may lead elsewhere inside the folder, or into ``blobs/`` of the same repository in a Hub cache, which is how
-    the Hub's client lays files out. Raises IntegrityError for a missing file and for any other link.
+    the Hub's client lays files out.
+
+    Raises:
+        IntegrityError: The file is missing, or another link leaves the folder.
+        ManifestError: The path is not safe (`check_relative`).
     """
     check_relative(relative)
     base = root.resolve()
@@ -175,19 +183,28 @@ def _open_regular(root: Path, relative: str) -> int:
 
 
 def read_checked(root: Path, relative: str, *, limit: int, size: int | None = None, sha256: str | None = None) -> bytes:
-    """The bytes of `relative`, from one open, checked before they are returned.
+    """The bytes of a file, read once and checked before they are returned.
 
-    `limit`: most bytes to accept. `size` and `sha256`: what the bytes must measure and hash to, where known.
-    Raises IntegrityError, naming the file, when it is missing, too large or altered.
+    Args:
+        root: The folder.
+        relative: The file's path in it.
+        limit: Most bytes to accept.
+        size: The expected number of bytes, if known.
+        sha256: The expected hash, if known.
+
+    Raises:
+        IntegrityError: The file is missing, too large or altered; the message names it.
     """
     with os.fdopen(_open_regular(root, relative), "rb") as file:
         present = os.fstat(file.fileno()).st_size
         try:
             data = file.read(limit + 1) if present <= limit and size in (None, present) else b""
         except MemoryError as error:
-            raise IntegrityError(f"{relative} in {root} has {present} bytes: there is no memory for them") from error
+            raise IntegrityError(f"{relative} in {root} has {present} bytes, which do not fit into memory") from error
     if (present > limit or len(data) > limit) and size is None:
-        raise IntegrityError(f"{relative} in {root} has more than {limit} bytes, which none of ours has")
+        raise IntegrityError(
+            f"{relative} in {root} has more than {limit} bytes, the limit of such a file; do not use it"
+        )
     if size is not None and len(data) != size:
         raise IntegrityError(f"{relative} in {root} was altered: it should have {size} bytes; fetch or export it again")
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -198,15 +215,25 @@ def read_checked(root: Path, relative: str, *, limit: int, size: int | None = No
 
 
 def read_start(root: Path, relative: str, size: int) -> bytes:
-    """The first `size` bytes of a file, or all where it has fewer. Raises IntegrityError."""
+    """The first `size` bytes of a file, or fewer if it is shorter. Raises IntegrityError."""
     with os.fdopen(_open_regular(root, relative), "rb") as file:
         return file.read(size)
 
 
 def hash_file(root: Path, relative: str, copy_to: Path | None = None, *, size: int | None = None) -> tuple[int, str]:
-    """(bytes, sha256) of a file of any size, read in chunks; written to `copy_to` on the way where given.
+    """The size and SHA-256 of a file of any size, read in chunks.
 
-    A file that has not the `size` that it should have is not read: its hash is then empty.
+    Args:
+        root: The folder.
+        relative: The file's path in it.
+        copy_to: Where to write a copy, if given.
+        size: The expected number of bytes, if known. A file of another size is not read.
+
+    Returns:
+        (bytes, sha256); the hash is empty if the file has another size than expected.
+
+    Raises:
+        IntegrityError: The file is missing or cannot be read.
     """
     digest, done = hashlib.sha256(), 0
     with os.fdopen(_open_regular(root, relative), "rb") as source:
@@ -232,14 +259,17 @@ def hash_file(root: Path, relative: str, copy_to: Path | None = None, *, size: i
 def list_files(root: Path) -> list[str]:
     """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file, `FOREIGN_FOLDERS` do not.
 
-    Raises ManifestError for more than `MOST_FILES`, or folders nested deeper than any of ours.
+    Raises:
+        ManifestError: There are more than `MOST_FILES`, or folders nested too deep.
     """
     found: list[str] = []
     waiting = [""]
     while waiting:
         folder = waiting.pop()
         if folder.count("/") > _DEEPEST:
-            raise ManifestError(f"{root} has folders more than {_DEEPEST} deep, so it is no student; give another one")
+            raise ManifestError(
+                f"{root} has folders more than {_DEEPEST} deep, so it is not a student; give another one"
+            )
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 path = folder + entry.name
@@ -248,5 +278,7 @@ def list_files(root: Path) -> list[str]:
                 elif path not in FOREIGN_FOLDERS:
                     waiting.append(f"{path}/")
                 if len(found) + len(waiting) > MOST_FILES:
-                    raise ManifestError(f"{root} holds more than {MOST_FILES} files, so it is no student")
+                    raise ManifestError(
+                        f"{root} holds more than {MOST_FILES} files, so it is not a student; give another one"
+                    )
     return sorted(found)

@@ -37,7 +37,7 @@ __all__ = [
 LARGEST_EXTENT = 65536
 _LARGEST_COUNT = (1 << 63) - 1
 
-#: What a terminal, an editor or a page takes for a command, or for another order of the letters.
+#: Characters that a terminal, an editor or a page may take for a command or for another order of the text.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     "\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]"
@@ -46,7 +46,7 @@ _UNPRINTABLE = re.compile(
 
 def _check_text(text: str) -> str:
     if found := _UNPRINTABLE.search(text):
-        raise ValueError(f"it holds the character U+{ord(found[0]):04X}, which no name or text may")
+        raise ValueError(f"it holds the character U+{ord(found[0]):04X}, which is not allowed in names and texts")
     return text
 
 
@@ -70,7 +70,7 @@ class _Part(BaseModel):
 
 
 class TeacherInfo(_Part):
-    """Where the student was distilled from, and how its teacher samples."""
+    """The teacher that the student was distilled from, and how it samples."""
 
     id: Text
     revision: Text | None = None
@@ -80,7 +80,7 @@ class TeacherInfo(_Part):
 
 
 class Budget(_Part):
-    """What the distillation cost. One network call is one forward-equivalent, a gradient sample three."""
+    """The cost of the distillation. One network call is one forward-equivalent, a gradient sample three."""
 
     teacher_calls: Count = 0
     student_calls: Count = 0
@@ -101,10 +101,10 @@ class Distillation(_Part):
 
 
 class Latents(_Part):
-    """The network's own input, one image: (channels, height, width). `dynamic` names the axes that may differ.
+    """The network's input for one image: (channels, height, width).
 
-    They differ by whole multiples of `multiple`: a network that halves its input n times needs 2^n. `largest`: the most
-    that either may be, for networks whose table of places ends.
+    `dynamic` names the axes that may differ, by multiples of `multiple` (2^n for a network that halves its input n
+    times) and up to `largest` (for networks whose table of positions ends).
     """
 
     channels: Extent
@@ -115,9 +115,15 @@ class Latents(_Part):
     largest: Extent | None = None
 
     def size(self, height: int | None, width: int | None, scale: int = 1) -> tuple[int, int]:
-        """(height, width) of latents for a picture of that size, `scale` pixels a latent; None: the student's own.
+        """(height, width) of the latents for an image.
 
-        Raises InvalidRequest, naming what there could be.
+        Args:
+            height: Of the image, in pixels; None: the student's own.
+            width: Likewise.
+            scale: Pixels a latent on each side.
+
+        Raises:
+            InvalidRequest: The student does not make that size; the message has the valid ones.
         """
         return self._extent("height", height, scale), self._extent("width", width, scale)
 
@@ -126,15 +132,15 @@ class Latents(_Part):
         if pixels is None or pixels == own * scale:
             return own
         if axis not in self.dynamic:
-            raise InvalidRequest(f"{axis} is {pixels}; this student makes pictures of {axis} {own * scale} alone")
+            raise InvalidRequest(f"{axis}={pixels} is not supported; the student makes images of {axis} {own * scale}")
         unit, most = self.multiple * scale, (self.largest or LARGEST_EXTENT) * scale
         if pixels < unit or pixels % unit or pixels > most:
-            raise InvalidRequest(f"{axis} is {pixels}; give a multiple of {unit} up to {most}")
+            raise InvalidRequest(f"{axis}={pixels} is not supported; give a multiple of {unit} up to {most}")
         return pixels // scale
 
 
 class TensorSpec(_Part):
-    """A graph's input or output; an axis is a number, or the name of what it runs over."""
+    """A graph's input or output. A fixed axis is a number, a free one has a name."""
 
     name: Text
     dtype: Text
@@ -142,7 +148,7 @@ class TensorSpec(_Part):
 
 
 class Condition(_Part):
-    """What an image is asked for by: a class from 0 to ``num_classes - 1``, which may have a name."""
+    """The condition of a class-conditional student: a class from 0 to ``num_classes - 1``, which may have a name."""
 
     kind: Literal["class"] = "class"
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -160,9 +166,9 @@ class Condition(_Part):
 class Tokenizer(_Part):
     """Prompts to token ids: Hugging Face's ``tokenizer.json``, and how ids become the text encoder's input `input`.
 
-    A prompt has `max_length` ids: longer ones are cut (the last id stays the end's), shorter ones are padded with
-    `pad_token_id`. `mask` names the input that is 1 at tokens and 0 at padding, of encoders that take one.
-    With `lowercase` prompts are stripped and lower-cased first, as PixArt's pipeline does.
+    A prompt has `max_length` ids: longer ones are cut (the last id stays the end token), shorter ones are padded with
+    `pad_token_id`. `mask` names the input that is 1 at tokens and 0 at padding, for encoders that take one.
+    With `lowercase`, prompts are stripped and lower-cased first, as in PixArt's pipeline.
     """
 
     file: SafePath
@@ -174,21 +180,24 @@ class Tokenizer(_Part):
 
 
 class TextEncoder(_Part):
-    """The class that loads a text encoder, and its folder; a deployer never imports it."""
+    """The class that loads a text encoder for training and export, and its folder. Deployment does not import it."""
 
     class_path: Text  # e.g. "transformers.CLIPTextModel"
     folder: SafeFolder
 
 
 class TextCondition(_Part):
-    """What an image is asked for by: a prompt. The text encoder's graph makes `tensors` of the tokenizers' ids, and
-    the denoiser and the generator take them by name."""
+    """The condition of a text-to-image student: a prompt.
+
+    The text encoder's graph turns the tokenizers' ids into `tensors`; the denoiser and the generator take these by
+    name.
+    """
 
     kind: Literal["text"]
     tokenizers: Annotated[list[Tokenizer], Field(min_length=1, max_length=4)]
     encoders: Annotated[list[TextEncoder], Field(min_length=1, max_length=4)]
     tensors: Annotated[list[TensorSpec], Field(min_length=1, max_length=8)]  # their first axis is "batch"
-    examples: Annotated[list[Text], Field(min_length=1, max_length=100)]  # prompts that it can draw
+    examples: Annotated[list[Text], Field(min_length=1, max_length=100)]  # prompts that it was trained for
 
     @model_validator(mode="after")
     def _named_once(self) -> TextCondition:
@@ -198,13 +207,15 @@ class TextCondition(_Part):
             if len(set(kind)) != len(kind):
                 raise ValueError(f"a tensor is named twice: {', '.join(kind)}")
         if any(not tensor.shape or tensor.shape[0] != "batch" for tensor in self.tensors):
-            raise ValueError("a tensor that prompts become has no batch axis first")
+            raise ValueError("the first axis of an encoded prompt's tensor is not batch")
         return self
 
 
 class Decoder(_Part):
-    """The network that turns latents into pictures, `scale` pixels a latent on each side: an autoencoder's decoder,
-    given latents / `scaling_factor` + `shift_factor`."""
+    """The network that decodes latents, an autoencoder's decoder: `scale` pixels a latent on each side.
+
+    Its input is latents / `scaling_factor` + `shift_factor`.
+    """
 
     class_path: Text  # e.g. "diffusers.AutoencoderKL"
     folder: SafeFolder
@@ -215,8 +226,10 @@ class Decoder(_Part):
 
 
 class Postprocess(_Part):
-    """Latents to pictures: torch's pixel shuffle or a decoder, then `value_range` to 0..255, clipped and rounded half
-    to even."""
+    """Latents to images: torch's pixel shuffle or a decoder, then `value_range` is mapped to 0..255.
+
+    Values are clipped, and rounded half to even.
+    """
 
     pixel_shuffle: Annotated[int, Field(ge=1, le=256)] = 1
     value_range: tuple[float, float] = (-1.0, 1.0)
@@ -228,7 +241,7 @@ class Postprocess(_Part):
         return self.decoder.scale if self.decoder else self.pixel_shuffle
 
     def channels(self, latents: int) -> int:
-        """Channels of the picture of so many channels of latents."""
+        """Channels of the image for that many channels of latents."""
         return self.decoder.channels if self.decoder else latents // self.pixel_shuffle**2
 
     @model_validator(mode="after")
@@ -243,8 +256,8 @@ class Postprocess(_Part):
 class Guidance(_Part):
     """Classifier-free guidance (Ho and Salimans 2022, eq. 6 with w + 1 = scale): f = u + scale (c - u).
 
-    u is the network's output for the class ``null_class``, c for the asked one: two network calls a step. Where
-    prompts ask, u is that of ``null_prompt``, or with ``null_zeros`` of zeros in place of what a prompt becomes.
+    u is the network's output for the class ``null_class``, c for the requested one: two network calls a step. For a
+    text-to-image student u is the output for ``null_prompt``, or with ``null_zeros`` for zeros as the encoded prompt.
     """
 
     scale: Annotated[float, Field(gt=0)]
@@ -253,21 +266,21 @@ class Guidance(_Part):
     null_zeros: bool = False
 
     def mix(self, asked: Any, unasked: Any) -> Any:
-        """f of the network's two outputs, arrays or tensors of one shape."""
+        """The guided output f from c (`asked`) and u (`unasked`), arrays or tensors of one shape."""
         return unasked + self.scale * (asked - unasked)
 
 
 def calls_per_step(guidance: Guidance | None) -> int:
-    """Network calls on one image for each step."""
+    """Network calls for one image and step: 2 under guidance."""
     return 2 if guidance else 1
 
 
 class Network(_Part):
-    """The class that loads the network for training, and its folder. A deployer never imports it.
+    """The class that loads the network for training and export, and its folder. Deployment does not import it.
 
-    ``guidance``: the graphs call the network twice a step and mix the two (an imported guided pipeline; distilled
-    students need none). ``embedded_guidance``: the scale that a network takes as an input of its own (Flux, LCM).
-    ``pipeline``: the class of diffusers that loads the folder, where it is more than network and scheduler.
+    ``guidance``: the graphs call the network twice a step and mix the outputs (an imported guided pipeline; distilled
+    students need none). ``embedded_guidance``: the guidance scale that a network takes as an input (Flux, LCM).
+    ``pipeline``: the diffusers class that loads the folder, if it is more than network and scheduler.
     """
 
     class_path: Text  # e.g. "diffusers.UNet2DModel"
@@ -278,11 +291,12 @@ class Network(_Part):
 
     @property
     def calls_per_step(self) -> int:
+        """Network calls for one image and step."""
         return calls_per_step(self.guidance)
 
 
 class Graph(_Part):
-    """One compiled graph. `data` names the files that hold its weights where they do not fit into `file` itself."""
+    """One ONNX graph. `data` names the files that hold its weights where these do not fit into `file`."""
 
     component: Component
     precision: Precision
@@ -296,7 +310,7 @@ class Graph(_Part):
 class Golden(_Part):
     """Inputs and torch outputs recorded at export (``.npz``; the arrays are described in `redif_sdk.export.golden`).
 
-    `height` and `width` are of its latents; None: the student's own.
+    `height` and `width` are those of the latents; None: the student's own.
     """
 
     file: SafePath
@@ -307,6 +321,8 @@ class Golden(_Part):
 
 
 class FileEntry(_Part):
+    """A file of the student, with its size and SHA-256."""
+
     path: SafePath
     bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

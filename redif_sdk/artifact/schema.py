@@ -1,7 +1,7 @@
 """The JSON Schema of ``redif.json``, generated from the code: ``python -m redif_sdk.artifact.schema`` prints it.
 
-It is published as ``docs/schema/redif-1.json`` (``make schema``), for readers in other languages. What a schema cannot
-say (the digest, hashes, tables that contradict each other) is checked by `manifest.Manifest.from_bytes` alone.
+It is published as ``docs/schema/redif-1.json`` (``make schema``), for readers in other languages. Digest, hashes and
+consistent tables cannot be expressed in it; `Manifest.from_bytes` checks them.
 """
 
 from __future__ import annotations

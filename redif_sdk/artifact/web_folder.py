@@ -1,7 +1,4 @@
-"""The folder of a page for browsers, as `redif export --target web` writes it: is it one, and is it whole?
-
-What lies in it is made by `redif_sdk.export.web`; whoever replaces or publishes such a folder asks here first.
-"""
+"""Checks of the folder of a browser page, which `redif_sdk.export.web` writes, before it is replaced or published."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ FORMAT = "redif-web-1"
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """``student.json``, or None where there is none of this format."""
+    """The content of ``student.json``, or None if there is none of this format."""
     try:
         found = json.loads((folder / CONFIG_NAME).read_bytes())
     except (OSError, ValueError):
@@ -28,20 +25,24 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def is_page(folder: str | Path) -> bool:
-    """Whether `folder` is such a page, by its own word."""
+    """Whether `folder` says that it is such a page; its files are not checked."""
     return _config(Path(folder)) is not None
 
 
 def check_page(folder: str | Path) -> dict[str, Any]:
-    """The ``student.json`` of a page, if it is one and nothing of it was altered; else InvalidRequest."""
+    """The ``student.json`` of a page whose files are all there and unaltered.
+
+    Raises:
+        InvalidRequest: The folder is not a page, or a file was added, changed or removed.
+    """
     path = Path(folder)
     config = _config(path)
     files = config.get("files") if config is not None else None
     if config is None or not isinstance(files, dict):
-        raise InvalidRequest(f"{path} is no page of redif export --target web; give the folder of one")
+        raise InvalidRequest(f"{path} is not a page made by redif export --target web; give the folder of one")
     present = set(list_files(path)) - {CONFIG_NAME}
     for name in sorted(present - set(files)):
-        raise InvalidRequest(f"{name} in {path} is not of the page; take it out of that folder")
+        raise InvalidRequest(f"{name} in {path} is not part of the page; remove it from that folder")
     for name, sha256 in files.items():
         if name not in present:
             raise InvalidRequest(f"{name} of the page in {path} is missing; export it again, into another folder")

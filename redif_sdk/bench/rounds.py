@@ -23,7 +23,7 @@ from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import RuntimeUnavailable
-from redif_sdk.graphs import Components
+from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.runtimes import RuntimeOptions
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -192,7 +192,7 @@ def _condition(student: StudentFolder, batch: int) -> NDArray[np.int64] | dict[s
     if manifest.text is not None:
         options = RuntimeOptions(device="cpu")
         encoder, _ = runtimes.choose(student, "text_encoder", "auto", "fp32", options)
-        return Components(student, encoder, options).encode(_in_turn(manifest.text.examples, batch))
+        return LoadedGraphs(student, encoder, options).encode(_in_turn(manifest.text.examples, batch))
     if manifest.classes is not None:
         return np.arange(batch, dtype=np.int64) % manifest.classes.num_classes
     return None

@@ -117,11 +117,11 @@ class Remote:
             check_pickle(path)
         manifest = self._files.get(MANIFEST_NAME)
         if manifest is None:
-            raise ManifestError(f"{self._repo_id} has no {MANIFEST_NAME}, so it is no student{self._hint()}")
+            raise ManifestError(f"{self._repo_id} has no {MANIFEST_NAME}, so it is not a student{self._hint()}")
         limits = {MANIFEST_NAME: MANIFEST_LIMIT, CARD_NAME: CARD_LIMIT}
         for path, limit in limits.items():
             if path in self._files and (self._files[path].size or 0) > limit:
-                raise ManifestError(f"{path} of {self._repo_id} has more than {limit} bytes, which none of ours has")
+                raise ManifestError(f"{path} of {self._repo_id} has more than {limit} bytes, the limit of such a file")
 
     def _hint(self) -> str:
         if self._files is not None and "model_index.json" in self._files:

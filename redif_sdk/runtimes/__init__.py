@@ -1,4 +1,4 @@
-"""The inference engines by name, and the choice of one. An engine is imported only when it is asked for.
+"""The inference engines by name, and the choice of one. An engine is imported when it is first used.
 
 To add an engine, write one file with a class that follows `Runtime`, and add a line to `RUNTIMES`.
 """
@@ -30,19 +30,21 @@ __all__ = [
     "choose",
     "installed",
     "load",
+    "loops_in_numpy",
     "parse_device",
     "resolve",
     "runnable",
-    "steps_alone",
 ]
 
 _log = logging.getLogger(__name__)
 
 
 class Engine(NamedTuple):
+    """A line of `RUNTIMES`."""
+
     target: str  # "module:class"
-    module: str | None  # what has to be installed; None: nothing
-    extra: str
+    module: str | None  # the package that it needs; None: none
+    extra: str  # the extra of redif-sdk that installs the package
     devices: tuple[str, ...]
 
 
@@ -65,7 +67,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 class Choice(NamedTuple):
-    """An engine and a precision, with the reason why it is where it is in `AUTO`."""
+    """An engine and a precision, with the reason for the choice."""
 
     runtime: str
     precision: str
@@ -74,33 +76,34 @@ class Choice(NamedTuple):
 
 NO_ENGINE = 'no inference engine is installed; pip install "redif-sdk[cpu]", or "redif-sdk[gpu]" for NVIDIA GPUs'
 
-#: What "auto" tries, best first, as measured (docs/performance.md). It changes the pictures no more than bfloat16 does,
-#: and that only for graphs whose gate passed; int8 and fp16, and engines that we could not time, have to be asked for.
+#: What "auto" tries, fastest first as measured (docs/performance.md). Of the reduced precisions only bfloat16 is chosen
+#: automatically, for graphs that passed the parity gate; fp16, int8 and engines that were not timed must be named.
 AUTO = (
     Choice("openvino", "bf16", "the fastest where the processor has bfloat16 instructions"),
     Choice("onnxruntime", "fp32", "the fastest in fp32"),
     Choice("openvino", "fp32", "the next fastest in fp32"),
 )
 
-#: OpenVINO computes a whole graph in bfloat16, the sampler's arithmetic too, which must stay fp32: here it is given the
-#: network alone, and the steps are done in numpy.
-_STEPS_ALONE = {("openvino", "bf16"), ("openvino", "fp16")}
+#: OpenVINO computes a whole graph in bfloat16 or fp16, with the sampler's arithmetic, which must stay fp32. There it
+#: runs the denoiser only, and the sampling loop runs in numpy.
+_LOOP_IN_NUMPY = {("openvino", "bf16"), ("openvino", "fp16")}
 
 
-def steps_alone(runtime: str, precision: str) -> bool:
-    """Whether the fused graph is not for this engine in this precision."""
-    return (runtime, precision) in _STEPS_ALONE
+def loops_in_numpy(runtime: str, precision: str) -> bool:
+    """Whether this engine, in this precision, runs the denoiser step by step instead of the fused graph."""
+    return (runtime, precision) in _LOOP_IN_NUMPY
 
 
 def installed() -> list[str]:
-    """The engines whose package is there; not the fake, which draws no pictures."""
+    """The engines whose package is installed, without the fake one."""
     return [name for name, engine in RUNTIMES.items() if engine.module is not None and _present(engine.module)]
 
 
 def runnable() -> list[str]:
-    """The engines that may run something here: those installed, TensorRT's only with a driver.
+    """The installed engines that this machine can run; TensorRT's need an NVIDIA driver.
 
-    Raises RuntimeUnavailable if there is none.
+    Raises:
+        RuntimeUnavailable: There is none.
     """
     found = [name for name in installed() if RUNTIMES[name].devices != ("cuda",) or nvidia_driver() is not None]
     if not found:
@@ -113,7 +116,12 @@ def _present(module: str) -> bool:
 
 
 def resolve(runtime: str) -> str:
-    """A name that may be asked for. InvalidRequest if it is unknown, RuntimeUnavailable if it is not installed."""
+    """`runtime`, if it is the name of an installed engine.
+
+    Raises:
+        InvalidRequest: The name is unknown.
+        RuntimeUnavailable: The engine is not installed.
+    """
     if runtime not in RUNTIMES:
         raise InvalidRequest(f"runtime {runtime!r} is unknown; use one of {', '.join(['auto', *RUNTIMES])}")
     engine = RUNTIMES[runtime]
@@ -123,15 +131,22 @@ def resolve(runtime: str) -> str:
 
 
 def candidates(manifest: Manifest, runtime: str = "auto", precision: str = "auto") -> list[Choice]:
-    """The engines and precisions to try for what was asked, best first; there is at least one.
+    """The engines and precisions to try, best first; at least one.
 
-    Raises InvalidRequest for an unknown name, RuntimeUnavailable where nothing that was asked for is there.
+    Args:
+        manifest: The student's manifest.
+        runtime: The name of an engine, or "auto".
+        precision: A precision, or "auto".
+
+    Raises:
+        InvalidRequest: An unknown name.
+        RuntimeUnavailable: No installed engine, or no graph of the student, fits.
     """
     if precision not in ("auto", *PRECISIONS):
         raise InvalidRequest(f"precision {precision!r} is unknown; use one of {', '.join(['auto', *PRECISIONS])}")
     present = list(dict.fromkeys(graph.precision for graph in manifest.graphs))
     if not present:
-        raise RuntimeUnavailable(f"{manifest.name} has no compiled network; run redif export on its folder")
+        raise RuntimeUnavailable(f"{manifest.name} has no graphs; run redif export on its folder")
     if precision not in ("auto", *present):
         raise RuntimeUnavailable(
             f"{manifest.name} has no graph in {precision} (it has {', '.join(sorted(present))}); "
@@ -146,29 +161,29 @@ def candidates(manifest: Manifest, runtime: str = "auto", precision: str = "auto
 
 
 def _ordered(present: Sequence[str]) -> Iterator[Choice]:
-    """`AUTO`, and then every other pair, fp32 first: what there is when nothing better is, or what was asked for."""
+    """`AUTO`, then every other pair of engine and precision, fp32 first."""
     yield from AUTO
     known = {(choice.runtime, choice.precision) for choice in AUTO}
     for precision in sorted(present, key=PRECISIONS.index):
         for runtime in RUNTIMES:
             if (runtime, precision) not in known:
-                yield Choice(runtime, precision, "the first that can be had")
+                yield Choice(runtime, precision, "the first that is available")
 
 
 def _fits(choice: Choice, manifest: Manifest, runtime: str, precision: str) -> bool:
-    """Whether a choice answers the request, as far as can be told without loading anything."""
+    """Whether a choice fits the requested names, the student's graphs and the installed engines."""
     if runtime not in ("auto", choice.runtime) or precision not in ("auto", choice.precision):
         return False
     if choice.precision not in {graph.precision for graph in manifest.graphs}:
         return False
     if runtime == "auto" and (choice.runtime == "fake" or choice.runtime not in installed()):
         return False
-    # What nobody asked for by name must have passed its gate.
+    # A precision that is chosen automatically must have passed the parity gate.
     return precision != "auto" or choice.precision == "fp32" or gate_passed(manifest, choice.precision)
 
 
 def gate_passed(manifest: Manifest, precision: str) -> bool:
-    """Whether the graphs of `precision` were verified when they were exported, and every check passed."""
+    """Whether the graphs of `precision` were checked at export and every check passed."""
     verdicts = [
         row.get("passed")
         for row in manifest.verification
@@ -180,10 +195,23 @@ def gate_passed(manifest: Manifest, precision: str) -> bool:
 def choose(
     student: StudentFolder, component: str, runtime: str, precision: str, options: RuntimeOptions
 ) -> tuple[Runtime, Choice]:
-    """Load the first candidate that can be had: the engine with its graph, and why it was taken.
+    """Load a student's graph into the first engine that is available.
 
-    With device "auto", an NVIDIA GPU comes before the processor. Raises RuntimeUnavailable with every reason why
-    nothing could be had.
+    With device "auto", an NVIDIA GPU comes before the processor.
+
+    Args:
+        student: The student's folder.
+        component: The graph to load; for "generator" the denoiser where there is no fused graph to use.
+        runtime: The name of an engine, or "auto".
+        precision: A precision, or "auto".
+        options: How the graph is run.
+
+    Returns:
+        The loaded graph, and the choice with its reason.
+
+    Raises:
+        InvalidRequest: An unknown name.
+        RuntimeUnavailable: No engine is available; the message has the reason for each.
     """
     reasons: dict[str, None] = {}
     choices = candidates(student.manifest, runtime, precision)
@@ -198,7 +226,7 @@ def choose(
                 reasons[str(error)] = None
                 continue
             for reason in reasons:
-                _log.info("%s: passed over: %s", student.manifest.name, reason)
+                _log.info("%s: not available: %s", student.manifest.name, reason)
             _log.info("%s: %s in %s on %s", student.manifest.name, choice.runtime, choice.precision, engine.info.device)
             asked = "auto" not in (runtime, precision)
             return engine, choice._replace(reason="asked for") if asked else choice
@@ -219,15 +247,20 @@ def _serves(runtime: str, device: str) -> bool:
 
 
 def _graph(manifest: Manifest, component: str, choice: Choice) -> Graph | None:
-    """The graph to load: for a generator the network's own where there is none, or it is not for this engine."""
+    """The graph to load: for "generator" the denoiser where there is no fused graph, or the loop runs in numpy."""
     if component != "generator":
         return manifest.graph(component, choice.precision)
-    fused = None if steps_alone(*choice[:2]) else manifest.graph("generator", choice.precision)
+    fused = None if loops_in_numpy(*choice[:2]) else manifest.graph("generator", choice.precision)
     return fused or manifest.graph("denoiser", choice.precision)
 
 
 def load(runtime: str, student: StudentFolder, graph: Graph, options: RuntimeOptions | None = None) -> Runtime:
-    """Load `graph` into the engine `runtime`. RuntimeUnavailable, with reason and remedy, if that cannot be had."""
+    """Load `graph` into the engine `runtime`.
+
+    Raises:
+        InvalidRequest: The engine is unknown, or does not support an option.
+        RuntimeUnavailable: The engine, device or precision is not available; the message has the reason and the remedy.
+    """
     module, _, name = RUNTIMES[resolve(runtime)].target.partition(":")
     engine: type[Runtime] = getattr(import_module(module), name)
     return engine.load(student, graph, options or RuntimeOptions())

@@ -1,9 +1,9 @@
-"""A batch over the cores of a CPU: which pieces it is cut into, and who runs them.
+"""Spreading a batch over the cores of a CPU.
 
-A network's call on one picture gains from several threads; on several pictures it gains more from one thread a picture,
-since threads that share a small operation wait for one another (docs/performance.md has the figures). So a batch of at
-least as many pictures as there are workers is cut into pieces that one thread each computes, and so is everything that
-is asked for while another call is under way. Pieces have few sizes, for engines that compile one graph a shape.
+One image is computed fastest by several threads together. Several images are computed faster by one thread for each,
+since threads that share a small operation wait for one another (figures: docs/performance.md). So a batch of at least
+as many images as there are workers is cut into pieces, each computed by one thread; so is every call that starts while
+another one runs. Pieces have few sizes, for engines that compile a graph for each shape.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["LARGEST_PIECE", "Arrays", "Batches", "Workers", "pieces"]
 
 Arrays = dict[str, NDArray[Any]]
 
-#: Pictures that one thread computes at once. Larger pieces are no faster: their activations leave the cache.
+#: Images in one piece. Larger pieces are no faster: their activations leave the processor's cache.
 LARGEST_PIECE = 4
 
 
 def pieces(batch: int, workers: int) -> list[int]:
-    """The sizes, powers of two up to `LARGEST_PIECE`, that `batch` pictures are cut into: as even as can be."""
+    """The sizes of the pieces of `batch` images: powers of two up to `LARGEST_PIECE`, as even as possible."""
     sizes: list[int] = []
     while batch >= workers:
         size = min(LARGEST_PIECE, 1 << (batch // workers).bit_length() - 1)
@@ -39,7 +39,7 @@ def pieces(batch: int, workers: int) -> list[int]:
 
 
 class Batches:
-    """The batch axis of a graph's inputs and outputs, by which both are cut and joined."""
+    """Cuts a graph's inputs, and joins its outputs, along their batch axes."""
 
     def __init__(self, graph: Graph) -> None:
         self._axes = {spec.name: spec.shape.index("batch") for spec in graph.inputs if "batch" in spec.shape}
@@ -47,11 +47,11 @@ class Batches:
         self._outputs = {spec.name: spec.shape.index("batch") for spec in graph.outputs if "batch" in spec.shape}
 
     def size(self, inputs: Mapping[str, NDArray[Any]]) -> int:
-        """The number of pictures that `inputs` ask for."""
+        """The batch size of `inputs`."""
         return int(inputs[self._first].shape[self._first_axis])
 
     def cut(self, inputs: Mapping[str, NDArray[Any]], sizes: list[int]) -> list[Arrays]:
-        """The inputs of each piece, contiguous; what has no batch axis goes to all."""
+        """The inputs of each piece, contiguous. An input without a batch axis goes to every piece."""
         ends = np.cumsum(sizes)
         return [
             {
@@ -64,7 +64,7 @@ class Batches:
         ]
 
     def join(self, outputs: list[Arrays]) -> Arrays:
-        """The outputs of all pieces in one."""
+        """The outputs of all pieces, joined."""
         if len(outputs) == 1:
             return outputs[0]
         return {
@@ -73,7 +73,7 @@ class Batches:
 
 
 class Workers:
-    """As many threads as there are cores to use, for all calls of one loaded graph together."""
+    """A pool of `number` threads, shared by all calls of one loaded graph."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -88,12 +88,19 @@ class Workers:
         self,
         batches: Batches,
         inputs: Mapping[str, NDArray[Any]],
-        wide: Callable[[Mapping[str, NDArray[Any]]], Arrays],
-        narrow: Callable[[Arrays], Arrays],
+        on_all_threads: Callable[[Mapping[str, NDArray[Any]]], Arrays],
+        on_one_thread: Callable[[Arrays], Arrays],
     ) -> Arrays:
-        """Compute `inputs`: by `wide`, all cores at once, if they are few and nobody else asks; else by `narrow`.
+        """Compute a batch, in one call or in pieces.
 
-        `narrow` is called from several threads at once, with as many pictures as `pieces` gives.
+        Args:
+            batches: The batch axes of the graph.
+            inputs: The graph's inputs by name.
+            on_all_threads: Computes the whole batch; used for a small batch while no other call runs.
+            on_one_thread: Computes a piece; called from several threads at once.
+
+        Returns:
+            The graph's outputs by name.
         """
         with self._lock:
             self._calls += 1
@@ -101,13 +108,13 @@ class Workers:
         try:
             batch = batches.size(inputs)
             if alone and batch < self.number:
-                return wide(inputs)
+                return on_all_threads(inputs)
             cut = batches.cut(inputs, pieces(batch, self.number))
             if self.number == 1:
-                return batches.join([narrow(piece) for piece in cut])
+                return batches.join([on_one_thread(piece) for piece in cut])
             with self._lock:
                 pool = self._pool
-            return batches.join(list(pool.map(narrow, cut)))
+            return batches.join(list(pool.map(on_one_thread, cut)))
         finally:
             with self._lock:
                 self._calls -= 1

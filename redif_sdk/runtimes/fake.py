@@ -1,6 +1,6 @@
-"""An engine that needs no engine, for tests of what stands around one: pipelines, servers, applications.
+"""A runtime without an engine, for tests of pipelines, servers and applications.
 
-Its network is a formula, so its pictures are noise, but every shape, dtype and dependence is that of a real student.
+Its network is a formula: images are noise, but shapes, dtypes and the dependence on every input are a real student's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def network(x: NDArray[np.float32], t: NDArray[np.float32], conditions: Arrays) -> NDArray[np.float32]:
-    """f = tanh(x + label / 8 + t / 1000), (B, C, H, W): bounded, and of every input. A tensor counts by its mean."""
+    """f = tanh(x + label / 8 + t / 1000), float32 (B, C, H, W). Other conditions than labels add their mean."""
     shift = t / np.float32(1000)
     for name, value in conditions.items():
         worth = value.astype(np.float32).reshape(len(value), -1).mean(1)
@@ -36,7 +36,7 @@ def network(x: NDArray[np.float32], t: NDArray[np.float32], conditions: Arrays) 
 
 
 def encode(ids: Arrays, text: TextCondition) -> dict[str, NDArray[Any]]:
-    """The tensors of prompts: one number in [0, 1) a prompt, of all its ids in their order."""
+    """Encoded prompts: each filled with one number in [0, 1), which depends on all ids and their order."""
     rows = np.concatenate([ids[part.input] for part in text.tokenizers], axis=1)
     worth = (rows * np.arange(1, rows.shape[1] + 1)).sum(1) % 97 / 97
     found = {}
@@ -48,7 +48,7 @@ def encode(ids: Arrays, text: TextCondition) -> dict[str, NDArray[Any]]:
 
 
 def decode(latents: NDArray[np.float32], decoder: Decoder) -> NDArray[np.float32]:
-    """The latents' channels in turn, every value `scale` pixels wide and high."""
+    """A decoder that repeats the latents' channels in turn, each value `scale` pixels wide and high."""
     chosen = latents[:, np.arange(decoder.channels) % latents.shape[1]] / np.float32(decoder.scaling_factor)
     return (chosen + np.float32(decoder.shift_factor)).repeat(decoder.scale, 2).repeat(decoder.scale, 3)
 

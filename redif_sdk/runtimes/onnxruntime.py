@@ -1,10 +1,7 @@
 """ONNX Runtime: on the CPU, on NVIDIA GPUs (CUDA, TensorRT), DirectML, CoreML, and by plugin providers.
 
-ONNX Runtime by itself falls back to the CPU with no more than a line in the log; here what was asked for runs, or an
-error says why not. Graphs come as verified bytes, with the files of large weights as further bytes, never as paths.
-
-Run by this project so far: the CPU, and the OpenVINO plugin. The GPU providers are written against the same real API
-and refuse loudly where they cannot be had; they were not run on a GPU.
+By default ONNX Runtime falls back to the CPU and only logs it. Here the chosen provider runs every node, or
+RuntimeUnavailable gives the reason. Graphs and their data files are passed as checked bytes, never as paths.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ except ImportError as error:  # not installed, or one of the two packages remove
 
 __all__ = ["PROBE", "PROVIDERS", "VERSION", "OnnxRuntime", "available", "usable"]
 
-if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # as `redif_sdk` sets it; Windows, and whoever came first, need this
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # Windows ignores the variable
     onnxruntime.disable_telemetry_events()
 
 VERSION: str = onnxruntime.__version__
@@ -66,23 +63,23 @@ ENGINE_ERRORS: tuple[type[Exception], ...] = (
 
 PLUGIN_ERRORS: tuple[type[Exception], ...] = (AttributeError, OSError, ImportError, *ENGINE_ERRORS)
 
-#: The smallest graph, y = x + x, to find out what really works: what the library says of itself is not reliable.
+#: The smallest graph, y = x + x. Running it shows whether a provider works, which the library's list does not.
 PROBE = (
     b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01pZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 
-#: A graph of more bytes is held once, by one session for batches and single pictures alike.
+#: A graph of more bytes is loaded once, in one session for batches and single images alike.
 HELD_TWICE = 1 << 30
 
 
 def available() -> list[str]:
-    """The providers that the library says it has; whether they work is another question: `usable`."""
+    """The providers that the library lists; `usable` says whether one works."""
     return list(onnxruntime.get_available_providers())
 
 
 class Place(NamedTuple):
-    """What is to run the nodes: a provider on one device, or a plugin provider's devices."""
+    """The provider and device that run a graph's nodes."""
 
     provider: str
     device: str  # as RuntimeInfo says it
@@ -91,14 +88,16 @@ class Place(NamedTuple):
 
 
 def _place(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Place:
-    """The provider and device that `options` ask for. `prefix` is the graph's own: TensorRT caches engines by it."""
+    """The provider and device of `options`. `prefix` names the graph in TensorRT's engine cache."""
     kind, index = parse_device(options.device)
     if options.provider is not None and options.provider not in PROVIDERS:
         return _plugin(options.provider, kind, precision)
     if options.provider is not None:
         provider = options.provider
         if kind not in ("auto", PROVIDERS[provider][0]):
-            raise InvalidRequest(f"{provider} runs on {PROVIDERS[provider][0]}, not on {options.device}")
+            raise InvalidRequest(
+                f"device={options.device!r} is not supported by {provider}; use {PROVIDERS[provider][0]!r}"
+            )
     elif kind == "auto":
         have_gpu = CUDA in available() and usable(CUDA) is None
         provider = CUDA if have_gpu else CPU
@@ -122,7 +121,7 @@ def _place(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Pla
 
 
 def _openvino_precision(place: str, precision: str) -> dict[str, str]:
-    """OpenVINO computes in bfloat16 wherever it is fast, whatever the graph says, unless it is told not to."""
+    """OpenVINO computes in the fastest precision, not in the graph's, unless the hint is set."""
     hint = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
     return {"load_config": json.dumps({place.upper(): {"INFERENCE_PRECISION_HINT": hint}})}
 
@@ -192,7 +191,7 @@ def _session(model: bytes, place: Place, options: Any) -> Any:
 
 @cache
 def usable(provider: str, index: int = 0) -> str | None:
-    """None if `provider` runs a small graph here, else the reason why not."""
+    """None if `provider` runs a small graph on this machine, else the reason why it does not."""
     kind = PROVIDERS[provider][0]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -207,8 +206,8 @@ def usable(provider: str, index: int = 0) -> str | None:
 class OnnxRuntime:
     """A graph in ONNX Runtime. `run` may be called from several threads.
 
-    On the CPU there are two sessions, each made when it is first needed: one whose threads share every operation, for
-    single pictures, and one without threads of its own, for the pieces of a batch (`batching.py`).
+    On the CPU there are two sessions: one whose threads share every operation, for single images, and one without
+    threads of its own, made when it is first needed, for the pieces of a batch (`cores.py`).
     """
 
     def __init__(self, model: bytes, data: Mapping[str, bytes], place: Place, info: RuntimeInfo, graph: Graph) -> None:
@@ -223,16 +222,14 @@ class OnnxRuntime:
         twice = len(model) + sum(map(len, data.values())) <= HELD_TWICE
         threads = info.num_threads if on_cpu and info.num_threads is not None else 1
         self._workers = Workers(threads) if twice and threads > 1 else None
-        self._wide = self._new_session(info.num_threads)
+        self._shared_session = self._new_session(info.num_threads)
         if self._workers is None:
             self._model = self._data = None
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
         if options.engine_dir is not None:
-            raise InvalidRequest(
-                "engine_dir is for TensorRT's runtimes; onnxruntime keeps what it compiles in cache_dir"
-            )
+            raise InvalidRequest("engine_dir is not supported by runtime onnxruntime; use cache_dir")
         place = _place(options, f"redif-{student.sha256(graph.file)[:16]}", graph.precision)
         if graph.precision == "bf16" and place.provider == CPU:
             raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
@@ -253,7 +250,7 @@ class OnnxRuntime:
         assert self._model is not None
         assert self._data is not None
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised
+        options.log_severity_level = 4  # errors are raised
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         if self._data:
@@ -263,8 +260,8 @@ class OnnxRuntime:
         return _session(self._model, self._assigned, options)
 
     @cached_property
-    def _narrow(self) -> Any:
-        """The session for pieces, each computed by the thread that asks."""
+    def _single_session(self) -> Any:
+        """The session for pieces, each computed by the calling thread."""
         session = self._new_session(1)
         self._model = self._data = None  # the bytes are not needed again
         return session
@@ -281,11 +278,11 @@ class OnnxRuntime:
             ) from error
 
     def _whole(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
-        return self._call(self._wide, feed)
+        return self._call(self._shared_session, feed)
 
     def _piece(self, feed: Arrays) -> Arrays:
         with self._lock:
-            session = self._narrow
+            session = self._single_session
         return self._call(session, feed)
 
     def _call(self, session: Any, feed: Mapping[str, NDArray[Any]]) -> Arrays:

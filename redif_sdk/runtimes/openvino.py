@@ -1,11 +1,10 @@
 """OpenVINO: Intel and AMD processors, Intel GPUs and NPUs.
 
-OpenVINO by itself computes in whatever precision is fastest, bfloat16 where the processor has it; here the precision is
-always said, and a compiled graph that computes in another one is refused. Graphs are compiled for the shapes that are
-asked for, which is up to half again as fast as free shapes, when they are first asked for; what was compiled is kept,
-in memory and in the cache folder.
+By default OpenVINO computes in the fastest precision of the device. Here the precision is always set, and a compiled
+graph that computes in another one is an error. A graph is compiled for each set of input shapes when these first occur,
+which runs up to 1.5 times as fast as free shapes; compiled graphs are kept in memory and in the cache folder.
 
-Run by this project so far: processors. Intel GPUs and NPUs go through the same calls and were not tried.
+Tested on processors. Intel GPUs and NPUs go through the same calls and were not tested.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cores, parse_device
 
-# Its package of telemetry is not let in: openvino has a stand-in for when that is not installed.
+# openvino_telemetry is kept from being imported; openvino has a stand-in for when it is not installed.
 _telemetry_absent = "openvino_telemetry" not in sys.modules
 if _telemetry_absent:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -52,7 +51,7 @@ del _first
 
 #: Graph precision -> the precision that OpenVINO is told to compute in, and what a device must be capable of for it.
 HINTS = {"fp32": ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
-#: Shapes that stay compiled at a time; the one that was not used for longest goes.
+#: Compiled graphs kept at a time; the least recently used one goes.
 KEPT = 8
 
 ENGINE_ERRORS = (RuntimeError, ValueError, TypeError)
@@ -64,18 +63,18 @@ def _core() -> Any:
 
 
 def devices() -> list[str]:
-    """What there is here, in OpenVINO's own words: CPU, GPU, NPU."""
+    """OpenVINO's names of the devices of this machine: CPU, GPU, NPU."""
     return list(_core().available_devices)
 
 
 @cache
 def capabilities(device: str = "CPU") -> tuple[str, ...]:
-    """What a device computes in, in OpenVINO's own words: FP32, BF16, FP16, INT8."""
+    """OpenVINO's names of the precisions that a device computes in: FP32, BF16, FP16, INT8."""
     return tuple(_core().get_property(device, "OPTIMIZATION_CAPABILITIES"))
 
 
 def refusal(precision: str, device: str = "CPU") -> str | None:
-    """Why `device` would not compute in `precision`, or None if it does."""
+    """The reason why `device` does not compute in `precision`, or None if it does."""
     if precision not in HINTS:
         return (
             "it does not compute symmetric int8 graphs as they stand (relative error .30, where ONNX Runtime has .06: "
@@ -106,7 +105,7 @@ def _device(options: RuntimeOptions) -> tuple[str, str]:
 
 
 class _Shape:
-    """The graph compiled for one set of input shapes, with the requests that wait to be used again."""
+    """The graph compiled for one set of input shapes, with its idle inference requests."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -143,14 +142,14 @@ class OpenVino:
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
         if options.provider is not None or options.engine_dir is not None:
-            raise InvalidRequest("provider and engine_dir mean nothing to runtime openvino; leave them out")
+            raise InvalidRequest("provider and engine_dir are not supported by runtime openvino; leave them out")
         device, ours = _device(options)
         if reason := refusal(graph.precision, device):
             raise RuntimeUnavailable(f"runtime openvino cannot compute in {graph.precision}: {reason}")
         if graph.data:
             raise RuntimeUnavailable(
-                f"{graph.file} keeps its weights in a file of its own (more than 2 GiB), which openvino would open by "
-                f'itself, unchecked; use runtime="onnxruntime"'
+                f"{graph.file} has more than 2 GiB of weights in a separate file, which openvino would read unchecked; "
+                f'use runtime="onnxruntime"'
             )
         try:
             model = _core().read_model(student.read_graph(graph)[0])
@@ -172,17 +171,17 @@ class OpenVino:
         try:
             if self._workers is None:
                 return self._call(inputs, {})
-            return self._workers.run(self._batches, inputs, self._wide, self._narrow)
+            return self._workers.run(self._batches, inputs, self._on_all_threads, self._on_one_thread)
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(
                 f"openvino failed in {self.info.file} on {self.info.device}: {_line(error)}"
             ) from error
 
-    def _wide(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+    def _on_all_threads(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
         """One request on all threads."""
         return self._call(feed, {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.info.num_threads})
 
-    def _narrow(self, feed: Arrays) -> Arrays:
+    def _on_one_thread(self, feed: Arrays) -> Arrays:
         """One of several requests, each on a thread of its own."""
         number = self.info.num_threads
         return self._call(feed, {"NUM_STREAMS": str(number), "INFERENCE_NUM_THREADS": number})
@@ -192,7 +191,7 @@ class OpenVino:
         return self._compiled(arrays, threads).run(arrays, self._outputs)
 
     def _compiled(self, feed: Arrays, threads: dict[str, Any]) -> _Shape:
-        """The graph for the shapes of `feed`, compiled by the first that asks; the others wait for it."""
+        """The graph for the shapes of `feed`, compiled by the first caller; other callers wait for it."""
         key = (*sorted((name, value.shape) for name, value in feed.items()), *threads)
         with self._lock:
             if key not in self._shapes:

@@ -1,6 +1,6 @@
-"""What an inference engine is to us: it loads a verified graph, and runs it. Two methods, and what it says of itself.
+"""The runtime protocol, and helpers that all runtimes share.
 
-The registry of engines and the choice between them are in `redif_sdk.runtimes`; each engine has one file of its own.
+The registry of engines and the choice between them are in `redif_sdk.runtimes`; each engine has a file of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "parse_device",
 ]
 
-#: What a device may be called: "cuda" is an NVIDIA GPU, "dml" DirectML, "coreml" Apple's; "gpu" and "npu" are Intel's.
+#: Kinds of device: "cuda" is an NVIDIA GPU, "dml" DirectML, "coreml" Apple's; "gpu" and "npu" are Intel's.
 DEVICES = ("cpu", "cuda", "dml", "coreml", "gpu", "npu")
 NUMBERED = ("cuda", "dml", "gpu")
 
@@ -39,10 +39,14 @@ _DEVICE = re.compile(r"(auto|%s)(?::(\d{1,4}))?" % "|".join(DEVICES))  # noqa: U
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How a graph is to be run. An engine refuses (InvalidRequest) what means nothing to it; None leaves it the choice.
+    """How a graph is run. An engine raises InvalidRequest for an option that it does not support.
 
-    `provider`: ONNX Runtime's execution provider by its own name, or the package of a plugin one. `cache_dir`: where
-    compiled graphs are kept between processes. `engine_dir`: the folder of TensorRT engines in place of the cache.
+    Attributes:
+        device: "auto", a kind of `DEVICES`, or "cuda:N", "dml:N", "gpu:N".
+        num_threads: Threads on a CPU; None: the engine's default.
+        provider: ONNX Runtime's execution provider by its own name, or the package of a plugin provider.
+        cache_dir: Where compiled graphs are kept; None: see `redif_sdk.cache.cache_folder`.
+        engine_dir: The folder of TensorRT engines; None: the cache.
     """
 
     device: str = "auto"
@@ -60,13 +64,13 @@ class RuntimeOptions:
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What computes a graph, as it really is and not as it was asked for."""
+    """What really computes a graph, as opposed to what was requested."""
 
     runtime: str
     version: str
     provider: str  # the engine's own name for what runs the nodes
     device: str  # "cpu", "cuda:0"
-    precision: str  # what it computes in, which is what the graph is in
+    precision: str  # of the graph, and so of its arithmetic
     component: str
     file: str
     num_threads: int | None  # None: the engine's default
@@ -79,10 +83,11 @@ class Runtime(Protocol):
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
-        """Read `graph` through `student`, which checks the bytes, and prepare it as `options` say.
+        """Read `graph` through `student`, which checks its bytes, and prepare it.
 
-        Raises RuntimeUnavailable, with reason and remedy, if engine, device or precision cannot be had; never uses
-        another.
+        Raises:
+            RuntimeUnavailable: The engine, device or precision is not available, with reason and remedy. No other is
+                used instead.
         """
         ...
 
@@ -92,7 +97,11 @@ class Runtime(Protocol):
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """(kind, index) of "auto", a name of `DEVICES`, or "cuda:N", "dml:N", "gpu:N". InvalidRequest for anything else."""
+    """(kind, index) of a device: "auto", a kind of `DEVICES`, or "cuda:N", "dml:N", "gpu:N".
+
+    Raises:
+        InvalidRequest: Any other device.
+    """
     match = _DEVICE.fullmatch(device) if isinstance(device, str) else None
     if match is None or (match[2] is not None and match[1] not in NUMBERED):
         known = ", ".join(f'"{name}"' for name in ("auto", *DEVICES, *(f"{name}:N" for name in NUMBERED)))
@@ -101,13 +110,13 @@ def parse_device(device: str) -> tuple[str, int]:
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def nvidia_driver() -> str | None:
-    """The library of NVIDIA's driver, if there is one."""
+    """The file name of NVIDIA's driver library, or None where there is no driver."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
             ctypes.CDLL(library)

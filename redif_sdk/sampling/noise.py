@@ -2,7 +2,7 @@
 
 Counter-based, so that an image's noise depends on nothing but its own seed and index, and made of exactly rounded
 operations only, so that every language with IEEE 754 doubles and 32-bit integers reproduces it. Nothing else in the
-project draws noise for pictures; nothing here holds state.
+project draws noise for images; nothing here holds state.
 
 **The definition.** For the numbers of (seed, index, slot), block b = 0, 1, ... gives four of them:
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_made_is_said(url: str, open_page: Opener, until: Until) 
     field.fill("<b>zebra</b>")
     field.press("Enter")
     page.click("#generate")
-    until(page, lambda: "'<b>zebra</b>' is no class of tiny; use 0 to 9 (a, b, c" in toast.inner_text())
+    until(page, lambda: "'<b>zebra</b>' is not a class of tiny; use 0 to 9 (a, b, c" in toast.inner_text())
     assert toast.locator("b").count() == 0
 
 

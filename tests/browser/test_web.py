@@ -77,7 +77,7 @@ def test_its_pictures_are_pythons(
     page.fill("#seed", "12345678901234567890:3")
     page.set_checked("#previews", previews)
     page.click("#generate")
-    assert finished(page, until).startswith("2 pictures in ")
+    assert finished(page, until).startswith("2 images in ")
     seeds = [(12345678901234567890, 3), (12345678901234567890, 4)]
     wanted = pipe(["c", "c"], num_inference_steps=steps, seed=seeds, output_type="uint8").images
     for place in range(2):
@@ -104,8 +104,8 @@ def test_the_recorded_pictures_pass(url: str, open_page: Opener, until: Until) -
     page.click("summary")
     page.click("#verify")
     said = until(page, lambda: page.inner_text("#verified"))
-    assert "2 recorded pictures" in said
-    assert "the right pictures" in said
+    assert "2 recorded images" in said
+    assert "the right images" in said
     assert int(page.get_attribute("#verified", "data-largest")) <= 1
 
 
@@ -119,10 +119,10 @@ def test_cancelling_keeps_what_is_there(url: str, open_page: Opener, until: Unti
     said = until(page, lambda: (text := page.inner_text("#status")).startswith("Cancelled") and text)
     kept = page.locator("#gallery li").count()
     assert 2 <= kept < 64
-    assert f"{kept} pictures" in said
+    assert f"{kept} images" in said
     page.fill("#count", "1")
     page.click("#generate")  # and the page goes on
-    assert finished(page, until).startswith("1 picture in ")
+    assert finished(page, until).startswith("1 image in ")
 
 
 def test_bad_input_is_told_what_to_give(url: str, open_page: Opener, until: Until) -> None:
@@ -131,7 +131,7 @@ def test_bad_input_is_told_what_to_give(url: str, open_page: Opener, until: Unti
     for field, value, good, said in (
         ("#seed", "minus one", "0", 'The seed is "minus one"; give a whole number below 2^64'),
         ("#seed", str(1 << 64), "0", "give a whole number below 2^64"),
-        ("#count", "65", "1", 'Pictures is "65"; give a whole number from 1 to 64.'),
+        ("#count", "65", "1", 'Images is "65"; give a whole number from 1 to 64.'),
         ("#count", "", "1", "give a whole number from 1 to 64."),
     ):
         page.fill(field, value)

@@ -91,7 +91,7 @@ def test_redif_says_in_one_line_what_went_wrong(
         (("pull", "alice/nothing", "-o", str(tmp_path / "a")), 2, "there is no such repository"),
         (("pull", "alice", "-o", str(tmp_path / "a")), 2, "give it as org/name"),
         (("pull", "alice/busy", "-o", str(tmp_path / "a")), 2, "too many requests"),
-        (("push", str(tmp_path), REPO), 2, "no redif.json, so it is no student"),
+        (("push", str(tmp_path), REPO), 2, "no redif.json, so it is not a student"),
         (("push", str(bare_student), REPO), 1, "--allow-unverified"),
         (("push", str(tiny_student), "bob/tiny"), 2, "the token may not do that"),
     ]

@@ -147,7 +147,7 @@ def test_what_is_no_student(hub: HubStandIn) -> None:
     with pytest.raises(ManifestError, match=r"no student: it is a diffusers pipeline; redif import alice/pipeline -o"):
         FastPipeline.from_pretrained("alice/pipeline")
     hub.put("alice/notes", {"notes.txt": b"x"})
-    with pytest.raises(ManifestError, match=r"has no redif\.json, so it is no student; redif import"):
+    with pytest.raises(ManifestError, match=r"has no redif\.json, so it is not a student; redif import"):
         FastPipeline.from_pretrained("alice/notes")
     hub.put("alice/odd", {"redif.json": b"{}"})
     with pytest.raises(ManifestError, match="format_version"):

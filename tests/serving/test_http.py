@@ -94,7 +94,7 @@ def test_a_url_leads_to_the_picture(address: str, pipeline: FastPipeline, output
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"prompt": "zebra"}, 400, "'zebra' is no class of tiny; use 0 to 9"),
+        ({"prompt": "zebra"}, 400, "'zebra' is not a class of tiny; use 0 to 9"),
         ({"prompt": "a", "n": 17}, 400, "at most 16"),
         ({"prompt": "a", "n": 0}, 400, "n:"),
         ({"prompt": "a", "n": "2"}, 400, "n:"),

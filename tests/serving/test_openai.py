@@ -66,7 +66,7 @@ def test_it_lists_the_models(address: str) -> None:
 
 
 def test_it_raises_its_own_errors(images: Any, pipeline: FastPipeline) -> None:
-    with pytest.raises(openai.BadRequestError, match="is no class of tiny"):
+    with pytest.raises(openai.BadRequestError, match="is not a class of tiny"):
         images.generate(prompt="zebra")
     with pytest.raises(openai.NotFoundError):
         images.generate(prompt="a", model="dall-e-3")

@@ -115,7 +115,7 @@ def test_it_is_the_same_server(address: str, pipe: FastPipeline) -> None:
     assert np.array_equal(np.stack([decoded(entry) for entry in answer.json()["data"]]), wanted)
     refused = httpx.post(address + PATH, json={"prompt": "zebra"}, timeout=60)
     assert refused.status_code == 400
-    assert "is no class of tiny" in refused.json()["error"]["message"]
+    assert "is not a class of tiny" in refused.json()["error"]["message"]
 
 
 def test_it_streams(address: str, pipe: FastPipeline) -> None:

@@ -1,4 +1,4 @@
-"""Configurations of networks and of tokenizers from anybody: nothing in them may keep a loader busy, or run code."""
+"""Untrusted configurations of networks and tokenizers: nothing in them may keep a loader busy or run code."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ MOST_ADDED_TOKENS = 10_000
 
 
 def check_config(document: dict[str, Any], where: str) -> None:
-    """Raise IntegrityError for a network's ``config.json`` that would keep its class busy before any weight is read.
-
-    And for one that chooses code to load the weights with.
-    """
+    """Raise IntegrityError for a network's ``config.json`` with sizes that exhaust a loader, or with a quantiser."""
     if "quantization_config" in document:
-        raise IntegrityError(f"{where} names a quantiser of its own, which this release does not take; do not use it")
+        raise IntegrityError(f"{where} names a quantiser, which is not supported; do not use it")
     for part in _parts(document):
         for key, value in part.items():
             most = DEEPEST if re.search("layers|depth|blocks", key) else LARGEST_SETTING
@@ -45,7 +42,7 @@ def check_index(document: dict[str, Any], where: str) -> None:
     if not isinstance(shards, dict) or not all(
         isinstance(shard, str) and _SHARD.fullmatch(shard) for shard in shards.values()
     ):
-        raise IntegrityError(f"{where} names shards that are no safetensors files beside it; do not use it")
+        raise IntegrityError(f"{where} names shards that are not safetensors files beside it; do not use it")
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -60,7 +57,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def check_tokenizer(document: dict[str, Any], where: str) -> None:
-    """Raise IntegrityError for a ``tokenizer.json`` that could make much text of little, or search for long."""
+    """Raise IntegrityError for a ``tokenizer.json`` that could blow up a text, or search for long."""
     rewriters = [part for key in ("normalizer", "pre_tokenizer", "decoder") for part in _parts(document.get(key))]
     if len(rewriters) > MOST_REWRITERS:
         raise IntegrityError(f"{where} rewrites text in more than {MOST_REWRITERS} ways; do not use it")

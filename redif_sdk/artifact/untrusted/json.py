@@ -1,7 +1,4 @@
-"""JSON that may come from anybody: one value, every key once, finite numbers, and a bounded number of brackets.
-
-What the document means is its reader's business.
-"""
+"""Untrusted JSON: one object, every key once, finite numbers, and a bounded number of brackets."""
 
 from __future__ import annotations
 
@@ -21,10 +18,16 @@ MOST_COMMAS = 2_000_000
 
 
 def parse(data: bytes, where: str, *, finite: bool = True) -> dict[str, Any]:
-    """The JSON object in `data`, UTF-8; `where` names it in errors.
+    """Parse a JSON object.
 
-    Raises ManifestError for anything else, for a key that comes twice, for NaN and infinities (unless not `finite`:
-    diffusers writes them into configurations), and for more than `MOST_CONTAINERS` brackets or `MOST_COMMAS` commas.
+    Args:
+        data: UTF-8.
+        where: Names the document in errors.
+        finite: Whether to refuse NaN and infinities, which diffusers writes into configurations.
+
+    Raises:
+        ManifestError: It is not a JSON object, has a key twice or a number that is refused, or more than
+            `MOST_CONTAINERS` brackets or `MOST_COMMAS` commas.
     """
     if data.count(b"{") + data.count(b"[") > MOST_CONTAINERS or data.count(b",") > MOST_COMMAS:
         raise ManifestError(f"{where} holds more objects and values than any file of a student; do not use it")
@@ -36,7 +39,7 @@ def parse(data: bytes, where: str, *, finite: bool = True) -> dict[str, Any]:
             parse_float=_finite if finite else float,
         )
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where} is no JSON that we read: {error!s:.200}") from error
+        raise ManifestError(f"{where} is not valid JSON: {error!s:.200}") from error
     if not isinstance(document, dict):
         raise ManifestError(f"{where} is not a JSON object")
     return document

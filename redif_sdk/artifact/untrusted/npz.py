@@ -1,4 +1,4 @@
-"""Arrays of ``.npz`` files from anybody: numbers and text, no objects, of a bounded size."""
+"""Arrays of untrusted ``.npz`` files: numbers and text, no objects, of a bounded size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def npz_arrays(data: bytes, where: str) -> dict[str, NDArray[Any]]:
                 raise ValueError(f"it unpacks to more than {LARGEST_ARRAYS} bytes")
             return dict(_array(archive, member) for member in members)
     except (ValueError, EOFError, OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise IntegrityError(f"{where} holds no arrays that we read: {error!s:.200}; do not use it") from error
+        raise IntegrityError(f"{where} cannot be read as npz: {error!s:.200}; do not use it") from error
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDArray[Any]]:
@@ -50,16 +50,16 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDAr
         zipfile.ZIP_STORED,
         zipfile.ZIP_DEFLATED,
     ):
-        raise ValueError(f"the member {member.filename!r:.100} is no array of numpy's")
+        raise ValueError(f"the member {member.filename!r:.100} is not a numpy array")
     with archive.open(member) as file:
         raw = file.read(member.file_size + 1)  # bounded: what it says of its size may be a lie
     if len(raw) != member.file_size:
-        raise ValueError(f"{member.filename} has not the size that it says")
+        raise ValueError(f"{member.filename} has another size than it says")
     # magic, version 1.0, length of the header, header: numpy.lib.format. numpy's own reader evaluates the header.
     start = 10 + int.from_bytes(raw[8:10], "little")
     header = _NPY_HEADER.fullmatch(raw[10:start]) if raw[:8] == b"\x93NUMPY\x01\x00" else None
     if header is None:
-        raise ValueError(f"{member.filename} is no plain array of numbers or text")
+        raise ValueError(f"{member.filename} is not an array of numbers or text")
     dtype, shape = (
         np.dtype(header[1].decode()),
         tuple(int(extent) for extent in header[2].split(b",") if extent.strip()),
@@ -69,5 +69,5 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, NDAr
     if dtype.kind == "U":
         codes = np.frombuffer(raw, "<u4", offset=start)
         if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
-            raise ValueError(f"{member.filename} holds text that is none")
+            raise ValueError(f"{member.filename} holds invalid Unicode")
     return member.filename.removesuffix(".npy"), np.frombuffer(raw, dtype, offset=start).reshape(shape)

@@ -1,13 +1,13 @@
-"""ONNX graphs of strangers, checked before an engine is given their bytes: `check_graph`. Needs no onnx, no engine.
+"""Untrusted ONNX graphs, checked before an engine reads them: `check_graph`. Needs neither onnx nor an engine.
 
-The bytes are read once or twice from front to back, weights unread, and refused unless they are one whole model of
-standard operators without side effects, whose tensors are as large as their bytes, whose data lie where the manifest
-says, and whose inputs and outputs are the manifest's.
+The bytes are read once or twice from front to back, without the weights. They are refused unless they are one whole
+model of standard operators without side effects, whose tensors have the sizes of their bytes, whose data files are the
+manifest's, and whose inputs and outputs are the manifest's.
 
 What this cannot bound: a graph is a program. Literal shapes are bounded, and shapes computed from constants alone,
 which an engine would compute while it loads, are refused; but a shape that depends on an input grows by every literal
 that it is multiplied with, two large tensors broadcast or multiplied make a larger one, a loop may double what it
-carries, and `Concat` and 200,000 nodes add up. Limit the memory and the time of a process that runs strangers' graphs.
+carries, and `Concat` and 200,000 nodes add up. Limit the memory and the time of a process that runs untrusted graphs.
 """
 
 from __future__ import annotations
@@ -85,9 +85,16 @@ _NODE = table(
 
 
 def check_graph(model: bytes, graph: Graph, data_sizes: Mapping[str, int], where: str) -> None:
-    """Raise IntegrityError, naming `where`, unless `model` is a graph that may be given to an engine.
+    """Check the bytes of an ONNX model.
 
-    `graph`: what the manifest says of it. `data_sizes`: bytes of each of its data files, by the file's own name.
+    Args:
+        model: The bytes.
+        graph: The manifest's description of it.
+        data_sizes: Bytes of each data file, by the file's name.
+        where: Names the file in errors.
+
+    Raises:
+        IntegrityError: It is not a graph that an engine may be given.
     """
     try:
         _Checker(model, data_sizes).check(graph)
@@ -340,11 +347,11 @@ class _Checker:
         return all(inner.find(output.name, None) is not False for output in outputs)
 
     def growth(self, node: _Node, operands: list[Tensor | bool | None]) -> None:
-        """Refuse a node that is told by literals, or by what was computed from literals, to make too much."""
+        """Refuse a node whose literals, or values computed from literals, make its output too large."""
         for index, allowed in _SHAPES[node.kind]:
             values = self.literal(node, operands[index]) if index < len(operands) else None
             if values and not allowed(values):
-                raise RefusalError(f"{node.who} would make too much: it is told {str(values)[:100]}")
+                raise RefusalError(f"{node.who} makes a tensor that is too large, by the literal {str(values)[:100]}")
 
     def range(self, node: _Node, operands: list[Tensor | bool | None]) -> None:
         """Refuse a Range of too many elements, as far as its literals say."""
@@ -355,7 +362,7 @@ class _Checker:
         way = max(abs(start or 0), abs(limit or 0)) if start is None or limit is None else abs(limit - start)
         step = 1 if delta is None else abs(delta)
         if way > LARGEST_GROWTH * step or step * LARGEST_PAD < 1:
-            raise RefusalError(f"{node.who} would make too much: it is told {str(said)[:100]}")
+            raise RefusalError(f"{node.who} makes a tensor that is too large, by the literals {str(said)[:100]}")
 
     def literal(self, node: _Node, operand: Tensor | bool | None) -> list[float] | None:
         """The values of an operand that says how large something gets; None if it depends on an input, or is absent."""
@@ -383,7 +390,7 @@ class _Checker:
 
 
 def _compare(side: str, found: list[Value], listed: list[TensorSpec]) -> None:
-    """Refuse a graph that does not take or give what the manifest says."""
+    """Refuse a graph whose inputs or outputs are not those of the manifest."""
     said = [(value.name, value.elem_type, value.shape) for value in found]
     if said != [(spec.name, _DTYPES.get(spec.dtype, 0), spec.shape) for spec in listed]:
         raise RefusalError(f"its {side} are {str(said)[:300]}, not those that the manifest lists", AGAIN)

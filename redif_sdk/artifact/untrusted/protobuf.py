@@ -1,8 +1,8 @@
-"""ONNX's messages, read in place from protobuf's wire format, from bytes that may be hostile.
+"""Reads ONNX's messages in place from protobuf's wire format, from bytes that may be hostile.
 
 `fields` reads the wire: a message is described by a table of the fields that its reader knows, the others are skipped
 unread, nothing is copied and nothing recurses. `Reader` reads the messages that hold no graphs: tensors, attributes and
-declared values, each checked by itself. What a graph may be is the business of `artifact/untrusted/onnx.py`.
+declared values, each checked by itself. `onnx.py` checks graphs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ AGAIN = "export it again"
 
 
 class RefusalError(Exception):
-    """What is wrong, and what to do. Whoever knows the file's name says it."""
+    """What is wrong, and what to do. The caller adds the file's name."""
 
     def __init__(self, what: str, remedy: str = IGNORE) -> None:
         super().__init__(f"{what}; {remedy}")

@@ -1,4 +1,4 @@
-"""Headers of safetensors files from anybody, checked before a tensor is read."""
+"""Headers of untrusted safetensors files, checked before a tensor is read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _LARGEST = 1 << 63
 
 
 def safetensors_header_size(first: bytes, total: int, where: str) -> int:
-    """The bytes of the header of a safetensors file, from its first eight and its size. Raises IntegrityError."""
+    """The length of a safetensors file's header, from its first 8 bytes and its size. Raises IntegrityError."""
     if len(first) < 8 or total < 10:
-        raise IntegrityError(f"{where} is no safetensors file: it has {total} bytes; do not use it")
+        raise IntegrityError(f"{where} is not a safetensors file: it has {total} bytes; do not use it")
     (size,) = struct.unpack("<Q", first[:8])
     if not 2 <= size <= min(LARGEST_HEADER, total - 8):
         raise IntegrityError(
-            f"{where} is no safetensors file that we read: it says that its header has {size} bytes, of {total} in the "
-            f"file and at most {LARGEST_HEADER}; do not use it"
+            f"{where} is not a valid safetensors file: its header has {size} bytes, of {total} in the file and at most "
+            f"{LARGEST_HEADER}; do not use it"
         )
     return int(size)
 
@@ -44,7 +44,7 @@ def safetensors_header(header: bytes, buffer: int, where: str) -> dict[str, tupl
     document = strict_json.parse(header, f"the header of {where}")
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise IntegrityError(f"{where}: its metadata are no strings; do not use it")
+        raise IntegrityError(f"{where}: its metadata are not strings; do not use it")
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     places: list[tuple[int, int, str]] = []
     for name, tensor in document.items():

@@ -1,9 +1,8 @@
-"""The cache of TensorRT engines: `redif_sdk.export.tensorrt` fills it, `redif_sdk.runtimes.tensorrt.runtime` reads it.
+"""The cache of TensorRT engines: `redif_sdk.export.tensorrt` fills it, `runtime.py` reads it.
 
-An engine is two files: ``NAME.engine``, and ``NAME.json``, which says what it was built from, for what, and its
-SHA-256. NAME ends in a hash of what it depends on, so another student, library, GPU, shape or setting is another
-engine. An engine is code: it is loaded only from the user's own cache, or from a folder that the user names, and never
-from a student's folder. No engine is built or run here.
+An engine is two files: ``NAME.engine``, and ``NAME.json`` with its key (`EngineKey`) and SHA-256. NAME ends in a hash
+of the key, so another student, library, GPU, shape or setting is another engine. An engine is code: it is loaded from
+the user's own cache or from a folder that the user names, and never from a student's folder.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class _Part(BaseModel):
 
 
 class BuildSettings(_Part):
-    """What the builder was told beyond shapes and targets."""
+    """The builder's settings beyond shapes and targets."""
 
     level: Literal["fast", "default", "best"] = "default"  # how long it searches
     workspace_mb: Annotated[int, Field(ge=1)] | None = None  # most memory for one layer; None: all there is
@@ -67,7 +66,7 @@ class BuildSettings(_Part):
 
 
 class EngineKey(_Part):
-    """All that an engine depends on. Two equal keys mean the same engine."""
+    """Everything that an engine depends on. Equal keys mean the same engine."""
 
     graph: Sha256  # of the graph's file and data files: see `graph_digest`
     component: Component
@@ -87,7 +86,7 @@ class EngineKey(_Part):
 
     @property
     def name(self) -> str:
-        """The name of the engine's files: what it is, readable, and what makes it the only one."""
+        """The name of the engine's files: readable, and unique by a hash of the key."""
         place = "-".join(f"sm{target}" for target in self.targets)
         return f"{self.component}.{self.precision}.{self.flavour}.{place}-{self.digest[:16]}"
 
@@ -119,7 +118,7 @@ class EngineRecord(_Part):
 
 
 class Built(NamedTuple):
-    """What a build gives."""
+    """The result of a build."""
 
     data: bytes
     seconds: float
@@ -128,7 +127,7 @@ class Built(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """An engine that was found, with its checked bytes, or the reason why none was: "hit", or "miss: ..."."""
+    """The result of a search: "hit" with the engine and its checked bytes, or "miss: " and the reason."""
 
     reason: str
     record: EngineRecord | None = None
@@ -145,7 +144,7 @@ class EngineCache:
     """A folder of engines: the user's own (``engines`` in `cache_folder`), or `RuntimeOptions.engine_dir`."""
 
     def __init__(self, options: RuntimeOptions) -> None:
-        """Raises InvalidRequest for a folder inside a student."""
+        """Open the folder of `options`. Raises InvalidRequest for a folder inside a student."""
         self.folder = (
             options.engine_dir if options.engine_dir is not None else cache_folder(options.cache_dir) / "engines"
         )
@@ -180,9 +179,9 @@ class EngineCache:
         return self._hit(max(fitting, key=lambda record: (record.date, record.file)))
 
     def build_once(self, key: EngineKey, build: Callable[[], Built]) -> tuple[EngineRecord, str]:
-        """The engine of `key`, and "hit" or why it had to be built. Of several processes that ask at once, one builds.
+        """The engine of `key`, built by `build` if it is not there; and "hit", or "miss: " and the reason.
 
-        A build that fails or is interrupted leaves nothing that could be taken for an engine.
+        Of several processes that ask at the same time, one builds. A failed or interrupted build leaves no engine.
         """
         found = self.find(key)
         if found.record is not None:
@@ -200,7 +199,7 @@ class EngineCache:
             self.folder.mkdir(exist_ok=True, mode=0o700)  # an engine is code: nobody else may put one here
             (self.folder / ".locks").mkdir(exist_ok=True, mode=0o700)
         except (FileExistsError, NotADirectoryError):
-            raise InvalidRequest(f"{self.folder} is no folder that engines can be put in; give another one") from None
+            raise InvalidRequest(f"{self.folder} cannot be used as a folder of engines; give another one") from None
 
     def _write(self, key: EngineKey, built: Built) -> EngineRecord:
         """The engine first: a description without its engine, or with another one's, is never taken for a hit."""
@@ -226,7 +225,7 @@ class EngineCache:
         return [record for record in found if isinstance(record, EngineRecord) and record.key.graph == graph]
 
     def _read(self, name: str) -> EngineRecord | str:
-        """A description, or what is wrong with it."""
+        """An engine's description, or what is wrong with it."""
         try:
             record = EngineRecord.model_validate_json(read_checked(self.folder, name, limit=SIDECAR_LIMIT))
         except ManifestError:
@@ -247,7 +246,7 @@ class EngineCache:
         return Lookup("hit", record, data)
 
     def _miss(self, graph: str, differences: Callable[[EngineKey], Iterator[str]]) -> Lookup:
-        """What sets the nearest engine of that graph apart."""
+        """A miss, with the difference between the key and the nearest engine's of that graph."""
         reasons = [list(differences(record.key)) for record in self._records(graph)]
         if not reasons:
             return Lookup("miss: no engine for this student")

@@ -1,7 +1,7 @@
-"""NVIDIA's driver and CUDA's runtime, as far as TensorRT needs them: which GPU there is, and memory on it.
+"""The parts of NVIDIA's driver and CUDA's runtime that TensorRT needs: finding a GPU, and memory on it.
 
-`find_gpu` asks the driver's own library, so that whoever has no GPU gets an answer without any package of NVIDIA's.
-`Cuda` calls the package cuda-bindings, and every status but success is raised. Written against cuda-bindings 12 and 13;
+`find_gpu` asks the driver's library, which needs none of NVIDIA's Python packages. `Cuda` calls the package
+cuda-bindings, and raises on every status but success. Written against cuda-bindings 12 and 13;
 of it, only what fails without a GPU was run by this project so far.
 """
 
@@ -43,7 +43,7 @@ class _DriverError(Exception):
 
 
 def find_gpu(index: int = 0) -> Gpu | str:
-    """The GPU of that number, or the reason why there is none."""
+    """The GPU with that index, or the reason why there is none."""
     library = nvidia_driver()
     if library is None:
         return "no libcuda.so.1 or nvcuda.dll"
@@ -89,7 +89,7 @@ class Cuda:
         self.use()
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What a function of CUDA's runtime gives: nothing, a value, or a tuple. RuntimeUnavailable if it fails."""
+        """Call a function of CUDA's runtime and return its value or values. Raises RuntimeUnavailable if it fails."""
         status, *values = getattr(self._api, name)(*arguments)
         if int(status) != 0:
             _, text = self._api.cudaGetErrorString(status)
@@ -106,17 +106,20 @@ class Cuda:
         return int(self.call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
 
     def wait(self, stream: int) -> None:
+        """Wait until all work of a stream is done."""
         self.call("cudaStreamSynchronize", stream)
 
     def free_memory(self) -> int:
-        """Bytes of the GPU's memory that nobody uses."""
+        """Free bytes of the GPU's memory."""
         return int(self.call("cudaMemGetInfo")[0])
 
     def to_device(self, buffer: Buffer, size: int, stream: int) -> None:
+        """Copy the first `size` bytes of a buffer from the host to the GPU, asynchronously."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", buffer.device, buffer.address, size, kind, stream)
 
     def to_host(self, buffer: Buffer, size: int, stream: int) -> None:
+        """Copy the first `size` bytes of a buffer from the GPU to the host, asynchronously."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", buffer.address, buffer.device, size, kind, stream)
 

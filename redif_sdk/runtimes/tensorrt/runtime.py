@@ -1,8 +1,8 @@
-"""TensorRT on NVIDIA GPUs, Enterprise and RTX: runs the engines that `redif export --target` has built.
+"""TensorRT on NVIDIA GPUs, Enterprise and RTX: runs engines that `redif export --target` built.
 
-An engine comes from the cache, or from the folder that the user names, only if it was built from the very graph that is
-asked for, by this version of the library, for this GPU (`redif_sdk.runtimes.tensorrt.cache`); its bytes are hashed, and
-then used from memory. None is built here: whoever has none is told the command.
+An engine is taken from the cache, or from the folder that the user names, if it was built from exactly this graph, with
+this version of the library, for this GPU (`cache.py`). Its bytes are hashed and then used from memory. No engine is
+built here: where there is none, the error has the command that builds it.
 
 Written against the API of TensorRT 10.7 to 11 and TensorRT-RTX 1.7, **not run on a GPU by this project yet**. What was
 run: everything up to the first call of CUDA, and all the rest against a stand-in for both libraries.
@@ -82,7 +82,7 @@ def logger(flavour: Flavour) -> Any:
 
 @cache
 def _runtime(flavour: Flavour) -> Any:
-    """What deserialises engines; it has to outlive them."""
+    """TensorRT's deserialiser of engines, which has to outlive them."""
     return library(flavour).Runtime(logger(flavour))
 
 
@@ -106,13 +106,13 @@ def load_weights(parser: Any, model: Any, blobs: Mapping[str, bytes]) -> list[ND
 
 
 def even(batch: int, most: int) -> list[int]:
-    """`batch` pictures in as few pieces of at most `most` as there can be, of sizes that differ by one at the most."""
+    """The sizes of the fewest pieces of at most `most` images that make up `batch`; they differ by at most one."""
     pieces = -(-batch // most)
     return [batch // pieces + (index < batch % pieces) for index in range(pieces)]
 
 
 class _Limits:
-    """What an engine was built for: the shapes and dtypes that it takes, and how a batch has to be cut for it."""
+    """The shapes and dtypes that an engine was built for, and how a batch is cut to fit them."""
 
     def __init__(self, record: EngineRecord) -> None:
         self._record = record
@@ -134,12 +134,12 @@ class _Limits:
         if min(sizes) < self.least:
             raise RuntimeUnavailable(
                 f"{self._record.file} takes batches of {self.least} to {self.most}, and {batch} cannot be cut into "
-                f"such; build it with other --batches"
+                f"such pieces; build it with other --batches"
             )
         return sizes
 
     def check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
-        """Raise RuntimeUnavailable, naming the input and the axis, for what the engine does not take."""
+        """Raise RuntimeUnavailable, naming the input and the axis, for inputs that the engine does not take."""
         file = self._record.file
         if set(inputs) != set(self._specs):
             raise RuntimeUnavailable(f"{file} takes {', '.join(self._specs)}, not {', '.join(inputs) or 'nothing'}")
@@ -174,7 +174,7 @@ def _fixed(shape: list[int | str]) -> bool:
 
 
 class _Slot:
-    """One execution context with its stream and memory: what one call at a time needs."""
+    """One execution context with its stream and memory, for one call at a time."""
 
     def __init__(self, context: Any, cuda: Cuda, record: EngineRecord, limits: _Limits) -> None:
         self._context = context
@@ -224,11 +224,11 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 def _need(done: object, what: str) -> None:
     if not done:
-        raise RuntimeUnavailable(f"TensorRT could not {what}; its own words are in the log of {__name__}")
+        raise RuntimeUnavailable(f"TensorRT could not {what}; its message is in the log of {__name__}")
 
 
 class _KernelCache:
-    """TensorRT-RTX compiles kernels when an engine first runs. They are kept in the user's own cache alone."""
+    """The kernels that TensorRT-RTX compiles when an engine first runs, kept in the user's cache."""
 
     def __init__(self, engine: Any, path: Path) -> None:
         self._path = path
@@ -237,13 +237,13 @@ class _KernelCache:
         self._cache = self.config.create_runtime_cache()
         kept = path.read_bytes() if path.is_file() else b""
         if kept and not self._cache.deserialize(kept):
-            _log.info("%s is of another driver or library, and is made anew", path)
+            _log.info("%s is of another driver or library version; it is replaced", path)
         self._size = len(kept)
         self._calls = 0
         _need(self.config.set_runtime_cache(self._cache), "use a cache of kernels")
 
     def count(self) -> None:
-        """Count a call. After the 1st, 2nd, 4th, 8th, ... what was compiled meanwhile is written."""
+        """Count a call; after the 1st, 2nd, 4th, 8th, ... write what was compiled since."""
         with self._lock:
             self._calls += 1
             if self._calls & (self._calls - 1):
@@ -308,7 +308,7 @@ class TensorRT:
             num_threads=None,
         )
         loaded = cls(engine, record, cuda, info, graph, kernels)
-        with loaded._slot():  # what cannot be had is said now
+        with loaded._slot():  # an engine that does not fit this GPU fails now
             return loaded
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -323,7 +323,7 @@ class TensorRT:
 
     @contextmanager
     def _slot(self) -> Iterator[_Slot]:
-        """A context that nobody else uses meanwhile. One in which a call failed is not used again."""
+        """A context for the exclusive use of one call. A context in which a call failed is dropped."""
         with self._free:
             with self._lock:
                 slot = self._idle.pop() if self._idle else self._new_slot()
@@ -351,10 +351,10 @@ class TensorRTRtx(TensorRT):
 
 
 def _gpu(flavour: Flavour, options: RuntimeOptions) -> Gpu:
-    """The GPU that `options` ask for. Raises RuntimeUnavailable if there is none."""
+    """The GPU of `options`. Raises RuntimeUnavailable if there is none."""
     for name in ("num_threads", "provider"):
         if getattr(options, name) is not None:
-            raise InvalidRequest(f"{name} means nothing to runtime {flavour}; leave it out")
+            raise InvalidRequest(f"{name} is not supported by runtime {flavour}; leave it out")
     kind, index = parse_device(options.device)
     if kind not in ("auto", "cuda"):
         raise RuntimeUnavailable(f'runtime {flavour} has no device {kind}; use "cuda" or "cuda:N"')
@@ -382,12 +382,12 @@ def _engine_file(
         )
     wrong = [spec.name for spec in (*found.record.inputs, *found.record.outputs) if spec.dtype not in _NUMPY]
     if wrong:
-        raise RuntimeUnavailable(f"{found.record.file} has {', '.join(wrong)} in a dtype that numpy has not")
+        raise RuntimeUnavailable(f"{found.record.file} has {', '.join(wrong)} in a dtype that has no numpy equivalent")
     return found.record, found.data
 
 
 def _refit(trt: Any, flavour: Flavour, engine: Any, student: StudentFolder, graph: Graph) -> None:
-    """Put the student's weights into an engine that was built without."""
+    """Put the student's weights into an engine that was built without them."""
     import onnx
 
     refitter = trt.Refitter(engine, logger(flavour))

@@ -1,7 +1,7 @@
 """Compile a student's network to graphs and engines, and check graphs against their source.
 
-`verify` needs numpy and an inference engine only, so that a deployer can run it; torch is imported when `export` makes
-ONNX graphs, and TensorRT when it builds engines of them. A page for browsers is made of the graphs that are there.
+`verify` needs numpy and an inference engine only. torch is imported when `export` makes ONNX graphs, TensorRT when it
+builds engines of them.
 """
 
 from __future__ import annotations
@@ -38,28 +38,42 @@ def export(
     web_dir: str | Path | None = None,
     network: torch.nn.Module | None = None,
 ) -> Manifest:
-    """Compile the student in `folder`: its ONNX graphs, checked and added to the folder, and engines built of these.
+    """Compile the student in `folder`.
 
-    "onnx" records golden outputs and passes the parity gate; graphs and golden files that were there are replaced. The
-    graphs are of the network ("denoiser"), of what a student has beside it ("text_encoder", "decoder"), and of network
-    and decoder in one ("generator"). "tensorrt-rtx" and "tensorrt" build engines of the graphs that are then there, for
-    the compute capabilities `sm`, into `engine_dir` or this machine's cache; `build_engines` has more settings for
-    them. "web" writes a static page that runs the first of `precisions` in the visitor's browser, into `web_dir` or
-    beside the folder: see `build_page`.
+    The target "onnx" makes ONNX graphs of the network ("denoiser"), of the parts beside it ("text_encoder", "decoder")
+    and of the whole sampler ("generator"), records golden outputs, and passes the parity gate; graphs and golden files
+    that were there are replaced. "tensorrt-rtx" and "tensorrt" build engines of the graphs (`build_engines` has more
+    settings). "web" writes a static page that runs the first of `precisions` in a browser (see `build_page`). If an
+    error is raised, the folder stays as it was.
 
-    `precisions`: of "fp32", "fp16", "bf16", "int8"; int8 is the network's alone, and what is beside it stays fp32.
-    `batches` and `sizes` (height, width in pixels) are what the gate looks at, in `runtimes` (default: those that run
-    here); an axis on which `sizes` differ from the student's own becomes free, in the graphs and in requests. `network`
-    takes the place of the one in the folder, for classes that are not diffusers'; it must compute what the folder's
-    weights compute. Returns the new manifest.
+    Args:
+        folder: The student's folder.
+        targets: Of `TARGETS`.
+        precisions: Of "fp32", "fp16", "bf16", "int8". Only the network is int8; the other parts stay fp32 beside it.
+        batches: Batch sizes that the gate checks.
+        sizes: Sizes of images that the gate checks, (height, width) in pixels. An axis on which they differ from the
+            student's own becomes free, in the graphs and in requests.
+        runtimes: Engines that the gate checks; None: those that run on this machine.
+        sm: Compute capabilities that RTX engines are built for, 89 for 8.9.
+        engine_dir: The folder of the engines; None: the cache of this machine.
+        web_dir: The folder of the page; None: beside the student's folder.
+        network: Takes the place of the folder's network, for classes that are not diffusers'. It must compute what the
+            folder's weights compute.
 
-    Raises IntegrityError if the folder was altered (or holds files of which its manifest does not know, which would be
-    lost), UnsupportedModel or ExportError if a network cannot be compiled, ParityError if a graph does not compute
-    what torch computes. In each case, and on a full disk (OSError), the folder stays as it was.
+    Returns:
+        The new manifest.
+
+    Raises:
+        IntegrityError: The folder was altered, or holds files that its manifest does not list.
+        UnsupportedModel: A network is not supported.
+        ExportError: A network cannot be compiled.
+        ParityError: A graph does not compute what torch computes.
+        RuntimeUnavailable: A package or an engine is missing.
+        OSError: The disk is full.
     """
     for target in targets:
         if target not in TARGETS:
-            raise InvalidRequest(f"target {target!r} is unknown to this release; use {', '.join(TARGETS)}")
+            raise InvalidRequest(f"target {target!r} is unknown; use {', '.join(TARGETS)}")
     if not targets:
         raise InvalidRequest(f"no target was given; use {', '.join(TARGETS)}")
     if PAGE_TARGET in targets:
@@ -86,7 +100,7 @@ def build_engines(folder: str | Path, **settings: Any) -> list[dict[str, Any]]:
         from redif_sdk.export import tensorrt
     except ModuleNotFoundError as error:
         raise RuntimeUnavailable(
-            f'to build engines needs {error.name}; pip install "redif-sdk[tensorrt-rtx]" or "redif-sdk[tensorrt]"'
+            f'building engines needs {error.name}; pip install "redif-sdk[tensorrt-rtx]" or "redif-sdk[tensorrt]"'
         ) from error
     return tensorrt.build_engines(folder, **settings)
 

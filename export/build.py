@@ -1,7 +1,7 @@
-"""`export`: the graphs of a student, checked against torch, added to its folder in one piece.
+"""`export`: makes a student's graphs, checks them against torch, and adds them to its folder.
 
-It puts together what `onnx.py`, `precision.py`, `fuse.py`, `golden.py` and `verify.py` do, with samples and the card.
-The folder is replaced only when everything has passed; a failed export leaves it as it was.
+It uses `onnx.py`, `fuse.py`, `golden.py` and `verify.py`, and writes samples and the card. The folder is replaced when
+everything has passed; a failed export leaves it as it was.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["build_graphs"]
 
 
 class TorchStudent(NamedTuple):
-    """A student in torch, as its graphs are made of it."""
+    """A student's parts in torch, from which its graphs are made."""
 
     denoiser: GraphDenoiser
     encoders: TextEncoders | None
@@ -91,8 +91,10 @@ def _pass_gate(
 ) -> list[dict[str, Any]]:
     """The rows of the parity gate, all of them passed.
 
-    Raises ParityError for a graph that computes something else, ExportError for one that ONNX Runtime does not run on a
-    processor, where it has kernels for all but bf16, RuntimeUnavailable where no engine could look at one.
+    Raises:
+        ParityError: A graph does not compute what torch computes.
+        ExportError: ONNX Runtime does not run a graph on a processor (it has kernels for all precisions but bf16).
+        RuntimeUnavailable: No engine of this machine can check a graph.
     """
     rows = verify(new, runtimes)
     if failed := summary(rows):
@@ -105,20 +107,20 @@ def _pass_gate(
     needed = [graph for graph in graphs if graph.component != "generator"]
     unseen = dict.fromkeys(graph.precision for graph in needed if (graph.component, graph.precision) not in seen)
     if unseen:
-        raise RuntimeUnavailable(f"nothing here can check {', '.join(unseen)}: {absent(rows)}")
+        raise RuntimeUnavailable(f"no engine of this machine can check {', '.join(unseen)}: {absent(rows)}")
     return checked
 
 
 def _check_precisions(asked: Sequence[str]) -> None:
     for choice in asked:
         if choice not in PRECISIONS:
-            raise InvalidRequest(f"precision {choice!r} is unknown to this release; use {', '.join(PRECISIONS)}")
+            raise InvalidRequest(f"precision {choice!r} is unknown; use {', '.join(PRECISIONS)}")
     if not asked or len(set(asked)) != len(asked):
         raise InvalidRequest(f"precisions are {list(asked)}; give each once, at least one of {', '.join(PRECISIONS)}")
 
 
 def _source(student: StudentFolder, network: torch.nn.Module) -> TorchStudent:
-    """The student's parts around its network, from its checked bytes."""
+    """The student's parts in torch, from its checked bytes."""
     encoders = load_encoders(student)
     conditions = ExampleConditions(student, encoders)
     denoiser = GraphDenoiser.of(network, student.manifest, conditions)
@@ -128,7 +130,7 @@ def _source(student: StudentFolder, network: torch.nn.Module) -> TorchStudent:
 def _with_sizes(
     manifest: Manifest, network: torch.nn.Module, sizes: Sequence[tuple[int, int]]
 ) -> tuple[Manifest, list[golden.Size]]:
-    """The manifest with the axes free that `sizes` (pixels) vary, and the latents' sizes to record besides its own."""
+    """The manifest with the axes free that `sizes` (pixels) vary, and the further sizes of latents to record."""
     scale = manifest.postprocess.scale
     own = manifest.latents
     axes = [
@@ -138,19 +140,19 @@ def _with_sizes(
     ]
     if not axes:
         return manifest, []
-    known = own.multiple > 1 and not is_supported(network)  # whoever brings a network may say it
+    known = own.multiple > 1 and not is_supported(network)  # for a network of another library, the manifest says it
     multiple = own.multiple if known else math.lcm(own.multiple, size_multiple(network))
     free = {"dynamic": axes, "multiple": multiple, "largest": largest_extent(network) or own.largest}
     latents = Latents.model_validate(own.model_dump() | free)
     further = [latents.size(height, width, scale) for height, width in sizes]
-    if not further:  # an axis is free, and nobody says which size to check
+    if not further:  # an axis is free, and no size to check was given
         height, width = (_another(latents.height, latents), _another(latents.width, latents))
         further = [(height if "height" in axes else own.height, width if "width" in axes else own.width)]
     return manifest.model_copy(update={"latents": latents}), further
 
 
 def _another(extent: int, latents: Latents) -> int:
-    """Half as much again; where that is more than may be, two thirds."""
+    """Another extent to record: 1.5 times as much, or two thirds where that is too large."""
     more = -(-extent * 3 // (2 * latents.multiple)) * latents.multiple
     if latents.largest is None or more <= latents.largest:
         return more
@@ -158,7 +160,7 @@ def _another(extent: int, latents: Latents) -> int:
 
 
 class _Graphs:
-    """Compiles a student and writes its graphs into `folder`. A part that two precisions share is written once."""
+    """Makes a student's graphs and writes them into `folder`. A graph that two precisions share is written once."""
 
     def __init__(self, source: TorchStudent, manifest: Manifest, folder: Path) -> None:
         self._source = source
@@ -167,7 +169,7 @@ class _Graphs:
         self._written: dict[tuple[str, str], Graph] = {}
 
     def write(self, precisions: Sequence[str]) -> list[Graph]:
-        """The graphs of each precision: of all parts that the student has, and the generator where it fits."""
+        """The graphs of each precision: those of the student's parts, and the generator if it fits into one file."""
         return [graph for precision in precisions for graph in self._chain(precision)]
 
     def _chain(self, precision: str) -> list[Graph]:

@@ -1,6 +1,6 @@
-"""What the images that an export looks at are asked for: classes in turn, or the student's own example prompts.
+"""The conditions of the images that an export records: classes in turn, or the student's example prompts.
 
-Prompts are tokenised as a deployer's are (`redif_sdk.tokenizer`) and encoded by the text encoders in torch.
+Prompts are tokenised by `redif_sdk.tokenizer`, as in deployment, and encoded by the text encoders in torch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ __all__ = ["ExampleConditions"]
 
 
 class ExampleConditions:
-    """The conditions of a student's images. `encoders` where prompts ask, else None."""
+    """The conditions of a student's recorded images.
+
+    Args:
+        student: The student's folder.
+        encoders: The text encoders of a text-to-image student, else None.
+
+    Raises:
+        IntegrityError: A tokenizer was altered.
+        ManifestError: A tokenizer's file is not a tokenizer.
+    """
 
     def __init__(self, student: StudentFolder, encoders: TextEncoders | None = None) -> None:
-        """Raises IntegrityError or ManifestError for a tokenizer that was altered or is none."""
         self._manifest = student.manifest
         self._encoders = encoders
         self._encoded: dict[tuple[str, ...], dict[str, Tensor]] = {}
@@ -36,7 +44,7 @@ class ExampleConditions:
             self._tokenize = PromptTokenizer(student)
 
     def of(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What the network takes for images of these numbers, by name, each (B, ...); nothing if it takes nothing."""
+        """The network's conditioning inputs for these images, by name, each (B, ...); empty if it is unconditional."""
         if self._manifest.text is not None:
             return self.encode(self.prompts(indices))
         classes = self._manifest.classes
@@ -45,7 +53,7 @@ class ExampleConditions:
         return {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
 
     def nulls(self, guidance: Guidance) -> dict[str, Tensor]:
-        """What `guidance` leads away from, by name, for one image: (1, ...)."""
+        """The conditions of guidance's unconditional half, by name, for one image: (1, ...)."""
         if self._manifest.text is None:
             return {"class_labels": torch.tensor([guidance.null_class])}
         if guidance.null_zeros:
@@ -54,7 +62,7 @@ class ExampleConditions:
         return self.encode([guidance.null_prompt or ""])
 
     def prompts(self, indices: Sequence[int]) -> list[str]:
-        """The student's example prompts, in turn."""
+        """The prompts of these images: the student's example prompts, in turn."""
         assert self._manifest.text is not None
         examples = self._manifest.text.examples
         return [examples[index % len(examples)] for index in indices]
@@ -66,9 +74,10 @@ class ExampleConditions:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What prompts become, by name, each (B, ...) float32. Raises ExportError if it is not what the manifest says.
+        """Encoded prompts by name, each float32 (B, ...). The same prompts are encoded once.
 
-        The same prompts are encoded once.
+        Raises:
+            ExportError: A tensor has another shape than in the manifest.
         """
         key = tuple(prompts)
         if key not in self._encoded:

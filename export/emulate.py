@@ -1,7 +1,7 @@
-"""A bfloat16 graph on a processor without bfloat16: fp32 arithmetic, rounded after every node.
+"""Emulates a bfloat16 graph in fp32, with rounding after every node.
 
-That is what the hardware does, products and sums in fp32 and results in bfloat16, so the parity gate can be passed
-where no engine computes bfloat16. Only the gate uses it: it is slower than fp32. Needs onnx, no torch.
+The hardware does the same: products and sums in fp32, results in bfloat16. It lets the parity gate check bfloat16
+graphs where no engine computes bfloat16; it is slower than fp32. Needs onnx, no torch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _rewrite(graph: onnx.GraphProto) -> None:
-    narrow = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    in_bf16 = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-            narrow.add(value.name)
+            in_bf16.add(value.name)
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
-            narrow.add(tensor.name)
+            in_bf16.add(tensor.name)
             value = numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     nodes: list[onnx.NodeProto] = []
@@ -39,11 +39,11 @@ def _rewrite(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _rewrite(attribute.g)
-        if node.op_type == "Cast" and node.output[0] in narrow:
+        if node.op_type == "Cast" and node.output[0] in in_bf16:
             next(a for a in node.attribute if a.name == "to").i = TensorProto.FLOAT
         nodes.append(node)
         for index, name in enumerate(node.output):
-            if name in narrow:
+            if name in in_bf16:
                 exact, rounded = f"{name}.exact", f"{name}.bf16"
                 node.output[index] = exact
                 nodes.append(helper.make_node("Cast", [exact], [rounded], to=TensorProto.BFLOAT16))

@@ -1,8 +1,7 @@
 """The fused generator: an ONNX `Loop` around the denoiser, and the decoder after it; table and noise are its inputs.
 
-One graph serves any number of steps and any sampler that a table can say, and holds no random generator. It is put
-together from ONNX nodes, without torch; the arithmetic is that of `redif_sdk.sampling.table.sample` and
-`redif_sdk.images`.
+One graph serves any number of steps and any step table, and holds no random generator. It is assembled from ONNX nodes
+without torch; its arithmetic is that of `redif_sdk.sampling.loop` and `redif_sdk.images`.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def generator_model(
         x' = r x0 + s x + c z
 
     The denoiser's weights are initialisers inside the loop's body: in the outer graph, engines would not fold constants
-    into them. The decoder's are in the outer graph, where it is. Raises ExportError for names that clash.
+    into them. The decoder's are in the outer graph, where it is. Raises ExportError if names clash.
     """
     latents = manifest.latents
     size = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
@@ -102,16 +101,23 @@ def generator_model(
 
 
 def _newest(denoiser: onnx.ModelProto, decoder: onnx.ModelProto | None) -> onnx.ModelProto:
-    """The one of the later opset: bf16 is declared as another (`precision.declare_bf16`), and is the same otherwise."""
+    """The model with the later opset; bf16 has a later one (`precision.declare_bf16`)."""
     if decoder is None:
         return denoiser
     return max(denoiser, decoder, key=lambda model: max(opset.version for opset in model.opset_import))
 
 
 def _include(outer: _Builder, graph: onnx.GraphProto, part: str, inputs: Mapping[str, str]) -> dict[str, str]:
-    """Add the nodes and weights of a flat graph, under names of ours, and return those of its outputs.
+    """Add the nodes and weights of a graph without subgraphs, under new names.
 
-    `inputs`: what it takes, by its own names.
+    Args:
+        outer: The graph to add them to.
+        graph: The graph to include.
+        part: The prefix of the new names.
+        inputs: The outer graph's value for each of its inputs.
+
+    Returns:
+        The new name of each output.
     """
     given = {"": "", **inputs}  # an optional input that is left out has no name
 
@@ -141,7 +147,7 @@ def _tensor(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProt
 
 
 def _body(denoiser: onnx.ModelProto) -> onnx.GraphProto:
-    """One row: (k, go, x) -> (go, x'). The table, the noise and the conditions come from the graph around it."""
+    """One step: (k, go, x) -> (go, x'). The table, the noise and the conditions come from the outer graph."""
     graph = denoiser.graph
     before, after = _Builder(), _Builder()
     k, go = _PREFIX + "k", _PREFIX + "go_in"
@@ -199,7 +205,7 @@ def _postprocess(outer: _Builder, x: str, manifest: Manifest) -> None:
 
 
 def _check_names(graph: onnx.GraphProto, network: onnx.GraphProto, conditions: set[str]) -> None:
-    """ONNX forbids a name of the body that the outer graph has too; ours begin with a prefix, but for the inputs."""
+    """Check that the network uses none of our names: ONNX forbids a body to reuse a name of the outer graph."""
     ours = {value.name for value in (*graph.input, *graph.output)} - conditions
     theirs = {name for node in network.node for name in node.output} | {tensor.name for tensor in network.initializer}
     clash = {name for name in theirs if name in ours or name.startswith(_PREFIX)}

@@ -1,6 +1,6 @@
-"""Classifier-free guidance inside a denoiser's graph: two conditions an image, one of them "nothing", and the mix.
+"""Classifier-free guidance inside a denoiser's graph: each image once with and once without its condition, and the mix.
 
-It is done at ONNX level, since torch.export cannot double a free batch axis through diffusers' networks.
+It is added to the ONNX graph, since torch.export cannot double a free batch axis through diffusers' networks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["add_guidance"]
 
 
 def add_guidance(model: onnx.ModelProto, guidance: Guidance, nulls: Mapping[str, NDArray[Any]]) -> None:
-    """Make a denoiser a guided one: its batch is doubled, the second half asked for nothing, and the halves mixed.
+    """Add guidance to a denoiser's graph: double the batch, give the second half the null condition, mix the halves.
 
-    `nulls`: what nothing is, by the names of the condition's inputs, each for one image: (1, ...). They become
+    `nulls`: the null condition by the names of the condition's inputs, each for one image: (1, ...). They become
     constants of the graph.
     """
     graph, make = model.graph, onnx.helper.make_node

@@ -1,7 +1,7 @@
-"""The networks of a student in torch, from the bytes that were checked against its manifest.
+"""Loads a student's networks into torch, from bytes that were checked against its manifest.
 
-Classes are those of diffusers and transformers alone: importing whatever a manifest names would run it. Nothing is read
-from disk but through `StudentFolder`, and nothing is fetched.
+Only classes of diffusers and transformers are loaded, since importing any other name would run its code. Files are read
+through `StudentFolder` only, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _MISFITS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, Arith
 def load_network(student: StudentFolder) -> torch.nn.Module:
     """The student's network in float32, in evaluation mode.
 
-    Raises UnsupportedModel for a class that is not diffusers' (give such a network to `export` yourself), ExportError
-    for weights that do not fit it.
+    Raises:
+        UnsupportedModel: Its class is not one of diffusers'; give such a network to `export` yourself.
+        ExportError: The weights do not fit the class.
+        IntegrityError: A file was altered.
     """
     network = student.manifest.network
     return _diffusers(
@@ -45,30 +47,30 @@ def load_network(student: StudentFolder) -> torch.nn.Module:
 
 
 def load_decoder(student: StudentFolder) -> LatentDecoder | None:
-    """What turns the student's latents into images, in float32, or None where they are images already.
-
-    Raises as `load_network` does.
-    """
+    """The student's decoder in float32, or None if its latents are pixels. Raises as `load_network` does."""
     decoder = student.manifest.postprocess.decoder
     if decoder is None:
         return None
-    autoencoder = _diffusers(student, decoder.class_path, decoder.folder, "only diffusers' autoencoders are taken")
+    autoencoder = _diffusers(student, decoder.class_path, decoder.folder, "only diffusers' autoencoders are supported")
     if not hasattr(autoencoder, "decode"):
-        raise UnsupportedModel(f"{decoder.class_path} decodes no latents; name one of diffusers' autoencoders")
+        raise UnsupportedModel(f"{decoder.class_path} has no decode method; name one of diffusers' autoencoders")
     return LatentDecoder(autoencoder, decoder.scaling_factor, decoder.shift_factor).eval()
 
 
 def load_encoders(student: StudentFolder) -> TextEncoders | None:
-    """The student's text encoders in float32, as one function of token ids, or None where no prompts ask.
+    """The student's text encoders in float32, as one module, or None if it is not a text-to-image model.
 
-    Raises UnsupportedModel for classes or a pipeline that are not known, ExportError for weights that do not fit.
+    Raises:
+        UnsupportedModel: A class or the pipeline is not supported.
+        ExportError: The weights do not fit, or transformers is not installed.
+        IntegrityError: A file was altered.
     """
     text, pipeline = student.manifest.text, student.manifest.network.pipeline
     if text is None:
         return None
     if pipeline is None:
         raise UnsupportedModel(
-            f"{student.path} does not say of which pipeline its text encoders are; set network.pipeline in its manifest"
+            f"{student.path} does not name the pipeline of its text encoders; set network.pipeline in its manifest"
         )
     encoders = TextEncoders(
         [_encoder(student, part) for part in text.encoders], pipeline, _fixed(text.tensors[0].shape)
@@ -120,13 +122,15 @@ def _weights(student: StudentFolder, folder: str) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files in `folder`: one file, or the shards of one."""
     shards = [file for file in student.files(folder) if file.endswith(".safetensors")]
     if not shards:
-        raise ExportError(f"{student.path}/{folder} holds no safetensors file, so there are no weights to export")
+        raise ExportError(
+            f"{student.path}/{folder} holds no safetensors file, so it has no weights; import the model again"
+        )
     weights: dict[str, torch.Tensor] = {}
     for shard in shards:
         try:
             tensors = load_safetensors(student.read(shard))
         except SafetensorError as error:
-            raise ExportError(f"{shard} in {student.path} is not a whole safetensors file: {error}") from error
+            raise ExportError(f"{shard} in {student.path} is not a valid safetensors file: {error}") from error
         if twice := sorted(weights.keys() & tensors.keys()):
             raise ExportError(
                 f"{student.path}/{folder} holds the tensor {twice[0]} in two files; keep one variant of the weights"
@@ -147,7 +151,7 @@ def _encoder(student: StudentFolder, part: TextEncoder) -> torch.nn.Module:
     module, _, name = part.class_path.rpartition(".")
     if module.partition(".")[0] != "transformers" or name not in ENCODERS:
         raise UnsupportedModel(
-            f"the text encoder {part.class_path} is not known; of transformers, {', '.join(ENCODERS)} are"
+            f"the text encoder {part.class_path} is not supported; use transformers' {', '.join(ENCODERS)}"
         )
     try:
         transformers: Any = importlib.import_module("transformers")
@@ -164,9 +168,9 @@ def _encoder(student: StudentFolder, part: TextEncoder) -> torch.nn.Module:
 
 
 def _config(kind: Any, document: dict[str, Any]) -> Any:
-    """The configuration of the class, of the fields that the class itself declares.
+    """The configuration of the class, with the fields that the class itself declares.
 
-    Those of the base class choose code: an implementation of attention from the Hub, fused layers, a quantiser.
+    Fields of the base class may choose code: attention from the Hub, fused layers, a quantiser.
     """
     own = kind.config_class
     fields = {*inspect.signature(own.__init__).parameters, *inspect.get_annotations(own)}
@@ -176,8 +180,8 @@ def _config(kind: Any, document: dict[str, Any]) -> Any:
 def _fill_transformer(kind: Any, config: Any, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """The text encoder of `config` with `weights`, by transformers' own loader from memory.
 
-    The loader knows what a state dict does not say: names that older releases saved, weights that are tied, buffers
-    that are computed. It would also make up what is missing, so the sizes are compared first and its report is read.
+    The loader handles names of older releases, tied weights and computed buffers. It also initialises missing weights,
+    so the sizes are compared first, and its report is checked.
     """
     with torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in kind(config).parameters())
@@ -202,7 +206,7 @@ def _fill_transformer(kind: Any, config: Any, weights: dict[str, torch.Tensor]) 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the loader's tables and progress bars: what does not fit is raised."""
+    """Silence the loader's tables and progress bars; weights that do not fit are raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
 """Torch networks to ONNX graphs: the denoiser, the text encoders, the decoder.
 
-What each takes and gives, by name, shape and precision, is said here; `trace.py` calls torch's exporter. Networks are
-loaded in `networks.py`, the loop around the denoiser is assembled in `fuse.py`, and files are written in `store.py`.
+Inputs, outputs and precisions of each graph are defined here. `networks.py` loads the networks, `trace.py` calls
+torch's exporter, `fuse.py` adds the sampling loop, `store.py` writes files.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ __all__ = [
 class GraphDenoiser(torch.nn.Module):
     """A network with one signature: sample (B, C, H, W), timestep (B,), its conditions (B, ...) -> f (B, C, H, W).
 
-    `network` is called as its family is (`families.call_network`); one of no family that is known as
-    ``network(sample, timestep, NAME=...)`` with each of `conditions` by its name, of which it returns a tensor, a
-    tuple, or an object with ``.sample``. Networks that learn their variance return 2C channels: f is the first C.
-
-    With `guidance` the network sees every image twice, asked for its condition and for `nulls` (by name, each for one
-    image), and f is the guided mix. A network in another `dtype` than float32 is given, and gives, float32.
+    Args:
+        network: A network of a known family (`families.call_network`). Any other is called as
+            ``network(sample, timestep, NAME=...)`` with each of `conditions` by its name, and returns a tensor, a
+            tuple, or an object with ``.sample``.
+        channels: C. Networks that learn their variance return 2C channels, of which f is the first C.
+        guidance: With guidance, the network is called with and without the condition, and f is the mix.
+        dtype: Of the network's weights; inputs and f are float32 in any case.
+        conditions: The names of the conditions.
+        nulls: The null condition of guidance by name, each for one image: (1, ...).
+        embedded_guidance: The guidance scale that the network takes as an input (Flux, LCM).
+        scale: Pixels a latent on each side.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class GraphDenoiser(torch.nn.Module):
     def of(
         cls, network: torch.nn.Module, manifest: Manifest, conditions: ExampleConditions | None = None
     ) -> GraphDenoiser:
-        """The denoiser of a student. `conditions` is needed where the student is guided."""
+        """The denoiser of a student. `conditions` is required for a guided student."""
         guidance = manifest.network.guidance if manifest.condition is not None else None
         nulls = conditions.nulls(guidance) if guidance is not None and conditions is not None else None
         return cls(
@@ -87,7 +92,7 @@ class GraphDenoiser(torch.nn.Module):
         )
 
     def bare(self, network: torch.nn.Module, dtype: torch.dtype) -> GraphDenoiser:
-        """The same around another copy of the network, without guidance."""
+        """The same module around another copy of the network, without guidance."""
         return GraphDenoiser(
             network,
             self.channels,
@@ -118,8 +123,8 @@ class GraphDenoiser(torch.nn.Module):
         return output[:, : self.channels].float()
 
 
-class _Narrow(torch.nn.Module):
-    """A module in another dtype, which is given, and gives, float32 and integers."""
+class _InDtype(torch.nn.Module):
+    """A module with weights in another dtype, whose inputs and outputs are float32 and integers."""
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -134,7 +139,7 @@ class _Narrow(torch.nn.Module):
 
 
 def _check_batch(first: Tensor, *others: Tensor) -> None:
-    """All are of one batch. torch.export would find that out too late, behind a shape that it can no longer compute."""
+    """Tell torch.export that all have one batch size; it would find out too late by itself."""
     for other in others:
         torch._check(other.shape[0] == first.shape[0])
 
@@ -145,10 +150,16 @@ def _check_batch(first: Tensor, *others: Tensor) -> None:
 def denoiser_model(
     denoiser: GraphDenoiser, manifest: Manifest, precision: str = "fp32", conditions: ExampleConditions | None = None
 ) -> onnx.ModelProto:
-    """The denoiser in ONNX with a free batch axis: sample, timestep and its conditions by name -> f.
+    """The denoiser's graph with a free batch axis: sample, timestep and the conditions by name -> f.
 
-    The inputs and f are float32 in every precision; fp16 and bf16 are the network's own dtype between them. int8 is
-    calibrated on images of `conditions`, which it needs. Raises ExportError.
+    Args:
+        denoiser: The denoiser in float32.
+        manifest: The student's manifest.
+        precision: "fp32", "fp16", "bf16" or "int8". Floating-point inputs and f are float32 in each.
+        conditions: Conditions of the images on which int8 is calibrated; required for int8.
+
+    Raises:
+        ExportError: torch's exporter or the quantiser failed.
     """
     if precision == "int8":
         assert conditions is not None
@@ -164,7 +175,7 @@ def denoiser_model(
 
 
 def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: str = "fp32") -> onnx.ModelProto:
-    """The text encoders in ONNX with a free batch axis: token ids and masks -> what the denoiser takes, float32."""
+    """The text encoders' graph with a free batch axis: token ids and masks -> encoded prompts, float32."""
     assert manifest.text is not None
     names = [
         (name, part.max_length)
@@ -173,30 +184,30 @@ def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: st
         if name is not None
     ]
     inputs = [TensorSpec(name=name, dtype="int64", shape=["batch", length]) for name, length in names]
-    module = _Narrow(_in_dtype(encoders, DTYPES[precision]), DTYPES[precision])
+    module = _InDtype(_in_dtype(encoders, DTYPES[precision]), DTYPES[precision])
     model = trace_graph(module, manifest, inputs, manifest.text.tensors, precision)
     model.graph.name = "text_encoder"
     return model
 
 
 def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "fp32") -> onnx.ModelProto:
-    """The decoder in ONNX with a free batch axis: latents -> sample in the manifest's value range, both float32."""
+    """The decoder's graph with a free batch axis: latents -> sample in the manifest's value range, both float32."""
     scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
     x = _state(manifest, "latents", manifest.latents.channels)
     sides = [f"image_{side}" if isinstance(side, str) else side * scale for side in x.shape[2:]]
     outputs = [TensorSpec(name="sample", dtype="float32", shape=["batch", channels, *sides])]
-    module = _Narrow(_in_dtype(decoder, DTYPES[precision]), DTYPES[precision])
+    module = _InDtype(_in_dtype(decoder, DTYPES[precision]), DTYPES[precision])
     model = trace_graph(module, manifest, [x], outputs, precision)
     model.graph.name = "decoder"
     return model
 
 
 def part_precision(component: str, precision: str, manifest: Manifest, decoder: LatentDecoder | None = None) -> str:
-    """What a component is computed in where the student is asked for `precision`.
+    """The precision of a component in a student of `precision`.
 
-    int8 is the denoiser's alone, whose trajectories calibrate it: text encoders and decoder stay fp32 beside it. So
-    does SDXL's decoder beside fp16, where it overflows unless its configuration denies that (``force_upcast``, which
-    diffusers heeds in SDXL's pipelines alone).
+    Only the denoiser is int8; beside it, text encoders and decoder stay fp32. SDXL's decoder stays fp32 in fp16
+    students too, where it overflows unless its configuration says otherwise (``force_upcast``, which diffusers reads
+    in SDXL's pipelines only).
     """
     if component == "denoiser":
         return precision
@@ -207,31 +218,31 @@ def part_precision(component: str, precision: str, manifest: Manifest, decoder: 
 
 
 def _state(manifest: Manifest, name: str, channels: int) -> TensorSpec:
-    """Latents as an input: free axes have their names."""
+    """The latents as a graph's input; free axes have names."""
     latents = manifest.latents
     sides = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
     return TensorSpec(name=name, dtype="float32", shape=["batch", channels, *sides])
 
 
 def _in_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of the module with its weights in `dtype`, made without a copy in float32 besides; itself in float32.
+    """A copy of the module with its weights in `dtype`, made without a second copy in float32; for float32 itself.
 
-    What transformers keeps in float32 beside float16 (T5's ``wo``, which overflows) stays so here.
+    Weights that transformers keeps in float32 beside float16 (T5's ``wo``, which overflows) stay in float32.
     """
     if dtype == torch.float32:
         return module
-    wide = set(_kept_wide(module)) if dtype == torch.float16 else set()
+    in_float32 = set(_kept_in_float32(module)) if dtype == torch.float16 else set()
     memo: dict[int, Any] = {}
     for name, parameter in module.named_parameters():
         value = parameter.detach()
-        kept = not value.is_floating_point() or name in wide
+        kept = not value.is_floating_point() or name in in_float32
         memo[id(parameter)] = torch.nn.Parameter(value if kept else value.to(dtype), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     return copy.deepcopy(module, memo)
 
 
-def _kept_wide(module: torch.nn.Module) -> Iterator[str]:
+def _kept_in_float32(module: torch.nn.Module) -> Iterator[str]:
     for prefix, part in module.named_modules():
         kept = set(getattr(part, "_keep_in_fp32_modules", None) or ())
         for name, _ in part.named_parameters() if kept else ():
@@ -241,13 +252,13 @@ def _kept_wide(module: torch.nn.Module) -> Iterator[str]:
 
 # ---------------------------------------------------------------------- sizes
 
-#: Networks of patches that place them by what the patches' number is, and not by a table of one size.
+#: Transformers whose patch positions fit several sizes, with the config field of the patch size (None: 2).
 _PATCHES = {"SD3Transformer2DModel": "patch_size", "FluxTransformer2DModel": None}
 
 
 def largest_extent(network: torch.nn.Module) -> int | None:
-    """The most rows or columns of the network's input: Stable Diffusion 3 has a table of its patches' places, which it
-    cuts to the image; others have no end."""
+    """The most rows or columns of the network's input, or None if there is no limit. Stable Diffusion 3 has a table of
+    patch positions, which it crops to the image."""
     config: Any = getattr(network, "config", None)
     if any(kind.__name__ == "SD3Transformer2DModel" for kind in type(network).__mro__):
         return int(config["pos_embed_max_size"]) * int(config["patch_size"])
@@ -255,10 +266,11 @@ def largest_extent(network: torch.nn.Module) -> int | None:
 
 
 def size_multiple(network: torch.nn.Module) -> int:
-    """What height and width of the network's input must be multiples of: 2 for each time that it halves them, or the
+    """The number that height and width of the network's input must be multiples of: 2^(times it halves them), or the
     side of a patch.
 
-    Raises UnsupportedModel for a network of which that is not known, or whose positions are made for one size.
+    Raises:
+        UnsupportedModel: That is not known for the network, or its positions are made for one size.
     """
     blocks = getattr(network, "down_blocks", None)
     if blocks is not None:
@@ -270,7 +282,7 @@ def size_multiple(network: torch.nn.Module) -> int:
             return 2 if field is None else int(config[field])
     if is_supported(network):
         raise UnsupportedModel(
-            f"{type(network).__name__} knows its places in the image for one size alone; export it without sizes"
+            f"{type(network).__name__} has patch positions for one size only; export it without sizes"
         )
     raise UnsupportedModel(
         f"{type(network).__name__} has no down_blocks, so the sizes that it takes are not known; "

@@ -1,7 +1,6 @@
-"""The comparisons of the parity gate: one part of a student, run again, against what torch recorded. No torch here.
+"""The comparisons of the parity gate: one part of a student, run again, against torch's recorded outputs.
 
-Each check gives one row of the report. The thresholds stand in one table, `THRESHOLDS`; which checks are made in which
-engine is `verify.py`'s business.
+Each check returns one row of the report, judged by `THRESHOLDS`. `verify.py` chooses the checks and the engines.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Threshold:
         return value >= self.bound if self.measure == "psnr" else value <= self.bound
 
 
-#: By precision: for what a network gives, and for the images (max_abs in levels of 255).
+#: By precision: the threshold of a network's output, and that of images (max_abs in levels of 255).
 THRESHOLDS: Mapping[str, tuple[Threshold, Threshold]] = {
     "fp32": (Threshold("relative_rmse", 1e-4), Threshold("max_abs", 1)),
     "fp16": (Threshold("relative_rmse", 1e-2), Threshold("psnr", 45)),
@@ -56,7 +55,7 @@ THRESHOLDS: Mapping[str, tuple[Threshold, Threshold]] = {
 }
 EXACT = Threshold("max_abs", 0)
 
-#: Of a row, in order.
+#: The fields of a row, in order.
 FIELDS = (
     *("component", "precision", "runtime", "device", "num_inference_steps", "batch", "size"),
     *("max_abs", "mean_abs", "relative_rmse", "psnr", "nonfinite", "measure", "threshold", "passed", "reason"),
@@ -66,20 +65,20 @@ Row = dict[str, Any]
 
 
 def check_noise(record: GoldenRecord) -> Row:
-    """The noise, drawn anew, must be the very same."""
+    """The noise, drawn again, must be identical."""
     start = record.noise()[0] * np.float32(record.table.init_scale)
     return _row("noise", "numpy", record, start, record.x[0], EXACT)
 
 
 def check_tokenizer(tokenize: Callable[[list[str]], Arrays], record: GoldenRecord) -> Row:
-    """The prompts, tokenised anew, must be the very same ids."""
+    """The prompts, tokenised again, must give identical ids."""
     found = tokenize(record.prompts)
     value, expected = (np.concatenate([side[name] for name in record.tokens], 1) for side in (found, record.tokens))
     return _row("tokenizer", "tokenizers", record, value, expected, EXACT)
 
 
 def check_text_encoder(runtime: Runtime, record: GoldenRecord) -> Row:
-    """What the recorded ids become: the row of the tensor that is furthest off."""
+    """The encoded prompts of the recorded ids; the row of the worst tensor."""
     outputs, threshold = runtime.run(record.tokens), THRESHOLDS[runtime.info.precision][0]
     rows = [
         _row("text_encoder", runtime, record, outputs[name], expected, threshold)
@@ -89,7 +88,7 @@ def check_text_encoder(runtime: Runtime, record: GoldenRecord) -> Row:
 
 
 def check_denoiser(runtime: Runtime, record: GoldenRecord) -> Row:
-    """The network's output at each recorded row."""
+    """The network's output at each recorded step."""
     outputs = []
     for row, x in zip(record.rows, record.x, strict=True):
         t = np.full((len(x),), record.table.timesteps[row], dtype=np.float32)
@@ -98,13 +97,13 @@ def check_denoiser(runtime: Runtime, record: GoldenRecord) -> Row:
 
 
 def check_decoder(runtime: Runtime, record: GoldenRecord) -> Row:
-    """The images of the recorded latents."""
+    """The images decoded from the recorded latents."""
     assert record.latents is not None
     return _images("decoder", runtime, record, runtime.run({"latents": record.latents})["sample"])
 
 
 def check_loop(runtime: Runtime, decoder: Runtime | None, record: GoldenRecord) -> Row:
-    """The images of the denoiser stepped in numpy, decoded where there is a decoder."""
+    """The images of the denoiser and the sampling loop in numpy, decoded if there is a decoder."""
 
     def network(x: NDArray[np.float32], t: NDArray[np.float32], condition: Any) -> NDArray[np.float32]:
         return runtime.run({"sample": x, "timestep": t, **condition})["f"]
@@ -127,7 +126,7 @@ def check_generator(runtime: Runtime, record: GoldenRecord) -> Row:
 
 
 def _images(component: str, runtime: Runtime, record: GoldenRecord, values: NDArray[np.float32]) -> Row:
-    """The row of images before they are uint8; a value that is not finite would not show in those."""
+    """The row of images given as floats, since values that are not finite do not show in uint8."""
     images = to_uint8(values, record.manifest.postprocess)
     row = _row(component, runtime, record, images, record.images, THRESHOLDS[runtime.info.precision][1])
     nonfinite = int(np.size(values) - np.isfinite(values).sum())
@@ -142,7 +141,7 @@ def _row(
     reference: NDArray[Any],
     threshold: Threshold,
 ) -> Row:
-    """One row of the report: `value` against torch's `reference`. `runtime`: the name of what is no engine."""
+    """One row of the report: `value` against torch's `reference`. `runtime` is a name for checks without an engine."""
     info = None if isinstance(runtime, str) else runtime.info
     measured, expected = value.astype(np.float64), reference.astype(np.float64)
     images = reference.dtype == np.uint8

@@ -1,8 +1,8 @@
-"""Graphs in less than fp32: fp16 and bf16 by the dtype of the network, int8 by quantising its convolutions.
+"""Reduced precision: fp16 and bf16 by the dtype of the network, int8 by quantising its convolutions.
 
-Engines compute in the types that the graph has, so a precision is a property of the file and no engine's option. The
-sampler's arithmetic around the network stays fp32 in all of them (`fuse.py`); which component is in which precision,
-`onnx.py` says.
+Engines compute in the types of the graph, so a precision is a property of the file, not an option of an engine. The
+sampler's arithmetic around the network is fp32 in all of them (`fuse.py`). `onnx.py` chooses each component's
+precision.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ PERCENTILE = 99.99
 
 
 def declare_bf16(model: onnx.ModelProto) -> None:
-    """Make a graph of bfloat16 a valid one: convolutions and norms take the type from opset 22 on, all else alike.
+    """Make a bfloat16 graph valid: convolutions and norms support the type from opset 22 on.
 
-    Constants that the exporter left to be cast in the graph (its folding knows no bfloat16) are cast here.
+    Constants that the graph casts to bfloat16, since the exporter cannot fold them, are cast here.
     """
     for opset in model.opset_import:
         if not opset.domain:
@@ -73,12 +73,19 @@ def declare_bf16(model: onnx.ModelProto) -> None:
 
 
 def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: ExampleConditions) -> onnx.ModelProto:
-    """The denoiser with int8 convolutions: static, symmetric, weights by channel, for ONNX Runtime and TensorRT alike.
+    """The denoiser with int8 convolutions: static, symmetric, weights per channel, for ONNX Runtime and TensorRT.
 
-    The first and the last convolution, which see the image itself, stay fp32, and biases too (TensorRT takes no int32
-    ones). Weights take seven of the eight bits: processors without VNNI add two products in 16 bits, and would saturate
-    (relative error .27 instead of .05 with a UNet of 6.5 M). The ranges are those of the student's own trajectories, on
-    noise that only training uses, for `conditions`. Raises ExportError.
+    The first and the last convolution stay fp32, and so do biases (TensorRT has no int32 biases). Weights use 7 of 8
+    bits: processors without VNNI add two products in 16 bits, which would saturate (relative error .27 instead of .05
+    with a UNet of 6.5 M). Ranges are calibrated on the student's own trajectories, from noise that only training uses.
+
+    Args:
+        fp32: The denoiser's graph.
+        manifest: The student's manifest.
+        conditions: The conditions of the calibration images.
+
+    Raises:
+        ExportError: onnxruntime is not installed, the network has fewer than 3 convolutions, or is above 2 GiB.
     """
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -91,7 +98,9 @@ def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: ExampleCon
             f"there is nothing to gain; leave int8 out"
         )
     if size_of(fp32) > LARGEST_FILE:
-        raise ExportError(f"the network of {manifest.name} is above 2 GiB, which int8 does not take; leave int8 out")
+        raise ExportError(
+            f"the network of {manifest.name} is above 2 GiB, for which int8 is not supported; leave int8 out"
+        )
     with tempfile.TemporaryDirectory(prefix="redif-int8-") as folder, _quiet():
         target = Path(folder) / "int8.onnx"
         quantize_static(
@@ -124,7 +133,7 @@ def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: ExampleCon
 def trajectories(
     denoiser: onnx.ModelProto, manifest: Manifest, conditions: ExampleConditions
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The denoiser's inputs at every row of every step table, for `CALIBRATION_IMAGES` noises each."""
+    """The denoiser's inputs at each step of each table, for `CALIBRATION_IMAGES` images a table."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -158,7 +167,7 @@ def _inputs_of_steps(
 
 
 class _Feeds:
-    """The inputs, one at a time, as ONNX Runtime's calibration asks for them."""
+    """The inputs one at a time, by the protocol of ONNX Runtime's calibration."""
 
     def __init__(self, feeds: Iterator[dict[str, np.ndarray]]) -> None:
         self._feeds = feeds

@@ -1,7 +1,4 @@
-"""ONNX models on disk: one file, with its weights in one more beside it where protobuf's 2 GiB do not hold them.
-
-Writing and describing graphs lives here; what is written is `build.py`'s business, and hashes are the manifest's.
-"""
+"""Writes ONNX models to disk: one file, and one more for the weights where they exceed protobuf's 2 GiB."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ __all__ = ["FOLDER", "LARGEST_FILE", "size_of", "spec_of", "write_graph"]
 
 FOLDER = "onnx"
 
-#: A protobuf ends at 2 GiB. A larger graph keeps its weights in a file beside it. A larger generator is not made: ONNX
-#: Runtime takes such a file from memory for a graph, but not for a loop's body. Pipelines then step the denoiser.
+#: A protobuf is limited to 2 GiB; a larger graph has its weights in a file beside it. A larger generator is not made,
+#: since ONNX Runtime cannot read the weights of a loop's body from memory. Pipelines then step the denoiser.
 LARGEST_FILE = (1 << 31) - (1 << 24)
 
-#: Weights from this size on go into the file beside the graph; what is smaller may be a shape, which readers look at.
+#: Tensors of at least so many bytes go into the file beside the graph; smaller ones may be shapes, which readers need.
 LEAST_OUTSIDE = 1024
 ALIGNMENT = 64
 
@@ -30,7 +27,7 @@ _WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, Tensor
 
 
 def size_of(model: onnx.ModelProto) -> int:
-    """Bytes of the weights, which are all of a large model but a few MiB. protobuf cannot say it above 2 GiB."""
+    """Bytes of the weights, which make up a large model but for a few MiB; protobuf cannot measure more than 2 GiB."""
     return sum(
         math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in model.graph.initializer
@@ -40,8 +37,8 @@ def size_of(model: onnx.ModelProto) -> int:
 def write_graph(folder: Path, component: str, precision: str, model: onnx.ModelProto) -> Graph:
     """Write a model to ``onnx/COMPONENT.PRECISION.onnx`` and describe it.
 
-    A model above `LARGEST_FILE` is written with its weights in ``onnx/COMPONENT.PRECISION.onnx.data``, and loses them
-    on the way: there is no second copy of them in memory.
+    The weights of a model above `LARGEST_FILE` are moved to ``onnx/COMPONENT.PRECISION.onnx.data``: `model` loses them,
+    so that they are never in memory twice.
     """
     file = f"{FOLDER}/{component}.{precision}.onnx"
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -64,7 +61,7 @@ def write_graph(folder: Path, component: str, precision: str, model: onnx.ModelP
 
 
 def _move_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Write the weights to `path`, one after another, and leave their places in the model."""
+    """Move the weights to the file `path`; the model keeps their offsets."""
     with path.open("wb") as file:
         for tensor in model.graph.initializer:
             if tensor.data_type not in _WEIGHTS or not tensor.HasField("raw_data"):
@@ -82,7 +79,7 @@ def _move_weights(model: onnx.ModelProto, path: Path) -> None:
 
 
 def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
-    """What the manifest says of an input or output."""
+    """The manifest's description of an input or output."""
     tensor = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
     return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=shape)

@@ -1,10 +1,9 @@
 """ONNX graphs to TensorRT engines: one builder for both flavours, Enterprise (``tensorrt``) and RTX (``tensorrt-rtx``).
 
-Their Python API is one. What differs is said where it does: RTX builds for named compute capabilities, with or without
-a GPU; Enterprise builds on the GPU that will run the engine, and keeps a cache of timings. Precision is in the graph
-(dtypes, Q/DQ). Engines are kept by `redif_sdk.runtimes.tensorrt.cache`, never in the student's folder, and run by
-`redif_sdk.runtimes.tensorrt.runtime`. Needs no torch. RTX was run without a GPU; Enterprise was not run by this project
-yet.
+They share one Python API. RTX builds for named compute capabilities, with or without a GPU; Enterprise builds on the
+GPU that will run the engine, and keeps a cache of timings. The precision is in the graph (dtypes, Q/DQ). Engines are
+kept in `redif_sdk.runtimes.tensorrt.cache`, never in the student's folder, and run by
+`redif_sdk.runtimes.tensorrt.runtime`. Needs no torch. RTX was tested without a GPU; Enterprise was not tested.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ _DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-_building = Lock()  # TensorRT has one logger in a process, and its errors are to be those of one build
+_building = Lock()  # TensorRT has one logger in a process; one build at a time, so that its errors belong to it
 
 
 def build_engines(
@@ -79,21 +78,32 @@ def build_engines(
     strip_weights: bool = False,
     timing_cache: bool = True,
 ) -> list[dict[str, Any]]:
-    """An engine of each graph of the student (`components` and `precisions` choose some), built or found in the cache.
+    """An engine for each graph of the student, built or found in the cache.
 
-    `sm`: compute capabilities to build for, 89 for 8.9; RTX only, and by default that of the GPU here. `engine_dir`:
-    where engines go in place of the cache, which is for this machine's GPU alone. `batches`: (smallest, best, largest);
-    `sizes`: the same of the images' (height, width), for students whose sizes are free. `max_steps`: most rows of a
-    step table, by default those of the student's longest. `level`: "fast", "default" or "best", how long the builder
-    searches. `workspace_mb`: most memory for one layer. `hardware_compatibility`: "none", "ampere-plus" or "same-cc",
-    the GPUs that an Enterprise engine runs on beside its own kind. `strip_weights`: leave out what the student's graph
-    holds. `timing_cache`: keep what Enterprise's builder has timed; RTX times nothing.
+    Args:
+        folder: The student's folder.
+        flavour: "tensorrt-rtx" or "tensorrt" (Enterprise).
+        precisions: Precisions of the graphs; None: all.
+        components: Components of the graphs; None: all.
+        sm: Compute capabilities to build for, 89 for 8.9. RTX only; default: that of this machine's GPU.
+        engine_dir: The folder of the engines; None: the cache, which is for this machine's GPU only.
+        batches: (smallest, best, largest) batch.
+        sizes: The same of the images' (height, width) in pixels, for students with free sizes.
+        max_steps: Most steps of a table; None: those of the student's longest table.
+        level: How long the builder searches: "fast", "default" or "best".
+        workspace_mb: Most MiB of memory for one layer; None: all of the GPU's.
+        hardware_compatibility: Further GPUs that an Enterprise engine runs on: "none", "ampere-plus" or "same-cc".
+        strip_weights: Leave the weights out; they are put back from the student's graph when the engine is loaded.
+        timing_cache: Keep the timings of Enterprise's builder for later builds.
 
-    Returns a row for each engine: component, precision, flavour, version, targets, device, file, bytes, seconds (of the
-    build), cache ("hit", or "miss: " and the reason), inputs, outputs, profile.
+    Returns:
+        A row for each engine: component, precision, flavour, version, targets, device, file, bytes, seconds (of the
+        build), cache ("hit", or "miss: " and the reason), inputs, outputs, profile.
 
-    Raises InvalidRequest for what contradicts itself, RuntimeUnavailable without the library or the GPU that this
-    takes, ExportError, naming the node, for what TensorRT cannot build.
+    Raises:
+        InvalidRequest: An argument is wrong, or does not go with another one.
+        RuntimeUnavailable: The library, or a GPU that the build needs, is not available.
+        ExportError: TensorRT cannot build a graph; the message names the node.
     """
     settings = _settings(flavour, level, workspace_mb, hardware_compatibility, strip_weights)
     options = RuntimeOptions(engine_dir=None if engine_dir is None else Path(engine_dir))
@@ -163,7 +173,7 @@ def _settings(
 
 
 def _graphs(student: StudentFolder, components: Sequence[str] | None, precisions: Sequence[str] | None) -> list[Graph]:
-    """The graphs that were asked for. InvalidRequest for one that is not there."""
+    """The graphs of these components and precisions. Raises InvalidRequest for one that is not there."""
     present = student.manifest.graphs
     if not present:
         raise InvalidRequest(f"{student.path} has no graphs to build engines of; run redif export {student.path}")
@@ -224,9 +234,7 @@ def _profile(graph: Graph, axes: Mapping[str, Range]) -> dict[str, tuple[tuple[i
         free = [size for size in spec.shape if isinstance(size, str)]
         unknown = [name for name in free if name not in axes]
         if unknown:
-            raise ExportError(
-                f"{spec.name} of {graph.file} has the free axis {unknown[0]!r}, of which no range is known"
-            )
+            raise ExportError(f"{spec.name} of {graph.file} has the free axis {unknown[0]!r}, whose range is not known")
         if free:
             profile[spec.name] = tuple(
                 tuple(axes[size][which] if isinstance(size, str) else size for size in spec.shape) for which in range(3)
@@ -235,7 +243,7 @@ def _profile(graph: Graph, axes: Mapping[str, Range]) -> dict[str, tuple[tuple[i
 
 
 def _targets(trt: Any, flavour: Flavour, sm: list[int], *, own_folder: bool) -> tuple[list[int], Gpu | None]:
-    """The compute capabilities to build for, and the GPU that is part of the engine's key, if there is to be one."""
+    """The compute capabilities to build for, and the GPU of the engine's key, or None."""
     gpu = find_gpu()
     if flavour == "tensorrt":
         if sm:
@@ -250,7 +258,7 @@ def _targets(trt: Any, flavour: Flavour, sm: list[int], *, own_folder: bool) -> 
     for target in sm:
         if target not in known:
             have = ", ".join(map(str, known))
-            raise InvalidRequest(f"sm {target} is no target of tensorrt-rtx {trt.__version__}; it has {have}")
+            raise InvalidRequest(f"sm {target} is not a target of tensorrt-rtx {trt.__version__}; use {have}")
     if isinstance(gpu, str):
         if not sm:
             raise RuntimeUnavailable(
@@ -274,7 +282,7 @@ def _targets(trt: Any, flavour: Flavour, sm: list[int], *, own_folder: bool) -> 
 
 
 class _CheckedGraph(NamedTuple):
-    """A graph as TensorRT gets it: its bytes were checked, and stay in memory."""
+    """A graph's checked bytes, which stay in memory while TensorRT reads them."""
 
     model: onnx.ModelProto
     data: bytes
@@ -291,7 +299,7 @@ class _Job(NamedTuple):
     timings: Path | None
 
     def build(self) -> Built:
-        """Refuse what cannot work, parse, build. Raises ExportError."""
+        """Check the graph, parse it and build the engine. Raises ExportError."""
         source = _read(self.student, self.graph)
         refuse_opset(source.model, self.graph.file)
         if self.key.flavour == "tensorrt-rtx":
@@ -315,7 +323,7 @@ class _Job(NamedTuple):
             return Built(bytes(plan), time.perf_counter() - start, inputs, outputs)
 
     def _check(self, number: int, tensor: Any, described: list[TensorSpec]) -> list[TensorSpec]:
-        """The network's inputs or outputs, which must be those that the manifest describes."""
+        """Check that the network's inputs or outputs are those of the manifest, and return the latter."""
         found = {tensor(index).name: tensor(index) for index in range(number)}
         if set(found) != {spec.name for spec in described}:
             names = ", ".join(spec.name for spec in described)
@@ -374,13 +382,13 @@ class _Job(NamedTuple):
             raise ExportError(f"TensorRT does not take the shapes of {self.graph.file}: {reason}")
 
     def _keep_timings(self, config: Any) -> None:
-        """Write what the builder has timed, for later builds on this GPU."""
+        """Write the builder's timings, for later builds on this GPU."""
         if self.timings is not None:
             atomic_write(self.timings, bytes(config.get_timing_cache().serialize()))
 
 
 def _network_flags(trt: Any) -> int:
-    """Types are the graph's own: to be asked for in TensorRT 10, and the only way since 11 and in RTX."""
+    """Strong typing, so that types are the graph's own: a flag in TensorRT 10, the only mode in 11 and in RTX."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -391,7 +399,7 @@ def _read(student: StudentFolder, graph: Graph) -> _CheckedGraph:
 
 
 def _parse(parser: Any, source: _CheckedGraph, graph: Graph) -> list[Any]:
-    """Parse a graph; what is returned holds its weights, and has to live until the engine is built."""
+    """Parse a graph; the returned objects hold its weights and have to live until the engine is built."""
     if not source.blobs:
         held: list[Any] = [source.data]
         done = parser.parse(source.data)

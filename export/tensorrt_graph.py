@@ -1,6 +1,6 @@
-"""What TensorRT does not take of an ONNX graph, refused with a reason before minutes are spent on it.
+"""Refuses ONNX graphs that TensorRT cannot build, with a reason, before minutes are spent on them.
 
-What is refused was tried with TensorRT-RTX 1.7. Nothing here needs TensorRT.
+The refusals were observed with TensorRT-RTX 1.7. Nothing here needs TensorRT.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TURING = 75
 
 
 def refuse_opset(model: onnx.ModelProto, file: str) -> None:
-    """Raise ExportError for a graph that TensorRT's parser is not documented for."""
+    """Raise ExportError for an opset that TensorRT's parser does not document."""
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset not in OPSETS:
         raise ExportError(
@@ -34,12 +34,14 @@ def refuse_opset(model: onnx.ModelProto, file: str) -> None:
 
 
 def refuse_rtx(model: onnx.ModelProto, file: str, targets: Sequence[int]) -> None:
-    """Raise ExportError, naming the node, for what TensorRT-RTX has no kernels for on `targets`."""
+    """Raise ExportError, naming the node, if TensorRT-RTX has no kernel for it on `targets` (compute capabilities)."""
     turing = _TURING in targets
     try:
         inferred = onnx.shape_inference.infer_shapes(model).graph
     except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"{file} contradicts itself: {' '.join(str(error).split())}; export it again") from error
+        raise ExportError(
+            f"the shapes of {file} are inconsistent: {' '.join(str(error).split())}; export it again"
+        ) from error
     for node, values in _walk(inferred, {}):
         types = [values[name].elem_type for name in node.input if name in values]
         reason = None

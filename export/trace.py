@@ -1,7 +1,6 @@
-"""A torch module to an ONNX graph of named inputs and outputs, by torch's exporter.
+"""A torch module to an ONNX graph with named inputs and outputs, by torch's exporter.
 
-The same graph comes of the same module, whatever machine made it, and modules that differ in weights alone are traced
-once. Which modules there are, and what they take, is `onnx.py`'s business.
+The same module gives the same graph on every machine. Modules that differ only in their weights are traced once.
 """
 
 from __future__ import annotations
@@ -44,7 +43,11 @@ def trace_graph(
     outputs: Sequence[TensorSpec],
     precision: str,
 ) -> onnx.ModelProto:
-    """`module` as a graph that takes `inputs` and gives `outputs`, optimised and cleaned. Raises ExportError."""
+    """The optimised graph of `module`, with these inputs and outputs.
+
+    Raises:
+        ExportError: torch's exporter failed.
+    """
     traced = _trace(module.eval(), manifest, inputs, outputs)
     model = _slim(onnxscript.optimizer.optimize(traced))
     clean_model(model)
@@ -60,15 +63,15 @@ def trace_graph(
     return model
 
 
-#: Graphs of networks that were traced by this process, without their weights: students of one teacher differ in these
-#: alone, and tracing takes ten times as long as all the rest.
+#: Graphs that this process traced, without weights. Students of one teacher differ only in these, and tracing takes ten
+#: times as long as everything else.
 _traced: dict[str, onnx.ModelProto] = {}
 
 
 def _trace(
     module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> onnx.ModelProto:
-    """The graph as torch's exporter writes it, with the module's weights as initializers under their own names."""
+    """The graph of torch's exporter, with the module's weights as initializers under their own names."""
     weights = {name: value.detach().cpu() for name, value in _tensors(module)}
     key = _structure(module, weights, manifest, inputs)
     if key is None or key not in _traced:
@@ -86,7 +89,7 @@ def _trace(
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name that they have, those that are not saved too."""
+    """All parameters and buffers, under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
@@ -100,7 +103,7 @@ def _bytes(value: Tensor) -> bytes:
 def _structure(
     module: torch.nn.Module, weights: Mapping[str, Tensor], manifest: Manifest, inputs: Sequence[TensorSpec]
 ) -> str | None:
-    """All that a traced graph depends on, weights apart; None for a module that is not a library's with a config."""
+    """Everything that a traced graph depends on, except weights; None for a network without a library's config."""
     parts = [_library_part(part) for part in _networks(module)]
     if None in parts:
         return None
@@ -117,7 +120,7 @@ def _structure(
 
 
 def _networks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The outermost parts of a module that are none of ours, nor torch's list around them."""
+    """The outermost parts of a module that are not classes of this package."""
     ours = type(module).__module__.startswith("redif_sdk.") or isinstance(module, torch.nn.ModuleList)
     if not ours:
         yield module
@@ -127,7 +130,7 @@ def _networks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _library_part(network: torch.nn.Module) -> list[Any] | None:
-    """What says how a network of diffusers or transformers is built; None for any other."""
+    """The class and configuration of a network of diffusers or transformers; None for any other."""
     config: Any = getattr(network, "config", None)
     kind = f"{type(network).__module__}.{type(network).__qualname__}"
     if config is None or kind.partition(".")[0] not in ("diffusers", "transformers"):
@@ -141,7 +144,7 @@ def _name(module: torch.nn.Module) -> str:
 
 
 def _holds(model: onnx.ModelProto, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the graph's initializers are weights by name and by bytes, so that others can take their place."""
+    """Whether every initializer is one of the weights, by name and bytes, so that other weights can replace them."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     return set(stored) <= set(weights) and all(
         tensor.raw_data == _bytes(weights[name]) for name, tensor in stored.items()
@@ -149,7 +152,7 @@ def _holds(model: onnx.ModelProto, weights: Mapping[str, Tensor]) -> bool:
 
 
 def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
-    """Zeros of the inputs' shapes. A free side is at least two steps long: torch.export takes one for a constant."""
+    """Zeros of the inputs' shapes. A free side is at least two multiples long: torch.export takes 1 as a constant."""
     latents = manifest.latents
     sizes: dict[str, int] = {"batch": _EXAMPLE_BATCH}
     sizes |= {axis: max(getattr(latents, axis), 2 * latents.multiple) for axis in latents.dynamic}
@@ -162,7 +165,7 @@ def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor,
 
 
 def _free_axes(module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Any, ...]:
-    """What torch.export is told of free axes, in the structure of the arguments of the module's ``forward``."""
+    """torch.export's description of the free axes, in the structure of the arguments of the module's ``forward``."""
     multiple = manifest.latents.multiple
     axes: dict[str, Any] = {"batch": torch.export.Dim("batch")}
     for axis in manifest.latents.dynamic:
@@ -198,7 +201,7 @@ def _torch_export(
 
 
 def _squeeze(self: Any, dim: int) -> Any:
-    """torch leaves an axis that is longer than 1 as it is; the exporter would have ONNX squeeze it, an error."""
+    """torch does not squeeze an axis longer than 1; the exporter would, which is an error in ONNX."""
     if len(self.shape) and self.shape[dim] == 1:
         return opset20.Squeeze(self, [dim])
     return opset20.Identity(self)
@@ -212,7 +215,7 @@ def _floor_divide(self: Any, other: Any) -> Any:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks on itself: that torchvision is absent, and how it names axes."""
+    """Silence the exporter's warnings about torchvision and the names of axes."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -226,9 +229,9 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold what the exporter left over, where onnxslim is installed: a quarter fewer nodes, the same results.
+    """Simplify the graph if onnxslim is installed: a quarter fewer nodes, the same results.
 
-    It copies a model by way of one protobuf, so those that do not fit into one stay as they are.
+    onnxslim serialises a model to one protobuf, so larger models are returned as they are.
     """
     try:
         import onnxslim
@@ -241,7 +244,7 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def clean_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Remove what says how and where the graph was made (stack traces with paths): equal graphs are equal bytes."""
+    """Remove stack traces, paths and comments, so that equal graphs are equal bytes."""
     for message in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         message.ClearField("metadata_props")
         message.ClearField("doc_string")

@@ -1,7 +1,7 @@
-"""The parity gate: do the graphs compute what torch computed at export? Needs numpy and an engine, no torch.
+"""The parity gate: checks that the graphs compute what torch computed at export. Needs numpy and an engine, no torch.
 
-Every file's hash is checked first, then each graph in each engine against the golden outputs. Nothing is written. What
-a check compares, and its threshold, is in `checks.py`.
+The hash of every file is checked first, then each graph in each engine against the golden outputs. Nothing is written.
+`parity.py` has the comparisons and their thresholds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, ManifestError, RuntimeUnavailable
-from redif_sdk.export import parity as checks
+from redif_sdk.export import parity
 from redif_sdk.export.golden import GoldenRecord, read_golden
 from redif_sdk.export.parity import FIELDS, THRESHOLDS, Threshold
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, loops_in_numpy, resolve, runnable
 
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
 
-#: The graphs that are checked together: stepping the denoiser to images takes the decoder too.
+#: The graphs that are loaded and checked together: images of the denoiser need the decoder too.
 TOGETHER: tuple[tuple[Component, ...], ...] = (("text_encoder",), ("denoiser", "decoder"), ("generator",))
 
 Load = Callable[[Graph], Runtime]
@@ -40,20 +40,31 @@ def verify(
 ) -> list[dict[str, Any]]:
     """Check every hash, then every graph in every engine (default: those that run here) against the golden outputs.
 
-    Returns one row a check: component ("noise", drawn anew; "tokenizer", the ids of the prompts; "text_encoder", what
-    these become; "denoiser", the network's output at each recorded row; "decoder", the images of recorded latents;
-    "loop", those of the denoiser stepped in numpy; "generator", those of the fused graph), precision, runtime, device,
-    num_inference_steps, batch, size, max_abs, mean_abs, relative_rmse, psnr (dB), nonfinite (values), measure and
-    threshold (what was asked of it), passed. An undefined figure, such as the psnr of equal images, is None. An
-    engine that cannot be had for a precision gives one row with the `reason`, and None for the rest: it is not passed.
-    A bf16 graph that no engine here computes is checked by emulation (runtime "emulated", see `emulate.py`); so is the
-    fused one where the engine is OpenVINO, which is given the networks alone.
+    A failed check is not an error: see ``passed`` in its row. A bf16 graph that no engine of this machine computes is
+    checked by emulation (runtime "emulated", see `emulate.py`); so is the fused one where the engine is OpenVINO, which
+    runs the denoiser only.
 
-    `precisions`, `batches` and `sizes` (height, width in pixels) restrict the checks to some of what was recorded.
+    Args:
+        folder: The student's folder.
+        runtimes: Engines to check; None: those that run on this machine.
+        precisions: Precisions to check; None: all.
+        batches: Recorded batch sizes to check; None: all.
+        sizes: Recorded sizes to check, (height, width) in pixels; None: all.
 
-    Raises IntegrityError for an altered, missing or additional file, ManifestError for a student that was not exported,
-    InvalidRequest for a restriction that leaves nothing, RuntimeUnavailable without an engine. A failed check is no
-    error here: see ``passed``.
+    Returns:
+        One row for each check: component, precision, runtime, device, num_inference_steps, batch, size, max_abs,
+        mean_abs, relative_rmse, psnr (dB), nonfinite (number of values), measure and threshold (the criterion), passed,
+        reason. The components are "noise" (drawn again), "tokenizer" (the prompts' ids), "text_encoder" (the encoded
+        prompts), "denoiser" (the network's output at each recorded step), "decoder" (the images of recorded latents),
+        "loop" (the images of the denoiser and the loop in numpy) and "generator" (those of the fused graph). An
+        undefined figure, such as the psnr of equal images, is None. An engine that is not available for a precision has
+        one row with the reason, and None in the other fields.
+
+    Raises:
+        IntegrityError: A file is altered, missing or not listed.
+        ManifestError: The student has no graphs or golden files.
+        InvalidRequest: No recorded output fits `precisions`, `batches` and `sizes`.
+        RuntimeUnavailable: No engine is available.
     """
     student = StudentFolder(folder)
     student.check_all()
@@ -63,12 +74,12 @@ def verify(
     engines = [resolve(name) for name in runtimes] if runtimes is not None else runnable()
     records = _records(student, batches, sizes)
     graphs = _graphs(manifest, precisions)
-    rows = [checks.check_noise(record) for record in records]
+    rows = [parity.check_noise(record) for record in records]
     if manifest.text is not None:
         from redif_sdk.tokenizer import PromptTokenizer  # a package that other students need not load
 
         tokenizer = PromptTokenizer(student)
-        rows += [checks.check_tokenizer(tokenizer, record) for record in records]
+        rows += [parity.check_tokenizer(tokenizer, record) for record in records]
     for precision in dict.fromkeys(graph.precision for graph in graphs):
         rows += _check_precision(student, engines, [g for g in graphs if g.precision == precision], records)
     return rows
@@ -126,27 +137,27 @@ def _check_precision(
 
 
 def _groups(graphs: Sequence[Graph]) -> Iterator[dict[str, Graph]]:
-    """Those of `graphs` that are checked together, by component."""
+    """The groups of `graphs` that are checked together, each by component."""
     for components in TOGETHER:
         if group := {graph.component: graph for graph in graphs if graph.component in components}:
             yield {component: group[component] for component in components if component in group}
 
 
 def _check_group(load_graph: Load, group: Mapping[str, Graph], records: Sequence[GoldenRecord]) -> list[dict[str, Any]]:
-    """The rows of the graphs of one group, which are loaded for it."""
+    """The rows of one group of graphs, which is loaded for it."""
     loaded = {component: load_graph(graph) for component, graph in group.items()}
     rows = []
     for record in records:
         if "text_encoder" in loaded:
-            rows.append(checks.check_text_encoder(loaded["text_encoder"], record))
+            rows.append(parity.check_text_encoder(loaded["text_encoder"], record))
         if "denoiser" in loaded:
-            rows.append(checks.check_denoiser(loaded["denoiser"], record))
+            rows.append(parity.check_denoiser(loaded["denoiser"], record))
         if "decoder" in loaded:
-            rows.append(checks.check_decoder(loaded["decoder"], record))
+            rows.append(parity.check_decoder(loaded["decoder"], record))
         if "denoiser" in loaded and ("decoder" in loaded or record.latents is None):
-            rows.append(checks.check_loop(loaded["denoiser"], loaded.get("decoder"), record))
+            rows.append(parity.check_loop(loaded["denoiser"], loaded.get("decoder"), record))
         if "generator" in loaded:
-            rows.append(checks.check_generator(loaded["generator"], record))
+            rows.append(parity.check_generator(loaded["generator"], record))
     return rows
 
 
@@ -159,7 +170,7 @@ def _absent(engine: str, precision: str, reason: str) -> dict[str, Any]:
 
 
 class Emulated:
-    """A bfloat16 graph as `emulate` writes it, in ONNX Runtime on the CPU."""
+    """An emulated bfloat16 graph (`emulate.py`) in ONNX Runtime on the CPU; a `Runtime`."""
 
     def __init__(self, session: Any, info: RuntimeInfo) -> None:
         self._session = session
@@ -174,10 +185,12 @@ class Emulated:
             from redif_sdk.export.emulate import emulate
         except ImportError as error:
             raise RuntimeUnavailable(
-                f"no engine here computes bf16, and to emulate it needs {error.name}; pip install onnx onnxruntime"
+                f"no engine here computes bf16; its emulation needs {error.name}: pip install onnx onnxruntime"
             ) from error
         if graph.data:
-            raise RuntimeUnavailable(f"no engine here computes bf16, and {graph.file} is too large to be emulated")
+            raise RuntimeUnavailable(
+                f"no engine of this machine computes bf16, and {graph.file} is too large to be emulated"
+            )
         model = emulate(onnx.ModelProto.FromString(student.read_graph(graph)[0]))
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4
@@ -203,7 +216,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def absent(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What could not be checked here, in one line."""
+    """The checks that could not be made on this machine, in one line."""
     return "; ".join(f"{row['precision']} on {row['runtime']}: {row['reason']}" for row in rows if row["reason"])
 
 

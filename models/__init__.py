@@ -1,1 +1,1 @@
-"""How diffusers' networks are called and conditioned. Needs torch; `distill` and `export` both build on it."""
+"""How diffusers' networks are called and conditioned. Needs torch; `distill` and `export` build on it."""

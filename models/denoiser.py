@@ -1,6 +1,6 @@
-"""A network behind one signature: ``(x, t, condition) -> f``, guided or not, whatever family it is of.
+"""A network behind one signature, ``(x, t, condition) -> f``, with or without guidance, for all families.
 
-What a condition is to the network (a class, a prompt's embeddings) ends here; adapters make these, methods call them.
+A condition is an index here, of a class or of a prompt; `Denoiser` turns it into what the network takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-    """``predict``'s output (B, C, H, W) under ``guidance``: one call on a doubled batch."""
+    """The output (B, C, H, W) of ``predict`` under classifier-free guidance, by one call on a doubled batch.
+
+    Without ``guidance`` or ``condition``, the plain output.
+    """
     if guidance is None or condition is None:
         return predict(x, t, condition)
     null = torch.full_like(condition, guidance.null_class)
@@ -30,13 +33,15 @@ def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, co
 class Denoiser(nn.Module):
     """A network behind one signature: ``(x (B, C, H, W), t (B,) float32, condition (B,) int64 or None) -> f``.
 
-    ``f`` is the first C channels of what the network gives (learned-variance networks give 2C). ``guidance``: it is
-    the guided output, at two calls of the network. ``prompts``: the condition is a prompt's place among these.
+    ``f`` is the first C channels of the network's output (networks that learn their variance return 2C).
 
     Args:
-        diffusers_call: the network is one of diffusers'; otherwise it is called with the very arguments of this one.
-        embedded_guidance: the guidance scale that the network takes as an input (Flux dev, LCM).
-        scale: pixels a latent on each side.
+        network: The network.
+        diffusers_call: Whether the network is diffusers'; otherwise it is called as ``network(x, t, condition)``.
+        guidance: ``f`` is the guided output, at two calls of the network.
+        prompts: The condition is an index of these.
+        embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
+        scale: Pixels a latent on each side.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""How each family of diffusers' networks is called, and what its text encoders and its autoencoder are to it.
+"""How each family of diffusers' networks, text encoders and autoencoders is called.
 
-One signature for all: latents (B, C, H, W), times, and what prompts or classes became, in; f, the first C channels of
-the network's output, out. Packing, position ids, micro-conditioning and embedded guidance are a family's own business
-and end here. Training and export both call networks through this module, so that they compute the same.
+One signature for all networks: latents (B, C, H, W), times and conditions in; f, the first C channels of the output,
+out. Packing, position ids, micro-conditioning and embedded guidance are handled here. Training and export both call
+networks through this module, so that they compute the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["LAYOUTS", "LatentDecoder", "TextEncoders", "call_network", "guidance
 
 HIDDEN, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
 
-#: What a pipeline's prompts become, by the name of its class: (layout of the text encoders, names of the tensors).
+#: By a pipeline's class: (layout of its text encoders, names of the encoded prompts' tensors).
 LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "StableDiffusionPipeline": ("sd", (HIDDEN,)),
     "LatentConsistencyModelPipeline": ("sd", (HIDDEN,)),
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Call(NamedTuple):
-    """One call of a network: the state, its times, its conditions, and what the family may need besides."""
+    """The arguments of one call of a network."""
 
     x: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
@@ -42,6 +42,7 @@ class Call(NamedTuple):
 
     @property
     def labels(self) -> dict[str, Tensor]:
+        """The class labels as keyword arguments, if there are any."""
         return {"class_labels": self.conditions["class_labels"]} if "class_labels" in self.conditions else {}
 
 
@@ -53,26 +54,30 @@ def call_network(
     embedded_guidance: float | None = None,
     scale: int = 8,
 ) -> Tensor:
-    """f (B, C, H, W) of a diffusers network.
+    """Call a diffusers network.
 
     Args:
+        network: The network.
         x: (B, C, H, W), in the network's own dtype.
-        t: (B,) float32, time in the units of the pipeline's scheduler: of a flow 1000 times the noise level.
-        conditions: by name: ``class_labels`` (B,) int64, or ``encoder_hidden_states`` (B, L, D),
+        t: (B,) float32, time in the units of the pipeline's scheduler; for a flow 1000 times the noise level.
+        conditions: By name: ``class_labels`` (B,) int64, or ``encoder_hidden_states`` (B, L, D),
             ``pooled_projections`` (B, P), ``encoder_attention_mask`` (B, L). Floats are cast to x's dtype.
-        embedded_guidance: the guidance scale that the network takes as an input (Flux dev, LCM).
-        scale: pixels a latent on each side, of which SDXL and PixArt are told the image's size.
+        embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
+        scale: Pixels a latent on each side, from which SDXL and PixArt get the image's size.
+
+    Returns:
+        f (B, C, H, W).
 
     Raises:
-        UnsupportedModel: a network of no family that is known here, and prompts for it.
+        UnsupportedModel: The network is of an unknown family and takes prompts.
     """
     caller = _caller(network)
     if caller is None and HIDDEN not in conditions:
         caller = _unet  # any network of diffusers' that is called as most are
     if caller is None:
         raise UnsupportedModel(
-            f"the network {type(network).__name__} is of no family that is known; known are {', '.join(_CALLERS)}. "
-            "Any other is called through an adapter of your own: see docs/adapters.md"
+            f"the network {type(network).__name__} is not supported; use one of {', '.join(_CALLERS)}, "
+            "or write an adapter (docs/adapters.md)"
         )
     given = {name: v.to(x.dtype) if v.is_floating_point() else v for name, v in conditions.items()}
     return caller(network, Call(x, t, given, embedded_guidance, scale))[:, : x.shape[1]]
@@ -84,7 +89,7 @@ def is_supported(network: nn.Module) -> bool:
 
 
 def _caller(network: nn.Module) -> Callable[[Any, Call], Tensor] | None:
-    """By name, along the bases: FSDP makes a class of its own of each network's."""
+    """The caller by the names of the class and its bases: FSDP makes a subclass of each network's class."""
     names = (base.__name__ for base in type(network).__mro__)
     return next((_CALLERS[name] for name in names if name in _CALLERS), None)
 
@@ -95,7 +100,7 @@ def _unet(network: Any, call: Call) -> Tensor:
 
 
 def _unet_with_text(network: Any, call: Call) -> Tensor:
-    """Stable Diffusion's; SDXL's also takes pooled embeddings and the image's size, LCM's the guidance scale."""
+    """Stable Diffusion's UNet; SDXL's also takes pooled embeddings and the image's size, LCM's the guidance scale."""
     config, batch = network.config, call.x.shape[0]
     more: dict[str, Any] = {}
     if config.addition_embed_type == "text_time":
@@ -163,7 +168,7 @@ def _flux(network: Any, call: Call) -> Tensor:
 
 def _pixart(network: Any, call: Call) -> Tensor:
     size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-    if network.config.sample_size == 128:  # PixArt's own rule for the model that is told its image's size
+    if network.config.sample_size == 128:  # PixArt's rule for the model that takes its image's size
         height, width = (side * call.scale for side in call.x.shape[2:])
         ones = call.x.new_ones(call.x.shape[0], 1)
         size = {"resolution": torch.cat([ones * height, ones * width], 1), "aspect_ratio": ones * (height / width)}
@@ -194,25 +199,31 @@ _CALLERS: dict[str, Callable[[Any, Call], Tensor]] = {
 
 
 class TextEncoders(nn.Module):
-    """A pipeline's text encoders as one function of token ids, put together as its ``encode_prompt`` does.
+    """A pipeline's text encoders as one function of token ids, combined as in its ``encode_prompt``.
 
     Args:
-        encoders: in the pipeline's order; transformers' CLIP and T5 models.
-        pipeline: the name of the pipeline's class, one of ``LAYOUTS``.
-        shape: of the first tensor without its batch axis, (L, D): what SD3 pads CLIP's states to, and fills with zeros
-            where the third encoder was left out.
+        encoders: Transformers' CLIP and T5 models, in the pipeline's order.
+        pipeline: The name of the pipeline's class, one of ``LAYOUTS``.
+        shape: Of the first tensor without its batch axis, (L, D): SD3 pads CLIP's states to it, and fills it with zeros
+            if the third encoder was left out.
+
+    Raises:
+        UnsupportedModel: Another pipeline.
     """
 
     def __init__(self, encoders: Sequence[nn.Module], pipeline: str, shape: Sequence[int] = ()) -> None:
         super().__init__()
         if pipeline not in LAYOUTS:
-            raise UnsupportedModel(f"the text encoders of a {pipeline} are not known; known are {', '.join(LAYOUTS)}")
+            raise UnsupportedModel(
+                f"the text encoders of {pipeline} are not supported; use those of {', '.join(LAYOUTS)}"
+            )
         self.encoders = nn.ModuleList(encoders)
         self.layout, self.names = LAYOUTS[pipeline]
         self.shape = tuple(shape)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Token ids (B, L) int64, one of each encoder, PixArt's followed by its mask -> the tensors ``names``."""
+        """Encode token ids (B, L) int64, one tensor for each encoder (for PixArt also a mask); returns the tensors
+        ``names``."""
         outputs: tuple[Tensor, ...] = getattr(self, f"_{self.layout}")(*inputs)
         return outputs
 
@@ -250,7 +261,7 @@ class TextEncoders(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """An autoencoder's decoder: latents (B, C, H, W) -> images (B, C', H scale, W scale), about [-1, 1]."""
+    """An autoencoder's decoder: latents (B, C, H, W) -> images (B, C', H scale, W scale), in about [-1, 1]."""
 
     def __init__(self, autoencoder: nn.Module, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The prompts that a text-to-image teacher is distilled on. To a method a condition is a number: a prompt's place.
+"""The prompts that a text-to-image teacher is distilled on, as conditions by index.
 
-So batches, groups, guidance and caches are those of class-conditional teachers, and no method knows what text is. The
-network's wrapper asks here for what its text encoders make of the prompts; each is encoded once, when first needed.
+A method sees the index of a prompt, as it sees a class label, so that batches, groups, guidance and caches are the same
+for both. `Denoiser` looks up the encoded prompts here; each is encoded once, when it is first needed.
 """
 
 from __future__ import annotations
@@ -23,35 +23,44 @@ LARGEST_COPY = 1 << 30  # bytes of a GPU's memory
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines and repetitions are left out, the order stays.
+    """The prompts of a UTF-8 text file, one for each line, in order; empty lines and repetitions are left out.
 
     Raises:
-        InvalidRequest: no such file, none in it, or one that is no text.
+        InvalidRequest: The file cannot be read, or holds no prompts.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(
-            f"the prompts in {path} cannot be read ({error}); give a UTF-8 file, one a line"
+            f"the prompts in {path} cannot be read ({error}); give a UTF-8 file with one prompt a line"
         ) from error
     return checked(lines)
 
 
 def checked(prompts: Sequence[str]) -> list[str]:
-    """``prompts`` stripped, without repetitions. Raises InvalidRequest where there is none or one is too long."""
+    """``prompts`` stripped and without repetitions. Raises InvalidRequest if there are none, or one is too long."""
     found = list(dict.fromkeys(stripped for prompt in prompts if (stripped := prompt.strip())))
     if not found:
-        raise InvalidRequest("there is no prompt to distil on; give --prompts FILE with one a line")
+        raise InvalidRequest("there are no prompts; give --prompts FILE with one prompt a line")
     if longest := next((prompt for prompt in found if len(prompt) > LONGEST), None):
         raise InvalidRequest(f"a prompt has {len(longest)} characters; give at most {LONGEST}")
     return found
 
 
 class Prompts:
-    """Prompts, and what they become: index (B,) int64 -> the tensors that the network takes, by name.
+    """Encoded prompts by index: (B,) int64 -> the tensors that the network takes, by name.
 
-    The index ``null`` = ``len(prompts)`` stands for no prompt: guidance's other half. Copies of a network share one
-    object, since nothing in it is trained.
+    The index ``null`` = ``len(prompts)`` is the null prompt of guidance. Copies of a network share one object, since
+    nothing in it is trained.
+
+    Args:
+        texts: The prompts.
+        encode: Encodes a list of prompts; returns tensors (B, ...) by name.
+        null_prompt: The prompt of guidance's unconditional half.
+        null_zeros: Whether that half takes zeros instead.
+
+    Raises:
+        InvalidRequest: There are no prompts, or one is too long.
     """
 
     def __init__(
@@ -73,27 +82,28 @@ class Prompts:
 
     @property
     def null(self) -> int:
+        """The index of the null prompt."""
         return len(self.texts)
 
     @property
     def digest(self) -> str:
-        """Of the prompts themselves, in their order."""
+        """SHA-256 of the prompts in their order."""
         return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors, without their batch axis."""
+        """The shapes of the tensors without their batch axis, by name."""
         self._learn(torch.tensor([self.null]))
         return {name: tuple(rows.shape[1:]) for name, rows in self._rows.items()}
 
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
-        """(B,) int64 -> each tensor (B, ...) float, on the index's device."""
-        if not self._all_known:  # beyond that a GPU need not wait for its indices
+        """The tensors (B, ...) of an index (B,) int64 by name, on the index's device."""
+        if not self._all_known:  # once all are known, a GPU need not wait for its indices
             self._learn(index.cpu())
         rows = self._on(index.device)
         return {name: part[index.to(part.device)].to(index.device) for name, part in rows.items()}
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """The rows on ``device``, if they are few enough to lie there beside a model; else the CPU's."""
+        """The rows on ``device`` if they take at most ``LARGEST_COPY`` bytes, else on the CPU."""
         if device.type == "cpu" or sum(part.nbytes for part in self._rows.values()) > LARGEST_COPY:
             return self._rows
         if device not in self._copies:

@@ -139,7 +139,7 @@ def test_generate(redif: Callable[..., Result], tiny_student: Path, tmp_path: Pa
     [
         (["nowhere", "a"], ["nowhere", "neither a folder nor the id"]),
         ([".", "a"], ["redif.json"]),
-        (["STUDENT"], ["name a class"]),
+        (["STUDENT"], ["class_labels is required"]),
         (["STUDENT", "trousers"], ["'trousers' is not a class of tiny"]),
         (["STUDENT", "--class-label", "10"], ["10 is not a class of tiny"]),
         (["STUDENT", "--class-label", "-1"], ["-1 is not a class of tiny"]),

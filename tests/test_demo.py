@@ -226,7 +226,7 @@ def test_a_page_of_prompts(tiny_student: Path, tmp_path: Path) -> None:
         shown = np.stack([np.asarray(Image.open(entry["image"]).convert("RGB")) for entry in made[0]])
         assert np.abs(shown.astype(int) - wanted.images).max() <= 1
         assert client.predict(prompt="c", student="tiny", height=28, width=28, api_name="/generate")[0]
-        with pytest.raises(Exception, match="give a prompt, as"):
+        with pytest.raises(Exception, match="prompt is required, for example"):
             client.predict(prompt=None, api_name="/generate")
         client.close()
 

@@ -355,7 +355,7 @@ def test_a_family_is_exported_and_passes_its_gate(tmp_path: Path, family: str) -
 def test_families_whose_places_are_of_one_size_refuse_others(tmp_path: Path, family: str) -> None:
     make, options = FAMILIES[family]
     folder = imported(tmp_path / family, make(), **options)
-    with pytest.raises(UnsupportedModel, match=r"knows its places in the picture for one size alone"):
+    with pytest.raises(UnsupportedModel, match=r"has patch positions for one size only"):
         export(folder, sizes=[(24, 16)])
 
 
@@ -534,7 +534,9 @@ def test_text_encoders_that_are_not_known(bare: Path, copy_of: Copy, path: str) 
     assert text is not None
     parts = [text.encoders[0].model_copy(update={"class_path": path})]
     changed(folder, condition=TextCondition.model_validate(text.model_dump() | {"encoders": parts}))
-    with pytest.raises(UnsupportedModel, match=f"the text encoder {path} is not known; of transformers, CLIPTextModel"):
+    with pytest.raises(
+        UnsupportedModel, match=f"the text encoder {path} is not supported; use transformers' CLIPTextModel"
+    ):
         export(folder)
 
 
@@ -545,7 +547,7 @@ def test_parts_that_the_manifest_does_not_describe(bare: Path, tmp_path: Path) -
     assert text is not None
     assert decoder is not None
     changed(folders[0], network=network.model_copy(update={"pipeline": None}))
-    with pytest.raises(UnsupportedModel, match=r"does not say of which pipeline .*; set network\.pipeline"):
+    with pytest.raises(UnsupportedModel, match=r"does not name the pipeline .*; set network\.pipeline"):
         load_encoders(StudentFolder(folders[0]))
     changed(folders[1], network=network.model_copy(update={"pipeline": "StableDiffusionXLPipeline"}))
     with pytest.raises(

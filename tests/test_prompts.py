@@ -240,15 +240,15 @@ def test_embeddings_that_do_not_fit(pipe: FastPipeline, changes: dict[str, Any],
     ("asked", "message"),
     [
         ({}, "prompted is a text-to-image model: prompt is required, for example 'red heart'"),
-        ({"prompt": 3}, "prompt is 3; give a text, or a list of texts"),
-        ({"prompt": ["a", 3]}, "give a text, or a list of texts"),
-        ({"prompt": b"a"}, "give a text"),
+        ({"prompt": 3}, "prompt is 3; give a string or a list of strings"),
+        ({"prompt": ["a", 3]}, "give a string or a list of strings"),
+        ({"prompt": b"a"}, "give a string"),
         ({"prompt": []}, "0 prompts were given; give 1 to"),
         ({"prompt": "x" * 10_001}, "a prompt has 10001 characters; give at most 10000"),
         ({"prompt": "\ud83d"}, "cannot be encoded as UTF-8"),
         ({"class_labels": 1}, "is a text-to-image model; class_labels is not supported"),
-        ({"prompt": "a", "class_labels": 1}, "it takes no class_labels"),
-        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "3 seeds for 2 pictures"),
+        ({"prompt": "a", "class_labels": 1}, "class_labels is not supported"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "3 seeds for 2 images"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(pipe: FastPipeline, asked: dict[str, Any], message: str) -> None:
@@ -301,7 +301,7 @@ def test_class_students_take_no_embeddings(tmp_path: Path, pipe: FastPipeline) -
 def test_a_graph_that_is_missing_is_said_when_it_is_needed(tmp_path: Path, runtime: str) -> None:
     for without, message in (
         (("text_encoder",), "no graph of its text_encoder in fp32, which prompts need; run redif export"),
-        (("generator", "decoder"), "no graph of its decoder in fp32, which latents need"),
+        (("generator", "decoder"), "no graph of its decoder in fp32, which decoding latents needs"),
     ):
         folder = build_prompted(tmp_path / "-".join(without), without=without)
         with pytest.raises(RuntimeUnavailable, match=message):
@@ -416,9 +416,9 @@ def test_the_command_line(
         assert np.array_equal(np.asarray(Image.open(f"{folder}{index}.png")), picture)
     capsys.readouterr()
     assert redif(monkeypatch, "generate", prompted, "--class-label", "1") == 2
-    assert "it takes no class_labels" in capsys.readouterr().err
+    assert "class_labels is not supported" in capsys.readouterr().err
     assert redif(monkeypatch, "generate", prompted) == 2
-    assert "give a prompt, as 'red heart'" in capsys.readouterr().err
+    assert "prompt is required, for example 'red heart'" in capsys.readouterr().err
 
 
 def test_the_card_asks_by_a_prompt(tmp_path: Path, pipe: FastPipeline) -> None:
@@ -559,7 +559,7 @@ def test_a_stream_shows_how_it_forms(address: str, pipe: FastPipeline) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({}, "give a prompt, as 'red heart'"),
+        ({}, "prompt is required, for example 'red heart'"),
         ({"prompt": "a", "class_label": 1}, "is asked by prompts; it takes no class_label"),
         ({"prompt": "x" * 10_001}, "prompt: String should have at most 10000 characters"),
         ({"prompt": "a", "size": "10x16"}, "width=10 is not supported; give a multiple of 4"),

@@ -205,7 +205,7 @@ def test_providers_that_are_not_here(tiny_student: Path, options: dict[str, Any]
 
 
 def test_a_provider_runs_on_its_own_device(tiny_student: Path) -> None:
-    with pytest.raises(InvalidRequest, match="CPUExecutionProvider runs on cpu, not on cuda"):
+    with pytest.raises(InvalidRequest, match="device='cuda' is not supported by CPUExecutionProvider; use 'cpu'"):
         FastPipeline.from_pretrained(
             tiny_student, runtime="onnxruntime", provider="CPUExecutionProvider", device="cuda"
         )

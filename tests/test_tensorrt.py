@@ -343,7 +343,7 @@ def test_the_enterprise_builder_with_rtx_in_its_place(
     [
         ({}, RuntimeUnavailable, r"no GPU was found \(.*\), so the targets have to be named: --sm 89, of 75, 80, 86, "),
         ({"sm": [89]}, InvalidRequest, "without a GPU cannot enter the cache, .*: --engine-dir"),
-        ({"sm": [90], "engine_dir": "e"}, InvalidRequest, "sm 90 is no target of tensorrt-rtx .*; it has 75, 80, "),
+        ({"sm": [90], "engine_dir": "e"}, InvalidRequest, "sm 90 is not a target of tensorrt-rtx .*; use 75, 80, "),
         ({"sm": [75], "engine_dir": "e"}, ExportError, r"\(Gemm\) multiplies matrices in fp32 and sm 75 cannot"),
         ({"strip_weights": True, "sm": [89], "engine_dir": "e"}, RuntimeUnavailable, "can be built on a GPU only"),
         ({"hardware_compatibility": "same-cc", "sm": [89]}, InvalidRequest, "hardware_compatibility is for tensorrt;"),
@@ -438,7 +438,7 @@ WRONG = helper.make_node("DynamicQuantizeLinear", ["x"], ["f"], name="half")
         (PRODUCT, TensorProto.BFLOAT16, 4, 22, 75, r"node product \(MatMul\) computes in bf16 and sm 75 cannot"),
         (PRODUCT, TensorProto.FLOAT, 4, 26, 89, r"is of opset 26; TensorRT reads 9 to 25"),
         (ODD, TensorProto.FLOAT, 4, 20, 89, r"cannot read onnx/denoiser\.fp32\.onnx: node the_odd_one \(CumSum\): "),
-        (WRONG, TensorProto.FLOAT, 4, 20, 89, r"denoiser\.fp32\.onnx contradicts itself: .* half"),
+        (WRONG, TensorProto.FLOAT, 4, 20, 89, r"the shapes of .*denoiser\.fp32\.onnx are inconsistent: .* half"),
     ],
 )
 def test_graphs_that_cannot_be_built_are_refused_by_node(

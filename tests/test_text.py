@@ -197,7 +197,7 @@ def test_a_student_without_prompts_has_none(tmp_path: Path) -> None:
     folder = student(tmp_path, clip_tokenizer().to_str())
     update = {"condition": None, "task": "unconditional"}
     write_manifest(tmp_path, folder.manifest.model_copy(update=update))
-    with pytest.raises(UnsupportedModel, match="takes no prompts"):
+    with pytest.raises(UnsupportedModel, match="is not a text-to-image model"):
         PromptTokenizer(StudentFolder(tmp_path))
 
 

@@ -146,7 +146,7 @@ def test_a_runtime_that_is_not_installed(described_student: Path) -> None:
         ({"device": "cpu"}, RuntimeUnavailable, 'runtime tensorrt-rtx has no device cpu; use "cuda" or "cuda:N"'),
         ({"device": "npu"}, RuntimeUnavailable, "has no device npu"),
         ({"num_threads": 2}, InvalidRequest, "num_threads is not supported by runtime tensorrt-rtx"),
-        ({"provider": "CUDAExecutionProvider"}, InvalidRequest, "provider means nothing"),
+        ({"provider": "CUDAExecutionProvider"}, InvalidRequest, "provider is not supported"),
     ],
 )
 def test_options_that_are_not_tensorrts(

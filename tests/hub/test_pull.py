@@ -144,7 +144,9 @@ def test_a_file_that_is_listed_and_not_there(hub: HubStandIn, tiny_student: Path
 
 def test_what_is_no_student(hub: HubStandIn) -> None:
     hub.put("alice/pipeline", {"model_index.json": b"{}", "unet/config.json": b"{}"})
-    with pytest.raises(ManifestError, match=r"no student: it is a diffusers pipeline; redif import alice/pipeline -o"):
+    with pytest.raises(
+        ManifestError, match=r"not a student: it is a diffusers pipeline; redif import alice/pipeline -o"
+    ):
         FastPipeline.from_pretrained("alice/pipeline")
     hub.put("alice/notes", {"notes.txt": b"x"})
     with pytest.raises(ManifestError, match=r"has no redif\.json, so it is not a student; redif import"):

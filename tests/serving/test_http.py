@@ -109,7 +109,7 @@ def test_a_url_leads_to_the_picture(address: str, pipeline: FastPipeline, output
         ({"prompt": "a", "background": "transparent"}, 400, "background:"),
         ({"prompt": "a", "stream": True, "n": 2}, 400, "a stream shows one picture"),
         ({"model": "plain", "prompt": "cat"}, 400, "unconditional"),
-        ({}, 400, "name a class"),
+        ({}, 400, "class_labels is required"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_openai_s_shape(

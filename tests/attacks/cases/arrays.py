@@ -33,7 +33,7 @@ NPZ: dict[str, Callable[[], bytes]] = {
 }
 
 
-@each("npz", WHOLE, "holds no arrays", NPZ)
+@each("npz", WHOLE, "cannot be read as npz", NPZ)
 def npz(student: Student, make: Callable[[], bytes]) -> None:
     student.put(GOLDEN, make())
 

@@ -41,24 +41,24 @@ def pickle_named_safetensors(student: Student) -> None:
     student.put(WEIGHTS, student.pickle)
 
 
-@case("pickles", ("verify",), "holds no arrays")
+@case("pickles", ("verify",), "cannot be read as npz")
 def pickle_named_npz(student: Student) -> None:
     student.put(GOLDEN, student.pickle)
 
 
-@case("pickles", WHOLE, "holds no arrays")
+@case("pickles", WHOLE, "cannot be read as npz")
 def object_arrays(student: Student) -> None:
     data = io.BytesIO()
     np.savez(data, x=np.array([Bomb(str(student.marker))], dtype=object), allow_pickle=True)
     student.put(GOLDEN, data.getvalue())
 
 
-@case("pickles", WHOLE, "holds no arrays")
+@case("pickles", WHOLE, "cannot be read as npz")
 def pickle_in_npz(student: Student) -> None:
     student.put(GOLDEN, zipped({"x.pkl": student.pickle}))
 
 
-@case("pickles", WHOLE, "holds no arrays")
+@case("pickles", WHOLE, "cannot be read as npz")
 def code_in_npy_header(student: Student) -> None:
     header = f"{{'descr': open({str(student.marker)!r}, 'w'), 'fortran_order': False, 'shape': (1,), }}\n".encode()
     student.put(GOLDEN, zipped({"x.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8)}))
@@ -87,7 +87,12 @@ def unlisted_engine(student: Student, name: str) -> None:
     student.put(name, b"\x7fELF" + bytes(60), listed=False)
 
 
-@each("engines", ALL, "no part of a student", {"py": "evil.py", "sh": "run.sh", "html": "x.html", "none": "Makefile"})
+@each(
+    "engines",
+    ALL,
+    "holds no files of this kind",
+    {"py": "evil.py", "sh": "run.sh", "html": "x.html", "none": "Makefile"},
+)
 def listed_program(student: Student, name: str) -> None:
     student.put(name, b"import os\n")
 

@@ -35,12 +35,12 @@ import numpy as np
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, Latents, Network, Postprocess
-from redif_sdk.artifact.untrusted import contents, markdown
+from redif_sdk.artifact.untrusted import contents
 from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.artifact.untrusted.npz import LARGEST_ARRAYS, npz_arrays
 from redif_sdk.artifact.untrusted.onnx import check_graph
 from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safetensors_header_size
-from redif_sdk.card import text as card_text
+from redif_sdk.card import sections as card_sections
 from redif_sdk.errors import RedifError
 from redif_sdk.results import document, write_json
 from redif_sdk.sampling.table import StepTable
@@ -107,13 +107,9 @@ def _graph(data: bytes) -> None:
     check_graph(data, _description(), {"w.data": 4096}, "x.onnx")
 
 
-def _card(data: bytes) -> None:
-    markdown.check_active(data.decode("utf-8", "replace"), "README.md")
-
-
 def _sections(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
-    for name, content in card_text.user_sections(text).items():
+    for name, content in card_sections.user_sections(text).items():
         assert content in text.replace("\r\n", "\n")
         assert name
 
@@ -285,7 +281,6 @@ TARGETS: dict[str, Target] = {
     "json": Target(lambda data: strict_json.parse(data, "x.json"), lambda: [b'{"a": [1, 2.5, "x", null]}'], JSON_WORDS),
     "tokenizer": Target(_tokenizer, _tokenizers, (*JSON_WORDS, b'"Regex"', b'"content"', b'"normalizers"')),
     "onnx": Target(_graph, _models, (b"\xff" * 9 + b"\x01", b"w.data", b"../", b"Loop", b"If", b"\xa0\x01\x05")),
-    "card": Target(_card, lambda: [text.encode() for text in CARDS], CARD_WORDS),
     "card sections": Target(_sections, lambda: [text.encode() for text in CARDS], CARD_WORDS),
 }
 
@@ -509,12 +504,11 @@ def atheris_here(target: str, seconds: float, seed: int, report: Path) -> None:
     from redif_sdk.sampling import table as steps
 
     readers = [
-        card_text,
+        card_sections,
         configs,
         contents,
         folder,
         manifest,
-        markdown,
         npz,
         onnx_check,
         paths,

@@ -23,7 +23,8 @@ from gradio.events import api as named_endpoint
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.card import render as card
+from redif_sdk.card.render import read_card, render
+from redif_sdk.card.sections import body
 from redif_sdk.demo import charts, style
 from redif_sdk.demo.studio import NOTHING, Captioned, Shown, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest, RedifError
@@ -66,8 +67,8 @@ def card_text(manifest: Manifest, folder: StudentFolder | None = None) -> str:
     `folder`: where its card and samples lie; without, the card is made from the manifest. A picture from anywhere else
     is shown as its description: a page must not make visitors ask strangers.
     """
-    written = card.read_card(folder.path) if folder is not None else None
-    text = card.body(written if written is not None else card.render(manifest))
+    written = read_card(folder.path) if folder is not None else None
+    text = body(written if written is not None else render(manifest))
 
     def picture(found: re.Match[str]) -> str:
         described, place = found[1], found[2]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -20,16 +20,17 @@ from torch import nn
 
 from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
-from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.manifest import CARD_NAME, Manifest
 from redif_sdk.artifact.records import Budget, Distillation, Guidance, Network, TeacherInfo, calls_per_step
-from redif_sdk.card.render import CARD_NAME, is_generated, read_card, render_over, user_sections
+from redif_sdk.card.render import read_card, render_over
+from redif_sdk.card.sections import is_generated, user_sections
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
 from redif_sdk.distill.policy import Meter, StudentPolicy
-from redif_sdk.distill.rewards import reward_names
+from redif_sdk.distill.rewards import name_of, reward_names
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.teachers.own_scheduler import own_table
@@ -58,9 +59,13 @@ class Student:
     name: str
     distillation: Distillation | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    estimator: str | None = None  # of the policy gradient, where its method has one and it was trained here
     stopped: str = ""  # why training ended before its budget did
     scheduler: Any = None  # diffusers' own, of an imported pipeline that keeps it
+
+    @property
+    def estimator(self) -> str | None:
+        """How the gradient of the reward was estimated, of methods that have an estimator."""
+        return self.distillation.estimator if self.distillation else None
 
     @property
     def guidance(self) -> Guidance | None:
@@ -159,7 +164,12 @@ class Student:
                 raise RedifError(f"{folder} cannot be written: {error}; is the disk full?") from error
             for config in (*staging.glob("*/config.json"), staging / "scheduler/scheduler_config.json"):
                 saving.forget_origin(config)
-            manifest = write_manifest(staging, self.manifest(folder.name))
+            described = self.manifest(folder.name)
+            if self.scheduler is None:
+                saving.write_index(staging, described)
+                if described.network.pipeline is not None:
+                    saving.refuse_default_times(staging, described)
+            manifest = write_manifest(staging, described)
             atomic_write(staging / CARD_NAME, render_over(manifest, old).encode())
             return manifest
 
@@ -174,13 +184,6 @@ class Student:
             return
         inner.save_pretrained(staging / "unet", safe_serialization=True)
         scheduler.save_pretrained(staging / "scheduler")
-        index = {
-            "_class_name": "DDIMPipeline",
-            "_diffusers_version": version("diffusers"),
-            "scheduler": ["diffusers", type(scheduler).__name__],
-            "unet": ["diffusers", type(inner).__name__],
-        }
-        (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def training_folder(output: Path) -> Path:
@@ -253,15 +256,38 @@ def distill(
         tables=[policy.table],
         name=f"{teacher.name}-{config.num_inference_steps}",
         stopped=trainer.stopped,
-        estimator=config.get("estimator") if config.method == "redif" else None,
         distillation=Distillation(
             method=config.method,
+            estimator=config.get("estimator") if config.method == "redif" else None,
             rewards=names,
             seed=config.seed,
             budget=budget,
             versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
+            configuration=recorded(config),
         ),
     )
+
+
+def recorded(config: DistillConfig) -> dict[str, Any]:
+    """Return all settings of a run as JSON for ``redif.json``; what is not JSON becomes its name.
+
+    Rewards are always recorded by name, since the address of an endpoint can contain a password.
+    """
+    settings = config.settings()
+    if (reward := settings.get("reward")) is not None:
+        names = reward_names(reward)
+        settings["reward"] = dict(zip(names, reward.values(), strict=True)) if isinstance(reward, Mapping) else names
+    return {name: _json(value) for name, value in settings.items()}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | int) else name_of(value)
 
 
 def pool_size(teacher: Teacher, config: DistillConfig) -> int:
@@ -349,6 +375,7 @@ def _as_teacher(folder: Path, manifest: Manifest) -> Teacher:
     """The student's network and what is around it, as a teacher without guidance of its own."""
     if manifest.network.pipeline is None:
         return replace(Teacher.from_diffusers(folder), folder=None)
+    saving.restore_pipeline_name(folder, manifest.network.pipeline)
     height, width, _ = manifest.image_shape
     sized: dict[str, Any] = {}
     if manifest.text is not None:

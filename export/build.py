@@ -18,10 +18,10 @@ from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, Latents
-from redif_sdk.card import samples
-from redif_sdk.card.render import read_card, user_sections, write_card
+from redif_sdk.card.render import read_card, write_card
+from redif_sdk.card.sections import user_sections
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
-from redif_sdk.export import golden, store
+from redif_sdk.export import golden, samples, store
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.networks import load_decoder, load_encoders, load_network

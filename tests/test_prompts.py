@@ -23,11 +23,10 @@ from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Guidance
-from redif_sdk.artifact.untrusted.markdown import check_active
-from redif_sdk.card import render as card
-from redif_sdk.card.samples import sample_grid, write_samples
+from redif_sdk.card.render import render
 from redif_sdk.cli import main as cli
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
+from redif_sdk.export.samples import sample_grid, write_samples
 from redif_sdk.sampling.noise import noise
 from redif_sdk.sampling.table import StepTable
 from redif_sdk.serving.logs import keep_prompts_out
@@ -430,14 +429,13 @@ def test_the_card_asks_by_a_prompt(tmp_path: Path, pipe: FastPipeline) -> None:
     assert np.array_equal(sheet, np.asarray(sample_grid(pipe, 2)))
     picture = draw(pipe, EXAMPLES[1], [(0, 4)])[0]
     assert levels(sheet[64:128:4, 64:128:4], picture) <= 1  # the second row's second column
-    text = card.render(manifest)
+    text = render(manifest)
     assert 'image = pipe("red heart", seed=0).images[0]' in text
     assert "redif generate prompted 'red heart' --seed 0 -o out.png" in text
-    assert "one column a prompt (`red heart`, `blue star`, `a small green tree`), not picked" in text
-    assert f"A prompt may have {LENGTH} tokens" in text
+    assert "one column per prompt (`red heart`, `blue star`, `a small green tree`), not selected" in text
+    assert f"A prompt can have {LENGTH} tokens" in text
     assert "multiples of 4" in text
     assert "pipeline_tag: text-to-image" in text
-    check_active(text, "README.md")
 
 
 def test_large_pictures_are_shown_in_one_row(tmp_path: Path) -> None:
@@ -463,19 +461,19 @@ def test_large_pictures_are_shown_in_one_row(tmp_path: Path) -> None:
 def test_the_card_s_lines_for_plain_diffusers(prompted: Path) -> None:
     """Only where a stock pipeline takes the table's times; their values are those of the table."""
     manifest = StudentFolder(prompted).manifest
-    assert "plain diffusers" not in card.render(manifest)  # a flow table, and a pipeline that takes times
+    assert "plain diffusers" not in render(manifest)  # a flow table, and a pipeline that takes times
     network = manifest.network.model_copy(update={"pipeline": "StableDiffusion3Pipeline"})
-    flow = card.render(manifest.model_copy(update={"network": network}))
+    flow = render(manifest.model_copy(update={"network": network}))
     assert "from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline" in flow
     assert "    sigmas=[1.0, 0.5],\n    guidance_scale=1.0,\n    height=16,\n    width=16,\n" in flow
     table = StepTable.ddim(schedule(), num_inference_steps=2, prediction_type="epsilon")
     guided = manifest.network.model_copy(update={"guidance": Guidance(scale=5.0, null_prompt="bad")})
     update = {"step_tables": [table.to_dict()], "network": guided}
-    text = card.render(manifest.model_copy(update=update))
+    text = render(manifest.model_copy(update=update))
     assert "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline" in text
     assert '    timesteps=[999, 499],\n    guidance_scale=5.0,\n    negative_prompt="bad",\n' in text
     gained = manifest.model_copy(update={"step_tables": [table.with_gain(1.1).to_dict()]})
-    assert "plain diffusers" not in card.render(gained)  # a pipeline has no place for a gain
+    assert "plain diffusers" not in render(gained)  # a pipeline has no place for a gain
 
 
 def schedule() -> Any:

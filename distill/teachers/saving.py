@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 from copy import copy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import TextCondition
+from redif_sdk.card.diffusers_usage import stock_sampler
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.folders import without_bars
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["class_path", "forget_origin", "pipeline_name", "scheduler_of", "write_pipeline"]
+__all__ = [
+    "class_path",
+    "forget_origin",
+    "pipeline_name",
+    "refuse_default_times",
+    "restore_pipeline_name",
+    "scheduler_of",
+    "write_index",
+    "write_pipeline",
+]
+
+#: How the `_class_name` in a student's model_index.json begins: no class of diffusers, so DiffusionPipeline refuses it.
+REFUSAL = "RedifStudent"
 
 BETAS = (
     "num_train_timesteps",
@@ -68,6 +83,43 @@ def _as_stable_diffusion(pipeline: Any, parts: dict[str, Any]) -> Any:
 
     kept = {**pipeline.components, **parts, "safety_checker": None}
     return StableDiffusionPipeline(**kept, requires_safety_checker=False)
+
+
+def write_index(folder: Path, manifest: Manifest) -> None:
+    """Make ``DiffusionPipeline.from_pretrained(folder)`` raise with a reason instead of sampling at other times.
+
+    diffusers looks ``_class_name`` up among its classes and names it in its error, so the reason stands there. The
+    explicit class, with the scheduler and the times that the card gives, still loads a text-to-image student.
+    """
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text()) if index.is_file() else {"_diffusers_version": version("diffusers")}
+    lines = ", or the lines for diffusers in its README.md" if stock_sampler(manifest) else ""
+    content["_class_name"] = (
+        f"{REFUSAL}: {manifest.name} is a few-step student that samples at times of its own, which DiffusionPipeline "
+        f"does not know; use redif_sdk.FastPipeline.from_pretrained{lines}"
+    )
+    index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def restore_pipeline_name(folder: Path, name: str) -> None:
+    """Undo `write_index` in a copy of a student's folder: its ``model_index.json`` names the pipeline ``name``."""
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text())
+    if str(content.get("_class_name")).startswith(REFUSAL):
+        index.write_text(json.dumps(content | {"_class_name": name}, indent=2) + "\n")
+
+
+def refuse_default_times(folder: Path, manifest: Manifest) -> None:
+    """Make the saved DPM-Solver scheduler raise where a pipeline is called without the student's ``timesteps``.
+
+    It uses ``timestep_spacing`` only to choose times by itself, and names an unknown one in its error.
+    """
+    config = folder / "scheduler" / "scheduler_config.json"
+    content = json.loads(config.read_text())
+    if content.get("_class_name") == "DPMSolverMultistepScheduler":
+        times = [int(time) for time in manifest.tables[0].timesteps]
+        content["timestep_spacing"] = f"times of its own (give timesteps={times}, as in README.md): any other spacing"
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def forget_origin(config: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from redif_sdk.artifact.atomic import atomic_write
-from redif_sdk.artifact.manifest import CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
 from redif_sdk.artifact.paths import (
     FOREIGN_FOLDERS,
     check_kind,
@@ -26,7 +26,6 @@ from redif_sdk.artifact.paths import (
 )
 from redif_sdk.artifact.records import FileEntry, Graph
 from redif_sdk.artifact.untrusted import contents
-from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT, check_active
 from redif_sdk.artifact.untrusted.onnx import check_graph
 from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safetensors_header_size
 from redif_sdk.errors import IntegrityError, ManifestError
@@ -184,7 +183,7 @@ class StudentFolder:
                     f"{shown(path)} in {self.path} is not in the list of files; remove it, or make the student again"
                 )
         if (self.path / CARD_NAME).exists():
-            check_active(read_checked(self.path, CARD_NAME, limit=CARD_LIMIT).decode(errors="replace"), CARD_NAME)
+            _check_card(read_checked(self.path, CARD_NAME, limit=CARD_LIMIT), self.path)
         graphs = {graph.file: graph for graph in self.manifest.graphs}
         data = {file for graph in self.manifest.graphs for file in graph.data}
         for entry in self.manifest.files:
@@ -243,3 +242,13 @@ class StudentFolder:
         return IntegrityError(
             f"{path} in {self.path} was altered: it is not what the manifest lists; fetch or export it again"
         )
+
+
+def _check_card(data: bytes, folder: Path) -> None:
+    """Raise ManifestError unless a card is text. Its HTML is not judged: whatever shows a card sanitises it."""
+    try:
+        if "\0" not in data.decode():
+            return
+    except UnicodeDecodeError:
+        pass
+    raise ManifestError(f"{folder / CARD_NAME} is not UTF-8 text; correct it, or remove it")

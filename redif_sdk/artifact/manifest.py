@@ -31,11 +31,12 @@ from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.sampling.table import COLUMNS, MAX_ROWS, PREDICTION_TYPES, StepTable
 
-__all__ = ["CARD_NAME", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]
+__all__ = ["CARD_LIMIT", "CARD_NAME", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]
 
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "1.3"
 MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
+CARD_LIMIT = 1 << 20  # bytes of it that are read
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
 #: Bounds of what a reader allocates, in values: the latents of one image, its noise over all steps, and the noise of

@@ -91,13 +91,19 @@ class Budget(_Part):
 
 
 class Distillation(_Part):
-    """How the student was made."""
+    """How the student was made.
+
+    ``estimator``: how the gradient of the reward was estimated, of methods that have one. ``configuration``: every
+    setting of the run by name, as JSON; a value that is not JSON, such as a callable, is its name. Both since 1.3.
+    """
 
     method: Text
+    estimator: Text | None = None
     rewards: Annotated[list[Text], Field(max_length=100)] = []
     seed: int
     budget: Budget
     versions: dict[Text, Text] = {}  # package -> version
+    configuration: Annotated[dict[Text, Any], Field(max_length=200)] = {}
 
 
 class Latents(_Part):

@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.card.text import metadata
+from redif_sdk.card.escape import plain
+from redif_sdk.card.sections import KEPT_KEYS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BASELINES",
     "FEATURES",
-    "KEPT_KEYS",
     "PIPELINE_TAGS",
     "front_matter",
     "hub_licence",
@@ -30,7 +30,7 @@ __all__ = [
     "own_rows",
 ]
 
-#: The Hub has no task for pictures of a class.
+#: The Hub has no task for images of a class.
 PIPELINE_TAGS = {
     "unconditional": "unconditional-image-generation",
     "class-conditional": "unconditional-image-generation",
@@ -39,25 +39,6 @@ PIPELINE_TAGS = {
 
 #: Methods of quality rows that are not a trained student.
 BASELINES = frozenset({"teacher", "ddim", "dpm-solver++"})
-
-#: The Hub's own keys that the manifest knows nothing of: a user's, kept when a card is made anew.
-KEPT_KEYS = frozenset(
-    [
-        "co2_eq_emissions",
-        "datasets",
-        "extra_gated_button_content",
-        "extra_gated_description",
-        "extra_gated_eu_disallowed",
-        "extra_gated_fields",
-        "extra_gated_heading",
-        "extra_gated_prompt",
-        "inference",
-        "language",
-        "new_version",
-        "thumbnail",
-        "widget",
-    ]
-)
 
 MOST_ROWS = 100  # of a student's own that are told to the Hub
 
@@ -75,34 +56,16 @@ lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 pos
 pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown other
 """
 _LICENCES = frozenset(_LISTED.split())
-_ALIASES = {
-    "": "unknown",
-    "none": "unknown",
-    "apache": "apache-2.0",
-    "apache2": "apache-2.0",
-    "apache-2": "apache-2.0",
-    "apache2.0": "apache-2.0",
-    "apache-license-2.0": "apache-2.0",
-    "apache-license-version-2.0": "apache-2.0",
-    "mit-license": "mit",
-    "bsd-2": "bsd-2-clause",
-    "bsd-3": "bsd-3-clause",
-    "cc0": "cc0-1.0",
-    "creativeml": "creativeml-openrail-m",
-    "creativeml-open-rail-m": "creativeml-openrail-m",
-    "creativeml-openrail": "creativeml-openrail-m",
-    "creativeml-openrail++-m": "openrail++",
-    "openrail++-m": "openrail++",
-    "gplv2": "gpl-2.0",
-    "gplv3": "gpl-3.0",
-    "lgplv3": "lgpl-3.0",
-    "agplv3": "agpl-3.0",
-    "odbl-1.0": "odbl",
-    "odc-by-1.0": "odc-by",
-    "pddl-1.0": "pddl",
-    "c-uda-1.0": "c-uda",
-    "the-unlicense": "unlicense",
-}
+#: Other spellings of licence ids, as SPELLING=ID.
+_SPELLINGS = """
+none=unknown apache=apache-2.0 apache2=apache-2.0 apache-2=apache-2.0 apache2.0=apache-2.0
+apache-license-2.0=apache-2.0 apache-license-version-2.0=apache-2.0 mit-license=mit bsd-2=bsd-2-clause
+bsd-3=bsd-3-clause cc0=cc0-1.0 creativeml=creativeml-openrail-m creativeml-open-rail-m=creativeml-openrail-m
+creativeml-openrail=creativeml-openrail-m creativeml-openrail++-m=openrail++ openrail++-m=openrail++ gplv2=gpl-2.0
+gplv3=gpl-3.0 lgplv3=lgpl-3.0 agplv3=agpl-3.0 odbl-1.0=odbl odc-by-1.0=odc-by pddl-1.0=pddl c-uda-1.0=c-uda
+the-unlicense=unlicense
+"""
+_ALIASES = {"": "unknown"} | dict(pair.split("=", 1) for pair in _SPELLINGS.split())
 _URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9.-]{0,200}(?::\d{1,5})?(?:/[A-Za-z0-9._~/%+-]{0,300})?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -188,11 +151,11 @@ def front_matter(
             ours["base_model_relation"] = "quantized"  # unset otherwise: the Hub knows no relation for a conversion
     results = [result for row in own_rows(manifest) for result in _results(manifest, row)]
     if results:
-        ours |= {"eval_results": results, "model_name": metadata(name)}
+        ours |= {"eval_results": results, "model_name": plain(name)}
     data = ModelCardData(
         library_name="redif-sdk",
         pipeline_tag=PIPELINE_TAGS[manifest.task],
-        tags=list(dict.fromkeys([*own, *map(metadata, tags)])),
+        tags=list(dict.fromkeys([*own, *map(plain, tags)])),
         **ours,
         **{key: value for key, value in keys.items() if key in KEPT_KEYS},
     )
@@ -204,9 +167,9 @@ def front_matter(
 #: Of a quality row: the metric's type, and its name without the circumstances.
 _METRICS = {
     "fd_teacher": ("frechet_distance", "Frechet distance to the teacher"),
-    "fd_real": ("frechet_distance", "Frechet distance to real pictures"),
+    "fd_real": ("frechet_distance", "Frechet distance to real images"),
     "kd_teacher": ("kernel_distance", "Kernel distance to the teacher"),
-    "mse": ("mse", "Mean squared error to the teacher's picture of the same noise"),
+    "mse": ("mse", "Mean squared error to the teacher's image of the same noise"),
     "precision": ("precision", "Improved precision against the teacher"),
     "recall": ("recall", "Improved recall against the teacher"),
 }
@@ -215,9 +178,9 @@ _METRICS = {
 def _results(manifest: Manifest, row: Mapping[str, Any]) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
-    data = metadata(row.get("data") or "unnamed")
+    data = plain(row.get("data") or "unnamed")
     steps, samples = row["num_inference_steps"], number(row, "num_samples")
-    network = metadata(FEATURES.get(str(row.get("features")), str(row.get("features") or "unnamed features")))
+    network = plain(FEATURES.get(str(row.get("features")), str(row.get("features") or "unnamed features")))
     count = "" if samples is None else f", {samples:.0f} samples"
     around = f"({network}{count}, {steps} step{'s' * (steps != 1)})"
     return [

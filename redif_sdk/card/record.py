@@ -1,6 +1,6 @@
-"""Measured figures into a student's folder: rows of quality and speed in ``redif.json``, and the card that shows them.
+"""Record measured rows of quality and speed in a student's ``redif.json``, and make the card that shows them.
 
-Who measures is `redif eval`, `redif bench` and the quickstart; what the rows say is in the design's section 7.
+`redif eval`, `redif bench` and the quickstart measure; docs/design.md describes the rows.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ import numpy as np
 
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.manifest import CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
 from redif_sdk.card.metadata import BASELINES
-from redif_sdk.card.render import CARD_NAME, check_writable, render_folder
+from redif_sdk.card.render import check_writable, render_folder
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import machine
 
 __all__ = ["check_recordable", "kind_of", "quality_rows", "record", "speed_rows"]
 
-#: The field that tells a kind of row.
+#: The field that only rows of this kind have.
 KINDS = {"quality": "method", "speed": "contender"}
 
-#: What a manifest has no use for.
+#: Fields that are not recorded.
 _DROPPED = frozenset({"round_seconds", "skipped"})
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """ "quality" or "speed"; InvalidRequest for a row of neither."""
+    """Return "quality" or "speed"; raise InvalidRequest for any other row."""
     for kind, field in KINDS.items():
         if field in row:
             return kind
-    raise InvalidRequest(f"a row with {', '.join(map(str, row)) or 'nothing'} is neither of quality nor of speed")
+    raise InvalidRequest(f"a row with {', '.join(map(str, row)) or 'nothing'} is neither a quality row nor a speed row")
 
 
 def quality_rows(rows: Iterable[Mapping[str, Any]], steps: int | None = None) -> list[dict[str, Any]]:
-    """The rows of the teacher and of untrained samplers, and the students', or that of `steps` steps alone."""
+    """Return the rows of the teacher, untrained samplers and students; of students only `steps` steps, if given."""
     return [
         dict(row) for row in rows if steps is None or row["method"] in BASELINES or row["num_inference_steps"] == steps
     ]
 
 
 def speed_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that were timed, each with the processor's name."""
+    """Return the rows that were timed, each with the processor's name."""
     processor = machine()["processor"]
     return [
         {key: value for key, value in row.items() if key not in _DROPPED} | {"machine": processor}
@@ -55,7 +55,7 @@ def speed_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_recordable(folder: str | Path) -> None:
-    """Raise what `record` would raise for this folder, before the work of measuring is done."""
+    """Raise what `record` would raise for this folder; called before the measuring."""
     student = StudentFolder(folder)
     for name in (MANIFEST_NAME, CARD_NAME):
         check_writable(student.path, name)
@@ -65,9 +65,11 @@ def check_recordable(folder: str | Path) -> None:
 def record(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Manifest:
     """Put measured rows into a student's manifest, and make its card anew; returns the manifest.
 
-    Rows of one kind, quality or speed, take the place of the old ones of that kind; the other kind stays. No file is
-    hashed anew: one that was altered stays refused. Raises InvalidRequest for rows that are of neither kind or no
-    JSON, and for a card whose sections are malformed; then nothing is written.
+    New rows of a kind, quality or speed, replace the old rows of that kind; the other kind stays. No file is hashed
+    anew: an altered file stays refused.
+
+    Raises:
+        InvalidRequest: a row is of neither kind or is not JSON, or the card has malformed sections. Nothing is written.
     """
     student = StudentFolder(folder)
     new = [_plain(row) for row in rows]
@@ -91,7 +93,7 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, np.generic | np.ndarray):
             return value.tolist()
-        raise TypeError(f"{type(value).__name__} is no JSON")
+        raise TypeError(f"{type(value).__name__} is not JSON")
 
     try:
         result: dict[str, Any] = json.loads(json.dumps(dict(row), allow_nan=False, default=plain))

@@ -1,64 +1,47 @@
 """The model card: ``README.md`` of a student, made from its manifest alone, with the sections that its user wrote.
 
-What the Hub reads of it is `metadata.py`, the lines for plain diffusers are `diffusers_usage.py`; how strings
-become harmless Markdown, and what no card may hold, is `text.py`.
+The text is `card.md.j2`, a jinja2 template. A manifest may be a stranger's, so every value that the template shows is
+escaped for Markdown (`escape.markdown`) unless a filter of `escape.py` has made it safe; nothing can be forgotten. What
+a card's *user* writes is not looked at: who shows a card (the Hub, Gradio in ``redif demo``) sanitises its HTML.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import CARD_NAME, Manifest
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, Manifest
 from redif_sdk.artifact.paths import ORIGIN, read_checked
 from redif_sdk.artifact.untrusted import json as strict_json
-from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT
-from redif_sdk.card import measured as card_measured
-from redif_sdk.card.diffusers_usage import no_plain_diffusers, plain_diffusers
-from redif_sdk.card.measured import MOST, listed
-from redif_sdk.card.metadata import KEPT_KEYS, front_matter, hub_licence, is_hub_teacher, licence_url
-from redif_sdk.card.samples import shown_prompts
-from redif_sdk.card.text import (
-    code,
-    has_marker,
-    markdown,
-    marked,
-    merge,
-    python_string,
-    split_front_matter,
-    table,
-    user_sections,
-)
+from redif_sdk.card import escape, figures
+from redif_sdk.card.diffusers_usage import stock_sampler
+from redif_sdk.card.figures import MOST
+from redif_sdk.card.metadata import front_matter, hub_licence, is_hub_teacher, licence_url
+from redif_sdk.card.sections import HINTS, body, check_section, is_generated, user_keys, user_sections, user_tags
 from redif_sdk.errors import InvalidRequest
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 __all__ = [
-    "CARD_NAME",
-    "body",
     "check_writable",
-    "is_foreign",
-    "is_generated",
-    "merge",
     "origin",
     "read_card",
     "render",
     "render_folder",
     "render_over",
-    "user_keys",
-    "user_sections",
-    "user_tags",
+    "shown_prompts",
     "write_card",
 ]
 
-SAMPLES = "samples"
-
-#: The tags that the front matter makes by itself; others in an existing card are the user's.
-_OWN_TAGS = frozenset({"diffusion", "few-step", "distillation", "redif", "onnx", "diffusers", "class-conditional"})
-LARGEST_FRONT_MATTER = 1 << 16  # characters that are parsed
+MOST_PROMPTS = 8  # columns of the sample images
+LARGE = 256  # pixels; images this wide have fewer columns, since they take long and a card is narrow
+LARGE_COLUMNS = 4
 
 
 def render(
@@ -69,46 +52,99 @@ def render(
     keys: Mapping[str, Any] | None = None,
     user_sections: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole ``README.md``. The same manifest gives the same text.
+    """Return the whole ``README.md``. The same arguments give the same text.
 
-    `repo_id`: where it will stand on the Hub, so that its lines work against it; None: they take a folder of the
-    manifest's name. `tags` go beside ours, and `keys` of `KEPT_KEYS` into the front matter. `user_sections`: text by
-    name, as the function `user_sections` reads it from a card.
-    Raises InvalidRequest for a section that cannot be written back.
+    Args:
+        repo_id: where the card will be on the Hub; its lines then load the student from there. None: they load a folder
+            of the manifest's name.
+        tags: further tags of the front matter.
+        keys: further entries of the front matter, of `sections.KEPT_KEYS`.
+        user_sections: text by name, as `sections.user_sections` reads it from a card.
+
+    Raises:
+        InvalidRequest: a section has a name or a text that could not be read back.
     """
-    sections = dict(user_sections or {})
-    place = repo_id or manifest.name
-    plain = plain_diffusers(manifest, place)
-    end = marked("end", sections.pop("end", ""))
-    about = marked("about", sections.pop("about", ""))
     name = repo_id.rpartition("/")[2] if repo_id else manifest.name
-    parts = [
-        f"# {markdown(name)}",
-        _introduction(manifest),
-        _samples(manifest),
-        about,
-        _usage(manifest, place, repo_id is not None),
-        plain or no_plain_diffusers(manifest),
-        _origin(manifest),
-        _budget(manifest),
-        card_measured.quality(manifest),
-        card_measured.speed(manifest),
-        card_measured.parity(manifest),
-        card_measured.files(manifest),
-        card_measured.limits(manifest),
-        _checking(manifest, place, repo_id),
-        *(marked(section, text) for section, text in sections.items()),
-        end,
-    ]
-    head = front_matter(manifest, name=name, plain_diffusers=bool(plain), tags=tags, keys=keys or {})
-    return f"---\n{head}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    sections = dict.fromkeys(("about", "end"), "") | dict(user_sections or {})
+    stock = stock_sampler(manifest)
+    more = [section for section in sections if section not in ("about", "end")]
+    text = _template().render(
+        m=manifest, name=name, repo_id=repo_id, stock=stock, sections=more, **_facts(manifest, repo_id)
+    )
+    text = re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
+    for section, content in sections.items():
+        check_section(section, content)
+        start = f"<!-- user:{section} start -->\n"
+        content = content.replace("\r\n", "\n") or HINTS.get(section, "")
+        text = text.replace(start, f"{start}{content}\n")
+    head = front_matter(manifest, name=name, plain_diffusers=stock is not None, tags=tags, keys=keys or {})
+    return f"---\n{head}\n---\n\n{text}"
+
+
+@cache
+def _template() -> Template:
+    """The template, which escapes for Markdown whatever is not marked as safe, and refuses undefined names."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def safe(value: object) -> Markup:
+        return value if isinstance(value, Markup) else Markup(escape.markdown(value))
+
+    def listed(items: Iterable[object], last: str = " and ") -> Markup:
+        """As one writes a list: commas, and `last` before the last item."""
+        found = [safe(item) for item in items]
+        return Markup(last).join([Markup(", ").join(found[:-1]), found[-1]]) if len(found) > 1 else Markup().join(found)
+
+    environment = Environment(
+        autoescape=True, finalize=safe, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "cells": lambda values: Markup(" | ").join(map(safe, values)),
+        "code": lambda value: Markup(escape.code(value)),
+        "listed": listed,
+        "python": lambda value: Markup(escape.python_string(value)),
+        "shell": lambda value, otherwise: Markup(escape.shell(value, otherwise)),
+    }
+    return environment.from_string((Path(__file__).with_name("card.md.j2")).read_text(encoding="utf-8"))
+
+
+def _facts(manifest: Manifest, repo_id: str | None) -> dict[str, Any]:
+    """What the template shows besides the manifest's own fields."""
+    run, teacher = manifest.distillation, manifest.teacher
+    place = repo_id or manifest.name
+    return {
+        "place": place,
+        "folder": place.rpartition("/")[2] if repo_id else place,
+        "most": MOST,
+        "how": [name for name in (run.estimator, *run.rewards[:MOST]) if name] if run else [],
+        "settings": escape.json_text(run.configuration) if run and run.configuration else "",
+        "prompts": [prompt[:100] for prompt in shown_prompts(manifest)],
+        "teacher_on_hub": teacher is not None and is_hub_teacher(teacher.id),
+        "licence_url": licence_url(manifest.licence),
+        "licence_unknown": hub_licence(manifest.licence)["license"] == "unknown",
+        "samples": figures.samples(manifest),
+        "quality": figures.quality(manifest),
+        "speed": (speed := figures.speed(manifest)),
+        "machines": [*dict.fromkeys(str(row["machine"]) for row in speed if row["machine"])],
+        "parity": figures.parity(manifest),
+        "files": figures.files(manifest),
+        "limits": figures.unmeasured(manifest),
+    }
+
+
+def shown_prompts(manifest: Manifest) -> list[str]:
+    """Return the prompts of a text-to-image student's sample images, one per column."""
+    large = max(manifest.image_shape[:2]) >= LARGE
+    return manifest.text.examples[: LARGE_COLUMNS if large else MOST_PROMPTS] if manifest.text else []
 
 
 def render_over(manifest: Manifest, old: str | None, *, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:
-    """The card that replaces `old`: with its user's sections, tags and keys.
+    """Return the card that replaces `old`, with its user's sections, tags and keys.
 
-    A text that is no card of ours and has no sections is kept whole, in the section ``about``. Raises InvalidRequest
-    for malformed sections.
+    A text that redif-sdk did not make and that has no sections is kept whole, in the section ``about``.
+
+    Raises:
+        InvalidRequest: `old` has malformed sections or front matter.
     """
     if old is None:
         return render(manifest, repo_id=repo_id, tags=tags)
@@ -117,47 +153,6 @@ def render_over(manifest: Manifest, old: str | None, *, repo_id: str | None = No
         sections = {"about": body(old).strip("\n")}
     kept = [*user_tags(old), *tags]
     return render(manifest, repo_id=repo_id, tags=kept, keys=user_keys(old), user_sections=sections)
-
-
-def user_tags(text: str) -> list[str]:
-    """The tags of a card that are not ours."""
-    found = _parse(split_front_matter(text.replace("\r\n", "\n"))[0]).get("tags")
-    return [tag for tag in found if isinstance(tag, str) and tag not in _OWN_TAGS] if isinstance(found, list) else []
-
-
-def user_keys(text: str) -> dict[str, Any]:
-    """What a card's front matter says that only its user can know: `KEPT_KEYS`, such as the words of a gate."""
-    found = _parse(split_front_matter(text.replace("\r\n", "\n"))[0])
-    return {key: value for key, value in found.items() if key in KEPT_KEYS}
-
-
-def is_foreign(text: str) -> bool:
-    """Whether somebody wrote the whole card by hand: metadata and text, and no sections of ours."""
-    head, rest = split_front_matter(text.replace("\r\n", "\n"))
-    return bool(head.strip()) and bool(rest.strip()) and not is_generated(text)
-
-
-def is_generated(text: str) -> bool:
-    """Whether a card was made here: it has marked sections, or is of the kind that releases before them wrote."""
-    return has_marker(text) or "\nA few-step diffusion student of `" in text
-
-
-def body(text: str) -> str:
-    """A card without its front matter."""
-    return split_front_matter(text.replace("\r\n", "\n"))[1]
-
-
-def _parse(front: str) -> dict[str, Any]:
-    import yaml
-
-    if len(front) > LARGEST_FRONT_MATTER:
-        raise InvalidRequest(f"the front matter of {CARD_NAME} has more than {LARGEST_FRONT_MATTER} characters")
-    try:
-        parsed = yaml.safe_load(front)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InvalidRequest(f"the front matter of {CARD_NAME} is no YAML: {reason}; put it right") from error
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def read_card(folder: str | Path) -> str | None:
@@ -202,148 +197,3 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, tags: Sequence
     text = render_folder(student.path, student.manifest, repo_id=repo_id, tags=tags)
     atomic_write(student.path / CARD_NAME, text.encode())
     return text
-
-
-# ---------------------------------------------------------------- what it is and how it is used
-
-
-def _introduction(manifest: Manifest) -> str:
-    steps = listed(map(str, manifest.supported_steps[:MOST]))
-    calls = manifest.network.calls_per_step
-    plural = "step" if manifest.supported_steps == [1] else "steps"
-    teacher = f" of {code(manifest.teacher.id)}" if manifest.teacher else ""
-    height, width, channels = manifest.image_shape
-    colours = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
-    made = manifest.distillation
-    if made is None:
-        how = "Its weights are the teacher's own: nothing was trained." if teacher else ""
-    else:
-        rewards = f" with the reward {listed(map(code, made.rewards[:MOST]), ' + ')}" if made.rewards else ""
-        how = f"It was distilled by {code(made.method)}{rewards}, seed {made.seed}."
-    return (
-        f"A few-step {manifest.task} diffusion student{teacher}: {colours} pictures of {height} x {width} in {steps} "
-        f"{plural} of {calls} network call{'s' * (calls > 1)} each. {how}"
-    ).rstrip()
-
-
-def _samples(manifest: Manifest) -> str:
-    files = [entry.path for entry in manifest.files if re.fullmatch(rf"{SAMPLES}/[A-Za-z0-9._-]+\.png", entry.path)]
-    files = sorted(files, key=lambda path: (len(path), path))[:MOST]
-    if not files:
-        return ""
-    order = ", one column a class" if manifest.classes is not None else ""
-    if prompts := shown_prompts(manifest):
-        order = f", one column a prompt ({', '.join(code(prompt[:100]) for prompt in prompts)})"
-    pictures = "\n\n".join(f"![{markdown(_described(path))}]({path})" for path in files)
-    return f"{pictures}\n\nSeed 0{order}, not picked."
-
-
-def _described(path: str) -> str:
-    steps = re.fullmatch(rf"{SAMPLES}/steps-(\d+)\.png", path)
-    return f"Samples at {steps[1]} step{'s' * (steps[1] != '1')}" if steps else "Samples"
-
-
-def _usage(manifest: Manifest, place: str, on_hub: bool) -> str:
-    call, option, about = "seed=0", "", ""
-    where = "" if on_hub else ", from the folder that holds this one"
-    if manifest.classes is not None:
-        call, option = "class_labels=[0], seed=0", " --class-label 0"
-        names = manifest.classes.class_names or []
-        shown = ", ".join(f"{index} {markdown(name)}" for index, name in enumerate(names[:MOST]))
-        more = f", and {len(names) - MOST} more" if len(names) > MOST else ""
-        about = f"\n\nIts {manifest.classes.num_classes} classes" + (
-            f": {shown}{more}." if names else " have no names."
-        )
-    elif manifest.text is not None:
-        example = manifest.text.examples[0]
-        call, option = f"{python_string(example)}, seed=0", f" {_shell_text(example)}"
-        length = min(tokenizer.max_length for tokenizer in manifest.text.tokenizers)
-        about = f"\n\nA prompt may have {length} tokens; what is beyond is cut off, with a warning."
-    return f"""## How to use it
-
-With redif-sdk, without torch (`pip install "redif-sdk[cpu]"`){where}:
-
-```python
-from redif_sdk import FastPipeline
-
-pipe = FastPipeline.from_pretrained({python_string(place)})
-image = pipe({call}).images[0]
-```
-
-```bash
-redif generate {_shell(place)}{option} --seed 0 -o out.png
-```
-
-The same seed gives the same picture, in every batch; engines differ by rounding alone.{about}"""
-
-
-def _shell(place: str) -> str:
-    """A folder or Hub id for a command line; one with unusual characters is not written out."""
-    return shlex.quote(place) if re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9 ._/-]{0,200}", place) else "FOLDER"
-
-
-def _shell_text(prompt: str) -> str:
-    """A prompt for a command line; one with unusual characters is not written out."""
-    return shlex.quote(prompt) if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ,.'_-]{0,200}", prompt) else "PROMPT"
-
-
-# ---------------------------------------------------------------- where it comes from
-
-
-def _origin(manifest: Manifest) -> str:
-    teacher, lines = manifest.teacher, []
-    if teacher is not None:
-        name = code(teacher.id)
-        if is_hub_teacher(teacher.id):
-            name = f"[{markdown(teacher.id)}](https://huggingface.co/{teacher.id})"
-        lines.append(["Teacher", name])
-        if teacher.revision:
-            lines.append(["Its revision", code(teacher.revision)])
-        if teacher.hash:
-            lines.append(["SHA-256 of its weights", code(teacher.hash[:12])])
-        guidance = f", guidance {teacher.guidance_scale:g}" if teacher.guidance_scale != 1 else ""
-        lines.append(["It samples with", f"{teacher.num_inference_steps} steps{guidance}"])
-    url = licence_url(manifest.licence)
-    licence = f"[{markdown(url)}]({url})" if url else code(manifest.licence)
-    if hub_licence(manifest.licence)["license"] == "unknown":
-        licence = "unknown: ask who made the teacher before you use it"
-    if teacher is not None:
-        lines.append(["Licence of the teacher's weights", licence])
-    lines.append(["Licence of this student", f"{licence}{', as it derives from them' if teacher else ''}"])
-    return f"## Where it comes from\n\n{table(['', ''], lines)}"
-
-
-def _budget(manifest: Manifest) -> str:
-    if manifest.distillation is None:
-        return ""
-    spent = manifest.distillation.budget
-    rows = [
-        ["Teacher calls", f"{spent.teacher_calls:,}"],
-        ["Student calls", f"{spent.student_calls:,}"],
-        ["Gradient samples", f"{spent.gradient_samples:,}"],
-        ["Forward-equivalents", f"{spent.forward_equivalents:,.0f}"],
-        ["Updates", f"{spent.updates:,}"],
-        ["Seconds", f"{spent.seconds:,.0f}"],
-    ]
-    versions = ", ".join(
-        f"{code(name)} {code(value)}" for name, value in [*manifest.distillation.versions.items()][:MOST]
-    )
-    made = f"\n\nMade with {versions}." if versions else ""
-    return f"""## What it cost
-
-{table(["spent on the distillation", ""], rows)}
-
-A network call on one picture is one forward-equivalent, a sample that is differentiated through is three.{made}"""
-
-
-def _checking(manifest: Manifest, place: str, repo_id: str | None) -> str:
-    folder = place.rpartition("/")[2] if repo_id else place
-    pull = f"redif pull {_shell(place)} -o {_shell(folder)}\n" if repo_id else ""
-    digest = f"\n\nDigest of the manifest: `{manifest.digest}`" if re.fullmatch("[0-9a-f]{64}", manifest.digest) else ""
-    return f"""## Check it yourself
-
-```bash
-{pull}redif verify {_shell(folder)}
-```
-
-It hashes every file and compares the graphs with the recorded outputs; torch is not needed.{digest}"""

@@ -20,7 +20,8 @@ def card_command(
 ) -> None:
     """Make README.md, the model card, anew from the manifest. Your marked sections and your tags stay."""
     from redif_sdk.artifact.folder import StudentFolder
-    from redif_sdk.card.render import CARD_NAME, read_card, render_folder, write_card
+    from redif_sdk.artifact.manifest import CARD_NAME
+    from redif_sdk.card.render import read_card, render_folder, write_card
 
     student = StudentFolder(folder)
     old = read_card(folder)

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import MANIFEST_LIMIT, StudentFolder
-from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME, Manifest
 from redif_sdk.artifact.paths import ORIGIN, check_pickle, hash_file
 from redif_sdk.artifact.records import FileEntry
-from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT
 from redif_sdk.errors import HubError, IntegrityError, ManifestError
 from redif_sdk.hub.client import RemoteFile, check_id, client, not_cached, offline, place, remote_files, translated
 

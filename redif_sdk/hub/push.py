@@ -11,6 +11,8 @@ from typing import Any
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from redif_sdk.card import sections
+from redif_sdk.card.render import read_card, render, render_over
 from redif_sdk.errors import HubError, InvalidRequest, ParityError
 from redif_sdk.hub.client import check_id, client, offline, translated
 from redif_sdk.hub.target import File, Pushed, Target, in_memory, rows_of, student_files
@@ -103,22 +105,20 @@ def _card(student: StudentFolder, repo_id: str, tags: Sequence[str], there: str 
 
     A whole card that somebody wrote by hand, metadata and all, stays as it is.
     """
-    from redif_sdk.card import render as card  # whoever loads a pipeline imports this module, and makes no card
-
-    here = card.read_card(student.path)
+    here = read_card(student.path)
     for text in (here, there):
-        if text is not None and card.is_foreign(text):
+        if text is not None and sections.is_foreign(text):
             return text
-    mine = card.render_over(student.manifest, here, repo_id=repo_id, tags=tags)
+    mine = render_over(student.manifest, here, repo_id=repo_id, tags=tags)
     if there is None:
         return mine
-    theirs = card.render_over(student.manifest, there, repo_id=repo_id)
-    return card.render(
+    theirs = render_over(student.manifest, there, repo_id=repo_id)
+    return render(
         student.manifest,
         repo_id=repo_id,
-        tags=[*card.user_tags(mine), *card.user_tags(theirs)],
-        keys=card.user_keys(theirs) | card.user_keys(mine),
-        user_sections=card.merge(card.user_sections(theirs), card.user_sections(mine)),
+        tags=[*sections.user_tags(mine), *sections.user_tags(theirs)],
+        keys=sections.user_keys(theirs) | sections.user_keys(mine),
+        user_sections=sections.merge(sections.user_sections(theirs), sections.user_sections(mine)),
     )
 
 

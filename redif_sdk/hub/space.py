@@ -15,6 +15,9 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from redif_sdk.artifact.paths import hash_file, list_files, locate
 from redif_sdk.artifact.web_folder import check_page, is_page
+from redif_sdk.card.escape import markdown
+from redif_sdk.card.metadata import hub_licence
+from redif_sdk.card.render import read_card
 from redif_sdk.errors import HubError, InvalidRequest
 from redif_sdk.hub.client import check_id, client, offline, translated
 from redif_sdk.hub.push import check_gate
@@ -111,8 +114,6 @@ def _demo_files(student: StudentFolder, student_id: str | None, commit: str | No
         own = [in_memory(f"{_FOLDER}/{MANIFEST_NAME}", student.manifest_bytes)]
         own += student_files(student, f"{_FOLDER}/")
         if (student.path / CARD_NAME).is_file():
-            from redif_sdk.card.render import read_card
-
             own.append(in_memory(f"{_FOLDER}/{CARD_NAME}", (read_card(student.path) or "").encode()))
     else:
         arguments, own = f"{check_id(student_id)!r}", []
@@ -130,9 +131,6 @@ def _demo_files(student: StudentFolder, student_id: str | None, commit: str | No
 
 def _readme(manifest: Manifest, student_id: str | None) -> str:
     from huggingface_hub import SpaceCardData
-
-    from redif_sdk.card.metadata import hub_licence
-    from redif_sdk.card.text import markdown
 
     head: dict[str, Any] = hub_licence(manifest.licence)
     data = SpaceCardData(

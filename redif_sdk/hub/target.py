@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from redif_sdk.artifact.folder import UNHASHED, StudentFolder
-from redif_sdk.artifact.manifest import CARD_NAME, MANIFEST_NAME
+from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME
 from redif_sdk.artifact.paths import locate
-from redif_sdk.artifact.untrusted.markdown import CARD_LIMIT
 from redif_sdk.errors import HubError, InvalidRequest
 from redif_sdk.hub.client import RemoteFile, remote_files
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.card.record import quality_rows, record, speed_rows
-from redif_sdk.card.render import read_card, user_sections
+from redif_sdk.card.render import read_card
+from redif_sdk.card.sections import user_sections
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.quickstart.report import Sheet, poster, render, strip

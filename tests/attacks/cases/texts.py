@@ -39,22 +39,7 @@ def disk_pickle(student: Student, own: str | bytes) -> None:
 
 # ---------------------------------------------------------------- model cards
 
-CARDS = {
-    "script": "# x\n<script>alert(1)</script>\n",
-    "onerror": '# x\n<img src="x" onerror="alert(1)">\n',
-    "javascript": "# x\n[click](javascript:alert(1))\n",
-    "javascript_entity": "# x\n[click](java&#115;cript:alert(1))\n",
-    "javascript_tab": '<a href="java\tscript:alert(1)">x</a>\n',
-    "iframe": '# x\n<iframe src="https://evil.example"></iframe>\n',
-    "svg": "<svg onload=alert(1)>",
-    "data": "[x](data:text/html;base64,PHNjcmlwdD4=)",
-    "style": "<style>body{display:none}</style>",
-    "form": '<form action="https://evil.example"><input name=a></form>',
-    "meta": '<meta http-equiv="refresh" content="0;url=https://evil.example">',
-    "upper": "<ScRiPt>alert(1)</sCrIpT>",
-    "nul": "# x\0\n",
-    "large": "x" * (10 * MIB),
-}
+CARDS = {"nul": "# x\0\n", "large": "x" * (10 * MIB)}
 
 
 @each("model cards", WHOLE, r"README\.md", CARDS)
@@ -64,7 +49,7 @@ def readme(student: Student, text: str) -> None:
 
 @each("model cards", WHOLE, r"README\.md", {"utf16": "utf-16", "utf32": "utf-32", "utf16_no_mark": "utf-16-le"})
 def readme_in(student: Student, encoding: str) -> None:
-    (student.folder / "README.md").write_bytes(CARDS["script"].encode(encoding))
+    (student.folder / "README.md").write_bytes("# a card in another encoding\n".encode(encoding))
 
 
 @case("model cards", ("copy", "save"), r"README\.md")

@@ -54,14 +54,7 @@ class Corrupt:
     at: int = 0
 
 
-@dataclass(frozen=True)
-class Stall:
-    """Wait `seconds` before the answer, which then is as usual."""
-
-    seconds: float
-
-
-Action = Refuse | CutUpload | CutDownload | LoseAnswer | Truncate | Corrupt | Stall
+Action = Refuse | CutUpload | CutDownload | LoseAnswer | Truncate | Corrupt
 
 
 @dataclass

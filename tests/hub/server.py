@@ -14,7 +14,7 @@ from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
 from .calls import Answer, Dropped, Request, refusal
-from .faults import Action, Corrupt, CutDownload, CutUpload, LoseAnswer, Refuse, Stall, Truncate
+from .faults import Action, Corrupt, CutDownload, CutUpload, LoseAnswer, Refuse, Truncate
 
 if TYPE_CHECKING:
     from .standin import HubStandIn
@@ -129,8 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(self.record)
         fault = hub.faults.match(self.command, self.path)
         body = self._read_body(headers, fault.after if isinstance(fault, CutUpload) else None)
-        if isinstance(fault, Stall):
-            hub.stopping.wait(fault.seconds)
         if isinstance(fault, Refuse):
             answer = refusal(fault.status, fault.message, fault.code, {})
             answer = Answer(answer.status, answer.body, {**answer.headers, **fault.headers})

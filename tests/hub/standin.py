@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 from . import accounts, reading, writing  # noqa: F401  (their routes are known once they are imported)
 from .calls import BAD_TOKEN, LOGIN, Answer, Call, Refused, Request, commit_at, find_route, refusal
 from .cards import check_card
-from .faults import Corrupt, CutDownload, CutUpload, Faults, LoseAnswer, Refuse, Stall, Truncate, Wire
+from .faults import Corrupt, CutDownload, CutUpload, Faults, LoseAnswer, Refuse, Truncate, Wire
 from .repository import GITATTRIBUTES, Blob, Repository
 from .server import Server
 
@@ -27,7 +27,6 @@ __all__ = [
     "HubStandIn",
     "LoseAnswer",
     "Refuse",
-    "Stall",
     "Truncate",
     "check_card",
 ]
@@ -58,7 +57,6 @@ class HubStandIn:
         self.wire = Wire()
         self.errors: list[str] = []  # tracebacks of the stand-in's own mistakes
         self.environment: dict[str, str] = {}  # for other processes
-        self.stopping = threading.Event()
         self._lock = threading.RLock()
         self._server: Server | None = None
         self._place: socket.socket | None = None
@@ -147,7 +145,6 @@ class HubStandIn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopping.set()
         self.down()
         if self._place is not None:
             self._place.close()

@@ -126,6 +126,9 @@ class FastPipeline:
             "engine_dir": engine_dir,
         }
         if Path(source).is_dir():
+            hub.check_local(
+                source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            )
             return cls(StudentFolder(source), **options)
         if not hub.is_hub_id(str(source)):
             raise ManifestError(f"{source} is neither a folder nor the id of a student on the Hub (org/name)")

@@ -309,6 +309,14 @@ def test_a_repository_that_cannot_be_had(tmp_path: Path) -> None:
         FastPipeline.from_pretrained("me/nothing", cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options", [{"revision": "main"}, {"token": "hf_x"}, {"cache_dir": "x"}, {"local_files_only": True}]
+)
+def test_options_of_the_hub_are_refused_for_a_local_folder(tiny_student: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"is a local folder, and {next(iter(options))} only apply"):
+        FastPipeline.from_pretrained(tiny_student, **options)
+
+
 # ---------------------------------------------------------------- the public face
 
 

@@ -7,10 +7,10 @@ whether they are harmless `folder.py`'s.
 
 from __future__ import annotations
 
-from redif_sdk.hub.client import is_hub_id
+from redif_sdk.hub.client import check_local, is_hub_id
 from redif_sdk.hub.pull import Origin, Remote, fetch, pull
 from redif_sdk.hub.push import push
 from redif_sdk.hub.space import push_space
 from redif_sdk.hub.target import Pushed
 
-__all__ = ["Origin", "Pushed", "Remote", "fetch", "is_hub_id", "pull", "push", "push_space"]
+__all__ = ["Origin", "Pushed", "Remote", "check_local", "fetch", "is_hub_id", "pull", "push", "push_space"]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import redif_sdk
@@ -15,6 +16,7 @@ from redif_sdk.errors import HubError, InvalidRequest, RedifError
 __all__ = [
     "RemoteFile",
     "check_id",
+    "check_local",
     "client",
     "is_hub_id",
     "not_cached",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _RETRY = re.compile(r"[Rr]etry after (\d+)")
+_LOCAL = "local_files_only"
 _LONGEST_ID = 96
 TOKEN = "token=, HF_TOKEN, or hf auth login"
 _TIMEOUT = 30.0  # seconds for one answer about a repository
@@ -47,6 +50,19 @@ def check_id(repo_id: str) -> str:
     if not is_hub_id(repo_id) or len(repo_id) > _LONGEST_ID:
         raise InvalidRequest(f"{repo_id!r:.200} is no name of a repository on the Hub; give it as org/name")
     return repo_id
+
+
+def check_local(folder: str | Path, **options: object) -> None:
+    """Raise InvalidRequest if options of the Hub are given with a local folder, where they would have no effect.
+
+    Args:
+        options: the options by name; None and ``local_files_only=False`` count as not given.
+    """
+    given = [name for name, value in options.items() if value is not None and (name, value) != (_LOCAL, False)]
+    if given:
+        raise InvalidRequest(
+            f"{folder} is a local folder, and {' and '.join(given)} only apply to students on the Hub; remove them"
+        )
 
 
 def client(token: str | bool | None = None) -> Any:

@@ -47,9 +47,12 @@ def readme(student: Student, text: str) -> None:
     (student.folder / "README.md").write_text(text)
 
 
-@each("model cards", WHOLE, r"README\.md", {"utf16": "utf-16", "utf32": "utf-32", "utf16_no_mark": "utf-16-le"})
+ENCODINGS = {"utf16": "utf-16", "utf32": "utf-32", "utf16_no_mark": "utf-16-le", "latin1": "latin-1"}
+
+
+@each("model cards", WHOLE, r"README\.md", ENCODINGS)
 def readme_in(student: Student, encoding: str) -> None:
-    (student.folder / "README.md").write_bytes("# a card in another encoding\n".encode(encoding))
+    (student.folder / "README.md").write_bytes("# une carte à part\n".encode(encoding))
 
 
 @case("model cards", ("copy", "save"), r"README\.md")

@@ -11,12 +11,15 @@
     ├── ParityError          a graph does not compute what its source computes
     ├── HubError             the Hub refused, or could not be reached; `kind` says which
     ├── TrainingDiverged     an in-training check failed
+    ├── NonFiniteOutput      generated images hold NaN or infinite values; also a RuntimeError
     └── InvalidRequest       an argument is wrong; also a ValueError
 
 A message says what is wrong with which thing, and what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 __all__ = [
     "RedifError",
@@ -28,6 +31,7 @@ __all__ = [
     "ParityError",
     "HubError",
     "TrainingDiverged",
+    "NonFiniteOutput",
     "InvalidRequest",
 ]
 
@@ -78,6 +82,26 @@ class HubError(RedifError):
 
 class TrainingDiverged(RedifError):
     """An in-training check failed; the message names the check and its value."""
+
+
+class NonFiniteOutput(RedifError, RuntimeError):
+    """Generated images hold NaN or infinite values, so there is nothing to show.
+
+    Attributes:
+        images: positions of these images in the batch, ascending.
+        batch: number of images in the batch.
+    """
+
+    def __init__(self, images: Sequence[int], batch: int) -> None:
+        self.images, self.batch = tuple(images), batch
+        shown = ", ".join(map(str, self.images[:8])) + ", ..." * (len(self.images) > 8)
+        super().__init__(
+            f"{len(self.images)} of {batch} images hold NaN or infinite values (positions {shown}); "
+            f'use precision="exact", or check the student with redif verify'
+        )
+
+    def __reduce__(self) -> tuple[type[NonFiniteOutput], tuple[tuple[int, ...], int]]:
+        return type(self), (self.images, self.batch)  # it travels between processes
 
 
 class InvalidRequest(RedifError, ValueError):

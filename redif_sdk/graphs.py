@@ -21,6 +21,7 @@ from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.inputs import Conditions
 from redif_sdk.runtimes import Runtime, RuntimeOptions
+from redif_sdk.runtimes.finite import require_finite
 
 if TYPE_CHECKING:
     from redif_sdk.tokenizer import PromptTokenizer
@@ -92,10 +93,14 @@ class LoadedGraphs:
         return {spec.name: arrays[spec.name][rows] for spec in self._student.manifest.condition_tensors}
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents (B, C, H, W) to images, uint8 (B, H', W', C'), through the decoder if there is one."""
+        """Latents float32 (B, C, H, W) to images uint8 (B, H', W', C'), by the decoder where there is one.
+
+        Raises NonFiniteOutput.
+        """
         postprocess = self._student.manifest.postprocess
         if postprocess.decoder is not None:
             latents = self["decoder"].run({"latents": latents})["sample"]
+        require_finite(latents)
         return to_uint8(latents, postprocess)
 
     def _needed(self, *, stepped: bool) -> Iterator[Component]:

@@ -22,6 +22,7 @@ from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
 __all__ = [
+    "EMBEDS",
     "LONGEST_PROMPT",
     "OUTPUT_TYPES",
     "Asked",

@@ -1,14 +1,14 @@
-"""`FastPipeline`: a student's folder in, pictures out, without torch.
+"""`FastPipeline`: loads a student's folder and generates images, without torch.
 
-It draws the noise, has prompts encoded, and runs the fused graph, or the denoiser step by step where every step is to
-be seen. The graphs are in `components.py`, engines in `runtimes/`, the arithmetic of a step in `steps.py`, and what a
-request may say in `request.py`.
+It draws the noise, encodes prompts, and runs the fused graph; streams and callbacks run the denoiser step by step. The
+graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampling/`, request checks in `inputs.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from redif_sdk import hub, runtimes
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import to_pil
 from redif_sdk.inputs import (
+    EMBEDS,
     OUTPUT_TYPES,
     Asked,
     Conditions,
@@ -38,21 +39,29 @@ from redif_sdk.inputs import (
     check_request,
 )
 from redif_sdk.runtimes import Runtime, RuntimeOptions
+from redif_sdk.runtimes.finite import LEVELS, require_finite
 from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
+
+_log = logging.getLogger(__name__)
+
+NOT_EXACT = '; images differ slightly from fp32: precision="exact" gives the same image for a seed everywhere'
 
 OnStepEnd = Callable[["FastPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call returns.
+    """The result of a call.
 
-    `images`: a list of PIL pictures, or an array (B, H, W, C), by output_type. `seeds`: (seed, image index) of each,
-    which as ``seed=`` give the same pictures again. `timings`: seconds by stage: noise, text (of a student that is
-    asked by prompts: tokens and text encoder), network, output, total. `runtime_info`: what computed it.
+    Attributes:
+        images: a list of PIL images, or an array (B, H, W, C), depending on `output_type`.
+        seeds: (seed, image index) of each image; passed as ``seed=``, they give the same images again.
+        timings: seconds by stage: noise, text (tokens and text encoder; text-to-image students only), network, output,
+            total.
+        runtime_info: what computed the images; see `FastPipeline.runtime_info`.
     """
 
     images: Any
@@ -62,10 +71,10 @@ class PipelineOutput:
 
 
 class FastPipeline:
-    """A loaded student. Safe to call from several threads; a call leaves nothing behind.
+    """A loaded student. Thread-safe; a call keeps no state.
 
-    Make one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with the reason and the
-    remedy, for an engine, device or precision that cannot be had; nothing else is used in its place.
+    Load one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with reason and remedy, if
+    the runtime, device or precision is not available; nothing else is used instead.
     """
 
     def __init__(
@@ -83,7 +92,7 @@ class FastPipeline:
         options = RuntimeOptions(
             device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)
         )
-        self._remote: hub.Remote | None = None  # where the files come from that were not downloaded
+        self._remote: hub.Remote | None = None  # source of the files that were not downloaded
         self._tables: dict[int | None, StepTable] = {t.num_inference_steps: t for t in student.manifest.tables}
         engine, self._choice = runtimes.choose(student, "generator", runtime, precision, options)
         self._components = LoadedGraphs(student, engine, options)
@@ -104,18 +113,25 @@ class FastPipeline:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> FastPipeline:
-        """Load a student from a folder, or from the Hub by its id ("org/name"): only the files that are needed.
+        """Load a student from a folder, or from the Hub by its id ("org/name"); only the files that are needed.
 
-        `runtime`: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto", the fastest as measured of those
-        installed; `device`: "auto", "cpu", "cuda[:N]", "dml[:N]", "coreml", "gpu[:N]", "npu"; `precision`: "fp32",
-        "fp16", "bf16", "int8", or "auto": bf16 where the processor has it and the student's gate passed, else fp32;
-        `num_threads`: of the CPU, None for all that the process may use. `provider`: an execution provider of ONNX
-        Runtime by its own name, or the package of a plugin one. `engine_dir`: where TensorRT engines lie, in place of
-        the cache. Of the Hub: `revision`, a branch, a tag or a commit; `token`; `cache_dir`; `local_files_only`, take
-        what is in the cache, as ``HF_HUB_OFFLINE`` does.
+        Args:
+            source: folder, or id on the Hub.
+            runtime: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto", the fastest installed one.
+            device: "auto", "cpu", "cuda[:N]", "dml[:N]", "coreml", "gpu[:N]" or "npu".
+            precision: "fp32", "fp16", "bf16", "int8"; "auto": bf16 where the processor has it and the student's bf16
+                graph passed its gate, else fp32; "exact": fp32 arithmetic throughout (no TF32 or bf16), so that a seed
+                gives the same image, within one level of 255, on every runtime and device.
+            num_threads: CPU threads; None for all cores that the process may use.
+            provider: an execution provider of ONNX Runtime, or the package of a plugin provider.
+            engine_dir: folder of TensorRT engines, instead of the cache.
+            revision: branch, tag or commit on the Hub; `token`, `cache_dir`, `local_files_only` are the Hub's too.
 
-        What was taken stands in `runtime_info` and in the log, and the commit in `origin`. Raises ManifestError for
-        what is no student, IntegrityError if it was altered, RuntimeUnavailable, HubError.
+        Returns:
+            The pipeline. `runtime_info` and the log say what was chosen; `origin` has the commit.
+
+        Raises ManifestError if `source` is not a student, IntegrityError if a file was altered, RuntimeUnavailable if
+        runtime, device or precision is not available, and HubError.
         """
         options: dict[str, Any] = {
             "runtime": runtime,
@@ -152,19 +168,21 @@ class FastPipeline:
 
     @property
     def origin(self) -> hub.Origin | None:
-        """Of a student from the Hub: repo_id, the revision that was asked for, and the commit that it stood for."""
+        """For a student from the Hub: repo_id, requested revision, and the commit it resolved to; else None."""
         return self._remote.origin if self._remote is not None else None
 
     @property
     def runtime_info(self) -> dict[str, Any]:
-        """What computes a plain call: runtime, version, provider, device, precision, component, file, num_threads.
+        """What computes a call: runtime, version, provider, device, precision, component, file, num_threads.
 
-        `choice` says why that engine and precision were taken.
+        `exact` is True for fp32 arithmetic throughout: all exact pipelines give the same image for a seed, within one
+        level of 255. `choice` says why this runtime and precision were chosen.
         """
         return self._info(self._components.generator or self._components["denoiser"])
 
     def _info(self, engine: Runtime) -> dict[str, Any]:
-        return asdict(engine.info) | {"choice": self._choice.reason}
+        exact = runtimes.is_exact(engine.info)
+        return asdict(engine.info) | {"exact": exact, "choice": self._choice.reason + ("" if exact else NOT_EXACT)}
 
     # ------------------------------------------------------------------ generation
 
@@ -187,40 +205,36 @@ class FastPipeline:
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
     ) -> PipelineOutput:
-        """Generate pictures.
+        """Generate images.
 
-        A text-to-image student is asked by one or more prompts (`prompt`), each `num_images_per_prompt` times; a
-        class-conditional one for one or more classes, by name (`prompt`) or by number or name (`class_labels`); an
-        unconditional one for `num_images_per_prompt` pictures.
+        Args:
+            prompt: text of a text-to-image student, or a class name; one, or a list.
+            class_labels: classes of a class-conditional student, by number or name; one, or a list.
+            num_images_per_prompt: images for each prompt or class; the number of images of an unconditional student.
+            num_inference_steps: steps; None for the student's default.
+            seed: an int (image i uses the noise (seed, i)); an int or (seed, index) per image; None for a random one.
+            latents: starting noise (B, C, H, W), standard normal, instead of the seed's.
+            height: in pixels, for students exported with free sizes; default: the student's own.
+            width: as `height`.
+            prompt_embeds: with `pooled_prompt_embeds` and `prompt_attention_mask`, whichever the student has, one row
+                per prompt as `encode_prompt` returns them; replaces `prompt`.
+            negative_prompt: not supported; refused.
+            guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
+            output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
+            callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
+                return {"latents": other} to continue from those.
 
-        `seed`: one int, and picture i has the noise (seed, i); or one int or (seed, index) a picture; or None, drawn
-        from the operating system. `latents` (B, C, H, W), standard normal, replace the starting noise.
-        `height` and `width`, in pixels, of a student that was exported with free sizes; default: its own.
-        `prompt_embeds`, `pooled_prompt_embeds` and `prompt_attention_mask`, all that the student takes of them, one row
-        a prompt, as `encode_prompt` makes them, stand in for `prompt`. `negative_prompt` is refused, and every
-        `guidance_scale` that the student has not: its guidance is in its graphs, or it has none.
-        `output_type`: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
-        `callback_on_step_end(pipe, step, timestep, {"latents": x})` is called after every step, and may return
-        {"latents": other}, which go on from there.
-
-        Raises InvalidRequest for whatever the student cannot do, and names what it can.
+        Raises:
+            InvalidRequest: the student does not support the request; the message names what it supports.
+            NonFiniteOutput: images hold NaN or infinite values.
         """
         start = time.perf_counter()
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         check_guidance(self.manifest, guidance_scale, negative_prompt)
-        request = check_request(
-            self.manifest,
-            prompt,
-            class_labels,
-            num_images_per_prompt,
-            num_inference_steps,
-            seed,
-            latents,
-            height,
-            width,
-            _embeds(prompt_embeds, pooled_prompt_embeds, prompt_attention_mask),
-        )
+        asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, height, width)
+        embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
+        request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         noise = request.noise(self.manifest)
         ready = time.perf_counter()
         conditions = self._conditions(request)
@@ -253,50 +267,48 @@ class FastPipeline:
         pooled_prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
     ) -> Iterator[Image.Image]:
-        """One picture, as it forms: after each step, the clean-image estimate x0; the last one is the picture.
+        """Yield one image as it forms: the clean-image estimate x0 after each step, and last the image itself.
 
-        The request is checked at once, and the prompt and the steps are computed as they are asked for.
+        The arguments are those of a call. The request is checked at once, each step is computed when it is asked for.
+        Raises InvalidRequest, and NonFiniteOutput at a step whose estimate holds NaN or infinite values.
         """
-        request = check_request(
-            self.manifest,
-            prompt,
-            class_labels,
-            1,
-            num_inference_steps,
-            seed,
-            latents,
-            height,
-            width,
-            _embeds(prompt_embeds, pooled_prompt_embeds, prompt_attention_mask),
-        )
+        asked = (prompt, class_labels, 1, num_inference_steps, seed, latents, height, width)
+        embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
+        request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         if len(request.seeds) != 1:
-            raise InvalidRequest(f"stream makes one picture, not {len(request.seeds)}; ask for one thing")
+            raise InvalidRequest(f"stream generates one image, not {len(request.seeds)}; give one prompt or class")
         self._components.prepare_steps()
         return self._previews(request)
 
     def generate_array(
         self, noise: NDArray[np.float32], conditions: Asked = None, num_inference_steps: int | None = None
     ) -> NDArray[np.uint8]:
-        """Pictures uint8 (B, H, W, C) for noise (N, B, C, H, W) float32, for evaluation.
+        """Images uint8 (B, H, W, C) for given noise, for evaluation.
 
-        `conditions`: labels (B,) of a class-conditional student; the arrays of `encode_prompt` of one that is asked by
-        prompts. N is at least the table's `noise_slices`. Raises InvalidRequest for other shapes and for bad labels.
+        Args:
+            noise: float32 (N, B, C, H, W); N is at least the table's `noise_slices`.
+            conditions: labels (B,) of a class-conditional student, or what `encode_prompt` returns.
+            num_inference_steps: steps; None for the student's default.
+
+        Raises:
+            InvalidRequest: wrong shapes or labels.
+            NonFiniteOutput: images hold NaN or infinite values.
         """
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
         return self._images(checked, check_conditions(self.manifest, conditions, checked.shape[1]), table)
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
-        """What prompts become: the arrays that denoiser and generator take, float32, by name, a row a prompt.
+        """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
 
-        Equal prompts are encoded once. Raises InvalidRequest, and for a student that is not asked by prompts too.
+        Equal prompts are encoded once. Raises InvalidRequest, also for a student that is not text-to-image.
         """
         if self.manifest.text is None:
-            raise InvalidRequest(f"{self.manifest.name} is not asked by prompts; there is nothing to encode")
+            raise InvalidRequest(f"{self.manifest.name} is not a text-to-image model; there is no prompt to encode")
         return self._conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
 
     def _conditions(self, request: Request) -> Conditions:
-        """The conditions of a request, its prompts encoded."""
+        """The conditions of a request, with its prompts encoded."""
         return request.conditions if request.prompts is None else self._components.encode(request.prompts)
 
     def _images(
@@ -306,17 +318,32 @@ class FastPipeline:
         table: StepTable,
         callback: OnStepEnd | None = None,
     ) -> NDArray[np.uint8]:
-        """Pictures from the fused graph, or step by step where there is none, or a callback that wants to see them."""
+        """Images from the fused graph; step by step for a callback, or where there is no fused graph."""
         generator = self._components.generator
         if generator is None or callback is not None:
-            x = noise[0]
-            for k, x, _ in self._steps(noise, conditions, table):
-                returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
-                if returned is not None and "latents" in returned:
-                    x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-            return self._components.images(x)
+            return self._stepped(noise, conditions, table, callback)
         inputs: dict[str, NDArray[Any]] = {"noise": noise, "table": table.rows, "init_scale": table.scale}
-        return generator.run(inputs | conditions)["images"]
+        outputs = generator.run(inputs | conditions)
+        images = outputs["images"]
+        if LEVELS in outputs:
+            require_finite(outputs[LEVELS])
+        elif (images == images[:, :1, :1, :1]).all(axis=(1, 2, 3)).any():  # uint8 alone: NaN would show as a constant
+            try:
+                self._stepped(noise, conditions, table)
+            except RuntimeUnavailable as error:
+                _log.warning("constant images were not checked for NaN: %s", error)
+        return images
+
+    def _stepped(
+        self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable, callback: OnStepEnd | None = None
+    ) -> NDArray[np.uint8]:
+        """Images from single steps, each shown to `callback`."""
+        x = noise[0]
+        for k, x, _ in self._steps(noise, conditions, table):
+            returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
+            if returned is not None and "latents" in returned:
+                x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
+        return self._components.images(x)
 
     def _steps(
         self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable
@@ -342,10 +369,10 @@ class FastPipeline:
     # ------------------------------------------------------------------ saving
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Copy the student to `folder`, checking every file; the folder is there whole or not at all.
+        """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.
 
-        A student from the Hub is first downloaded whole. Raises InvalidRequest if `folder` is there already, not empty,
-        and not to be overwritten.
+        A student from the Hub is first downloaded whole. Raises InvalidRequest if `folder` exists and is not empty, and
+        `overwrite` is not set.
         """
         student = self._whole()
         if Path(folder).resolve().is_relative_to(student.path.resolve()):
@@ -367,9 +394,9 @@ class FastPipeline:
         allow_unverified: bool = False,
         dry_run: bool = False,
     ) -> hub.Pushed:
-        """Send the student to the Hub as ``org/name``; see `redif_sdk.hub.push`, which has the same arguments.
+        """Push the student to the Hub as ``org/name``; `redif_sdk.hub.push` describes the arguments.
 
-        Raises ParityError for a student that did not pass its gate, unless `allow_unverified`, and HubError.
+        Raises ParityError if the student did not pass its gate, unless `allow_unverified` is set, and HubError.
         """
         return hub.push(
             self._whole(),
@@ -386,19 +413,9 @@ class FastPipeline:
         )
 
     def _whole(self) -> StudentFolder:
-        """The student with every file. IntegrityError if it is not the one that was loaded."""
+        """The student with every file. Raises IntegrityError if it changed since it was loaded."""
         student = self._student if self._remote is None else self._remote.whole()
         current = StudentFolder(student.path)
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
-
-
-def _embeds(
-    prompt_embeds: ArrayLike | None, pooled_prompt_embeds: ArrayLike | None, prompt_attention_mask: ArrayLike | None
-) -> Mapping[str, ArrayLike | None]:
-    return {
-        "prompt_embeds": prompt_embeds,
-        "pooled_prompt_embeds": pooled_prompt_embeds,
-        "prompt_attention_mask": prompt_attention_mask,
-    }

@@ -239,8 +239,8 @@ def test_an_unconditional_student_takes_no_class(plain_pipe: FastPipeline) -> No
         plain_pipe.generate_array(np.zeros((1, 1, 4, 14, 14), np.float32), [0])
 
 
-def test_stream_makes_one_picture(pipe: FastPipeline) -> None:
-    with pytest.raises(InvalidRequest, match="one picture, not 2"):
+def test_stream_generates_one_image(pipe: FastPipeline) -> None:
+    with pytest.raises(InvalidRequest, match="generates one image, not 2"):
         pipe.stream(class_labels=[1, 2])
 
 

@@ -20,6 +20,7 @@ from redif_sdk.runtimes.protocol import Runtime, RuntimeInfo, RuntimeOptions, nv
 
 __all__ = [
     "AUTO",
+    "EXACT",
     "PRECISIONS",
     "RUNTIMES",
     "Choice",
@@ -29,6 +30,7 @@ __all__ = [
     "candidates",
     "choose",
     "installed",
+    "is_exact",
     "load",
     "loops_in_numpy",
     "parse_device",
@@ -64,6 +66,12 @@ RUNTIMES = {
 }
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+#: Asks for fp32 arithmetic throughout, on every runtime and device.
+EXACT = "exact"
+#: Providers of ONNX Runtime that compute fp32 graphs in fp32 (TF32 is switched off). CoreML and NPUs may use fp16, and
+#: the TensorRT provider TF32.
+_EXACT_PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "OpenVINOExecutionProvider")
 
 
 class Choice(NamedTuple):
@@ -115,6 +123,13 @@ def _present(module: str) -> bool:
     return find_spec(module) is not None
 
 
+def is_exact(info: RuntimeInfo) -> bool:
+    """Whether a graph is computed in fp32 throughout: all such pipelines agree within one level of 255."""
+    if info.precision != "fp32" or parse_device(info.device)[0] == "npu":
+        return False
+    return info.runtime != "onnxruntime" or info.provider in _EXACT_PROVIDERS
+
+
 def resolve(runtime: str) -> str:
     """`runtime`, if it is the name of an installed engine.
 
@@ -142,8 +157,11 @@ def candidates(manifest: Manifest, runtime: str = "auto", precision: str = "auto
         InvalidRequest: An unknown name.
         RuntimeUnavailable: No installed engine, or no graph of the student, fits.
     """
-    if precision not in ("auto", *PRECISIONS):
-        raise InvalidRequest(f"precision {precision!r} is unknown; use one of {', '.join(['auto', *PRECISIONS])}")
+    if precision not in ("auto", EXACT, *PRECISIONS):
+        raise InvalidRequest(
+            f"precision {precision!r} is unknown; use one of {', '.join(['auto', EXACT, *PRECISIONS])}"
+        )
+    precision = "fp32" if precision == EXACT else precision
     present = list(dict.fromkeys(graph.precision for graph in manifest.graphs))
     if not present:
         raise RuntimeUnavailable(f"{manifest.name} has no graphs; run redif export on its folder")
@@ -222,6 +240,11 @@ def choose(
                 continue
             try:
                 engine = load(choice.runtime, student, graph, replace(options, device=device))
+                if precision == EXACT and not is_exact(engine.info):
+                    raise RuntimeUnavailable(
+                        f"{engine.info.provider} on {engine.info.device} does not compute in fp32 throughout, which "
+                        f'precision="exact" asks for; use device="cpu", or precision="fp32"'
+                    )
             except RuntimeUnavailable as error:
                 reasons[str(error)] = None
                 continue

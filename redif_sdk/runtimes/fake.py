@@ -16,6 +16,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Decoder, Graph, TextCondition
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
+from redif_sdk.runtimes.finite import LEVELS
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device
 from redif_sdk.sampling.loop import sample
 from redif_sdk.sampling.table import StepTable
@@ -85,4 +86,4 @@ class FakeRuntime:
         x = sample(network, table, inputs["noise"], conditions)
         if manifest.postprocess.decoder is not None:
             x = decode(x, manifest.postprocess.decoder)
-        return {"images": to_uint8(x, manifest.postprocess)}
+        return {"images": to_uint8(x, manifest.postprocess), LEVELS: x}

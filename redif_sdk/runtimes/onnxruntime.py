@@ -23,6 +23,7 @@ from redif_sdk.artifact.records import Graph
 from redif_sdk.cache import cache_folder
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
+from redif_sdk.runtimes.finite import with_levels
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cores, parse_device
 
 try:
@@ -108,6 +109,8 @@ def _place(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Pla
         provider = fitting[0]
     kind = PROVIDERS[provider][0]
     settings = {"device_id": str(index)} if kind in ("cuda", "dml") else {}
+    if provider == CUDA:
+        settings["use_tf32"] = "0"  # fp32 is fp32: TF32 multiplies with 10-bit mantissas
     if provider == TENSORRT:
         folder = cache_folder(options.cache_dir) / "onnxruntime-tensorrt"
         settings |= {
@@ -175,7 +178,7 @@ def _session(model: bytes, place: Place, options: Any) -> Any:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             if place.provider == TENSORRT:
                 Path(place.settings["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True, mode=0o700)
-                providers.append((CUDA, {"device_id": place.settings["device_id"]}))
+                providers.append((CUDA, {"device_id": place.settings["device_id"], "use_tf32": "0"}))
             session = onnxruntime.InferenceSession(model, options, providers=providers)
     except ENGINE_ERRORS as error:
         reason = " ".join(str(error).split())
@@ -230,10 +233,11 @@ class OnnxRuntime:
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
         if options.engine_dir is not None:
             raise InvalidRequest("engine_dir is not supported by runtime onnxruntime; use cache_dir")
-        place = _place(options, f"redif-{student.sha256(graph.file)[:16]}", graph.precision)
+        place = _place(options, f"redif-{student.sha256(graph.file)[:16]}-levels", graph.precision)
         if graph.precision == "bf16" and place.provider == CPU:
             raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
         model, data = student.read_graph(graph)
+        model, graph = with_levels(model, graph)
         info = RuntimeInfo(
             runtime="onnxruntime",
             version=VERSION,

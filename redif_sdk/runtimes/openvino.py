@@ -24,6 +24,7 @@ from redif_sdk.artifact.records import Graph
 from redif_sdk.cache import cache_folder
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
+from redif_sdk.runtimes.finite import with_levels
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, cores, parse_device
 
 # openvino_telemetry is kept from being imported; openvino has a stand-in for when it is not installed.
@@ -151,8 +152,9 @@ class OpenVino:
                 f"{graph.file} has more than 2 GiB of weights in a separate file, which openvino would read unchecked; "
                 f'use runtime="onnxruntime"'
             )
+        data, graph = with_levels(student.read_graph(graph)[0], graph)
         try:
-            model = _core().read_model(student.read_graph(graph)[0])
+            model = _core().read_model(data)
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(f"openvino cannot read {graph.file}: {_line(error)}") from error
         info = RuntimeInfo(

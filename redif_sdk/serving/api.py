@@ -1,4 +1,4 @@
-"""What requests and answers look like: OpenAI's images API, and the few fields that we add. No picture is made here."""
+"""Requests and responses: OpenAI's images API, and the few fields that we add."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import LONGEST_PROMPT, check_request
-from redif_sdk.serving.backend import Picture
+from redif_sdk.serving.backend import ImageJob
 
-__all__ = ["ImageRequest", "model_card", "pictures_of"]
+__all__ = ["ImageRequest", "jobs_of", "model_card"]
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-_CREATED = 0  # of models: a student does not say when it was made
+_CREATED = 0  # of models: a manifest has no date
 
 SeedPair = tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)]]
 
@@ -23,11 +23,10 @@ SeedPair = tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict
 class ImageRequest(BaseModel):
     """The body of ``POST /v1/images/generations``.
 
-    As in OpenAI's API, but: `prompt` is what a text-to-image student draws, names a class of a class-conditional one,
-    and is empty for an unconditional one; `seed` (one number, or one number or [seed, index] a picture),
+    As in OpenAI's API, except: `prompt` is the text of a text-to-image student, a class name of a class-conditional
+    one, and empty for an unconditional one; `seed` (one number, or one number or [seed, index] per image),
     `num_inference_steps` and `class_label` are ours (``extra_body`` in OpenAI's client). `quality`, `style`,
-    `moderation` and `user` change nothing; a transparent background is refused, and so is every field that is not
-    listed here.
+    `moderation` and `user` have no effect; a transparent background and unknown fields are refused.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,38 +50,44 @@ class ImageRequest(BaseModel):
     class_label: Annotated[int, Field(strict=True)] | str | None = None
 
 
-def pictures_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int) -> list[Picture]:
-    """The pictures that are asked for, of the student `name`. InvalidRequest says what the student can do instead."""
+def jobs_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int) -> list[ImageJob]:
+    """The images that a request asks for, from the student `name`.
+
+    Raises InvalidRequest for more than `most` images, for more than `pixels` pixels in one, and for what the student
+    does not support.
+    """
     n = 1 if request.n is None else request.n
     if n > most:
-        raise InvalidRequest(f"n is {n}; this server makes at most {most} pictures a request")
+        raise InvalidRequest(f"n is {n}; this server allows at most {most} images per request")
     height, width = _size(request.size)
     prompt, label = _asked(request, manifest)
     checked = check_request(manifest, prompt, label, n, request.num_inference_steps, request.seed, None, height, width)
     scale = manifest.postprocess.scale
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
-        raise InvalidRequest(f"size is {width}x{height}; this server makes pictures of at most {pixels} pixels")
+        raise InvalidRequest(f"size is {width}x{height}; this server allows at most {pixels} pixels per image")
     steps = checked.table.num_inference_steps
     labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
     prompts: list[str] | list[None] = checked.prompts or [None] * n
     return [
-        Picture(name, label, seed, index, steps, height, width, prompt)
+        ImageJob(name, label, seed, index, steps, height, width, prompt)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
 
 
 def _asked(request: ImageRequest, manifest: Manifest) -> tuple[str | None, int | None]:
-    """(prompt, class label): what is to be drawn, a class by its name being a prompt."""
+    """(prompt, class label) of a request; a class name counts as a prompt."""
     if manifest.text is not None:
         if request.class_label is not None:
-            raise InvalidRequest(f"{manifest.name} is asked by prompts; it takes no class_label")
+            raise InvalidRequest(
+                f"{manifest.name} is a text-to-image model; class_label is not supported, give a prompt"
+            )
         return request.prompt, None
     label = request.class_label if request.class_label is not None else request.prompt or None
     if request.class_label is not None and request.prompt and request.prompt != str(request.class_label):
-        raise InvalidRequest("prompt and class_label both name the class; leave the prompt empty, or class_label out")
+        raise InvalidRequest("prompt and class_label both name the class; give one of them")
     if manifest.classes is None and request.class_label is not None:
-        raise InvalidRequest(f"{manifest.name} is unconditional; it takes no class_label")
+        raise InvalidRequest(f"{manifest.name} is unconditional; class_label is not supported")
     return (label, None) if isinstance(label, str) else (None, label)
 
 
@@ -97,7 +102,7 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
 
 
 def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
-    """A student as ``/v1/models`` lists it: OpenAI's fields, and what it can be asked for."""
+    """A student as ``/v1/models`` lists it: OpenAI's fields, and what the student supports."""
     height, width, _ = manifest.image_shape
     classes, text = manifest.classes, manifest.text
     return {

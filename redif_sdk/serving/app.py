@@ -1,6 +1,6 @@
-"""The HTTP application: OpenAI's images API before any `Backend`, with health, metrics and a page that says how to ask.
+"""The HTTP application: OpenAI's images API in front of any `Backend`, with health, metrics and documentation.
 
-It knows nothing of engines, threads or replicas; batching is the backend's, and what a request may say is in `api.py`.
+It does not know engines, threads or replicas: batching is the backend's task, and requests are checked in `api.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from starlette.exceptions import HTTPException
 
 import redif_sdk
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
+from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
 from redif_sdk.serving.admission import Admission, Busy
-from redif_sdk.serving.api import ImageRequest, model_card, pictures_of
-from redif_sdk.serving.backend import Backend, Picture
+from redif_sdk.serving.api import ImageRequest, jobs_of, model_card
+from redif_sdk.serving.backend import Backend, ImageJob
 from redif_sdk.serving.encode import KeptFiles, encode
-from redif_sdk.serving.events import EventStream, gone_client, partial_event
-from redif_sdk.serving.gate import Gate, error_body
+from redif_sdk.serving.events import EventStream, gone_client, image_event
+from redif_sdk.serving.guard import Guard, RequestId, error_body
 from redif_sdk.serving.metrics import Metrics
 from redif_sdk.serving.page import page
 from redif_sdk.serving.settings import ServeSettings
@@ -46,7 +46,7 @@ class _Gone(Exception):  # noqa: N818
 
 
 def create_app(backend: Backend, settings: ServeSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
-    """The application. It starts and stops `backend` with itself."""
+    """The application. Its lifespan starts and stops `backend`."""
     settings = settings or ServeSettings()
     metrics = metrics or Metrics()
 
@@ -61,7 +61,7 @@ def create_app(backend: Backend, settings: ServeSettings | None = None, metrics:
     app = FastAPI(
         title="redif-sdk",
         version=redif_sdk.__version__,
-        summary="Pictures from few-step diffusion students, by OpenAI's images API.",
+        summary="Images from few-step diffusion students, with OpenAI's images API.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -69,8 +69,9 @@ def create_app(backend: Backend, settings: ServeSettings | None = None, metrics:
     _add_errors(app)
     _Images(backend, settings, metrics).add_to(app)
     _add_health(app, backend, metrics)
-    # The last that is added is the first that sees a request: a preflight carries no key.
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    # The one added last sees a request first: a CORS preflight carries no key.
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(RequestId)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -83,7 +84,7 @@ def create_app(backend: Backend, settings: ServeSettings | None = None, metrics:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape; what went wrong inside is logged, and not told."""
+    """Answer every error in OpenAI's shape; internal ones are logged, and not described to the client."""
 
     @app.exception_handler(InvalidRequest)
     async def _invalid(request: Request, error: InvalidRequest) -> Response:
@@ -113,32 +114,40 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RedifError)
     async def _failed(request: Request, error: RedifError) -> Response:
         _log.error("request failed", exc_info=error)
-        return JSONResponse(error_body(500, "the picture could not be made; the server's log says why"), 500)
+        return JSONResponse(_failure(error), 500)
 
     @app.exception_handler(TimeoutError)
     async def _late(request: Request, error: TimeoutError) -> Response:
-        return JSONResponse(error_body(504, "the pictures were not ready in time; ask for fewer, or later"), 504)
+        return JSONResponse(error_body(504, "the images were not ready in time; ask for fewer, or try later"), 504)
 
     @app.exception_handler(_Gone)
     async def _gone(request: Request, error: _Gone) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # nobody receives it
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """The body of an answer with status 500."""
+    if isinstance(error, NonFiniteOutput):
+        message = "the generated image holds NaN or infinite values; try another seed, or ask the server's operator"
+        return error_body(500, message, code="non_finite_output")
+    return error_body(500, "the image could not be generated; see the server's log")
 
 
 def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
-        """Whether the process answers."""
+        """Whether the process responds."""
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> Response:
-        """Whether pictures can be made: 200, or 503."""
+        """Whether images can be generated: 200, or 503."""
         ready = backend.ready()
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     @app.get("/metrics", tags=["health"])
     async def prometheus() -> Response:
-        """Counts and latencies in Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)
@@ -161,7 +170,7 @@ class _Images:
         app.get("/v1/models", tags=["models"])(self.models)
         app.get("/v1/models/{name:path}", tags=["models"])(self.model)
         app.post("/v1/images/generations", tags=["images"])(self.generations)
-        app.get("/v1/images/files/{name}", tags=["images"], name="picture")(self.file)
+        app.get("/v1/images/files/{name}", tags=["images"], name="image_file")(self.file)
 
     async def models(self) -> dict[str, Any]:
         """The students that this server runs."""
@@ -169,7 +178,7 @@ class _Images:
         return {"object": "list", "data": cards}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """One of them."""
+        """One student."""
         return model_card(*self._student(name))
 
     def _student(self, name: str | None) -> tuple[str, Manifest]:
@@ -181,34 +190,36 @@ class _Images:
         return name, manifests[name]
 
     async def file(self, name: str) -> Response:
-        """A picture that was asked for as a URL, as long as it is kept."""
+        """An image that was requested as a URL, as long as it is kept."""
         found = self._files.get(name)
         if found is None:
-            raise HTTPException(404, "there is no such picture, or it was kept long enough")
+            raise HTTPException(404, "there is no such image, or it is no longer kept")
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "private, immutable, max-age=3600"})
 
     async def generations(self, body: ImageRequest, request: Request) -> Response:
-        """Make pictures.
+        """Generate images.
 
-        `data` has one entry a picture; `seeds` has (seed, index) of each, which as `seed` give the same pictures again.
-        With ``stream``, server-sent events: up to `partial_images` previews, and then the picture, which must be one.
+        `data` has one entry per image; `seeds` has (seed, index) of each, which as `seed` give the same images again.
+        With ``stream``, server-sent events: up to `partial_images` previews, and then the image; only one is allowed.
         """
         name, manifest = self._student(body.model)
         limits = self._settings
-        pictures = pictures_of(body, name, manifest, most=limits.max_images, pixels=limits.max_pixels)
-        if body.stream and len(pictures) != 1:
-            raise InvalidRequest(f"a stream shows one picture, not {len(pictures)}; leave n out")
-        request.state.log = {"model": name, "pictures": len(pictures)}
+        jobs = jobs_of(body, name, manifest, most=limits.max_images, pixels=limits.max_pixels)
+        if body.stream and len(jobs) != 1:
+            raise InvalidRequest(f"a stream sends one image, not {len(jobs)}; leave n out")
+        request.state.log = {"model": name, "pictures": len(jobs)}
         if not self._backend.ready():
             raise RuntimeUnavailable("the server is starting or stopping; try again")
-        self._admission.enter(len(pictures))
+        self._admission.enter(len(jobs))
         if body.stream:
-            return EventStream(self._events(body, pictures[0]), self._stream_ended)
+            return EventStream(self._events(body, jobs[0]), self._stream_ended)
         try:
-            work = self._generate(pictures)
-            images = await self._while_there(request, work)
+            images = await self._while_connected(request, self._generate(jobs))
+        except NonFiniteOutput:
+            self._metrics.nonfinite.labels(name).inc()
+            raise
         finally:
-            self._admission.leave(len(pictures))
+            self._admission.leave(len(jobs))
         self._metrics.pictures.labels(name).inc(len(images))
         data = [await self._entry(body, request, image) for image in images]
         return JSONResponse(
@@ -217,10 +228,10 @@ class _Images:
                 "data": data,
                 "background": "opaque",
                 "output_format": body.output_format or "png",
-                "size": f"{pictures[0].width}x{pictures[0].height}",
+                "size": f"{jobs[0].width}x{jobs[0].height}",
                 "model": name,
-                "num_inference_steps": pictures[0].num_inference_steps,
-                "seeds": [[picture.seed, picture.index] for picture in pictures],
+                "num_inference_steps": jobs[0].num_inference_steps,
+                "seeds": [[job.seed, job.index] for job in jobs],
             }
         )
 
@@ -229,17 +240,17 @@ class _Images:
         if client_left:
             self._metrics.cancelled.inc()
 
-    async def _generate(self, pictures: list[Picture]) -> list[NDArray[np.uint8]]:
+    async def _generate(self, jobs: list[ImageJob]) -> list[NDArray[np.uint8]]:
         async with asyncio.timeout(self._settings.timeout_s):
-            tasks = [asyncio.ensure_future(self._backend.generate(picture)) for picture in pictures]
+            tasks = [asyncio.ensure_future(self._backend.generate(job)) for job in jobs]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
-                for task in tasks:  # where one failed, nobody waits for the others
+                for task in tasks:  # if one failed, the others are not needed
                     task.cancel()
 
-    async def _while_there(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-        """What `work` gives; it is cancelled if the client goes away."""
+    async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, which is cancelled if the client disconnects."""
         task, gone = asyncio.create_task(work), asyncio.create_task(gone_client(request.receive))
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -256,40 +267,41 @@ class _Images:
         output = body.output_format or "png"
         data = await _encoded(image, output, body.output_compression)
         if body.response_format == "url":
-            return {"url": str(request.url_for("picture", name=self._files.keep(data, output)))}
+            return {"url": str(request.url_for("image_file", name=self._files.keep(data, output)))}
         return {"b64_json": b64encode(data).decode()}
 
-    async def _events(self, body: ImageRequest, picture: Picture) -> AsyncIterator[dict[str, Any]]:
-        """The events of a stream. Errors are events too: the status was sent before."""
+    async def _events(self, body: ImageRequest, job: ImageJob) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream. An error is an event too, since the status was sent already."""
         wanted = body.partial_images or 0
         output = body.output_format or "png"
-        last = picture.num_inference_steps - 1
+        last = job.num_inference_steps - 1
         shown = 0
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 if not wanted:
-                    image = await self._backend.generate(picture)
+                    image = await self._backend.generate(job)
                 else:
                     step = 0
-                    async for image in self._backend.stream(picture):
+                    async for image in self._backend.stream(job):
                         if last - wanted <= step < last:
                             data = await _encoded(image, output, body.output_compression)
-                            yield partial_event(picture, data, output, shown)
+                            yield image_event(job, data, output, shown)
                             shown += 1
                         step += 1
                 data = await _encoded(image, output, body.output_compression)
-        except Exception as error:  # whatever it is: the client hears of it, and the log has it
-            late = isinstance(error, TimeoutError)
+        except Exception as error:  # whatever it is, it is logged, and the client is told
             _log.error("stream failed", exc_info=error)
-            status, reason = (504, "the picture was not ready in time") if late else (500, "the picture was not made")
-            yield {"type": "error", **error_body(status, reason)}
+            if isinstance(error, NonFiniteOutput):
+                self._metrics.nonfinite.labels(job.model).inc()
+            late = error_body(504, "the image was not ready in time")
+            yield {"type": "error", **(late if isinstance(error, TimeoutError) else _failure(error))}
             return
-        self._metrics.pictures.labels(picture.model).inc()
-        yield partial_event(picture, data, output, None)
+        self._metrics.pictures.labels(job.model).inc()
+        yield image_event(job, data, output, None)
 
 
 async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None) -> bytes:
-    """The file; a large picture is encoded in a thread, since it takes long, and a small one takes less than that."""
+    """The encoded file; large images are encoded in a thread, for small ones the thread would cost more."""
     if image.size <= 1 << 16:
         return encode(image, output, compression)
     return await asyncio.to_thread(encode, image, output, compression)

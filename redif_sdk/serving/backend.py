@@ -1,7 +1,7 @@
-"""What makes pictures for the HTTP application: one protocol, followed by the batcher of one process and by Ray Serve.
+"""The backend protocol: what generates images for the HTTP application, in this process or on Ray Serve.
 
-The unit is one picture, and never a request: a picture depends on nothing but its own fields, so pictures of several
-requests share a batch, and one that was lost with its worker is simply made again.
+The unit is one image, not a request: an image depends on its own fields alone, so images of several requests share a
+batch, and one that was lost with its worker is generated again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
 
-__all__ = ["Backend", "Picture"]
+__all__ = ["Backend", "ImageJob"]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, as it was asked for. Two equal ones are the same picture, bit for bit, in whatever batch.
+class ImageJob:
+    """One image to generate. Equal jobs give the same image, bit for bit, in any batch.
 
-    `model` names the student, `label` its class (None: it has none), (`seed`, `index`) the noise, `height` and `width`
-    are in pixels, and `prompt` is what a text-to-image student is asked (None: it is no such).
+    Attributes:
+        model: name of the student.
+        label: class, or None for a student without classes.
+        seed: with `index`, what the noise is drawn from.
+        index: see `seed`.
+        num_inference_steps: steps.
+        height: in pixels.
+        width: in pixels.
+        prompt: text of a text-to-image student, else None.
     """
 
     model: str
@@ -37,7 +44,7 @@ class Picture:
 
 
 class Backend(Protocol):
-    """Makes pictures. Every method is called from one event loop."""
+    """Generates images. Every method is called from one event loop."""
 
     @property
     def manifests(self) -> Mapping[str, Manifest]:
@@ -45,21 +52,24 @@ class Backend(Protocol):
         ...
 
     def ready(self) -> bool:
-        """Whether a picture that is asked for now would be made."""
+        """Whether an image that is requested now would be generated."""
         ...
 
     async def start(self) -> None:
-        """Load what is needed, and make one picture of each student, so that the first request does not wait for it."""
+        """Load everything and generate one image with each student, so that the first request is as fast as others."""
         ...
 
     async def stop(self) -> None:
-        """Finish what was accepted, and let go of everything."""
+        """Finish what was accepted, and release everything."""
         ...
 
-    async def generate(self, picture: Picture) -> NDArray[np.uint8]:
-        """The picture, uint8 (H, W, C). Cancelling it takes it out of the queue if it was not begun."""
+    async def generate(self, job: ImageJob) -> NDArray[np.uint8]:
+        """The image, uint8 (H, W, C). Cancelling takes it out of the queue unless it was begun.
+
+        Raises NonFiniteOutput.
+        """
         ...
 
-    def stream(self, picture: Picture) -> AsyncIterator[NDArray[np.uint8]]:
-        """The picture as it forms: after every step the clean-image estimate, uint8 (H, W, C); last, the picture."""
+    def stream(self, job: ImageJob) -> AsyncIterator[NDArray[np.uint8]]:
+        """Yield the image as it forms, uint8 (H, W, C): the clean-image estimate of every step, and last the image."""
         ...

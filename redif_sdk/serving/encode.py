@@ -1,16 +1,17 @@
-"""Pictures as bytes, and those that were asked for as a URL, kept for a while."""
+"""Images as files, and the store of those that were requested as a URL."""
 
 from __future__ import annotations
 
 import io
 import secrets
-from collections import OrderedDict
 from time import monotonic
 from typing import Any
 
 import numpy as np
+from cachetools import TTLCache
 from numpy.typing import NDArray
 
+from redif_sdk.errors import InvalidRequest
 from redif_sdk.images import to_pil
 
 __all__ = ["MEDIA_TYPES", "KeptFiles", "encode"]
@@ -19,8 +20,7 @@ MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
 
 def encode(pixels: NDArray[np.uint8], output_format: str = "png", compression: int | None = None) -> bytes:
-    """A picture uint8 (H, W, C) as a file. `compression`: the quality of webp and jpeg, 0 to 100; webp at 100 is
-    lossless."""
+    """Encode an image uint8 (H, W, C). `compression`: quality of webp and jpeg, 0 to 100; webp at 100 is lossless."""
     options: dict[str, Any] = {}
     if output_format != "png" and compression is not None:
         options["quality"] = compression
@@ -32,31 +32,25 @@ def encode(pixels: NDArray[np.uint8], output_format: str = "png", compression: i
 
 
 class KeptFiles:
-    """Files by a name that cannot be guessed, the oldest dropped when there are too many bytes or after a time."""
+    """Files under random names, kept for `seconds`; with more than `limit` bytes, the least recently used one goes."""
 
     def __init__(self, limit: int, seconds: float) -> None:
-        self._limit, self._seconds = limit, seconds
-        self._files: OrderedDict[str, tuple[float, bytes, str]] = OrderedDict()
-        self._bytes = 0
+        self._files: TTLCache[str, tuple[bytes, str]] = TTLCache(
+            limit, seconds, timer=monotonic, getsizeof=lambda file: len(file[0])
+        )
 
     def keep(self, data: bytes, output_format: str) -> str:
-        """The name of the file that `data` is kept as."""
+        """Keep `data` and return its name. Raises InvalidRequest for more bytes than are kept at all."""
         name = f"{secrets.token_urlsafe(18)}.{output_format}"
-        self._files[name] = monotonic() + self._seconds, data, MEDIA_TYPES[output_format]
-        self._bytes += len(data)
-        self._drop()
+        try:
+            self._files[name] = data, MEDIA_TYPES[output_format]
+        except ValueError:
+            raise InvalidRequest(
+                f"the image has {len(data)} bytes, and at most {self._files.maxsize:.0f} are kept for URLs; "
+                f"use response_format b64_json"
+            ) from None
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """(bytes, media type), or None where there is no such file any more."""
-        self._drop()
-        found = self._files.get(name)
-        return None if found is None else found[1:]
-
-    def _drop(self) -> None:
-        while self._files:
-            name, (until, data, _) = next(iter(self._files.items()))
-            if self._bytes <= self._limit and until > monotonic():
-                return
-            del self._files[name]
-            self._bytes -= len(data)
+        """(bytes, media type), or None if there is no such file, or no longer."""
+        return self._files.get(name)

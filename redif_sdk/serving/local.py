@@ -1,51 +1,79 @@
-"""Pictures made in this process: a `FastPipeline` a student, and a batcher before each."""
+"""Images generated in this process: a `FastPipeline` and a batcher for each student."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.serving.backend import Picture
+from redif_sdk.serving.backend import ImageJob
 from redif_sdk.serving.microbatch import MicroBatcher
 from redif_sdk.serving.settings import ServeSettings
 
-__all__ = ["LocalBackend", "previews", "render"]
+__all__ = ["LocalBackend", "batch_key", "first_job", "previews", "render"]
 
 Pixels = NDArray[np.uint8]
 
 
-def render(pipeline: FastPipeline, pictures: Sequence[Picture]) -> list[Pixels]:
-    """The pictures, which are of one size and number of steps, each uint8 (H, W, C), by one call of the engine."""
-    first = pictures[0]
-    prompts = [picture.prompt for picture in pictures if picture.prompt is not None]
-    labels = [picture.label for picture in pictures if picture.label is not None]
+def batch_key(job: ImageJob) -> tuple[int, int, int]:
+    """Jobs of one student with equal keys can be computed in one batch."""
+    return job.num_inference_steps, job.height, job.width
+
+
+def first_job(name: str, manifest: Manifest) -> ImageJob:
+    """A job that warms up the student `name`."""
+    height, width, _ = manifest.image_shape
+    label = None if manifest.classes is None else 0
+    prompt = None if manifest.text is None else manifest.text.examples[0]
+    return ImageJob(name, label, 0, 0, manifest.supported_steps[0], height, width, prompt)
+
+
+def render(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> list[Pixels | NonFiniteOutput]:
+    """Generate the images of jobs with equal `batch_key` in one engine call, each uint8 (H, W, C).
+
+    An image that holds NaN or infinite values has its error in place of the image; the others are computed again
+    without it.
+    """
+    try:
+        return list(_images(pipeline, jobs))
+    except NonFiniteOutput as error:
+        bad = set(error.images)
+        good = [job for place, job in enumerate(jobs) if place not in bad]
+        sound: Iterator[Pixels] = iter(_images(pipeline, good) if good else ())
+        return [NonFiniteOutput([0], 1) if place in bad else next(sound) for place in range(len(jobs))]
+
+
+def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> Pixels:
+    first = jobs[0]
+    prompts = [job.prompt for job in jobs if job.prompt is not None]
+    labels = [job.label for job in jobs if job.label is not None]
     out = pipeline(
         prompts or None,
         class_labels=labels or None,
-        num_images_per_prompt=1 if prompts or labels else len(pictures),
+        num_images_per_prompt=1 if prompts or labels else len(jobs),
         num_inference_steps=first.num_inference_steps,
-        seed=[(picture.seed, picture.index) for picture in pictures],
+        seed=[(job.seed, job.index) for job in jobs],
         height=first.height,
         width=first.width,
         output_type="uint8",
     )
-    return list(out.images)
+    images: Pixels = out.images
+    return images
 
 
-def previews(pipeline: FastPipeline, picture: Picture) -> Callable[[], Pixels]:
-    """A function that computes one more step at each call: the clean-image estimate after it, uint8 (H, W, C)."""
+def previews(pipeline: FastPipeline, job: ImageJob) -> Callable[[], Pixels]:
+    """A function that computes one step per call and returns the clean-image estimate after it, uint8 (H, W, C)."""
     steps = pipeline.stream(
-        picture.prompt,
-        class_labels=picture.label,
-        num_inference_steps=picture.num_inference_steps,
-        seed=[(picture.seed, picture.index)],
-        height=picture.height,
-        width=picture.width,
+        job.prompt,
+        class_labels=job.label,
+        num_inference_steps=job.num_inference_steps,
+        seed=[(job.seed, job.index)],
+        height=job.height,
+        width=job.width,
     )
 
     def step() -> Pixels:
@@ -56,18 +84,18 @@ def previews(pipeline: FastPipeline, picture: Picture) -> Callable[[], Pixels]:
 
 
 class LocalBackend:
-    """The `Backend` of one process. `observe(model, batch, seconds)` is told of every call of an engine."""
+    """The `Backend` of one process. Calls `observe(model, batch, seconds)` after every engine call."""
 
     def __init__(
         self,
         pipelines: Mapping[str, FastPipeline],
         settings: ServeSettings,
-        observe: Callable[[str, int, float], None] | None = None,
+        observe: Callable[[str, int, float], None] = lambda model, batch, seconds: None,
     ) -> None:
         self._pipelines = dict(pipelines)
         self._settings = settings
-        self.observe = observe
-        self._batchers: dict[str, MicroBatcher[Picture, Pixels]] = {}
+        self._observe = observe
+        self._batchers: dict[str, MicroBatcher[ImageJob, Pixels]] = {}
 
     @property
     def manifests(self) -> Mapping[str, Manifest]:
@@ -79,26 +107,17 @@ class LocalBackend:
     async def start(self) -> None:
         batchers = {name: self._batcher(name, pipeline) for name, pipeline in self._pipelines.items()}
         for name, pipeline in self._pipelines.items():
-            manifest = pipeline.manifest
-            height, width, _ = manifest.image_shape
-            label = None if manifest.classes is None else 0
-            prompt = None if manifest.text is None else manifest.text.examples[0]
-            first = Picture(name, label, 0, 0, manifest.supported_steps[0], height, width, prompt)
-            await batchers[name].submit(first)
+            await batchers[name].submit(first_job(name, pipeline.manifest))
         self._batchers = batchers
 
-    def _batcher(self, name: str, pipeline: FastPipeline) -> MicroBatcher[Picture, Pixels]:
-        def observe(size: int, seconds: float) -> None:
-            if self.observe is not None:
-                self.observe(name, size, seconds)
-
+    def _batcher(self, name: str, pipeline: FastPipeline) -> MicroBatcher[ImageJob, Pixels]:
         return MicroBatcher(
-            lambda pictures: render(pipeline, pictures),
-            key=lambda picture: (picture.num_inference_steps, picture.height, picture.width),
+            lambda jobs: render(pipeline, jobs),
+            key=batch_key,
             max_batch=self._settings.max_batch,
             max_wait_s=self._settings.max_wait_ms / 1000,
             concurrency=self._settings.concurrency,
-            observe=observe,
+            observe=lambda size, seconds: self._observe(name, size, seconds),
         )
 
     async def stop(self) -> None:
@@ -106,18 +125,18 @@ class LocalBackend:
         for batcher in batchers.values():
             await batcher.stop()
 
-    def _of(self, picture: Picture) -> MicroBatcher[Picture, Pixels]:
-        if picture.model not in self._batchers:
+    def _of(self, job: ImageJob) -> MicroBatcher[ImageJob, Pixels]:
+        if job.model not in self._batchers:
             raise RuntimeUnavailable("the server is starting or stopping; try again")
-        return self._batchers[picture.model]
+        return self._batchers[job.model]
 
-    async def generate(self, picture: Picture) -> Pixels:
-        return await self._of(picture).submit(picture)
+    async def generate(self, job: ImageJob) -> Pixels:
+        return await self._of(job).submit(job)
 
-    async def stream(self, picture: Picture) -> AsyncIterator[Pixels]:
-        """Previews by single steps; the last picture by the fused graph like every other, so that it is the same."""
-        batcher, pipeline = self._of(picture), self._pipelines[picture.model]
-        step = await batcher.run(lambda: previews(pipeline, picture))  # which may load the engines of single steps
-        for _ in range(picture.num_inference_steps - 1):
+    async def stream(self, job: ImageJob) -> AsyncIterator[Pixels]:
+        """Previews by single steps; the last image by the fused graph like every other, so that it is the same."""
+        batcher, pipeline = self._of(job), self._pipelines[job.model]
+        step = await batcher.run(lambda: previews(pipeline, job))  # may load the graphs of single steps
+        for _ in range(job.num_inference_steps - 1):
             yield await batcher.run(step)
-        yield await batcher.submit(picture)
+        yield await batcher.submit(job)

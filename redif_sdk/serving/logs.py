@@ -1,35 +1,33 @@
-"""Logs as one JSON object a line, for programs. What a request said is not logged, nor any key."""
+"""Logs as one JSON object per line. Prompts and keys are not logged."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
 
 __all__ = ["JsonLines", "keep_prompts_out", "log_to_stderr"]
 
-FIELDS = "fields"  # of a record: {"name": value} besides its message
 
+class JsonLines(JsonFormatter):
+    """Formats a record as {"time", "level", "logger", "event", its `extra` fields, and "exception" if there is one}."""
 
-class JsonLines(logging.Formatter):
-    """A record as {"time", "level", "logger", "event", and what its `fields` hold}."""
+    def __init__(self) -> None:
+        reserved = [*RESERVED_ATTRS, "color_message"]  # uvicorn's, a copy of the message for terminals
+        super().__init__([], rename_fields={"exc_info": "exception"}, reserved_attrs=reserved)
 
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-        }
-        line |= getattr(record, FIELDS, {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        log_data["time"] = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        log_data |= {"level": record.levelname.lower(), "logger": record.name, "event": record.getMessage()}
+        super().add_fields(log_data, record, message_dict)
 
 
 def keep_prompts_out() -> None:
-    """Silence what quotes prompts: the warning that one was cut off."""
+    """Silence the warning that quotes the part of a prompt that was cut off."""
     logging.getLogger("redif_sdk.tokenizer").setLevel(logging.ERROR)
 
 

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. One object an application, with a registry of its own."""
+"""The Prometheus metrics of the server. Each application has one object, with its own registry."""
 
 from __future__ import annotations
 
@@ -11,33 +11,43 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Requests by route and status, pictures, the queue, and the engine's batches."""
+    """Requests by route and status, images, the queue, and the engine's batches."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Histogram(
             "redif_request_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "Seconds from the first byte of a request to the last byte of its response.",
             ["route", "status"],
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.pictures = Counter("redif_pictures", "Pictures that were sent.", ["model"], registry=self.registry)
-        self.pending = Gauge("redif_pending_pictures", "Pictures accepted and not answered.", registry=self.registry)
-        self.rejected = Counter("redif_rejected", "Requests refused by a full queue.", registry=self.registry)
-        self.cancelled = Counter("redif_cancelled", "Requests whose client went away.", registry=self.registry)
+        self.pictures = Counter("redif_pictures", "Images that were sent.", ["model"], registry=self.registry)
+        self.pending = Gauge("redif_pending_pictures", "Images accepted and not yet answered.", registry=self.registry)
+        self.rejected = Counter(
+            "redif_rejected", "Requests refused because the queue was full.", registry=self.registry
+        )
+        self.cancelled = Counter(
+            "redif_cancelled", "Requests whose client closed the connection.", registry=self.registry
+        )
+        self.nonfinite = Counter(
+            "redif_nonfinite",
+            "Requests that failed because an image held NaN or infinite values.",
+            ["model"],
+            registry=self.registry,
+        )
         self.batches = Histogram(
-            "redif_batch_pictures", "Pictures a call of the engine.", ["model"], buckets=_BATCH, registry=self.registry
+            "redif_batch_pictures", "Images per engine call.", ["model"], buckets=_BATCH, registry=self.registry
         )
         self.engine = Histogram(
-            "redif_batch_seconds", "A call of the engine.", ["model"], buckets=_SECONDS, registry=self.registry
+            "redif_batch_seconds", "Seconds per engine call.", ["model"], buckets=_SECONDS, registry=self.registry
         )
 
     def batch(self, model: str, pictures: int, seconds: float) -> None:
-        """Count a call of an engine."""
+        """Count one engine call."""
         self.batches.labels(model).observe(pictures)
         self.engine.labels(model).observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,6 +1,6 @@
-"""Batches out of single requests, as they come: the first waits a little for others, and then they go together.
+"""Micro-batching: single items are gathered into batches, for which the first item waits a little.
 
-Nothing here knows what is computed. One event loop uses a batcher; the computation runs in threads of its own.
+A batcher does not know what is computed. It is used from one event loop; the computation runs in its own threads.
 """
 
 from __future__ import annotations
@@ -34,15 +34,21 @@ class _Entry(Generic[Item, Result]):
 
 
 class MicroBatcher(Generic[Item, Result]):
-    """Gathers items that have the same key into batches, first come, first served.
+    """Gathers items with the same key into batches, first come, first served.
 
-    `compute(items)` gives one result an item, in order; it is called in a thread, by at most `concurrency` at once.
-    `key(item)` says which items may share a batch. An error of `compute` goes to the items of its batch alone.
+    Args:
+        compute: called as ``compute(items)`` in a thread; returns one result per item, in order. A result that is an
+            exception is raised for its item alone; an exception that `compute` raises goes to all items of the batch.
+        key: items with equal keys may share a batch.
+        max_batch: largest number of items in a batch.
+        max_wait_s: seconds that the first item waits for others while nothing is computed.
+        concurrency: largest number of simultaneous calls of `compute`.
+        observe: called with the batch size and the seconds after every batch.
     """
 
     def __init__(
         self,
-        compute: Callable[[Sequence[Item]], Sequence[Result]],
+        compute: Callable[[Sequence[Item]], Sequence[Result | Exception]],
         *,
         key: Callable[[Item], Hashable],
         max_batch: int,
@@ -63,16 +69,16 @@ class MicroBatcher(Generic[Item, Result]):
 
     @property
     def waiting(self) -> int:
-        """Items that no batch has taken yet."""
+        """Number of items that are not in a batch yet."""
         return len(self._waiting)
 
     async def submit(self, item: Item) -> Result:
-        """The result of `item`. Cancelling takes the item out, unless its batch was begun: then its result is dropped.
+        """The result of `item`. Cancelling removes the item, or drops its result if its batch has begun.
 
-        Raises what `compute` raised, and RuntimeUnavailable after `stop`.
+        Raises what `compute` raised or returned for it, and RuntimeUnavailable after `stop`.
         """
         if self._stopping:
-            raise RuntimeUnavailable("the server is stopping; ask another one")
+            raise RuntimeUnavailable("the server is stopping; try another one")
         entry: _Entry[Item, Result] = _Entry(item, self._key(item), asyncio.get_running_loop().create_future())
         self._waiting.append(entry)
         self._changed.set()
@@ -87,7 +93,7 @@ class MicroBatcher(Generic[Item, Result]):
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def stop(self) -> None:
-        """Compute what was accepted, and end. Nothing is accepted from now on."""
+        """Compute what was accepted, and end. Further items are refused."""
         self._stopping = True
         self._changed.set()
         await asyncio.gather(*self._workers)
@@ -98,7 +104,7 @@ class MicroBatcher(Generic[Item, Result]):
             await self._answer(batch)
 
     async def _next(self) -> list[_Entry[Item, Result]]:
-        """The next batch; an empty one when there will be no more."""
+        """The next batch; an empty one at the end."""
         while True:
             while not self._waiting:
                 if self._stopping:
@@ -112,7 +118,7 @@ class MicroBatcher(Generic[Item, Result]):
             await self._change(left)
 
     async def _change(self, seconds: float | None) -> None:
-        """Wait until something came or the batcher stops; at most `seconds`."""
+        """Wait until an item comes or the batcher stops; at most `seconds`."""
         self._changed.clear()
         try:
             async with asyncio.timeout(seconds):
@@ -133,7 +139,7 @@ class MicroBatcher(Generic[Item, Result]):
         begun = monotonic()
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, items)
-        except Exception as error:  # whatever it is belongs to those who wait for it, and must not end the worker
+        except Exception as error:  # it belongs to the callers, and must not end the worker
             _log.exception("a batch of %d failed", len(items), exc_info=error)
             for entry in batch:
                 if not entry.future.done():
@@ -142,5 +148,9 @@ class MicroBatcher(Generic[Item, Result]):
         if self._observe is not None:
             self._observe(len(items), monotonic() - begun)
         for entry, result in zip(batch, results, strict=True):
-            if not entry.future.done():  # else its caller has gone
+            if entry.future.done():  # its caller has gone
+                continue
+            if isinstance(result, Exception):
+                entry.future.set_exception(result)
+            else:
                 entry.future.set_result(result)

@@ -1,8 +1,8 @@
-"""The same server beyond one machine: a Ray Serve application, for ``serve run redif_sdk.serving.ray_app:app``.
+"""The server on several machines: a Ray Serve application, for ``serve run redif_sdk.serving.ray_app:app``.
 
-A deployment a student, of as many replicas as there is work for, each with an engine and a batcher of its own; before
-them an ingress with the HTTP application of `app.py`. A picture depends on nothing but its own fields, so one that was
-lost with its replica is simply made again by another. Nothing here knows HTTP, and nothing here batches.
+One deployment per student, with autoscaled replicas that each have an engine and batch by ``@serve.batch``; in front of
+them an ingress with the HTTP application of `app.py`. An image depends on its own fields alone, so one that was lost
+with its replica is generated again by another.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
+from itertools import groupby
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray starts
@@ -23,11 +24,11 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerC
 from ray.util.metrics import Histogram
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
+from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.app import create_app
-from redif_sdk.serving.backend import Picture
-from redif_sdk.serving.local import LocalBackend
+from redif_sdk.serving.backend import ImageJob
+from redif_sdk.serving.local import batch_key, first_job, previews, render
 from redif_sdk.serving.logs import keep_prompts_out
 from redif_sdk.serving.settings import ServeSettings, keys_of_environment
 
@@ -35,19 +36,22 @@ __all__ = ["Generator", "RayArguments", "RayBackend", "app"]
 
 Pixels = NDArray[np.uint8]
 
-#: The replica that was asked is gone, or its node: another one can make the same picture.
+#: The replica or its node is gone; another one can generate the same image.
 LOST = (RayActorError, WorkerCrashedError, ObjectLostError)
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 1.0  # seconds between two attempts
 
 
 class RayArguments(BaseModel):
-    """What ``serve run ... name=value`` and a config file's ``args`` may say.
+    """The arguments of ``serve run ... name=value`` and of a config file's ``args``.
 
-    `student`: a folder that every node has, or an id on the Hub; several with commas between. `runtime`, `device`,
-    `precision` and `revision` are those of `FastPipeline.from_pretrained`. Of one replica: `num_cpus`, which is also
-    its engine's threads, and `num_gpus`. `min_replicas`, `max_replicas` and `target_ongoing_pictures` say how many
-    replicas there are. `ingresses`: processes before them. The rest is `ServeSettings`, for each ingress; API keys
-    come from REDIF_API_KEYS.
+    Attributes:
+        student: a folder that every node has, or an id on the Hub; several separated by commas.
+        runtime: as in `FastPipeline.from_pretrained`; so are `device`, `precision` and `revision`.
+        num_cpus: CPUs and engine threads per replica.
+        num_gpus: GPUs per replica.
+        min_replicas: with `max_replicas` and `target_ongoing_pictures`, how many replicas there are.
+        ingresses: processes that serve HTTP.
+        max_batch: as in `ServeSettings`; so are the rest, for each ingress. API keys come from REDIF_API_KEYS.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +74,7 @@ class RayArguments(BaseModel):
     timeout: float = 60.0
 
     def settings(self, api_keys: tuple[str, ...] = ()) -> ServeSettings:
-        """What each process is told. Raises InvalidRequest."""
+        """The settings of each process. Raises InvalidRequest."""
         return ServeSettings(
             max_batch=self.max_batch,
             max_wait_ms=self.max_wait_ms,
@@ -82,11 +86,11 @@ class RayArguments(BaseModel):
 
 
 class Generator:
-    """One replica of one student: the backend of one process, asked by ingresses."""
+    """One replica of one student."""
 
     async def __init__(self, student: str, arguments: RayArguments) -> None:  # type: ignore[misc]  # Ray awaits it
         keep_prompts_out()
-        pipeline = await asyncio.to_thread(
+        self._pipeline = await asyncio.to_thread(
             FastPipeline.from_pretrained,
             student,
             runtime=arguments.runtime,
@@ -95,38 +99,48 @@ class Generator:
             num_threads=max(1, int(arguments.num_cpus)),
             revision=arguments.revision,
         )
-        self._name = pipeline.manifest.name
-        batches = Histogram(
-            "redif_batch_pictures", "Pictures a call of the engine.", [1, 2, 4, 8, 16, 32, 64], ("model",)
+        self._observed = Histogram(
+            "redif_batch_pictures", "Images per engine call.", [1, 2, 4, 8, 16, 32, 64], ("model",)
         )
-        self._backend = LocalBackend(
-            {self._name: pipeline},
-            arguments.settings(),
-            lambda model, pictures, seconds: batches.observe(pictures, tags={"model": model}),
-        )
-        await self._backend.start()
-
-    def check_health(self) -> None:
-        """Ray replaces a replica whose check raises."""
-        if not self._backend.ready():
-            raise RuntimeUnavailable("the replica has no engine")
+        batch: Any = self._batch
+        batch.set_max_batch_size(arguments.max_batch)
+        batch.set_batch_wait_timeout_s(arguments.max_wait_ms / 1000)
+        await self.generate(first_job(self._pipeline.manifest.name, self._pipeline.manifest))
 
     async def manifest(self) -> Manifest:
-        """What the student is."""
-        return self._backend.manifests[self._name]
+        """The student's manifest."""
+        return self._pipeline.manifest
 
-    async def generate(self, picture: Picture) -> Pixels:
-        """The picture, uint8 (H, W, C)."""
-        return await self._backend.generate(picture)
+    @serve.batch
+    async def _batch(self, jobs: list[ImageJob]) -> list[Pixels | NonFiniteOutput]:
+        """The images of jobs that came together; those of one size and number of steps by one engine call."""
+        order = sorted(range(len(jobs)), key=lambda place: batch_key(jobs[place]))
+        results: dict[int, Pixels | NonFiniteOutput] = {}
+        for _, group in groupby(order, key=lambda place: batch_key(jobs[place])):
+            places = list(group)
+            images = await asyncio.to_thread(render, self._pipeline, [jobs[place] for place in places])
+            self._observed.observe(len(places), tags={"model": jobs[0].model})
+            results |= zip(places, images, strict=True)
+        return [results[place] for place in range(len(jobs))]
 
-    async def stream(self, picture: Picture) -> AsyncIterator[Pixels]:
-        """The picture as it forms."""
-        async for pixels in self._backend.stream(picture):
-            yield pixels
+    async def generate(self, job: ImageJob) -> Pixels:
+        """The image, uint8 (H, W, C). Raises NonFiniteOutput."""
+        batch: Any = self._batch
+        result: Pixels | NonFiniteOutput = await batch(job)
+        if isinstance(result, NonFiniteOutput):
+            raise result
+        return result
+
+    async def stream(self, job: ImageJob) -> AsyncIterator[Pixels]:
+        """Yield the previews of single steps, and last the image, by the fused graph like every other."""
+        step = await asyncio.to_thread(previews, self._pipeline, job)  # may load the graphs of single steps
+        for _ in range(job.num_inference_steps - 1):
+            yield await asyncio.to_thread(step)
+        yield await self.generate(job)
 
 
 class RayBackend:
-    """The `Backend` of an ingress: asks the replicas, and asks again where one was lost."""
+    """The `Backend` of an ingress: calls the replicas, and repeats a call whose replica was lost."""
 
     def __init__(self, deployments: list[str]) -> None:
         self._deployments = deployments
@@ -154,12 +168,12 @@ class RayBackend:
     async def stop(self) -> None:
         self._manifests = {}
 
-    async def generate(self, picture: Picture) -> Pixels:
-        """Until a replica gives it; the caller's time-out ends that."""
+    async def generate(self, job: ImageJob) -> Pixels:
+        """The image, from whichever replica answers; the caller's time-out is the limit."""
         wait = _FIRST_WAIT
         while True:
             try:
-                pixels: Pixels = await self._handle(picture).generate.remote(picture)
+                pixels: Pixels = await self._handle(job).generate.remote(job)
             except LOST:
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
@@ -168,13 +182,13 @@ class RayBackend:
             else:
                 return pixels
 
-    async def stream(self, picture: Picture) -> AsyncIterator[Pixels]:
-        """Where a replica is lost on the way, another begins anew, and what was given already is left out."""
+    async def stream(self, job: ImageJob) -> AsyncIterator[Pixels]:
+        """The stream of a replica. If it is lost, another one starts again, and what was sent already is skipped."""
         given, wait = 0, _FIRST_WAIT
         while True:
             try:
                 place = 0
-                async for pixels in self._handle(picture).options(stream=True).stream.remote(picture):
+                async for pixels in self._handle(job).options(stream=True).stream.remote(job):
                     place += 1
                     if place > given:
                         given = place
@@ -187,14 +201,14 @@ class RayBackend:
             else:
                 return
 
-    def _handle(self, picture: Picture) -> Any:
-        if picture.model not in self._manifests:
+    def _handle(self, job: ImageJob) -> Any:
+        if job.model not in self._manifests:
             raise RuntimeUnavailable("the server is starting or stopping; try again")
-        return self._handles[picture.model]
+        return self._handles[job.model]
 
 
 def _own(error: RayTaskError) -> Exception:
-    """What the replica raised, if it is ours: Ray wraps it with its traceback as the message."""
+    """The replica's error, if it is one of ours: Ray wraps it, with its traceback as the message."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, RedifError) else error
 
@@ -202,9 +216,9 @@ def _own(error: RayTaskError) -> Exception:
 def app(args: RayArguments | Mapping[str, Any]) -> Any:
     """The application, for ``serve run redif_sdk.serving.ray_app:app student=DIR`` and for config files.
 
-    Raises InvalidRequest for settings that are unknown, or contradict each other.
+    Raises InvalidRequest for settings that are unknown or contradict each other.
     """
-    if not isinstance(args, RayArguments):  # Ray gives the words of the command line as they are
+    if not isinstance(args, RayArguments):  # the arguments of the command line, as text
         try:
             args = RayArguments.model_validate(dict(args))
         except ValidationError as error:

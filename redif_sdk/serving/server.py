@@ -1,4 +1,4 @@
-"""The server's process: uvicorn around the application, from the first byte to a clean end."""
+"""The server process: uvicorn around the application, from start to clean shutdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which says where it listens once it does."""
+    """uvicorn, which reports its address once it listens."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[str], None]) -> None:
         super().__init__(config)
@@ -44,9 +44,17 @@ def serve(
     log_level: str = "info",
     started: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was accepted and return. `port` 0 takes a free one.
+    """Serve until SIGTERM or SIGINT, then finish what was accepted and return.
 
-    `started` is called with the address once requests are taken. Raises InvalidRequest where the address cannot be had.
+    Args:
+        pipelines: the students by name.
+        settings: batching and limits.
+        host: address to listen on.
+        port: port to listen on; 0 for a free one.
+        log_level: as uvicorn's.
+        started: called with the URL once requests are accepted.
+
+    Raises InvalidRequest if the address is not available.
     """
     metrics = Metrics()
     backend = LocalBackend(pipelines, settings, metrics.batch)
@@ -54,7 +62,7 @@ def serve(
         create_app(backend, settings, metrics),
         host=host,
         port=port,
-        access_log=False,  # the application writes its own
+        access_log=False,  # the application logs its own
         log_config=None,
         log_level=log_level,
         ws="none",
@@ -63,11 +71,11 @@ def serve(
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
     )
     server = _Server(config, started)
-    # uvicorn raises the signal again after its own clean end; that the process was asked to stop is no failure.
+    # uvicorn raises the signal again after its clean shutdown; being asked to stop is not a failure.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run()
-    except SystemExit as error:  # uvicorn's way to say that it could not bind; it logged why
+    except SystemExit as error:  # uvicorn could not bind, and logged why
         raise InvalidRequest(f"cannot listen on {host}:{port}; is the port in use? give another --port") from error
     finally:
         for number, handler in before.items():

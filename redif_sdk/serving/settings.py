@@ -1,4 +1,4 @@
-"""What a server may be told: batching, bounds and who may ask. Checked once, when it starts."""
+"""The settings of a server: batching, limits and API keys. Checked once, when it starts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ KEYS = "REDIF_API_KEYS"
 
 
 def keys_of_environment() -> tuple[str, ...]:
-    """The API keys of ``REDIF_API_KEYS``, with commas or line ends between: a command line can be read by others."""
+    """The API keys in ``REDIF_API_KEYS``, separated by commas or newlines (others can read a command line)."""
     return tuple(key.strip() for key in os.environ.get(KEYS, "").replace(",", "\n").splitlines() if key.strip())
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How pictures are batched, and what is refused.
+    """Batching and limits of a server. Raises InvalidRequest for a value that is not allowed.
 
-    `max_batch`: most pictures a call of the engine. `max_wait_ms`: how long the first picture of a batch waits for
-    others while the engine is idle; while it computes, what comes gathers anyway. `concurrency`: engine calls at once,
-    for each student. `max_queue`: most pictures that are accepted and not answered; what would exceed it gets 429.
-    `max_images`: most pictures a request. `max_pixels`: of one picture, of students with free sizes. `timeout_s`: for
-    one request. `max_body_bytes`: of a request. `api_keys`: who may ask; none: everybody. `cors_origins`: pages that
-    may ask from a browser. `kept_bytes` and `kept_s`: how much, and how long, pictures are kept that were asked for as
-    a URL. Raises InvalidRequest.
+    Attributes:
+        max_batch: largest number of images per engine call.
+        max_wait_ms: milliseconds that the first image of a batch waits for others while the engine is idle; while it
+            computes, the next batch gathers anyway.
+        concurrency: simultaneous engine calls per student.
+        max_queue: largest number of images accepted and not yet answered; requests beyond it get status 429.
+        max_images: largest number of images per request.
+        max_pixels: largest number of pixels per image, for students with free sizes.
+        timeout_s: seconds for one request.
+        max_body_bytes: largest request body.
+        api_keys: the keys that are accepted; empty: no key is needed.
+        cors_origins: origins whose pages may send requests from a browser.
+        kept_bytes: total size of the images kept for URLs.
+        kept_s: seconds that they are kept.
     """
 
     max_batch: int = 8
@@ -47,15 +54,15 @@ class ServeSettings:
         for name in ("max_batch", "concurrency", "max_queue", "max_images", "max_pixels", "max_body_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidRequest(f"{name} is {value!r}; give a whole number of at least 1")
+                raise InvalidRequest(f"{name} is {value!r}; give an integer of at least 1")
         if not 0 <= self.max_wait_ms <= 10_000:
             raise InvalidRequest(f"max_wait_ms is {self.max_wait_ms!r}; give milliseconds from 0 to 10000")
         if not 0 < self.timeout_s <= 86_400:
             raise InvalidRequest(f"timeout_s is {self.timeout_s!r}; give seconds, more than 0 and at most a day")
         if self.max_images > self.max_queue:
             raise InvalidRequest(
-                f"max_images is {self.max_images}, more than the queue of {self.max_queue}; such a request could never "
-                f"be accepted"
+                f"max_images is {self.max_images}, more than max_queue, {self.max_queue}; a request of that size would "
+                f"always be refused"
             )
         if any(not key.isascii() or not key.isprintable() or " " in key or len(key) < 8 for key in self.api_keys):
-            raise InvalidRequest("an API key must be at least 8 printable ASCII characters without blanks")
+            raise InvalidRequest("an API key must be at least 8 printable ASCII characters without spaces")

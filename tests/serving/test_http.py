@@ -1,4 +1,4 @@
-"""A real server over a real socket: pictures, refusals, limits, keys, and clients that leave."""
+"""A real server over a real socket: images, refusals, limits, keys, and clients that leave."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import io
 import json
 import random
+import re
 import socket
 import threading
 import time
 from base64 import b64decode
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from redif_sdk import FastPipeline
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.serving.encode import KeptFiles
 from redif_sdk.serving.settings import ServeSettings
+from tests.nonfinite import BAD_CLASS, poisoned
 from tests.serving.conftest import running
 
 PATH = "/v1/images/generations"
@@ -107,7 +110,7 @@ def test_a_url_leads_to_the_picture(address: str, pipeline: FastPipeline, output
         ({"prompt": "a", "model": "dall-e-3"}, 404, "this server has tiny, plain"),
         ({"prompt": "a", "mask": "x"}, 400, "mask:"),
         ({"prompt": "a", "background": "transparent"}, 400, "background:"),
-        ({"prompt": "a", "stream": True, "n": 2}, 400, "a stream shows one picture"),
+        ({"prompt": "a", "stream": True, "n": 2}, 400, "a stream sends one image"),
         ({"model": "plain", "prompt": "cat"}, 400, "unconditional"),
         ({}, 400, "class_labels is required"),
     ],
@@ -231,7 +234,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(slow: Slow) -> None:
         assert int(refused.headers["retry-after"]) >= 1
         with (
             openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-            pytest.raises(openai.RateLimitError, match="3 pictures are waiting, as many as may; try again in"),
+            pytest.raises(openai.RateLimitError, match=r"the queue is full \(3 images are waiting\); try again in"),
         ):
             client.images.generate(model="tiny", prompt="a")
         slow.go.set()
@@ -276,7 +279,7 @@ def test_what_breaks_inside_is_not_told(slow: Slow, caplog: pytest.LogCaptureFix
         counted = httpx.get(address + "/metrics").text
         shown = httpx.post(address + PATH, json={"prompt": "a", "stream": True, "partial_images": 1}, timeout=30)
     assert answer.status_code == 500
-    assert answer.json()["error"]["message"] == "the server failed; its log says why"
+    assert answer.json()["error"]["message"] == "the server failed; see its log"
     assert answer.headers["x-request-id"]
     assert 'redif_request_seconds_count{route="/v1/images/generations",status="500"} 1.0' in counted
     assert "NoneType" in caplog.text
@@ -284,10 +287,66 @@ def test_what_breaks_inside_is_not_told(slow: Slow, caplog: pytest.LogCaptureFix
     assert "NoneType" not in shown.text
 
 
+@pytest.fixture(scope="module")
+def poisoned_address(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose student gives NaN for one class."""
+    folder = poisoned(tiny_student, tmp_path_factory.mktemp("poisoned") / "tiny")
+    pipeline = FastPipeline.from_pretrained(folder, runtime="onnxruntime")
+    with running({"tiny": pipeline}, ServeSettings(max_wait_ms=200.0)) as url:
+        yield url
+
+
+def test_nan_is_an_error_of_its_own_request_alone(poisoned_address: str, pipeline: FastPipeline) -> None:
+    """Requests in the same batch get their images, those whose images hold NaN get 500 and are counted."""
+    classes = [0, BAD_CLASS, 1, BAD_CLASS, 2, 4, 5, 6]
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=poisoned_address, timeout=60) as client:
+            return await asyncio.gather(*(client.post(PATH, json={"class_label": c, "seed": c}) for c in classes))
+
+    answers = asyncio.run(ask())
+    for label, answer in zip(classes, answers, strict=True):
+        if label == BAD_CLASS:
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "non_finite_output"
+            assert answer.json()["error"]["type"] == "server_error"
+        else:
+            assert np.array_equal(from_json(answer.json())[0], expected(pipeline, label, label)[0])
+    assert counter(poisoned_address, 'redif_nonfinite_total{model="tiny"}') == 2
+    assert counter(poisoned_address, "redif_batch_pictures_sum") == 1 + len(classes)  # the warm-up, and one batch
+    assert counter(poisoned_address, "redif_pending_pictures") == 0
+
+
+@pytest.mark.parametrize("partial_images", [0, 2])
+def test_nan_in_a_stream_is_an_error_event(poisoned_address: str, partial_images: int) -> None:
+    before = counter(poisoned_address, "redif_nonfinite_total")
+    body = {"class_label": BAD_CLASS, "seed": 0, "stream": True, "partial_images": partial_images}
+    text = httpx.post(poisoned_address + PATH, json=body, timeout=60).text
+    (event,) = re.findall(r"^event: error\ndata: (.*)\n\n", text, re.MULTILINE)
+    assert json.loads(event)["error"]["code"] == "non_finite_output"
+    assert "completed" not in text
+    assert counter(poisoned_address, "redif_nonfinite_total") == before + 1
+    assert counter(poisoned_address, "redif_pending_pictures") == 0
+
+
+def test_a_stream_whose_client_leaves_is_ended(slow: Slow) -> None:
+    with running({"tiny": slow}, ServeSettings()) as address:
+        slow.go.clear()
+        body = {"prompt": "a", "stream": True}
+        with httpx.stream("POST", address + PATH, json=body, timeout=60) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert counter(address, "redif_pending_pictures") == 1
+        until(lambda: counter(address, "redif_pending_pictures") == 0)
+        slow.go.set()
+        assert counter(address, "redif_cancelled_total") == 1
+
+
 def test_kept_files_are_bounded_in_bytes_and_in_time() -> None:
     files = KeptFiles(limit=10, seconds=1000)
     names = [files.keep(bytes(4), "png") for _ in range(3)]
     assert [files.get(name) is not None for name in names] == [False, True, True]
+    with pytest.raises(InvalidRequest, match="the image has 11 bytes, and at most 10 are kept for URLs"):
+        files.keep(bytes(11), "png")
     assert KeptFiles(limit=10, seconds=0).get(KeptFiles(limit=10, seconds=0).keep(b"x", "png")) is None
 
 

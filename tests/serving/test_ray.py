@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -22,7 +23,8 @@ import pytest
 from PIL import Image
 
 from redif_sdk import FastPipeline
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, NonFiniteOutput
+from tests.nonfinite import BAD_CLASS, poisoned
 
 ray = pytest.importorskip("ray", reason='Ray is not here: pip install "redif-sdk[ray]"')
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -152,6 +154,33 @@ def test_the_kill_of_a_replica_under_load_loses_nothing(address: str, pipe: Fast
     while len(now := replicas()) < 2 or victim in now:  # and Ray starts another one in its place
         assert time.monotonic() < end, now
         time.sleep(0.2)
+
+
+def test_jobs_of_several_kinds_that_come_together(tiny_student: Path, tmp_path: Path) -> None:
+    """A batch of Ray's may mix sizes and steps, and hold an image of NaN: everyone gets what is theirs."""
+    from redif_sdk.serving.backend import ImageJob
+    from redif_sdk.serving.ray_app import Generator
+
+    class Observed:
+        sizes: ClassVar[list[int]] = []
+
+        def observe(self, size: int, tags: object) -> None:
+            self.sizes.append(size)
+
+    pipe = FastPipeline.from_pretrained(poisoned(tiny_student, tmp_path / "tiny"), runtime="onnxruntime", num_threads=1)
+    replica: Any = object.__new__(Generator)
+    replica._pipeline, replica._observed = pipe, Observed()
+    wanted = [(0, 2), (BAD_CLASS, 3), (1, 3), (2, 2), (4, 3)]
+    jobs = [ImageJob("tiny", label, seed, 0, steps, 28, 28) for seed, (label, steps) in enumerate(wanted)]
+    batch: Any = Generator._batch
+    results = asyncio.run(batch.__wrapped__(replica, jobs))
+    assert sorted(Observed.sizes) == [2, 3]
+    for job, result in zip(jobs, results, strict=True):
+        if job.label == BAD_CLASS:
+            assert isinstance(result, NonFiniteOutput)
+            continue
+        alone = pipe(class_labels=job.label, num_inference_steps=job.num_inference_steps, seed=job.seed)
+        assert np.array_equal(result[..., 0], np.asarray(alone.images[0]))
 
 
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

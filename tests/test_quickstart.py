@@ -77,7 +77,7 @@ def test_the_shipped_teacher_is_small_and_has_what_the_main_job_needs() -> None:
 def test_what_was_judged_when_the_teacher_was_published_is_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = Teacher.load("fashion-mnist")
     for call in ("few_steps", "sample"):
-        monkeypatch.setattr(teacher, call, lambda *_, **__: pytest.fail("the teacher was called"))
+        monkeypatch.setattr(Teacher, call, lambda *_, **__: pytest.fail("the teacher was called"))
     monkeypatch.setattr(arena_module, "embed", lambda *_: pytest.fail("images were embedded"))
     arena = Arena.of(teacher, 2000)
     rows = [arena.teacher_row(), *(arena.ddim_row(steps) for steps in (1, 2, 4))]

@@ -89,8 +89,8 @@ def test_a_cut_run_resumes_bit_for_bit_and_saves_an_ordinary_folder(pipeline: DD
     cut = Trainer(teacher, config(), pool, tmp_path / "cut")
     cut.method.prepare(cut.context)
     while cut.update < 2:
-        cut._step(cut.progress)
-    cut._save(None)
+        cut.step(cut.progress)
+    cut.save()
     again = distill(teacher, config(), folder=tmp_path / "cut", resume=True)
     ours, theirs = whole.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -23,7 +23,7 @@ from redif_sdk.distill.methods.times import learn_times, times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
-from redif_sdk.distill.training import loop as training
+from redif_sdk.distill.training import check as checking
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
@@ -362,7 +362,7 @@ def test_under_a_guided_teacher_rollout_and_update_are_one_function(teacher_fold
     assert (pairs.target - pool.compute(plain, 16, "train").target).abs().max() > 0.01  # the targets are guided
     clip = {"clip_mean_shift": 1e-3} if estimator == "trajectory" else {}
     run = trainer(guided, pairs, estimator=estimator, warm_start=0.0, group_size=4, regression_weight=0.0, **clip)
-    figures = run._step(0.0)  # raises if the mean drifts between rollout and update
+    figures = run.step(0.0)  # raises if the mean drifts between rollout and update
     assert figures.get("clip_fraction", 0.0) == 0.0  # the ratio is 1
     assert run.meter.teacher_calls == 0
 
@@ -503,7 +503,7 @@ def test_every_update_reaches_the_optimiser(teacher: Teacher, pairs: pool.Pairs)
     seen = []
     for update in range(6):
         before = [p.clone() for p in run.context.policy.network.parameters()]
-        run._step(update / 6)
+        run.step(update / 6)
         seen.append(
             any(not torch.equal(a, b) for a, b in zip(before, run.context.policy.network.parameters(), strict=True))
         )
@@ -523,7 +523,7 @@ def test_what_a_run_is_watched_on_is_not_trained_on(
     teacher: Teacher, pairs: pool.Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pool that is large enough keeps the entries of its checks: the reward in the log is a held-out one."""
-    monkeypatch.setattr(training, "CHECK_PAIRS", 8)
+    monkeypatch.setattr(checking, "CHECK_PAIRS", 8)
     run = trainer(teacher, pairs[:64], updates=5, batch_size=16, method="regression")
     seen: list[Tensor] = []
     learn = run.method.losses

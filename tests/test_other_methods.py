@@ -104,8 +104,8 @@ def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path
     first.method.prepare(first.context)
     first.follow()
     while first.update < 4:
-        first._step(first.progress)
-    first._save(None)
+        first.step(first.progress)
+    first.save()
     second = trainer(teacher, method, tmp_path / "cut", **settings)
     second.run(resume=True)
     assert torch.equal(weights(whole), weights(second))
@@ -116,7 +116,7 @@ def test_a_run_that_was_cut_gives_the_same_bits(teacher: Teacher, tmp_path: Path
 
 def test_regression_along_the_trajectory_supervises_every_row_by_itself(teacher: Teacher) -> None:
     run = trainer(teacher, "regression", num_inference_steps=3, supervision="per_step", updates=200)
-    run._step(run.progress)
+    run.step(run.progress)
     assert run.meter.student_calls == 2 * 16  # the states of the rows after the first
     assert run.meter.gradient_samples == 3 * 16
     policy, pairs = run.context.policy, run.pairs
@@ -146,7 +146,7 @@ def test_gradients_of_the_last_rows_alone_cost_less(teacher: Teacher, method: st
     (wanted,) = torch.autograd.grad(last.sum(), next(policy.network.parameters()))
     assert torch.allclose(own, wanted)
     run.meter.student_calls = run.meter.gradient_samples = 0
-    run._step(0.5)
+    run.step(0.5)
     if method == "draft":
         assert (run.meter.student_calls, run.meter.gradient_samples) == (2 * 16, 16)
     else:
@@ -190,7 +190,7 @@ def test_progressive_halves_the_steps(teacher: Teacher) -> None:
     assert stage_steps(2, 16) == [8, 4, 2]
     parents = []
     for _ in range(6):
-        run._step(run.progress)
+        run.step(run.progress)
         parents.append((method.stage, method.parent))
     assert [stage for stage, _ in parents] == [0, 0, 1, 1, 2, 2]
     assert parents[0][1] is None  # the teacher itself
@@ -476,7 +476,7 @@ def test_progressive_gives_every_stage_the_same_share(teacher: Teacher) -> None:
     run = trainer(teacher, "progressive", num_inference_steps=2, updates=12)
     seen = []
     while not run.finished:
-        run._step(run.progress)
+        run.step(run.progress)
         assert isinstance(run.method, Progressive)
         seen.append(run.method.stage)
     assert [seen.count(stage) for stage in range(3)] == [4, 4, 4]

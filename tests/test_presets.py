@@ -17,7 +17,8 @@ from redif_sdk.distill.config import RENAMED, DistillConfig
 from redif_sdk.distill.presets import UPDATES, as_yaml, preset, read, resolve
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.estimate import estimate
-from redif_sdk.distill.training.loop import LOG, Trainer
+from redif_sdk.distill.training.log import LOG
+from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.quickstart.images import plan
 from tests.test_other_methods import make_teacher

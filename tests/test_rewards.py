@@ -56,8 +56,8 @@ def test_a_run_with_a_learnt_reward_that_was_cut_gives_the_same_bits(
     first = trainer(teacher, reward, tmp_path, method=method)
     first.method.prepare(first.context)
     while first.update < 4:
-        first._step(first.progress)
-    first._save(None)
+        first.step(first.progress)
+    first.save()
     second = trainer(teacher, reward, tmp_path, method=method)
     second.run(resume=True)
     assert torch.equal(weights(whole), weights(second))

@@ -36,7 +36,7 @@ def test_segments_teach_each_row_its_part_of_the_teachers_own_path(
     grid, times = model.grid(), [float(t) for t in run.context.policy.table.timesteps]
     assert len(grid) == 16
     assert set(times) <= set(grid)
-    run._step(0.0)
+    run.step(0.0)
     assert (run.meter.student_calls, run.meter.gradient_samples) == (0, 16)
 
     def errors(policy: StudentPolicy) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from redif_sdk.distill.compute.device import autocast, cpu_has_bf16
 from redif_sdk.distill.evaluation import datasets as data
 from redif_sdk.distill.pool import PIXEL_BANK_SIZES
-from redif_sdk.distill.training.loop import CHECKPOINT, save_state
+from redif_sdk.distill.training.checkpoint import CHECKPOINT, save_state
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import machine
 from zoo.publish_teacher import publish

@@ -35,7 +35,7 @@ from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast, cpu_has_bf16
 from redif_sdk.distill.teachers.folders import TEACHER_FILE
-from redif_sdk.distill.training.loop import save_state
+from redif_sdk.distill.training.checkpoint import save_state
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import machine
 from zoo import captions

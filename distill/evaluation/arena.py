@@ -1,6 +1,6 @@
 """Contenders against the teacher, as rows: what ``redif eval``, the quickstart and the benchmarks report.
 
-The distances themselves are in ``evaluate.py``; here stands who is judged, on which noises, and what a row holds.
+Who is judged, on which noises, and what a row holds; the distances themselves are in `redif_sdk.distill.measures`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from redif_sdk.artifact.records import Condition, TextCondition
 from redif_sdk.distill import pool
+from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.evaluation.datasets import load
 from redif_sdk.distill.evaluation.judged import Judged, read_judged
 from redif_sdk.distill.measures.distances import Judge, Statistics, frechet_distance_of
@@ -33,7 +34,7 @@ Sampler = Callable[[Tensor, Tensor | None], Tensor]
 
 @torch.no_grad()
 def outputs(sample: Sampler, pairs: pool.Pairs, batch_size: int = 100, *, slices: int = 1) -> Tensor:
-    """What ``sample``, a policy's or a teacher's, makes of every pair's noise: latents (N, C, H, W).
+    """What ``sample``, a policy's or a teacher's, makes of every pair's noise: latents (N, C, H, W) float32.
 
     ``slices``: of noise, for a policy whose table draws between its rows (`StepTable.noise_slices`).
     """
@@ -43,7 +44,7 @@ def outputs(sample: Sampler, pairs: pool.Pairs, batch_size: int = 100, *, slices
 
 @dataclass
 class Arena:
-    """One teacher, its held-out pairs, one judge: every contender meets the same."""
+    """One teacher, its held-out pairs, one judge: every contender meets the same. All are on the pairs' device."""
 
     teacher: Teacher
     pairs: pool.Pairs
@@ -51,8 +52,25 @@ class Arena:
     judged: Judged | None = None  # what came with the teacher, over exactly these noises
 
     @classmethod
-    def of(cls, teacher: Teacher, num_samples: int, *, rebuild: bool = False, data: str | None = None) -> Arena:
-        """``data``: the real images' data set; None: the statistics that lie beside the teacher, if there are any."""
+    def of(
+        cls,
+        teacher: Teacher,
+        num_samples: int,
+        *,
+        rebuild: bool = False,
+        data: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Arena:
+        """The arena of a teacher, on ``num_samples`` held-out noises.
+
+        Args:
+            rebuild: sample the teacher for every pair, whatever the bank and the cache hold.
+            data: the data set of real images; None: the statistics that lie beside the teacher, if there are any.
+            device: where the teacher samples, contenders are sampled, and features are taken.
+
+        Raises:
+            InvalidRequest: too few samples, or a teacher whose images the judge cannot see.
+        """
         if num_samples < 16:
             raise InvalidRequest(f"num_samples must be at least 16, not {num_samples}")
         if teacher.postprocess.value_range != (-1.0, 1.0):
@@ -60,9 +78,9 @@ class Arena:
         real = read_reference(teacher.folder) if teacher.folder else None
         if data is not None:
             real = Statistics.of(embed(torch.tensor(load(data, "test").images).float() / 127.5 - 1))
-        pairs, _ = pool.get(teacher, num_samples, "held_out", rebuild=rebuild)
+        pairs = pool.get(teacher, num_samples, "held_out", rebuild=rebuild, device=device)[0].to(device)
         judged = None if rebuild else read_judged(teacher)
-        known = judged.features[:num_samples] if judged and len(judged.features) >= num_samples else None
+        known = judged.features[:num_samples].to(device) if judged and len(judged.features) >= num_samples else None
         judge = Judge(teacher.images(pairs.target), embed, real, known)
         whole = judged is not None and len(judged.features) == num_samples and data is None
         return cls(teacher, pairs, judge, judged if whole else None)
@@ -76,7 +94,8 @@ class Arena:
         other = pool.shipped(self.teacher, len(self.pairs), "train")
         if other is None:
             return None
-        return frechet_distance_of(embed(self.teacher.images(other.target)), self.judge.reference)
+        images = self.teacher.images(other.target.to(self.pairs.noise.device))
+        return frechet_distance_of(embed(images), self.judge.reference)
 
     def row(
         self,
@@ -90,7 +109,10 @@ class Arena:
         estimator: str | None = None,
         reward: str | None = None,
     ) -> dict[str, Any]:
-        """One row of DESIGN's quality table for a contender's latents; how it was made may be given."""
+        """One row of the quality table for a contender's ``latents`` (N, C, H, W), in the order of the pairs.
+
+        How the contender was made may be given.
+        """
         quality = self.judge.quality(self.teacher.images(latents))
         return {
             "data": self.teacher.extra.get("name", self.teacher.name),
@@ -122,7 +144,9 @@ class Arena:
         return self.row("ddim", steps, latents, calls_per_step=self.teacher.calls_per_step)
 
     def student_row(self, student: Student, steps: int) -> dict[str, Any]:
+        """A student at ``steps``; its network is moved to the arena's device."""
         made = student.distillation
+        student.network.to(self.pairs.noise.device)
         return self.row(
             made.method if made else "ddim",
             steps,
@@ -143,23 +167,33 @@ def evaluate_folder(
     data: str | None = None,
     baselines: bool = True,
     prompts: Sequence[str] | None = None,
+    device: str = "auto",
     on_progress: OnProgress = lambda done, note: None,
 ) -> list[dict[str, Any]]:
     """Rows for every step table of a student folder, the teacher, and untrained DDIM at the same steps.
 
-    ``prompts``: what a text-to-image teacher is asked for here, if not the prompts that its folder names.
+    Args:
+        against: the teacher: a shipped one's name, a folder or a Hub id.
+        data: the data set of real images; None: the statistics beside the teacher.
+        baselines: whether untrained DDIM is judged too.
+        prompts: of a text-to-image teacher, in place of the prompts that its folder names.
+        device: cpu, cuda or cuda:N; auto: the device that training takes, a GPU if there is one.
+        on_progress: called with the share that is done, and what is judged next.
 
     Raises:
-        ManifestError, IntegrityError: the folder is no student. InvalidRequest: teacher and student do not fit.
+        ManifestError, IntegrityError: the folder is no student.
+        InvalidRequest: teacher and student do not make the same images.
+        RuntimeUnavailable: the device is not there.
     """
+    place = chosen_device(device)
     more = {} if prompts is None else {"prompts": prompts}
     student, teacher = load_student(folder), Teacher.load(against, **more)
-    if student.teacher.shape != teacher.shape or not _asked_alike(student.teacher.condition, teacher.condition):
+    if student.teacher.shape != teacher.shape or not _same_conditions(student.teacher.condition, teacher.condition):
         raise InvalidRequest(
             f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
         )
-    student.ask_by(teacher.prompts)
-    arena = Arena.of(teacher, num_samples, data=data)
+    student.use_prompts(teacher.prompts)
+    arena = Arena.of(teacher, num_samples, data=data, device=place)
     steps = [table.num_inference_steps for table in student.tables]
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
     for count in steps:
@@ -174,8 +208,8 @@ def evaluate_folder(
     return rows
 
 
-def _asked_alike(ours: Condition | TextCondition | None, theirs: Condition | TextCondition | None) -> bool:
-    """Whether a student and a teacher are asked for the same: equal classes, or prompts that become equal tensors."""
+def _same_conditions(ours: Condition | TextCondition | None, theirs: Condition | TextCondition | None) -> bool:
+    """Whether a student and a teacher take the same conditions: equal classes, or prompts that become equal tensors."""
     if isinstance(ours, TextCondition) and isinstance(theirs, TextCondition):
         return (ours.tokenizers, ours.encoders, ours.tensors) == (theirs.tokenizers, theirs.encoders, theirs.tensors)
     return ours == theirs

@@ -15,30 +15,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods.estimators import check_drift
 from redif_sdk.distill.options import SameStateOptions
 from redif_sdk.distill.policy import Exploration, Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, compute
-from redif_sdk.distill.rewards import Advantage, make_rewards
+from redif_sdk.distill.rewards import Advantage, Reward, make_rewards, name_of
+from redif_sdk.distill.rewards.registry import RewardSpec
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.teachers.denoising import clean_at
-from redif_sdk.distill.training.loop import refuse_dropout
+from redif_sdk.distill.training.check import check_student
 from redif_sdk.errors import RedifError
 
 __all__ = ["examine_teacher"]
 
 TYPES = ("epsilon", "v_prediction", "sample", "score")
 LEVELS = (0.1, 0.3, 0.6, 0.9)  # sigma
-PICTURES, STEPS = 16, 10
-#: A denoiser is nearer to the picture than either of two naive guesses; a wrong type is several times as far.
+IMAGES, STEPS = 16, 10
+#: A denoiser is nearer to the image than either of two naive guesses; a wrong type is several times as far.
 LARGEST_ERROR = 1.5
 
 
 def examine_teacher(
-    teacher: Teacher, *, num_inference_steps: int = 4, reward: Any = "feature", config: DistillConfig | None = None
+    teacher: Teacher,
+    *,
+    num_inference_steps: int = 4,
+    reward: RewardSpec = "feature",
+    config: DistillConfig | None = None,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """One row a finding: subject, status ("ok" or "problem") and detail, which says what to do."""
+    """One row a finding: subject, status ("ok" or "problem") and detail, which says what to do.
+
+    Args:
+        num_inference_steps: steps of the planned student.
+        reward: of the planned run.
+        config: all settings of the planned run, in place of these two.
+        device: cpu, cuda or cuda:N; auto: the device that training takes, a GPU if there is one.
+
+    Raises:
+        RuntimeUnavailable: the device is not there.
+    """
+    place = chosen_device(device)
     config = config or DistillConfig.checked(num_inference_steps=num_inference_steps, reward=reward)
     found = [
         _row(
@@ -47,11 +65,11 @@ def examine_teacher(
             f"{teacher.name}: {teacher.prediction_type}, {teacher.num_inference_steps} steps of "
             f"{teacher.calls_per_step} call{'s' * (teacher.calls_per_step > 1)}, latents {teacher.shape}",
         ),
-        _tried("deterministic", lambda: _determinism(teacher)),
+        _tried("deterministic", lambda: _determinism(teacher, place)),
     ]
     begun = time.monotonic()
-    pairs = compute(teacher, PICTURES, "train")
-    per_call = (time.monotonic() - begun) / (PICTURES * teacher.num_inference_steps * teacher.calls_per_step)
+    pairs = compute(teacher, IMAGES, "train", device=place).to(place)
+    per_call = (time.monotonic() - begun) / (IMAGES * teacher.num_inference_steps * teacher.calls_per_step)
     if not torch.isfinite(pairs.target).all():
         return [*found, _row("samples", "problem", "the teacher's samples are not finite; check its schedule")]
     examination = _Examination(teacher, pairs, config)
@@ -59,7 +77,7 @@ def examine_teacher(
         _tried("prediction type", examination.prediction_type),
         _tried("pairing", examination.pairing),
         _tried("value range", examination.value_range),
-        _tried("dropout and drift", examination.drift),
+        _tried("student and drift", examination.drift),
         *[_tried(f"reward {name}", check) for name, check in examination.rewards()],
         _tried("gradient", examination.gradient),
     ]
@@ -93,8 +111,8 @@ def _time(seconds: float) -> str:
     )
 
 
-def _determinism(teacher: Teacher) -> str:
-    check_deterministic(teacher)
+def _determinism(teacher: Teacher, device: torch.device) -> str:
+    check_deterministic(teacher, device)
     return "one input gives one output"
 
 
@@ -149,15 +167,16 @@ class _Examination:
         for share in LEVELS:
             at = int(np.abs(teacher.schedule.sigmas - share).argmin())
             alpha, sigma = float(teacher.schedule.alphas[at]), float(teacher.schedule.sigmas[at])
-            x = alpha * samples + sigma * torch.randn(samples.shape, generator=torch.Generator().manual_seed(at))
-            t = torch.full((len(x),), at)
+            noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(at)).to(samples.device)
+            x = alpha * samples + sigma * noise
+            t = torch.full((len(x),), at, device=x.device)
             clean = clean_at(teacher, t, x, teacher(x, t.float(), self.pairs.condition))
             allowed = max(min((sigma / alpha) ** 2, variance), 1e-12)
             worst = max(worst, float((clean - samples).pow(2).mean()) / allowed)
         return worst
 
     def pairing(self) -> str:
-        """The samples must belong to their noise: fewer steps from it come nearer than from another picture's."""
+        """The samples must belong to their noise: fewer steps from it come nearer than from another image's."""
         outputs = self.teacher.sample(self.pairs.noise, self.pairs.condition, STEPS)
         own = float((outputs - self.pairs.target).pow(2).mean())
         other = float((outputs - self.pairs.target.roll(1, 0)).pow(2).mean())
@@ -174,34 +193,32 @@ class _Examination:
         outside = float(((images < low - 0.1) | (images > high + 0.1)).float().mean())
         if outside > 0.05:
             raise RedifError(
-                f"{outside:.0%} of the samples' values lie outside {low:g} to {high:g}, where pictures are cut off; "
+                f"{outside:.0%} of the samples' values lie outside {low:g} to {high:g}, where images are cut off; "
                 f"is the value range right, or has the latent a scale?"
             )
         return f"{outside:.1%} of the values lie outside {low:g} to {high:g}"
 
     def _policy(self) -> StudentPolicy:
-        network = self.teacher.make_student().eval()
+        network = self.teacher.make_student().eval().to(self.pairs.noise.device)
         table = self.teacher.table(self.config.num_inference_steps)
         return StudentPolicy(network, table, self.teacher.schedule, Meter())
 
     def drift(self) -> str:
         """The mean of the rollout and that of the update are one function before the first update."""
         policy = self._policy()
-        refuse_dropout(policy.network)
+        check_student(policy.network, self.teacher, self.pairs.noise.device)
         with torch.no_grad():
             before = policy.sample(self.pairs.noise, self.pairs.condition)
         after = policy.sample(self.pairs.noise, self.pairs.condition)
         check_drift(before, after, self.options.step_delta)
-        return "no dropout, and no drift before the first update"
+        return "one input gives one output, and no drift before the first update"
 
     def rewards(self) -> list[tuple[str, Callable[[], str]]]:
         """A check for each reward: it tells the actions of a group apart."""
-        from redif_sdk.distill.rewards import name_of
-
         made = make_rewards(self.config.get("reward", "pixel"), self.teacher, self.pairs, self.config.seed)
 
-        def spread(reward: Any) -> str:
-            white = Exploration.white(self.pairs.noise[0].numel())
+        def spread(reward: Reward) -> str:
+            white = Exploration.white(self.pairs.noise[0].numel(), self.pairs.noise.device)
             generator = torch.Generator().manual_seed(0)
             xi = white.antithetic(self.options.group_size, tuple(self.pairs.target.shape), generator)
             advantage = Advantage([(reward, 1.0)], self.teacher.images)

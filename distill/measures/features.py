@@ -35,7 +35,7 @@ def embed(images: Tensor, batch_size: int = 125, size: int = 0) -> Tensor:
     as the network was trained ((x - 127) / 128), and the last feature map is averaged over places. ``size`` 1: those of
     EfficientNet-Lite1, on whose view settings may be tuned (its package has to be installed).
     """
-    network, parts = _efficientnet(size), []
+    network, parts = _efficientnet(size).to(images.device), []
     for batch in images.split(batch_size):
         levels = ((batch.clamp(-1, 1) + 1) * 127.5).round()
         if min(levels.shape[-2:]) < 32:

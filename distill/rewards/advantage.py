@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.compute.costs import flops
+from redif_sdk.distill.compute.costs import counted, flops
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.protocol import LearningReward, Reward, RewardContext, name_of
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
 
 __all__ = ["Advantage"]
+
+_log = logging.getLogger(__name__)
+UNJUDGED_WARN, UNJUDGED_STOP = 0.01, 0.2  # shares of the images
+UNJUDGED_LEAST = 100  # images, before a run is stopped
 
 
 @dataclass
@@ -38,7 +43,9 @@ class Advantage:
 
     def __post_init__(self) -> None:
         self._costs: dict[tuple[int, int], float] = {}
-        self._decoding: float | None = None  # operations to make a picture of latents: 0 where they are pixels
+        self._asked: dict[str, int] = {}  # images, of each reward that counts those it could not judge
+        self._warned: set[str] = set()
+        self._decoding: float | None = None  # operations to make an image of latents: 0 where they are pixels
 
     def learn(
         self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator
@@ -94,10 +101,13 @@ class Advantage:
             given = (outputs, targets) if in_latents else (images, wanted)
             if not getattr(reward, "grouped", False):
                 given = (given[0], given[1].repeat(repeats))
-            value = reward(*given, condition).float().to(images.device)
-            if (index, len(images)) not in self._costs:
-                self._costs[index, len(images)] = flops(reward, given[0].detach(), given[1], condition)
+            if (index, len(images)) in self._costs:
+                value = reward(*given, condition)
+            else:  # counted in its first call, since a reward may be anything and must not be called twice
+                value, self._costs[index, len(images)] = counted(reward, *given, condition)
             self.charge(passes * self._costs[index, len(images)])
+            self._look_at_unjudged(reward, len(images))
+            value = value.float().to(images.device)
             values.append(value)
             name = name_of(reward)
             if value.dim() not in (1, 3) or len(value) != len(images):
@@ -105,6 +115,26 @@ class Advantage:
             if not torch.isfinite(value).all():
                 raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
         return values
+
+    def _look_at_unjudged(self, reward: Reward, count: int) -> None:
+        """Of a reward that counts the images it could not judge: a warning above 1 %, the end of the run above 20 %."""
+        name, unjudged = name_of(reward), getattr(reward, "unjudged", None)
+        if unjudged is None:
+            return
+        asked = self._asked[name] = self._asked.get(name, 0) + count
+        share = unjudged / asked
+        said = f"the reward {name} could not judge {unjudged} of {asked} images ({share:.0%})"
+        if share > UNJUDGED_STOP and asked >= UNJUDGED_LEAST:
+            raise TrainingDiverged(f"{said}; look at its log, and go on with --resume")
+        if share > UNJUDGED_WARN and name not in self._warned:
+            self._warned.add(name)
+            _log.warning("%s; each was given the lowest reward of its batch", said)
+
+    def unjudged(self) -> dict[str, int]:
+        """For the log: images that rewards could not judge so far, where a reward counts them."""
+        counts = [getattr(reward, "unjudged", None) for reward, _ in self.rewards]
+        known = [count for count in counts if count is not None]
+        return {"unjudged": sum(known)} if known else {}
 
     def score(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> float:
         """The weighted mean reward of a batch: what the log shows. Rewards that judge locally are left out."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from redif_sdk.distill import pool
+from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.loop import Trainer
@@ -33,10 +34,14 @@ class Estimate:
 
 
 def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is_there: bool) -> Estimate:
-    """Time one batch of the teacher, and an update in every phase. ``config.seconds`` is believed as it stands."""
+    """Time one batch of the teacher, and an update in every phase, on the device of the settings.
+
+    ``config.seconds`` is believed as it stands.
+    """
     small = max(config.batch_size, 8)
     began = time.monotonic()
-    pairs = pool.compute(teacher, small, "train", seed=config.seed)
+    device = chosen_device(config.device)
+    pairs = pool.compute(teacher, small, "train", seed=config.seed, device=device)
     pool_seconds = 0.0 if pool_is_there else (time.monotonic() - began) * pool_size / small
     alone = {"schedule_updates": 0} if config.get("schedule_updates") else {}
     trial = config.replaced(early_stop=0, tracker=None, **alone)
@@ -47,10 +52,10 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
         pool_seconds = max(pool_seconds, trainer.follow() * pool_size / small)
     spent, seconds = [], []
     for progress in POINTS:
-        trainer._step(progress)  # the first of a phase makes its networks
+        trainer.step(progress)  # the first of a phase makes its networks
         meter = replace(trainer.meter)
         began = time.monotonic()
-        trainer._step(progress)
+        trainer.step(progress)
         seconds.append(time.monotonic() - began)
         spent.append(trainer.meter.forward_equivalents - meter.forward_equivalents)
     each, cost = sum(seconds) / len(seconds), sum(spent) / len(spent)
@@ -66,13 +71,13 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
         updates=updates,
         training_seconds=round(training, 1),
         forward_equivalents=round(cost * (training / each if updates is None else updates)),
-        peak_memory_mb=round(_peak_memory(), 1),
+        peak_memory_mb=round(_peak_memory(device), 1),
     )
 
 
-def _peak_memory() -> float:
-    """The most that this process has held so far, in MiB: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def _peak_memory(device: torch.device) -> float:
+    """The most that this process has held so far, in MiB: of the GPU that trains, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held / (2**20 if sys.platform == "darwin" else 2**10)

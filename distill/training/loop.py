@@ -1,24 +1,21 @@
-"""The training loop: budget, optimiser, EMA, checkpoints, log. It can be read top to bottom in five minutes.
+"""The training loop: budget, optimiser, moving average. It reads top to bottom in five minutes.
 
-Every update draws from a generator that depends on (seed, update) alone, and a checkpoint holds everything else, so a
-run that was killed and resumed gives the same bits as one that was not (budget in updates, same threads).
+What a run leaves on disk is in `checkpoint`, what it writes down in `log`, how it is watched in `check`.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
 
-from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.records import Postprocess
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
@@ -27,48 +24,41 @@ from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.compute.lora import adapted, merged
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.measures.distances import precision_recall
 from redif_sdk.distill.methods import Method, make_method
 from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import checkpoint
+from redif_sdk.distill.training.check import Watch, check, check_student, held_back, sampled
+from redif_sdk.distill.training.log import GRID, RunLog
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-GRID = 10  # pictures of the student, and of the teacher, that a tracker is shown
-CHECK_PAIRS = 192  # pool entries on which a run is watched
+__all__ = ["Progress", "Trainer"]
+
+WARM_UP = 20  # updates in which the learning rate rises
 NO_RANGE = 1e3  # latents have none: nothing is clamped at it
-SPARED = 8  # a pool of so many times CHECK_PAIRS keeps them from training
 
 Progress = Callable[[float, dict[str, float]], object]
 
 
-def save_state(state: dict[str, Any], path: Path) -> None:
-    """``torch.save``, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    atomic_write(path, buffer.getvalue())
-
-
-def refuse_dropout(network: nn.Module) -> None:
-    """Dropout in the update would make its mean another function than the rollout's."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
-            raise TrainingDiverged(f"dropout is on in {name} (p = {module.p}); the student must train in eval mode")
-
-
 @dataclass
 class Trainer:
-    """One run. ``folder`` (None: nothing is written) holds the checkpoint and the JSON-lines log."""
+    """One run.
+
+    Attributes:
+        folder: of the checkpoint and the log; None: nothing is written.
+        start, start_table: a network and a table to begin with, in place of the teacher's own.
+        on_progress: called after each update with the share of the run that is done, and figures.
+    """
 
     teacher: Teacher
     config: DistillConfig
     pairs: Pairs
     folder: Path | None = None
-    start: nn.Module | None = None  # a network to begin with instead of the teacher's own weights
+    start: nn.Module | None = None
     start_table: StepTable | None = None
     on_progress: Progress | None = None
 
@@ -76,12 +66,9 @@ class Trainer:
     context: Context = field(init=False)
     ema: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
+    watch: Watch = field(init=False)
     update: int = 0
-    stopped: str = ""  # why the run ended before its budget did
     sharded: bool = field(init=False, default=False)
-    _last_check: dict[str, float] | None = field(init=False, default=None)
-    _best: float = field(init=False, default=-math.inf)
-    _stale: int = field(init=False, default=0)
     _reserved: float = field(init=False, default=0.0)  # forward-equivalents that the method spends at the end
 
     def __post_init__(self) -> None:
@@ -90,33 +77,13 @@ class Trainer:
         draws.share(config.batch_size)
         if config.batch_size > len(self.pairs):
             raise InvalidRequest(f"batch_size {config.batch_size} is more than the pool's {len(self.pairs)} pairs")
-        self.method = make_method(config.method)
+        self.method, self.watch = make_method(config.method), Watch(config.early_stop)
         device = chosen_device(config.device)
         self.pairs = self.pairs.to(device)
         network, self.ema = (self._network().to(device) for _ in range(2))
         self.ema.requires_grad_(False)
-        refuse_dropout(network)
-        in_latents = config.get("reward_space") == "latents"
-        plain = Postprocess(value_range=(-NO_RANGE, NO_RANGE))  # rewards are then given latents as they are
-        judged = replace(self.teacher, decode=None, postprocess=plain) if in_latents else self.teacher
-        rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
-        table = self.start_table or self.teacher.table(config.num_inference_steps)
-        if table.num_inference_steps != config.num_inference_steps:
-            raise InvalidRequest(
-                f"the start has {table.num_inference_steps} steps, but {config.num_inference_steps} are asked for"
-            )
-        if table.stochastic and config.method != "consistency":
-            raise UnsupportedModel(
-                f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
-            )
-        policy = StudentPolicy(network, table, self.teacher.schedule, Meter(processes=draws.world()))
-        advantage = Advantage(rewards, judged.images, clamped=not in_latents)
-        bounds = None if self.teacher.decode is not None else self.teacher.postprocess.value_range
-        self.context = Context(policy, self.teacher, self.pairs, advantage, config, bounds)
-        first = self.pairs[:1]
-        first_time = torch.zeros(1, device=device)
-        self.context.unit = flops(network, first.noise, first_time, first.condition) or math.inf
-        advantage.charge = self.context.charge
+        check_student(network, self.teacher, device)
+        self.context = self._context(network)
         self._reserved = self.method.reserve(self.context)
         if config.forward_equivalents and config.forward_equivalents <= self._reserved:
             raise InvalidRequest(
@@ -144,17 +111,52 @@ class Trainer:
             network = adapted(network, self.config.lora_rank, self.config.seed)
         return network.eval()  # dropout and label dropout off, in rollouts and updates alike
 
+    def _context(self, network: nn.Module) -> Context:
+        """What the method sees: the policy at its first table, the rewards on what they judge, and the costs' unit."""
+        config, teacher = self.config, self.teacher
+        table = self.start_table or teacher.table(config.num_inference_steps)
+        if table.num_inference_steps != config.num_inference_steps:
+            raise InvalidRequest(
+                f"the start has {table.num_inference_steps} steps, but num_inference_steps is "
+                f"{config.num_inference_steps}; give them the same number"
+            )
+        if table.stochastic and config.method != "consistency":
+            raise UnsupportedModel(
+                f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
+            )
+        in_latents = config.get("reward_space") == "latents"
+        plain = Postprocess(value_range=(-NO_RANGE, NO_RANGE))  # rewards are then given latents as they are
+        judged = replace(teacher, decode=None, postprocess=plain) if in_latents else teacher
+        rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
+        advantage = Advantage(rewards, judged.images, clamped=not in_latents)
+        policy = StudentPolicy(network, table, teacher.schedule, Meter(processes=draws.world()))
+        bounds = None if teacher.decode is not None else teacher.postprocess.value_range
+        context = Context(policy, teacher, self.pairs, advantage, config, bounds)
+        first = self.pairs[:1]
+        time_of_first = torch.zeros(1, device=first.noise.device)
+        context.unit = flops(network, first.noise, time_of_first, first.condition) or math.inf
+        advantage.charge = context.charge
+        return context
+
     def _whole(self, network: nn.Module) -> nn.Module:
-        """The network itself, or where it is sharded a whole copy, for which every process must ask."""
+        """The network itself, or where it is sharded a whole copy, for which every process must call."""
         if not self.sharded:
             return network
         copy = self._network().to(self.context.device).requires_grad_(False)
         copy.load_state_dict(sharding.weights(network))
         return copy
 
+    # -- budget ---------------------------------------------------------------------------------------------------
+
     @property
     def meter(self) -> Meter:
-        return self.context.policy.meter
+        """What the run has spent so far."""
+        return self.context.meter
+
+    @property
+    def stopped(self) -> str:
+        """Why the run ended before its budget did; empty where it did not."""
+        return self.watch.stopped
 
     @property
     def shares(self) -> tuple[float | None, float | None]:
@@ -173,6 +175,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
+        """Whether a budget is spent, or the run was stopped."""
         return bool(self.stopped) or any(share is not None and share >= 1 for share in self.shares)
 
     @property
@@ -195,67 +198,68 @@ class Trainer:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def run(self, resume: bool = False) -> StudentPolicy:
-        """Train until the budget is spent; returns the EMA student with its table."""
-        spent, began = 0.0, time.monotonic()
-        resumed = resume and self._load()
-        log = self._open_log(resumed)
-        tracker = self._open_tracker()
-        if resumed:
-            spent = self.meter.seconds
-        else:
-            self.method.prepare(self.context)
-            self.meter.seconds = time.monotonic() - began
-        began += self.follow()
-        if not resumed:
-            self._save(log)
+        """Train until the budget is spent; returns the EMA student, on the CPU, with its table.
+
+        Args:
+            resume: go on from the folder's checkpoint, if there is one.
+
+        Raises:
+            InvalidRequest: another run is writing to the folder, or its checkpoint is of other settings.
+            TrainingDiverged: a loss, a gradient or a reward is not finite, or says nothing.
+        """
+        with checkpoint.run_lock(self.folder):
+            began = time.monotonic()
+            resumed = resume and self._restore()
+            log = RunLog(self.folder, self.config, self.update if resumed else None)
+            if not resumed:
+                self.method.prepare(self.context)
+                self.meter.seconds = time.monotonic() - began
+            spent = self.meter.seconds if resumed else 0.0
+            began += self.follow()
+            if not resumed:
+                self.save()
+            self._train(log, began - spent)
+            self.save()
+            self.watch.stopped = self.stopped or self._cut()
+            log.close()
+            table = self.context.policy.table
+            network = merged(self._whole(self.ema))
+            student = StudentPolicy(network, table, self.teacher.schedule, self.meter, exact=True)
+            self.method.finish(self.context, student)
+            student.network.cpu()  # judged, saved and exported there
+            return student
+
+    def _train(self, log: RunLog, began: float) -> None:
+        """Updates until the budget is spent. Processes agree on what depends on a clock."""
         saved = time.monotonic()
         while True:
             finished, progress = draws.agreed(self.finished, self.progress)
             if finished:
-                break
-            figures = self._step(progress)
-            self.meter.seconds = spent + time.monotonic() - began
+                return
+            figures = self.step(progress)
+            self.meter.seconds = time.monotonic() - began
             if self.on_progress:
                 self.on_progress(self.progress, figures)
-            late = time.monotonic() - saved >= self.config.checkpoint_seconds
-            ended, keep = draws.agreed(self.finished, late)
+            due = time.monotonic() - saved >= self.config.checkpoint_seconds
+            ended, keep = draws.agreed(self.finished, due)
             if self.update % self.config.log_every == 0 or ended:
-                self._write_log(log, figures, tracker, bool(ended))
+                self._report(log, figures, ended=bool(ended))
             if keep:
-                self._save(log)
+                self.save()
                 saved = time.monotonic()
-        self._save(log)
-        self.stopped = self.stopped or self._cut()
-        if log:
-            log.close()
-        if tracker:
-            tracker.finish()
-        table = self.context.policy.table
-        student = StudentPolicy(merged(self._whole(self.ema)), table, self.teacher.schedule, self.meter, exact=True)
-        self.method.finish(self.context, student)
-        student.network.cpu()  # judged, saved and exported there
-        return student
 
-    def follow(self) -> float:
-        """With ``segments``: the table's times move to the nearest of the teacher's own path, and the pairs get the
-        states there. Returns the seconds it took, which like the pool's own are not the budget's."""
-        if not self.config.get("segments"):
-            return 0.0
-        began, policy = time.monotonic(), self.context.policy
-        if policy.table.stochastic:
-            raise UnsupportedModel("segments need a deterministic step table (eta = 0); set segments to 0")
-        times = on_grid([float(t) for t in policy.table.timesteps], self.teacher.grid())
-        policy.table = table_at(self.teacher.schedule, times, self.teacher.prediction_type)
-        self.pairs = self.context.pairs = with_states(self.teacher, self.pairs, times)
-        return time.monotonic() - began
+    def step(self, progress: float) -> dict[str, float]:
+        """One update at ``progress`` in [0, 1): a batch, the method's losses, the moving average. Figures for the log.
 
-    def _step(self, progress: float) -> dict[str, float]:
+        Raises:
+            TrainingDiverged: the loss or the gradient is not finite.
+        """
         config, network = self.config, self.context.policy.network
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.update)
-        spared = CHECK_PAIRS if len(self.pairs) >= SPARED * CHECK_PAIRS else 0
-        drawn = spared + torch.randperm(len(self.pairs) - spared, generator=generator)[: config.batch_size]
+        first = held_back(len(self.pairs))
+        drawn = first + torch.randperm(len(self.pairs) - first, generator=generator)[: config.batch_size]
         batch = self.pairs[drawn[draws.share(config.batch_size)]]
-        rate = config.learning_rate * min(1.0, (self.update + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
+        rate = config.learning_rate * min(1.0, (self.update + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
         figures: dict[str, float] = {}
         for loss, figures in self.method.losses(self.context, batch, progress, generator):
             if not math.isfinite(value := draws.mean(loss).item()):
@@ -271,186 +275,82 @@ class Trainer:
             self.optimizer.step()
             figures = draws.averaged(figures) | {"loss": value, "grad_norm": norm.item()}
         decay = min(config.ema_decay, (1 + self.update) / (10 + self.update))
-        ours, new = sharding.local(self.ema.parameters()), sharding.local(network.parameters())
-        torch._foreach_lerp_(ours, new, 1 - decay)
+        torch._foreach_lerp_(sharding.local(self.ema.parameters()), sharding.local(network.parameters()), 1 - decay)
         self.update += 1
         self.meter.updates = self.update
         return figures
 
-    # -- watching -------------------------------------------------------------------------------------------------
+    def follow(self) -> float:
+        """With ``segments``: the table's times move to the nearest of the teacher's own path, and the pairs get the
+        states there. Returns the seconds it took, which like the pool's own are not the budget's."""
+        if not self.config.get("segments"):
+            return 0.0
+        began, policy = time.monotonic(), self.context.policy
+        if policy.table.stochastic:
+            raise UnsupportedModel("segments need a deterministic step table (eta = 0); set segments to 0")
+        times = on_grid([float(t) for t in policy.table.timesteps], self.teacher.grid())
+        policy.table = table_at(self.teacher.schedule, times, self.teacher.prediction_type)
+        self.pairs = self.context.pairs = with_states(self.teacher, self.pairs, times)
+        return time.monotonic() - began
 
-    @torch.no_grad()
     def check(self, network: nn.Module | None = None) -> dict[str, float]:
-        """Reward, paired error, recall and contrast of the EMA student on the pool's first entries, which a large pool
-        keeps from training; the meter does not count it. ``network``: the whole EMA, where it is sharded.
+        """How the EMA student stands (`redif_sdk.distill.training.check.check`).
+
+        ``network``: the whole EMA, where it is sharded.
         """
-        meter, spent = self.meter, self.meter.auxiliary_calls
-        pool = self.pairs[: min(CHECK_PAIRS, len(self.pairs))]
-        policy = StudentPolicy(network or self.ema, self.context.policy.table, self.teacher.schedule)
-        slices = policy.table.noise_slices
-        output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
-        advantage = self.context.advantage
-        embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
-        _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(pool.target)))
-        able = any(not getattr(reward, "local", False) for reward, _ in advantage.rewards)
-        wrong = ((output - pool.target) ** 2).mean().item()
-        reward = advantage.score(output, pool.target, pool.condition) if able else -wrong
-        meter.auxiliary_calls = spent
-        return {
-            "reward": reward,
-            "check_mse": wrong,
-            "contrast": (output.std() / pool.target.std()).item(),  # 1: the teacher's
-            "recall": recall,
-        }
+        return check(self.context, network or self.ema)
 
-    def _open_tracker(self) -> Any:
-        """accelerate's tracker in the run's folder, if one is asked for."""
-        if self.config.tracker is None or self.folder is None or draws.rank():
-            return None
-        from accelerate import PartialState
-        from accelerate.tracking import TensorBoardTracker
-
-        PartialState(cpu=not torch.cuda.is_available())  # which process this is: trackers write on the first alone
-        tracker = TensorBoardTracker(self.folder.name, self.folder.parent)
-        tracker.start()
-        flat = self.config.model_dump(mode="json", fallback=str)
-        tracker.store_init_configuration({key: value for key, value in flat.items() if isinstance(value, str | float)})
-        return tracker
-
-    def _track(self, tracker: Any, row: dict[str, Any], network: nn.Module) -> None:
-        """The row's numbers; with a check also a grid of the EMA student's pictures over the teacher's."""
-        tracker.log({key: value for key, value in row.items() if isinstance(value, float)}, step=self.update)
-        if "check_mse" not in row:
-            return
-        pool = self.pairs[: min(GRID, len(self.pairs))]
-        policy = StudentPolicy(network, self.context.policy.table, self.teacher.schedule)
-        slices = policy.table.noise_slices
-        with torch.no_grad():
-            output = policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition)
-        both = torch.cat([self.teacher.images(part).clamp(-1, 1) for part in (output, pool.target)])
-        levels = ((both + 1) * 127.5).round().to(torch.uint8)
-        if levels.shape[1] in (1, 3):
-            grid = levels.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-            tracker.log_images({"student over teacher": grid[None].cpu().numpy()}, step=self.update, dataformats="NHWC")
-
-    def _write_log(self, log: TextIO | None, figures: dict[str, float], tracker: Any, ended: bool) -> None:
+    def _report(self, log: RunLog, figures: dict[str, float], *, ended: bool) -> None:
+        """A row of the log, every ``check_every`` updates with a check. Where the EMA is sharded all processes call."""
         checked = self.update % self.config.check_every == 0 or ended
-        watched = self._whole(self.ema) if checked else self.ema
+        network = self._whole(self.ema) if checked else self.ema
         if draws.rank():
-            return  # the first process writes; the others helped to gather
+            return
         row: dict[str, Any] = {"update": self.update, "progress": round(self.progress, 6), **figures}
+        row |= self.context.advantage.unjudged()
         if checked:
-            now = self.check(watched)
-            row |= now
-            before = self._last_check
-            if before and now["reward"] > before["reward"] and now["recall"] < before["recall"] - 0.1:
-                row["warning"] = "recall falls while the reward rises: reward hacking?"
-            self._last_check = now
-            self._watch(now["reward"], hacked="warning" in row)
-            if self.stopped:
-                row["stopped"] = self.stopped
+            now = self.check(network)
+            row |= now | self.watch.look(now)
         row["budget"] = asdict(self.meter) | {"forward_equivalents": self.meter.forward_equivalents}
-        if log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-        if tracker:
-            self._track(tracker, row, watched)
+        log.write(row)
+        if checked and log.tracker:
+            ours, theirs = (self.teacher.images(part).clamp(-1, 1) for part in sampled(self.context, network, GRID))
+            log.show(ours, theirs, self.update)
 
-    def _watch(self, reward: float, *, hacked: bool) -> None:
-        """Early stop: ``early_stop`` checks in a row whose reward is no better than the best, or that look hacked."""
-        better = reward > self._best and not hacked
-        self._stale = 0 if better else self._stale + 1
-        if better:
-            self._best = reward
-        if self.config.early_stop and self._stale >= self.config.early_stop:
-            why = "the reward rises while recall falls" if hacked else "the reward rises no more"
-            self.stopped = f"{why}: {self._stale} checks in a row; the budget was not spent"
+    # -- resuming -------------------------------------------------------------------------------------------------
 
-    # -- keeping --------------------------------------------------------------------------------------------------
-
-    def _open_log(self, resumed: bool) -> TextIO | None:
-        """The log, cut back to what the checkpoint knows: lines of updates that will be made again are dropped."""
-        if self.folder is None or draws.rank():
-            return None
-        path = self.folder / LOG
-        for left in self.folder.glob(f".{CHECKPOINT}.*"):  # a write that a kill cut short
-            left.unlink()
-        kept: list[str] = []
-        if resumed and path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["update"] <= self.update:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the line that the kill cut short
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("w")
-        log.writelines(kept)
-        log.flush()
-        return log
-
-    def _save(self, log: TextIO | None) -> None:
+    def save(self) -> None:
+        """Write the checkpoint. Where weights are sharded every process must call, and the first writes."""
         if self.folder is None:
             return
         network = self.context.policy.network
-        if self.sharded:  # every process gathers, the first writes
-            weights, ema = sharding.weights(network), sharding.weights(self.ema)
-            optimizer = sharding.states(network, self.optimizer)
-        else:
-            weights, ema, optimizer = network.state_dict(), self.ema.state_dict(), self.optimizer.state_dict()
+        weights = checkpoint.weights_of(network, self.ema, self.optimizer, sharded=self.sharded)
         if draws.rank():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "config": self._identity(),
-            "network": weights,
-            "ema": ema,
-            "optimizer": optimizer,
+            "config": checkpoint.identity(self.config, self.teacher),
+            **weights,
             "table": json.dumps(self.context.policy.table.to_dict()),
             "method": self.method.state_dict(),
             "rewards": self.context.advantage.state_dict(),
             "update": self.update,
             "meter": asdict(self.meter),
-            "last_check": self._last_check,
-            "watch": (self._best, self._stale, self.stopped),
+            "watch": self.watch.state_dict(),
         }
-        save_state(state, self.folder / CHECKPOINT)
+        checkpoint.write(self.folder, state)
 
-    def _identity(self) -> str:
-        """What a checkpoint must have in common with the run that resumes it."""
-        settings = self.config.model_dump(mode="json", fallback=str)
-        free = ("checkpoint_seconds", "reward", "tracker", "device")
-        fixed = {name: value for name, value in settings.items() if name not in free}
-        more = {"reward": str(self.config.get("reward")), "teacher": self.teacher.identity, "processes": draws.world()}
-        return json.dumps(fixed | more)
-
-    def _load(self) -> bool:
-        """Go on from the folder's checkpoint, if there is one."""
-        if self.folder is None or not (self.folder / CHECKPOINT).is_file():
+    def _restore(self) -> bool:
+        """Go on from the folder's checkpoint; False where there is none."""
+        state = checkpoint.read(self.folder, checkpoint.identity(self.config, self.teacher), self.context.device)
+        if state is None:
             return False
-        state: dict[str, Any] = torch.load(
-            self.folder / CHECKPOINT, map_location=self.context.device, weights_only=True
-        )
-        if state["config"] != self._identity():
-            raise InvalidRequest(
-                f"the checkpoint in {self.folder} is of a run with other settings; "
-                "resume with the same ones, or remove the folder to start anew"
-            )
         policy = self.context.policy
-        if self.sharded:
-            sharding.restore(policy.network, state["network"])
-            sharding.restore(self.ema, state["ema"])
-            sharding.restore_states(policy.network, self.optimizer, state["optimizer"])
-        else:
-            policy.network.load_state_dict(state["network"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_weights(state, policy.network, self.ema, self.optimizer, sharded=self.sharded)
         policy.table = StepTable.from_dict(json.loads(state["table"]))
         self.method.load_state_dict(state["method"], self.context)
         self.context.advantage.load_state_dict(state["rewards"], self.context)
         self.update = state["update"]
         for name, value in state["meter"].items():
             setattr(policy.meter, name, value)  # the meter that methods and rewards hold
-        self._last_check = state["last_check"]
-        self._best, self._stale, self.stopped = state["watch"]
+        self.watch.load_state_dict(state["watch"])
         return True

@@ -117,10 +117,10 @@ def distill_command(
     from redif_sdk.distill.methods import make_method
     from redif_sdk.distill.presets import as_yaml, resolve
     from redif_sdk.distill.rewards import reward_names
-    from redif_sdk.distill.student import distill, training_folder
+    from redif_sdk.distill.student import distill, sample_pool, training_folder
     from redif_sdk.distill.student import pool_size as allowed
     from redif_sdk.distill.teachers.base import Teacher as TeacherModel
-    from redif_sdk.distill.training.loop import CHECKPOINT
+    from redif_sdk.distill.training.checkpoint import CHECKPOINT
     from redif_sdk.errors import InvalidRequest
     from redif_sdk.results import document, write_json
 
@@ -158,7 +158,7 @@ def distill_command(
     }
     config = resolve(given, file=config_file, name=preset)
     method, steps = config.method, config.num_inference_steps
-    place = chosen_device(config.device)
+    chosen_device(config.device)  # a device that is not there is refused first
     make_method(method)
     if config.get("reward") is not None:
         reward_names(config.get("reward"))
@@ -189,15 +189,7 @@ def distill_command(
     quiet = quiet or draws.rank() > 0
     with _progress(quiet) as progress:
         task = progress.add_task("teacher's outputs", total=count, note="")
-        pairs, _ = pool.get(
-            model,
-            count,
-            "train",
-            rebuild=rebuild_bank,
-            device=place,
-            on_batch=lambda n: progress.update(task, advance=n),
-            path=config.get("segments", 0.0) > 0,
-        )
+        pairs = sample_pool(model, config, rebuild=rebuild_bank, on_batch=lambda n: progress.update(task, advance=n))
         progress.update(task, completed=count)
         task = progress.add_task(f"{method}, {steps} step(s)", total=1.0, note="")
 

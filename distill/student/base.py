@@ -1,0 +1,172 @@
+"""A student: a network, its step tables, where they came from, and how it is written to disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import nn
+
+from redif_sdk.artifact.atomic import atomic_folder, atomic_write
+from redif_sdk.artifact.folder import write_manifest
+from redif_sdk.artifact.manifest import CARD_NAME, Manifest
+from redif_sdk.artifact.records import Distillation, Guidance, Network, TeacherInfo, calls_per_step
+from redif_sdk.card.render import read_card, render_over
+from redif_sdk.card.sections import is_generated, user_sections
+from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.teachers import saving
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.errors import RedifError, UnsupportedModel
+from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.prompts import Prompts
+from redif_sdk.sampling.noise import noise
+from redif_sdk.sampling.table import StepTable
+
+PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
+TASKS: dict[str | None, Literal["unconditional", "class-conditional", "text-to-image"]] = {
+    None: "unconditional",
+    "class": "class-conditional",
+    "text": "text-to-image",
+}
+
+
+@dataclass
+class Student:
+    """A network, its step tables (the first is the default) and where they came from."""
+
+    teacher: Teacher
+    network: nn.Module
+    tables: list[StepTable]
+    name: str
+    distillation: Distillation | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""  # why training ended before its budget did
+    scheduler: Any = None  # diffusers' own, of an imported pipeline that keeps it
+
+    @property
+    def estimator(self) -> str | None:
+        """How the gradient of the reward was estimated, of methods that have an estimator."""
+        return self.distillation.estimator if self.distillation else None
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """Of a network that still mixes two calls a step; a distilled student has none."""
+        return self.network.guidance if isinstance(self.network, Denoiser) else None
+
+    @property
+    def calls_per_step(self) -> int:
+        return calls_per_step(self.guidance)
+
+    @property
+    def inner(self) -> Any:
+        """The network itself, without the signature that the distiller wraps around it."""
+        return self.network.network if isinstance(self.network, Denoiser) else self.network
+
+    @property
+    def folder(self) -> str:
+        """Of the network in the student's folder."""
+        return self.teacher.network_folder or "unet"
+
+    def use_prompts(self, prompts: Prompts | None) -> None:
+        """Conditions become places among ``prompts``, a teacher's, instead of the student's own; None: no change."""
+        if prompts is not None and isinstance(self.network, Denoiser):
+            self.network.prompts = prompts
+
+    def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
+        table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
+        return StudentPolicy(self.network, table, self.teacher.schedule, exact=True)
+
+    def images(self, seed: int, count: int) -> NDArray[np.uint8]:
+        """(N, H, W, C) of the default table, before any export: image i has the noise (seed, i); conditions in turn."""
+        start = torch.from_numpy(noise([(seed, i) for i in range(count)], self.teacher.shape)[0])
+        with torch.no_grad():
+            latents = self.policy().sample(start, self.teacher.labels(np.arange(count)))
+            levels = ((self.teacher.images(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        found: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).numpy()
+        return found
+
+    def manifest(self, name: str) -> Manifest:
+        teacher, guidance = self.teacher, self.guidance
+        inner = self.inner
+        if guidance is not None and teacher.prompts is not None:
+            guidance = guidance.model_copy(update={"null_class": 0})  # a place among prompts that do not travel
+        package = type(inner).__module__.partition(".")[0]
+        class_path = f"diffusers.{type(inner).__name__}" if package == "diffusers" else saving.class_path(inner)
+        return Manifest(
+            name=name,
+            licence=teacher.licence,
+            task=TASKS[teacher.condition.kind if teacher.condition else None],
+            teacher=TeacherInfo(
+                id=teacher.name,
+                revision=teacher.revision,
+                hash=teacher.fingerprint or None,
+                num_inference_steps=teacher.num_inference_steps,
+                guidance_scale=teacher.guidance.scale if teacher.guidance else teacher.embedded_guidance or 1.0,
+            ),
+            distillation=self.distillation,
+            step_tables=[table.to_dict() for table in self.tables],
+            latents=teacher.latents,
+            condition=teacher.condition,
+            postprocess=teacher.postprocess,
+            network=Network(
+                class_path=class_path,
+                folder=self.folder,
+                guidance=guidance,
+                embedded_guidance=teacher.embedded_guidance,
+                pipeline=saving.pipeline_name(teacher, self._scheduler()),
+            ),
+            metrics=self.metrics,
+        )
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
+        """Write the student folder: diffusers' network and scheduler in safetensors, ``redif.json``, the card.
+
+        It appears whole or not at all. Graphs are added by ``redif_sdk.export.export``. The user's sections in the card
+        of a folder that is overwritten stay.
+
+        Raises:
+            InvalidRequest: the folder exists already and ``overwrite`` is off, or its card has malformed sections.
+            UnsupportedModel: the network is no diffusers model, so it cannot be saved as a diffusers folder.
+        """
+        folder = Path(folder)
+        inner = self.inner
+        if not hasattr(inner, "save_pretrained"):
+            raise UnsupportedModel(
+                f"{type(inner).__name__} has no save_pretrained; give the student as a diffusers model to save it"
+            )
+        old = read_card(folder) if overwrite else None
+        if old is not None and not is_generated(old):
+            old = None
+        user_sections(old or "")  # malformed ones are refused before anything is written
+        with atomic_folder(folder, overwrite=overwrite) as staging:
+            try:
+                self._write_models(staging, inner)
+            except SafetensorError as error:
+                raise RedifError(f"{folder} cannot be written: {error}; is the disk full?") from error
+            for config in (*staging.glob("*/config.json"), staging / "scheduler/scheduler_config.json"):
+                saving.forget_origin(config)
+            described = self.manifest(folder.name)
+            if self.scheduler is None:
+                saving.write_index(staging, described)
+                if described.network.pipeline is not None:
+                    saving.refuse_default_times(staging, described)
+            manifest = write_manifest(staging, described)
+            atomic_write(staging / CARD_NAME, render_over(manifest, old).encode())
+            return manifest
+
+    def _scheduler(self) -> Any:
+        return self.scheduler or saving.scheduler_of(self.teacher, self.tables[0])
+
+    def _write_models(self, staging: Path, inner: Any) -> None:
+        """diffusers' folder: the network and a scheduler, or the teacher's whole pipeline with these two in it."""
+        scheduler = self._scheduler()
+        if self.teacher.pipeline is not None:
+            saving.write_pipeline(self.teacher, staging, {self.folder: inner, "scheduler": scheduler})
+            return
+        inner.save_pretrained(staging / "unet", safe_serialization=True)
+        scheduler.save_pretrained(staging / "scheduler")

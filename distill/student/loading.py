@@ -1,0 +1,95 @@
+"""A student's folder back into torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.distill.student.base import Student
+from redif_sdk.distill.teachers import saving
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.errors import ManifestError, RedifError
+from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.sampling.table import StepTable
+
+
+def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
+    """A student folder back into torch, from a checked copy of its files: what was hashed is what is read.
+
+    Raises:
+        ManifestError, IntegrityError: the folder is no student, was altered, or holds no network that diffusers makes.
+    """
+    checked = StudentFolder(Path(folder))
+    manifest = checked.manifest
+    ours = _model_folders(manifest)
+    others = {entry.path.partition("/")[0] for entry in manifest.files} - ours
+    for part in ours - {"model_index.json"}:
+        for path in checked.files(part):
+            checked.read(path)
+    with TemporaryDirectory(prefix="redif-") as copy:
+        checked.copy_to(Path(copy), without=(*others, ""))
+        try:
+            source = _as_teacher(Path(copy), manifest)
+        except RedifError as error:
+            raise ManifestError(str(error).replace(copy, str(folder))) from error
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise ManifestError(f"{folder} holds no network that diffusers makes: {error!s:.300}") from error
+    inner = source.make_student()
+    if isinstance(inner, Denoiser):
+        null = {} if source.prompts is None else {"null_class": source.prompts.null}
+        guidance = manifest.network.guidance
+        inner.guidance = guidance and guidance.model_copy(update=null)
+    origin = manifest.teacher
+    described = replace(
+        source,
+        name=origin.id if origin else manifest.name,
+        fingerprint=(origin.hash if origin else None) or "",
+        num_inference_steps=origin.num_inference_steps if origin else source.num_inference_steps,
+        latents=manifest.latents,
+        condition=manifest.condition,
+        postprocess=manifest.postprocess,
+        licence=manifest.licence,
+    )
+    student = Student(
+        teacher=teacher or described,
+        network=inner.eval().requires_grad_(False),
+        tables=[StepTable.from_dict(table) for table in manifest.step_tables],
+        name=manifest.name,
+        distillation=manifest.distillation,
+        metrics=list(manifest.metrics),
+    )
+    student.use_prompts(teacher.prompts if teacher else None)
+    return student
+
+
+def _model_folders(manifest: Manifest) -> set[str]:
+    """The top-level names of what diffusers loads."""
+    folders = {manifest.network.folder, "scheduler"}
+    if manifest.network.pipeline is None:
+        return folders
+    folders.add("model_index.json")
+    if manifest.postprocess.decoder is not None:
+        folders.add(manifest.postprocess.decoder.folder)
+    if manifest.text is not None:
+        folders |= {encoder.folder for encoder in manifest.text.encoders}
+        folders |= {tokenizer.file.partition("/")[0] for tokenizer in manifest.text.tokenizers}
+    return folders
+
+
+def _as_teacher(folder: Path, manifest: Manifest) -> Teacher:
+    """The student's network and what is around it, as a teacher without guidance of its own."""
+    if manifest.network.pipeline is None:
+        return replace(Teacher.from_diffusers(folder), folder=None)
+    saving.restore_pipeline_name(folder, manifest.network.pipeline)
+    height, width, _ = manifest.image_shape
+    sized: dict[str, Any] = {}
+    if manifest.text is not None:
+        sized = {"prompts": manifest.text.examples, "height": height, "width": width}
+    source = Teacher.from_diffusers(folder, **sized)
+    if manifest.network.embedded_guidance is not None:
+        source = source.guided(manifest.network.embedded_guidance)
+    return replace(source, folder=None, guidance=None, sampler=None)

@@ -1,0 +1,125 @@
+"""A run on disk: its checkpoint, whole or not at all, and the lock that keeps a second run out of the folder.
+
+Every update draws from a generator that depends on (seed, update) alone, and a checkpoint holds everything else, so a
+run that was killed and resumed gives the same bits as one that was not (budget in updates, same threads).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.distill.compute import parallel as sharding
+from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.errors import InvalidRequest
+
+__all__ = ["CHECKPOINT", "identity", "read", "restore_weights", "run_lock", "save_state", "weights_of", "write"]
+
+CHECKPOINT, LOCK = "checkpoint.pt", "run.lock"
+#: What may differ between a run and the one that resumes it; a reward is compared by what it is called.
+FREE = {"checkpoint_seconds", "reward", "tracker", "device"}
+
+
+@contextmanager
+def run_lock(folder: Path | None) -> Iterator[None]:
+    """Hold ``folder`` for one run, on the first process; None: nothing is held. It is freed when the process ends.
+
+    A process that holds the folder already may take it again.
+
+    Raises:
+        InvalidRequest: another process holds it.
+    """
+    if folder is None or draws.rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InvalidRequest(
+            f"another run is writing to {folder}; wait until it ends, or choose another output"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """``torch.save``, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def identity(config: DistillConfig, teacher: Teacher) -> str:
+    """What a checkpoint must have in common with the run that resumes it."""
+    settings = config.model_dump(mode="json", fallback=str)
+    fixed = {name: value for name, value in settings.items() if name not in FREE}
+    more = {"reward": str(config.get("reward")), "teacher": teacher.identity, "processes": draws.world()}
+    return json.dumps(fixed | more)
+
+
+def weights_of(
+    network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
+) -> dict[str, Any]:
+    """The whole state of what is trained. Where it is sharded every process must call."""
+    if not sharded:
+        return {"network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+    return {
+        "network": sharding.weights(network),
+        "ema": sharding.weights(ema),
+        "optimizer": sharding.states(network, optimizer),
+    }
+
+
+def restore_weights(
+    state: dict[str, Any], network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
+) -> None:
+    """Take :func:`weights_of` back, in place."""
+    if not sharded:
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        return
+    sharding.restore(network, state["network"])
+    sharding.restore(ema, state["ema"])
+    sharding.restore_states(network, optimizer, state["optimizer"])
+
+
+def write(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the folder's checkpoint by ``state``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_state(state, folder / CHECKPOINT)
+
+
+def read(folder: Path | None, wanted: str, device: torch.device) -> dict[str, Any] | None:
+    """The folder's checkpoint, on ``device``; None: there is none.
+
+    Args:
+        wanted: the :func:`identity` of the run that resumes.
+
+    Raises:
+        InvalidRequest: it is of a run with other settings.
+    """
+    if folder is None or not (folder / CHECKPOINT).is_file():
+        return None
+    state: dict[str, Any] = torch.load(folder / CHECKPOINT, map_location=device, weights_only=True)
+    if state["config"] != wanted:
+        raise InvalidRequest(
+            f"the checkpoint in {folder} is of a run with other settings; "
+            "resume with the same ones, or remove the folder to start anew"
+        )
+    return state

@@ -1,12 +1,12 @@
-"""Every error that the project raises on purpose.
+"""The errors that the package raises on purpose.
 
 ::
 
     RedifError
     ├── ManifestError        redif.json is missing, malformed, or of an unknown version
     │   └── IntegrityError   a file is missing, altered, or not where it may be
-    ├── UnsupportedModel     a model, schedule or prediction type that we cannot run or train
-    ├── RuntimeUnavailable   the engine, device or precision that was asked for cannot be had
+    ├── UnsupportedModel     a model, schedule or prediction type that is not supported
+    ├── RuntimeUnavailable   the requested engine, device or precision is not available
     ├── ExportError          a graph could not be built
     ├── ParityError          a graph does not compute what its source computes
     ├── HubError             the Hub refused, or could not be reached; `kind` says which
@@ -14,7 +14,7 @@
     ├── NonFiniteOutput      generated images hold NaN or infinite values; also a RuntimeError
     └── InvalidRequest       an argument is wrong; also a ValueError
 
-A message says what is wrong with which thing, and what to do.
+A message says what is wrong with which value, and what to do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class RedifError(Exception):
-    """Base of every error that the project raises on purpose."""
+    """Base of every error that the package raises on purpose."""
 
 
 class ManifestError(RedifError):
@@ -49,11 +49,11 @@ class IntegrityError(ManifestError):
 
 
 class UnsupportedModel(RedifError):
-    """A model, noise schedule or prediction type that cannot be run or trained."""
+    """A model, noise schedule or prediction type that is not supported."""
 
 
 class RuntimeUnavailable(RedifError):
-    """The engine, device or precision that was asked for cannot be had. Nothing else is used instead."""
+    """The requested engine, device or precision is not available. No other is used instead."""
 
 
 class ExportError(RedifError):

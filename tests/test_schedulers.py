@@ -501,7 +501,7 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         StepTable.from_scheduler(
             {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, timesteps=[999, 1]
         )
-    with pytest.raises(InvalidRequest, match="no scheduler"):
+    with pytest.raises(InvalidRequest, match="not a scheduler"):
         StepTable.from_scheduler("scheduler_config.json", num_inference_steps=1)
     with pytest.raises(UnsupportedModel, match="HeunDiscreteScheduler"):
         StepTable.from_scheduler(HeunDiscreteScheduler(), num_inference_steps=2)

@@ -279,10 +279,10 @@ def test_other_wrong_requests_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"outside \[0, 1\]"):
         NoiseSchedule.from_alphas_cumprod([0.9, -0.1])
     table = StepTable.consistency(COSINE, [999, 10], prediction_type="sample")
-    with pytest.raises(InvalidRequest, match=r"row 0 .* give z"):
+    with pytest.raises(InvalidRequest, match=r"step 0 .* give z"):
         table.advance(0, 1.0, 1.0)
     for k in (2, -1):
-        with pytest.raises(InvalidRequest, match="rows 0 to 1"):
+        with pytest.raises(InvalidRequest, match="steps 0 to 1"):
             table.clean(k, 1.0, 1.0)
     for rows in (np.zeros((0, 6)), np.zeros((2, 5)), np.zeros(6), np.zeros((MAX_ROWS + 1, 6))):
         with pytest.raises(InvalidRequest, match="shape"):

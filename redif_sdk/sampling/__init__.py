@@ -1,1 +1,1 @@
-"""Step tables, the loop that runs them, and the noise they start from: numpy alone."""
+"""Step tables, the loop that runs them, and the noise that they start from. Needs numpy only."""

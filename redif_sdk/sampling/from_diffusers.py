@@ -1,8 +1,8 @@
-"""Reading diffusers' scheduler configurations as step tables, without diffusers.
+"""Reads diffusers' scheduler configurations as step tables, without diffusers.
 
-One reader per scheduler class, each following that class's own rule for times and next noise levels, so that the table
-is what the scheduler does. A sampler that is no step table (several network outputs in one update, clipping aside) is
-refused; samplers' equations belong to :mod:`redif_sdk.sampling.coefficients`.
+There is one reader for each scheduler class. It follows that class's rule for times and next noise levels, so that the
+table samples as the scheduler does. A sampler that uses several network outputs in one update is not a step table and
+is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CONSISTENCY_SIGMA_DATA = 0.5
 
 
 class _Wanted(NamedTuple):
-    """One scheduler to read: its class and configuration, and which steps are wanted (one of the two is given)."""
+    """A scheduler's class and configuration, and the wanted steps: their number or their times."""
 
     name: str
     config: Mapping[str, Any]
@@ -55,7 +55,7 @@ class _Wanted(NamedTuple):
         return str(kind)
 
     def refuse(self, *keys: str) -> None:
-        """UnsupportedModel where any of these options is switched on."""
+        """Raise UnsupportedModel if any of these options is switched on."""
         for key in keys:
             if self.config.get(key):
                 raise UnsupportedModel(
@@ -70,14 +70,9 @@ def read_scheduler(
     timesteps: Sequence[Any] | None = None,
     eta: float = 0.0,
 ) -> TableFields:
-    """The fields of a diffusers scheduler's step table.
+    """The fields of a diffusers scheduler's step table, with the scheduler's own times and next noise levels.
 
-    ``scheduler`` is an object of it, or its ``scheduler_config.json`` read into a dict.
-
-    Give either ``num_inference_steps``, for the scheduler's own times, or custom ``timesteps``: integers for the
-    discrete schedulers (each row steps to the next), sigma * num_train_timesteps *after* any shift for the flow
-    scheduler. Times and next levels follow the scheduler's own rule. ``eta`` in [0, 1] is the sampler's noise where
-    the scheduler leaves it open; a scheduler that prescribes its noise has that.
+    Supported:
 
     - DDIMScheduler; DDPMScheduler and PNDMScheduler in their DDIM reading (DDPM's fixed_small is ``eta=1``)
     - LCMScheduler, its boundary scaling included
@@ -86,8 +81,18 @@ def read_scheduler(
     - FlowMatchEulerDiscreteScheduler
     - EDMEulerScheduler, with Karras' noise levels
 
-    ``clip_sample`` and ``thresholding`` are not affine and are left out: a table describes the unclipped sampler.
-    Raises UnsupportedModel for any other scheduler or option, InvalidRequest for steps that it does not have.
+    ``clip_sample`` and ``thresholding`` are not affine and are ignored: a table describes the unclipped sampler.
+
+    Args:
+        scheduler: A scheduler object, or its ``scheduler_config.json`` read into a dict.
+        num_inference_steps: Steps at the scheduler's own times. Give either this or ``timesteps``.
+        timesteps: Custom times: falling integers for the discrete schedulers (each step ends at the next time),
+            sigma * num_train_timesteps *after* any shift for the flow scheduler.
+        eta: The sampler's noise in [0, 1], for schedulers that leave it open.
+
+    Raises:
+        UnsupportedModel: Another scheduler, or an unsupported option.
+        InvalidRequest: Times or a number of steps that the scheduler does not have.
     """
     name, config = _name_and_config(scheduler)
     reader = _READERS.get(name)
@@ -103,7 +108,7 @@ def _name_and_config(scheduler: Any) -> tuple[str, Mapping[str, Any]]:
         return str(scheduler.get("_class_name")), scheduler
     name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
-        raise InvalidRequest(f"a {name} is no scheduler; give a diffusers scheduler or its configuration as a dict")
+        raise InvalidRequest(f"{name} is not a scheduler; give a diffusers scheduler or its configuration as a dict")
     return name, config
 
 
@@ -125,7 +130,7 @@ def _read_ddim(wanted: _Wanted) -> TableFields:
 def _read_ddpm(wanted: _Wanted) -> TableFields:
     config = wanted.config
     schedule = NoiseSchedule.from_config(config)
-    # DDPM's previous time is the next row's, and after the last row comes the clean image
+    # DDPM's previous time is the next step's, and the last step ends at the clean image
     return samplers.ddim(
         schedule,
         timesteps=_grid(wanted, schedule, "leading").tolist() if wanted.timesteps is None else wanted.timesteps,
@@ -227,7 +232,7 @@ def _read_euler(wanted: _Wanted) -> TableFields:
         raise UnsupportedModel(f"{wanted.name} has interpolation_type={config['interpolation_type']!r}; use linear")
     schedule = _schedule_with_signal(config)
     # float32, as the scheduler has them: the times that it finds for Karras' levels hang on their last bits
-    with np.errstate(divide="ignore"):  # no signal is an infinite level, refused where a row visits it
+    with np.errstate(divide="ignore"):  # no signal is an infinite level, refused where a step visits it
         levels = to_float32(schedule.sigmas / schedule.alphas)
     times = _euler_times(wanted, schedule)
     sigmas = np.interp(times, np.arange(len(schedule)), levels)
@@ -304,7 +309,11 @@ def _read_flow(wanted: _Wanted) -> TableFields:
 
 
 def read_preconditioning(config: Mapping[str, Any]) -> Preconditioning:
-    """EDM's preconditioning of a diffusers scheduler's configuration; diffusers' defaults where it is silent."""
+    """EDM's preconditioning from a diffusers scheduler's configuration, with diffusers' defaults for missing keys.
+
+    Raises:
+        UnsupportedModel: Other noise levels than Karras' down to 0, or another prediction type.
+    """
     kind, name = config.get("prediction_type", "epsilon"), config.get("_class_name", "an EDM scheduler")
     if config.get("sigma_schedule", "karras") != "karras" or config.get("final_sigmas_type", "zero") != "zero":
         raise UnsupportedModel(f"{name} has other noise levels than Karras' down to 0; set sigma_schedule to karras")
@@ -334,7 +343,7 @@ def _grid(wanted: _Wanted, schedule: NoiseSchedule, default_spacing: str) -> NDA
 
 
 def _schedule_with_signal(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The configuration's schedule, with the trace of signal at the end that samplers who divide by alpha put there."""
+    """The configuration's schedule; where it ends without signal, with the small one that diffusers puts there."""
     schedule = NoiseSchedule.from_config(config)
     if not config.get("rescale_betas_zero_snr"):
         return schedule

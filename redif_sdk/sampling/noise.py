@@ -1,8 +1,7 @@
 """The one definition of noise: (seed, image index, slot) -> standard normal numbers, the same bits everywhere.
 
-Counter-based, so that an image's noise depends on nothing but its own seed and index, and made of exactly rounded
-operations only, so that every language with IEEE 754 doubles and 32-bit integers reproduces it. Nothing else in the
-project draws noise for images; nothing here holds state.
+It is counter-based, so that an image's noise depends only on its seed and index, and consists of exactly rounded
+operations, so that every language with IEEE 754 doubles and 32-bit integers reproduces it. Nothing here holds state.
 
 **The definition.** For the numbers of (seed, index, slot), block b = 0, 1, ... gives four of them:
 
@@ -64,8 +63,16 @@ def philox4x32(counter: Words, key: Words) -> Words:
 def normals(seed: int, index: int, slot: int, count: int) -> NDArray[np.float32]:
     """The first ``count`` standard normal numbers of (seed, image index, slot), float32 (count,).
 
-    ``seed`` and ``index`` are in [0, 2^64), ``slot`` in [0, 2^32). A longer draw starts with the shorter one's numbers.
-    Raises InvalidRequest for numbers out of range.
+    A longer draw starts with the numbers of a shorter one.
+
+    Args:
+        seed: In [0, 2^64).
+        index: In [0, 2^64).
+        slot: In [0, 2^32).
+        count: How many numbers.
+
+    Raises:
+        InvalidRequest: A number out of range.
     """
     _within("count", count, 1 << 34)
     slots = np.array([_within("slot", slot, 1 << 32)], dtype=np.uint32)
@@ -77,9 +84,16 @@ def noise(
 ) -> NDArray[np.float32]:
     """The noise of a batch, float32 (slices, B, C, H, W).
 
-    Image b of the batch has (seed, index) = ``seeds[b]``, and slice n holds the numbers of slot ``first_slot + n``, in
-    C order of ``shape`` = (C, H, W): what an image gets does not depend on the others, nor on the number of slices.
-    Raises InvalidRequest for no seeds, a seed out of [0, 2^64), slots out of [0, 2^32), or an empty shape.
+    An image's noise depends neither on the other images nor on the number of slices.
+
+    Args:
+        seeds: (seed, image index) of each image, both in [0, 2^64).
+        shape: (C, H, W), in whose C order the numbers are.
+        slices: Slices to draw.
+        first_slot: Slice n holds the numbers of slot ``first_slot + n``; slots are in [0, 2^32).
+
+    Raises:
+        InvalidRequest: No seeds, an empty shape, or a number out of range.
     """
     if len(seeds) == 0:
         raise InvalidRequest("no seeds were given; give one (seed, index) per image")

@@ -1,8 +1,7 @@
-"""Noise levels and times: what a table is built from, before there is a table.
+"""Noise levels and times, from which step tables are built.
 
 The discrete noise schedules of diffusion models (:class:`NoiseSchedule`), the grids of times that samplers visit, and
-Karras' noise levels. Update coefficients live in :mod:`redif_sdk.sampling.table`, and reading a whole scheduler
-configuration in :mod:`redif_sdk.sampling.from_diffusers`.
+Karras' noise levels.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ _GENERAL_BETA_DEFAULTS = (0.0001, 0.02, "linear")
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """EDM's (Karras et al. 2022, table 1): the noise levels, and what the raw network is to the clean image.
+    """EDM's noise levels and preconditioning (Karras et al. 2022, table 1).
 
-    ``v_prediction``: diffusers' schedulers have c_out with the other sign.
+    ``v_prediction``: c_out has the other sign, as in diffusers' schedulers.
     """
 
     sigma_min: float = 0.002
@@ -208,12 +207,12 @@ def falling_sigmas(sigmas: Sequence[float] | Floats) -> Floats:
     if levels.ndim != 1 or levels.size == 0 or not np.all(levels > 0.0) or not np.all(np.isfinite(levels)):
         raise InvalidRequest("sigmas must be a list of positive, finite noise levels, without the final 0")
     if np.any(np.diff(levels) >= 0.0):
-        raise InvalidRequest(f"sigmas are {levels.tolist()!r:.200}; they must fall from row to row")
+        raise InvalidRequest(f"sigmas are {levels.tolist()!r:.200}; they must fall from step to step")
     return levels
 
 
 def times_like(timesteps: Sequence[float] | Floats, levels: Floats) -> Floats:
-    """What the network is fed as time, float64 (K,), one value for each of ``levels``."""
+    """The times that the network is fed, float64 (K,); InvalidRequest unless there is one for each of ``levels``."""
     times = np.array(timesteps, dtype=np.float64)
     if times.shape != levels.shape:
         raise InvalidRequest(f"there are {levels.size} sigmas and {times.size} timesteps; give one time per sigma")

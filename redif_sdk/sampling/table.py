@@ -52,8 +52,11 @@ class StepTable:
     starts as ``init_scale`` times standard normal noise. t is exactly what the network is fed.
 
     ``rows`` is a read-only float32 array (K, 6); ``init_scale`` is rounded to float32 too, so that every reader of the
-    table computes the same. Tables are equal when all four fields are. Raises InvalidRequest for a wrong shape, values
-    that are not finite, no row or more than ``MAX_ROWS``, and an unknown prediction type.
+    table computes the same. Tables are equal when all four fields are.
+
+    Raises:
+        InvalidRequest: A wrong shape, values that are not finite, no row or more than ``MAX_ROWS``, or an unknown
+            prediction type.
     """
 
     rows: NDArray[np.float32]
@@ -98,17 +101,17 @@ class StepTable:
 
     @property
     def timesteps(self) -> NDArray[np.float32]:
-        """What the network is fed as time, float32 (K,)."""
+        """The times that the network is fed, float32 (K,)."""
         return self.rows[:, 0]
 
     @cached_property
     def scale(self) -> NDArray[np.float32]:
-        """`init_scale` as graphs take it, float32 ()."""
+        """`init_scale` as an array, float32 ()."""
         return np.asarray(self.init_scale, dtype=np.float32)
 
     @cached_property
     def stochastic(self) -> bool:
-        """Whether any row adds noise."""
+        """Whether any step adds noise."""
         return bool(np.any(self.rows[:, 5] != 0.0))
 
     @cached_property
@@ -121,29 +124,29 @@ class StepTable:
         return noise * self.init_scale
 
     def clean(self, k: int, x: Any, f: Any) -> Any:
-        """Row k's clean-image estimate x0 = p x + q f, of numpy arrays or torch tensors of one shape."""
+        """Step k's clean-image estimate x0 = p x + q f, of numpy arrays or torch tensors of one shape."""
         _, p, q, _, _, _ = self._row(k)
         return p * x + q * f
 
     def advance(self, k: int, x: Any, x0: Any, z: Any = None) -> Any:
-        """Row k's next state x' = r x0 + s x + c z. Raises InvalidRequest where c != 0 and there is no z."""
+        """Step k's next state x' = r x0 + s x + c z. Raises InvalidRequest if c is not 0 and ``z`` is None."""
         _, _, _, r, s, c = self._row(k)
         mean = r * x0 + s * x
         if c == 0.0:
             return mean
         if z is None:
-            raise InvalidRequest(f"row {k} of the {self.sampler} table adds noise (c = {c:g}); give z")
+            raise InvalidRequest(f"step {k} of the {self.sampler} table adds noise (c = {c:g}); give z")
         return mean + c * z
 
     def with_gain(self, gain: float) -> StepTable:
-        """The table whose output is ``gain`` times this one's: its last row's r, s and c are scaled."""
+        """The table whose output is ``gain`` times this one's: the last step's r, s and c are scaled."""
         rows = self.rows.copy()
         rows[-1, 3:] *= gain
         return StepTable(rows, self.prediction_type, self.sampler, self.init_scale)
 
     def _row(self, k: int) -> list[float]:
         if not 0 <= k < self.num_inference_steps:
-            raise InvalidRequest(f"the table has rows 0 to {self.num_inference_steps - 1}, not {k}")
+            raise InvalidRequest(f"the table has steps 0 to {self.num_inference_steps - 1}, not {k}")
         return [float(value) for value in self.rows[k]]
 
     # ------------------------------------------------------------------ builders
@@ -167,9 +170,26 @@ class StepTable:
     ) -> StepTable:
         """The table that goes from each (alpha, sigma) to (alpha', sigma') with sampler noise c.
 
-        All arrays have shape (K,) or are scalars; ``noise`` is c, in [0, sigma']. ``c_skip``, ``c_out`` and ``c_in``
-        are EDM's preconditioning, for the prediction type edm only. Built in float64 by
-        :func:`redif_sdk.sampling.coefficients.update_rows`, which states equations and errors; stored in float32.
+        Computed in float64 by :func:`redif_sdk.sampling.coefficients.update_rows`, stored in float32. All arrays have
+        shape (K,) or are scalars.
+
+        Args:
+            t: The times that the network is fed.
+            alphas: The signal levels at which the steps start.
+            sigmas: The noise levels at which they start.
+            next_alphas: The signal levels at which they end.
+            next_sigmas: The noise levels at which they end.
+            noise: c, in [0, sigma'].
+            prediction_type: One of ``PREDICTION_TYPES``.
+            init_scale: The start is this times standard normal noise.
+            sampler: A name.
+            c_skip: EDM's preconditioning, like ``c_out`` and ``c_in``; for the prediction type edm only.
+            c_out: See ``c_skip``.
+            c_in: See ``c_skip``.
+
+        Raises:
+            InvalidRequest: Levels that contradict each other or the prediction type.
+            UnsupportedModel: The clean image does not follow from the network's output at a level.
         """
         fields = samplers.table_fields(
             t=t,
@@ -203,8 +223,8 @@ class StepTable:
         """DDIM on a discrete schedule, on diffusers' grid or at custom (learnt) times.
 
         With ``num_inference_steps`` = K: DDIMScheduler's K times (``spacing``, ``steps_offset``) and its own rule for
-        the previous step, t - T // K, which is not always the next row's time. With ``timesteps`` (falling integers):
-        each row steps to the next row. Either way what comes after time 0 is (alpha', sigma') = (1, 0), or the
+        the previous step, t - T // K, which is not always the next step's time. With ``timesteps`` (falling integers):
+        each step ends at the next time. Time 0 is followed by (alpha', sigma') = (1, 0), or the
         schedule's first level with ``set_alpha_to_one=False``. ``eta`` 0 is deterministic, 1 is DDPM's noise.
         """
         fields = samplers.ddim(
@@ -221,7 +241,7 @@ class StepTable:
 
     @classmethod
     def consistency(cls, schedule: NoiseSchedule, timesteps: Sequence[int], *, prediction_type: str) -> StepTable:
-        """Consistency multistep sampling: every row but the last forgets the state and adds fresh noise, c = sigma'."""
+        """Consistency multistep sampling: all steps but the last forget the state and add fresh noise, c = sigma'."""
         return cls(*samplers.consistency(schedule, timesteps, prediction_type=prediction_type))
 
     @classmethod
@@ -259,9 +279,9 @@ class StepTable:
         """Euler's method on variance-exploding noise levels, for networks that take x / sqrt(sigma^2 + 1).
 
         ``sigmas`` (K, falling, without the final one) are the noise levels and ``timesteps`` (K,) what the network is
-        fed. The row's alpha is c_in = 1 / sqrt(sigma^2 + 1) and its sigma c_in * sigma. The last row ends at
+        fed. A row's alpha is c_in = 1 / sqrt(sigma^2 + 1) and its sigma c_in * sigma. The last step ends at
         ``final_sigma`` in unscaled coordinates. ``eta`` 1 is the ancestral sampler. ``init_scale`` defaults to the
-        first row's sigma, i.e. a start of sigma_max * noise.
+        first sigma, i.e. a start of sigma_max * noise.
         """
         fields = samplers.euler(
             sigmas,
@@ -286,7 +306,7 @@ class StepTable:
         """Euler's method for EDM's raw network F with its preconditioning (Table 1 of EDM); t = ln(sigma) / 4.
 
         ``sigmas`` (K, falling, without the final 0), e.g. :func:`karras_sigmas`. ``eta`` 1 is the ancestral sampler.
-        ``v_prediction``: F has the other sign. ``init_scale`` defaults to the first row's sigma, i.e. a start of
+        ``v_prediction``: F has the other sign. ``init_scale`` defaults to the first sigma, i.e. a start of
         sigma_max * noise.
         """
         fields = samplers.edm(sigmas, sigma_data=sigma_data, eta=eta, v_prediction=v_prediction, init_scale=init_scale)
@@ -308,8 +328,11 @@ class StepTable:
     ) -> StepTable:
         """The table of a diffusers scheduler object, or of a ``scheduler_config.json`` read into a dict.
 
-        :func:`redif_sdk.sampling.from_diffusers.read_scheduler` says which schedulers, with which options.
-        Raises UnsupportedModel for a scheduler that is no table.
+        :func:`redif_sdk.sampling.from_diffusers.read_scheduler` describes the arguments and lists the schedulers.
+
+        Raises:
+            UnsupportedModel: The scheduler is not a step table, or has an unsupported option.
+            InvalidRequest: Times or a number of steps that the scheduler does not have.
         """
         fields = read_scheduler(scheduler, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta)
         return cls(*fields)
@@ -317,7 +340,7 @@ class StepTable:
     # ------------------------------------------------------------------ serialisation
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; floats are exact, so :meth:`from_dict` gives back the same bits."""
+        """The table as JSON-safe values. Floats are exact: :meth:`from_dict` restores the same bits."""
         return {
             "sampler": self.sampler,
             "prediction_type": self.prediction_type,
@@ -328,7 +351,7 @@ class StepTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepTable:
-        """The table that :meth:`to_dict` described. Raises ManifestError for anything else."""
+        """The table of :meth:`to_dict`'s result. Raises ManifestError for anything else."""
         if not isinstance(data, Mapping) or set(data) != set(_KEYS):
             found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise ManifestError(f"a step table has the fields {found!s:.200}; it must have exactly {sorted(_KEYS)}")

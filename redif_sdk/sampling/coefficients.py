@@ -95,7 +95,7 @@ def _clean_coefficients(
         if np.any(alpha == 0.0):
             raise UnsupportedModel(
                 f"the schedule has no signal at a visited time (alpha = 0), so a network of prediction type "
-                f"{prediction_type} does not determine the clean image there; use v_prediction or sample, or start earlier"
+                f"{prediction_type} does not give the clean image there; use v_prediction or sample, or start earlier"
             )
         if not np.all(alpha > 0.0):
             raise InvalidRequest("a step has alpha < 0 or NaN; give its signal level, in (0, 1]")

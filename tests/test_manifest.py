@@ -272,18 +272,24 @@ def test_versions(folder: Path) -> None:
         StudentFolder(folder)
 
 
-def test_a_copy_of_an_older_format_is_the_same_file(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])
+def test_a_copy_of_an_older_format_is_the_same_file(folder: Path, tmp_path: Path, version: str) -> None:
     """Written anew it would have today's fields, and would not match its own digest."""
 
     def older(document: dict[str, Any]) -> None:
-        document["format_version"] = "1.0"
-        del document["latents"]["multiple"]
+        document["format_version"] = version
+        document["distillation"] = {"method": "redif", "rewards": ["pixel"], "seed": 0, "budget": {}, "versions": {}}
+        if version == "1.0":
+            del document["latents"]["multiple"]
 
     rewrite(folder, older)
     (tmp_path / "copy").mkdir()
     StudentFolder(folder).copy_to(tmp_path / "copy")
     assert (tmp_path / "copy/redif.json").read_bytes() == (folder / "redif.json").read_bytes()
-    assert StudentFolder(tmp_path / "copy").manifest.format_version == "1.0"
+    copied = StudentFolder(tmp_path / "copy").manifest
+    assert copied.format_version == version
+    assert copied.distillation is not None
+    assert (copied.distillation.estimator, copied.distillation.configuration) == (None, {})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student, pool
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import applicable
-from redif_sdk.distill.student import pool_size, training_folder
+from redif_sdk.distill.student import pool_size, recorded, training_folder
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
 
@@ -93,12 +93,33 @@ def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Pat
     StudentFolder(tmp_path / "student").check_all()
     assert manifest.distillation is not None
     assert manifest.distillation.budget.updates == 3
+    assert manifest.distillation.estimator == config().get("estimator") == "same-state"
+    recorded = manifest.distillation.configuration
+    wanted = config().settings()
+    assert {name: recorded[name] for name in wanted if name != "reward"} == {
+        k: wanted[k] for k in wanted if k != "reward"
+    }
+    assert recorded["reward"] == manifest.distillation.rewards
+    assert "All settings of the run" in (tmp_path / "student/README.md").read_text()
     again = load_student(tmp_path / "student")
     noise, labels = pool.pool_noise((4, 8, 8), 5, "held_out"), torch.tensor([0, 1, 2, 0, 1])
     with torch.no_grad():
         assert torch.equal(again.policy().sample(noise, labels), student.policy().sample(noise, labels))
     with pytest.raises(InvalidRequest, match="there already"):
         student.save_pretrained(tmp_path / "student")
+
+
+def test_settings_are_recorded_as_json_without_secrets() -> None:
+    """A callable is its name, an endpoint's address has no password, and infinity is a word."""
+
+    def brighter(images: torch.Tensor, **_: object) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+    given = config(reward={brighter: 2.0, "https://me:secret@judge.example/score": 1.0}, seconds=float("inf"))
+    text = json.dumps(recorded(given), allow_nan=False)
+    assert json.loads(text)["reward"] == {"brighter": 2.0, "https://judge.example/score": 1.0}
+    assert json.loads(text)["seconds"] == "inf"
+    assert "secret" not in text
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2.4

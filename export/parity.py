@@ -66,7 +66,7 @@ Row = dict[str, Any]
 
 def check_noise(record: GoldenRecord) -> Row:
     """The noise, drawn again, must be identical."""
-    start = record.noise()[0] * np.float32(record.table.init_scale)
+    start = record.table.start(record.noise()[0])
     return _row("noise", "numpy", record, start, record.x[0], EXACT)
 
 

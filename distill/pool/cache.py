@@ -44,7 +44,7 @@ def with_states(teacher: Teacher, pairs: Pairs, times: Sequence[float], *, cache
     kept = teacher.grid() if path_fits(teacher, len(pairs)) else list(times)
     places = [kept.index(float(t)) for t in times]
     with draws.main_process_first():
-        folder = cache or cache_folder()
+        folder = cache_folder(cache)
         states = [_states(teacher, piece, kept, places, folder) for piece in in_parts(pairs, CHUNK)]
     return replace(pairs, states=torch.cat(states).float().to(pairs.noise.device))
 
@@ -132,7 +132,7 @@ def is_there(teacher: Teacher, count: int, split: str, *, seed: int = 0, cache: 
     """Whether :func:`get` would find these pairs without sampling the teacher."""
     if seed == 0 and shipped(teacher, count, split) is not None:
         return True
-    pieces = _pieces(teacher, count, split, seed, cache or cache_folder())
+    pieces = _pieces(teacher, count, split, seed, cache_folder(cache))
     return bool(teacher.identity) and all(path.is_file() for _, _, path in pieces)
 
 
@@ -159,7 +159,7 @@ def get(
     """
     if count < 1:
         raise InvalidRequest(f"the pool needs at least one pair, not {count}")
-    folder = cache or cache_folder()
+    folder = cache_folder(cache)
     calls = count * teacher.num_inference_steps * teacher.calls_per_step
     grid = teacher.grid() if path and path_fits(teacher, count) else []
     with draws.main_process_first():

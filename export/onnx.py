@@ -103,6 +103,7 @@ class GraphDenoiser(torch.nn.Module):
         )
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        """f, float32 (B, C, H, W); `conditions` in the order of their names."""
         _check_batch(sample, timestep, *conditions)
         given = dict(zip(self.conditions, conditions, strict=False))
         asked = self._call(sample, timestep, given)

@@ -178,6 +178,7 @@ class Emulated:
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        """As `Runtime.load`."""
         try:
             import onnx
             import onnxruntime
@@ -200,6 +201,7 @@ class Emulated:
         return cls(session, info)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """As `Runtime.run`."""
         names = [output.name for output in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 

@@ -63,6 +63,7 @@ class Denoiser(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """f (B, C, H, W), guided if there is guidance."""
         return guided(self._call, self.guidance, x, t, condition)
 
     def _call(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:

@@ -269,6 +269,7 @@ class LatentDecoder(nn.Module):
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, H, W); returns (B, C', H scale, W scale)."""
         autoencoder: Any = self.autoencoder
         out: Tensor = autoencoder.decode(latents / self.scaling_factor + self.shift_factor, return_dict=False)[0]
         return out

@@ -63,6 +63,7 @@ class FakeRuntime:
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        """As `Runtime.load`."""
         if parse_device(options.device)[0] not in ("auto", "cpu"):
             raise RuntimeUnavailable(f'runtime fake has no device {options.device}, and no GPU; use device="cpu"')
         student.read_bytes(graph.file)
@@ -72,6 +73,7 @@ class FakeRuntime:
         return cls(student.manifest, info)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """As `Runtime.run`."""
         manifest = self._manifest
         if self.info.component == "text_encoder":
             assert manifest.text is not None

@@ -231,6 +231,7 @@ class OnnxRuntime:
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        """As `Runtime.load`."""
         if options.engine_dir is not None:
             raise InvalidRequest("engine_dir is not supported by runtime onnxruntime; use cache_dir")
         place = _place(options, f"redif-{student.sha256(graph.file)[:16]}-levels", graph.precision)
@@ -271,6 +272,7 @@ class OnnxRuntime:
         return session
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """As `Runtime.run`."""
         try:
             if self._workers is None:
                 return self._whole(inputs)

@@ -142,6 +142,7 @@ class OpenVino:
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        """As `Runtime.load`."""
         if options.provider is not None or options.engine_dir is not None:
             raise InvalidRequest("provider and engine_dir are not supported by runtime openvino; leave them out")
         device, ours = _device(options)
@@ -170,6 +171,7 @@ class OpenVino:
         return cls(model, device, info, graph, options)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """As `Runtime.run`."""
         try:
             if self._workers is None:
                 return self._call(inputs, {})

@@ -1,6 +1,6 @@
 """Which check goes with which of a student's files: safetensors, npz, JSON, configurations, tokenizers.
 
-A file whose hash is right may still be hostile, since whoever wrote it wrote the hash too. All checks take bytes of any
+A file whose hash is right may still be hostile, since its author also wrote the hash. All checks take bytes of any
 content, use memory in proportion to them, and raise IntegrityError or ManifestError. ONNX graphs are checked in
 `onnx.py`, together with what the manifest says of them.
 """

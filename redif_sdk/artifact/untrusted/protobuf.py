@@ -69,6 +69,7 @@ class WireError(RefusalError):
 
 
 def quote(name: str) -> str:
+    """A name for a message: quoted, escaped and cut."""
     return repr(name[:100])
 
 
@@ -225,6 +226,8 @@ class Tensor(NamedTuple):
 
 
 class Attribute(NamedTuple):
+    """A node's attribute: its kind, its numbers, and the bytes of its tensor or graph."""
+
     name: str
     kind: str
     numbers: list[float]
@@ -395,6 +398,7 @@ class Reader:
         return Value(name, kind, shape)
 
     def dims(self, start: int, stop: int) -> list[int | str | None]:
+        """A declared shape: numbers, names, and None for an axis that has neither."""
         shape: list[int | str | None] = []
         for _, value, end in fields(self.data, start, stop, _SHAPE):
             said: list[int | str | None] = [

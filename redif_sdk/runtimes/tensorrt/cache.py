@@ -114,6 +114,7 @@ class EngineRecord(_Part):
 
     @property
     def file(self) -> str:
+        """The engine's file name."""
         return f"{self.key.name}.engine"
 
 

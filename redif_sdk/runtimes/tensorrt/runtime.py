@@ -195,6 +195,7 @@ class _Slot:
             _need(context.set_tensor_address(name, buffer.device), f"bind {name}")
 
     def run(self, inputs: Arrays) -> Arrays:
+        """As `Runtime.run`."""
         for name, value in inputs.items():
             buffer = self._buffers[name]
             buffer.host[: value.nbytes] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
@@ -283,6 +284,7 @@ class TensorRT:
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
+        """As `Runtime.load`."""
         gpu = _gpu(cls.flavour, options)
         trt = library(cls.flavour)
         record, data = _engine_file(student, graph, cls.flavour, trt.__version__, gpu, options)
@@ -312,6 +314,7 @@ class TensorRT:
             return loaded
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """As `Runtime.run`."""
         self._limits.check(inputs)
         pieces = self._batches.cut(inputs, self._limits.cut(self._batches.size(inputs)))
         self._cuda.use()

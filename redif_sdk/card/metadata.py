@@ -1,6 +1,6 @@
-"""The front matter of a card: what the Hub reads of it. Licence, task, base model, tags, and measured results.
+"""The front matter of a card, which the Hub reads: licence, task, base model, tags, and measured results.
 
-The Hub's own classes write the YAML; every string that comes from the manifest is reduced to harmless characters first.
+huggingface_hub's classes make it; every string of the manifest is reduced to harmless characters first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PIPELINE_TAGS = {
 #: Methods of quality rows that are not a trained student.
 BASELINES = frozenset({"teacher", "ddim", "dpm-solver++"})
 
-MOST_ROWS = 100  # of a student's own that are told to the Hub
+MOST_ROWS = 100  # of a student's own in the front matter
 
 #: The judge's feature networks by the name that rows give them.
 FEATURES = {"efficientnet-lite0-32px": "EfficientNet-Lite0"}
@@ -71,7 +71,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]
 
 
 def hub_licence(licence: str) -> dict[str, str]:
-    """The front matter's keys for a licence: `license`, and for one that the Hub has no id for its name and address."""
+    """Return the front matter entries of a licence: `license`, and the name and address of one without an id."""
     wanted = "-".join(licence.lower().replace("_", " ").replace(",", " ").split())
     wanted = re.sub(r"-(only|or-later)$|\+$(?<!\+\+)", "", wanted)
     known = _ALIASES.get(wanted, wanted)
@@ -87,17 +87,17 @@ def hub_licence(licence: str) -> dict[str, str]:
 
 
 def licence_url(licence: str) -> str | None:
-    """The licence, if it is nothing but a web address."""
+    """Return the licence if it is a web address, else None."""
     return licence.strip() if _URL.fullmatch(licence.strip()) else None
 
 
 def is_hub_teacher(identifier: str) -> bool:
-    """Whether a teacher's id is one of the Hub's: org/name."""
+    """Whether a teacher's id is a Hub id: org/name."""
     return _HUB_ID.fullmatch(identifier) is not None and "--" not in identifier and ".." not in identifier
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:
-    """A finite number of a row; None for anything else."""
+    """Return a finite number of a row, or None for anything else."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -108,7 +108,7 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def own_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """The quality rows of the student itself, one a number of steps."""
+    """Return the quality rows of the student itself, one per number of steps."""
     method = manifest.distillation.method if manifest.distillation else "ddim"
     found: dict[int, dict[str, Any]] = {}
     for row in manifest.metrics:
@@ -129,7 +129,7 @@ def front_matter(
     tags: Sequence[str],
     keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The YAML between a card's ``---`` lines, without them."""
+    """Return the YAML between a card's ``---`` lines, without them."""
     import yaml
     from huggingface_hub import ModelCardData
 

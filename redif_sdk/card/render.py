@@ -156,23 +156,23 @@ def render_over(manifest: Manifest, old: str | None, *, repo_id: str | None = No
 
 
 def read_card(folder: str | Path) -> str | None:
-    """The card of a student's folder, if there is one. InvalidRequest unless it is text of at most 1 MiB."""
+    """Return the card of a student's folder, or None; raise InvalidRequest unless it is UTF-8 text."""
     folder = Path(folder)
     if not (folder / CARD_NAME).exists():
         return None
     try:
         return read_checked(folder, CARD_NAME, limit=CARD_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{folder / CARD_NAME} is not UTF-8 text; put it right, or remove it") from error
+        raise InvalidRequest(f"{folder / CARD_NAME} is not UTF-8 text; correct it, or remove it") from error
 
 
 def render_folder(folder: Path, manifest: Manifest, *, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:
-    """The card that the student in `folder` should have: over the one that it has, for where it came from."""
+    """Return the card that replaces the one in `folder`, for the repository that the folder was pulled from, if any."""
     return render_over(manifest, read_card(folder), repo_id=repo_id or origin(folder), tags=tags)
 
 
 def origin(folder: Path) -> str | None:
-    """The repository that a pulled student's folder notes to be a copy of, if there is such a note."""
+    """Return the repository that a folder was pulled from, if it notes one."""
     if not (folder / ORIGIN).is_file():
         return None
     noted = strict_json.parse(read_checked(folder, ORIGIN, limit=1 << 16), ORIGIN).get("repo_id")
@@ -180,7 +180,7 @@ def origin(folder: Path) -> str | None:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raise InvalidRequest where `name` is a link: the Hub's cache must not be written into."""
+    """Raise InvalidRequest if `name` is a link: the Hub's cache must not be written to."""
     if (folder / name).is_symlink():
         raise InvalidRequest(
             f"{folder / name} is a link, as in the Hub's cache; copy the student (save_pretrained) and change the copy"
@@ -188,9 +188,11 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 def write_card(folder: str | Path, *, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:
-    """Make ``README.md`` of a student's folder anew, with its user's sections and tags; returns it.
+    """Make ``README.md`` of a student's folder anew, with its user's sections and tags; return it.
 
-    Raises ManifestError for what is no student, InvalidRequest for malformed sections; then nothing is written.
+    Raises:
+        ManifestError: the folder is not a student.
+        InvalidRequest: the card has malformed sections. Nothing is written.
     """
     student = StudentFolder(folder)
     check_writable(student.path, CARD_NAME)

@@ -1,8 +1,7 @@
-"""Students on the Hugging Face Hub: `Remote` and `pull` get them, `push` puts them there, `push_space` shows one.
+"""Students on the Hugging Face Hub: `Remote` and `pull` download them, `push` uploads one, `push_space` makes a demo.
 
-`target.py` is a repository that is sent to; `client.py` holds what all share: names, the client, and what its errors
-mean. huggingface_hub is imported when it is first needed. What a student's files mean is `manifest.py`'s business, and
-whether they are harmless `folder.py`'s.
+`target.py` is the repository of an upload; `client.py` holds what all share: names, the client, and its errors.
+huggingface_hub is imported at first use, which keeps the import of redif-sdk fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What pulling and pushing share: names of repositories, the Hub's client, its files, and the meaning of its errors."""
+"""What pull and push share: repository names, the Hub's client, file listings, and its errors as HubError."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def is_hub_id(source: str) -> bool:
 
 
 def check_id(repo_id: str) -> str:
-    """Return `repo_id` if the Hub takes it for a name. Raises InvalidRequest."""
+    """Return `repo_id` if the Hub accepts it as a name, else raise InvalidRequest."""
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise InvalidRequest(f"{repo_id!r:.200} is no name of a repository on the Hub: {_line(error)}") from error
+        raise InvalidRequest(f"{repo_id!r:.200} is not a repository name on the Hub: {_line(error)}") from error
     if not is_hub_id(repo_id) or len(repo_id) > _LONGEST_ID:
-        raise InvalidRequest(f"{repo_id!r:.200} is no name of a repository on the Hub; give it as org/name")
+        raise InvalidRequest(f"{repo_id!r:.200} is not a repository name on the Hub; give it as org/name")
     return repo_id
 
 
@@ -66,7 +66,7 @@ def check_local(folder: str | Path, **options: object) -> None:
 
 
 def client(token: str | bool | None = None) -> Any:
-    """The Hub's client, which names this library and nothing of the machine (no telemetry: see `redif_sdk`)."""
+    """Return the Hub's client. It sends the name of this library and nothing about the machine (no telemetry)."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token, library_name="redif-sdk", library_version=redif_sdk.__version__)
@@ -92,7 +92,7 @@ class RemoteFile:
 def remote_files(
     api: Any, repo_id: str, revision: str | None, kind: str = "model"
 ) -> tuple[Any, dict[str, RemoteFile]]:
-    """(what the Hub says of `repo_id` at `revision`, its files by path); `kind`: "model" or "space".
+    """Return the Hub's description of `repo_id` at `revision`, and its files by path. `kind` is "model" or "space".
 
     Raises the client's own errors.
     """
@@ -106,7 +106,7 @@ def remote_files(
 
 
 def place(repo_id: str, revision: str | None) -> str:
-    """A repository, or one revision of it, as messages name it."""
+    """Return the name of a repository, or of one revision of it, for messages."""
     return f"{repo_id} at {revision}" if revision else repo_id
 
 
@@ -114,7 +114,7 @@ def place(repo_id: str, revision: str | None) -> str:
 def translated(
     repo_id: str, revision: str | None = None, *, doing: str, token: str | bool | None = None
 ) -> Iterator[None]:
-    """Turn what the Hub's client raises inside into HubError, in one line that says what to do."""
+    """Turn the errors of the Hub's client into HubError, with a message of one line that says what to do."""
     errors = _errors()
     try:
         yield
@@ -176,7 +176,7 @@ def _meaning(
 
 
 def not_cached(failed: str) -> HubError:
-    """What to raise where nothing may be downloaded and the cache does not have it."""
+    """Return the error for a file that is not cached while downloads are switched off."""
     return HubError(
         f"{failed}: it is not in the cache, and downloads are switched off (HF_HUB_OFFLINE, local_files_only)",
         kind="offline",
@@ -184,7 +184,7 @@ def not_cached(failed: str) -> HubError:
 
 
 def _refusal(error: Any, failed: str) -> HubError:
-    """Of an answer with a status that stands for no more special error."""
+    """Return the error for an answer whose status has no class of its own in the client."""
     status = error.response.status_code
     said = _line(error.server_message or error)
     if status == 429:
@@ -193,7 +193,7 @@ def _refusal(error: Any, failed: str) -> HubError:
         when = f"try again in {seconds:.0f} seconds" if seconds is not None else "try again later"
         return HubError(f"{failed}: too many requests; {when}", kind="rate-limit", retry_after=seconds)
     if status == 401:
-        return HubError(f"{failed}: the Hub does not take the token ({said}); make a new one", kind="token")
+        return HubError(f"{failed}: the Hub does not accept the token ({said}); make a new one", kind="token")
     if status == 403:
         return HubError(f"{failed}: the token may not do that ({said}); give one with the right to", kind="forbidden")
     if status in (409, 412):

@@ -1,7 +1,7 @@
-"""Getting students from the Hub: what the repository holds is looked at before anything of it is downloaded.
+"""Download students from the Hub. The repository's file list is checked before anything is downloaded.
 
-Files go through the Hub's own cache, so a download that broke goes on where it stopped. What arrives is hashed against
-the manifest at once; a file that is not what was asked for is fetched once more, and refused after that.
+Files go through the Hub's own cache, so an interrupted download continues where it stopped. Each file is hashed
+on arrival and compared with the manifest; a wrong file is fetched once more, and then refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a student came from: the repository, the revision that was asked for, and the commit that it stood for."""
+    """Where a student came from: the repository, the requested revision, and the commit that it resolved to."""
 
     repo_id: str
     revision: str | None
@@ -40,8 +40,8 @@ class Origin:
 class Remote:
     """A student's repository at one commit.
 
-    Made from a branch, a tag or a commit; all that is fetched then is of that commit, also if somebody pushes
-    meanwhile. Where the Hub cannot be reached, or may not (`local_files_only`, ``HF_HUB_OFFLINE``), the cache serves.
+    A branch or tag is resolved to a commit once, and all files come from that commit, even if somebody pushes later.
+    Files come from the cache if the Hub is unreachable, or with `local_files_only` or ``HF_HUB_OFFLINE``.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Remote:
         self._check_listed()
 
     def _resolve(self, revision: str | None) -> str:
-        """The commit that `revision` stands for."""
+        """The commit that `revision` resolves to."""
         if not self._local and not (revision and _COMMIT.fullmatch(revision) and self._cached(revision)):
             try:
                 with translated(self._repo_id, revision, doing="get", token=self._token):
@@ -98,7 +98,7 @@ class Remote:
         return Path(found).parent.name if isinstance(found, str) else None
 
     def _remember(self, revision: str, commit: str) -> None:
-        """Note in the cache, as the Hub's client does, what `revision` stands for: next time there may be no Hub."""
+        """Note in the cache, as the Hub's client does, what `revision` resolves to, for use without the Hub."""
         if self._local or revision == commit:
             return
         note = self._folder.parent.parent / "refs" / revision
@@ -109,7 +109,7 @@ class Remote:
             _log.warning("%s cannot be written: %s", note, error)
 
     def _check_files(self) -> None:
-        """Refuse a repository by the names and sizes of its files, before anything is downloaded."""
+        """Check the names and sizes of the repository's files before anything is downloaded."""
         if self._files is None:
             return
         for path in self._files:
@@ -125,8 +125,8 @@ class Remote:
     def _hint(self) -> str:
         if self._files is not None and "model_index.json" in self._files:
             return (
-                f": it is a diffusers pipeline; redif import {self._repo_id} -o DIR --steps 8 makes a student of it "
-                f"as it is, redif distill {self._repo_id} -o DIR --steps 4 trains a faster one"
+                f": it is a diffusers pipeline; redif import {self._repo_id} -o DIR --steps 8 turns it into a student "
+                f"without training, redif distill {self._repo_id} -o DIR --steps 4 trains a faster one"
             )
         return "; redif import or redif distill make one of a diffusers pipeline"
 
@@ -264,11 +264,15 @@ def pull(
     local_files_only: bool = False,
     overwrite: bool = False,
 ) -> tuple[StudentFolder, Origin]:
-    """Get a whole student into the folder `output`: every file hashed and looked into, and there whole or not at all.
+    """Download a whole student into the folder `output`, which appears whole or not at all; check every file.
 
-    What was downloaded when it failed stays in the Hub's cache, so that the next call goes on from there. Where it came
-    from is noted in ``.cache/huggingface/redif-origin.json`` of the folder. Raises HubError, ManifestError,
-    IntegrityError, and InvalidRequest for an `output` that may not be replaced.
+    After a failure the next call continues from the Hub's cache. ``.cache/huggingface/redif-origin.json`` in the folder
+    notes where the student came from.
+
+    Raises:
+        HubError: the repository cannot be downloaded; `kind` says why.
+        ManifestError, IntegrityError: it is not a student, or was altered.
+        InvalidRequest: `output` exists and may not be replaced.
     """
     remote = Remote(repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     with atomic_folder(Path(output), overwrite=overwrite) as new:

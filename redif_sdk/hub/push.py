@@ -1,7 +1,4 @@
-"""Putting a student on the Hub: checked here, sent as one commit, and checked there.
-
-What there is at the repository, the commit and the comparison are `target.py`'s.
-"""
+"""Upload a student to the Hub: checked here, sent as one commit (`target.py`), and checked there."""
 
 from __future__ import annotations
 
@@ -35,19 +32,26 @@ def push(
     allow_unverified: bool = False,
     dry_run: bool = False,
 ) -> Pushed:
-    """Send the student in a folder to the repository `repo_id` ("org/name"), which is made where it is not there.
+    """Send the student in a folder to the repository `repo_id` ("org/name"), which is created if necessary.
 
-    `private`: whether it shall be; None: public where it is made, and as it is otherwise. `revision`: a branch, made
-    where it is not there, or an open pull request (``refs/pr/N``). `create_pr`: open a pull request in place of a
-    commit on the main branch. `tags`: more words in the card's metadata. `git_tag`: a name for the commit. `dry_run`:
-    say what would be sent, and change nothing. The card is written anew for `repo_id`; what users wrote in its marked
-    sections, here or there, stays, and so does a whole card that was written by hand. Compiled engines never travel.
+    The card is made anew for `repo_id`; the users' marked sections, here and there, stay, and so does a card that was
+    written entirely by hand. Compiled engines are never sent. Afterwards every file of the new commit is compared with
+    what was sent, by hash. An interrupted push can be repeated, and continues where it stopped.
 
-    Afterwards every file of the new commit is compared with what was sent, by hash. To repeat a push that broke does no
-    harm, and goes on where it stopped.
+    Args:
+        private: the repository's visibility; None: public if it is created, unchanged otherwise.
+        revision: a branch, created if necessary, or an open pull request (``refs/pr/N``).
+        create_pr: open a pull request instead of committing to the main branch.
+        tags: further tags for the card's metadata.
+        git_tag: a name for the commit.
+        allow_unverified: also send a student that did not pass its parity gate.
+        dry_run: report what would be sent, and change nothing.
 
-    Raises IntegrityError for a student that is not whole, ParityError for one that did not pass its gate, unless
-    `allow_unverified`; InvalidRequest for arguments that contradict each other; HubError, whose `kind` says why.
+    Raises:
+        IntegrityError: the student is not whole.
+        ParityError: it did not pass its parity gate.
+        InvalidRequest: arguments contradict each other.
+        HubError: the Hub refused or failed; `kind` says why.
     """
     check_id(repo_id)
     if create_pr and revision is not None:
@@ -58,7 +62,7 @@ def push(
     student.check_all()
     check_gate(student, allow_unverified)
     if offline():
-        raise HubError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set; take it away", kind="offline")
+        raise HubError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set; unset it", kind="offline")
     api = client(token)
     with translated(repo_id, revision, doing="push to", token=token):
         target = Target(api, repo_id, private=private, revision=revision, token=token, dry_run=dry_run)
@@ -84,7 +88,7 @@ def check_gate(student: StudentFolder, allow_unverified: bool) -> None:
 
 
 def ungated(manifest: Manifest) -> str | None:
-    """Why a student has not passed the parity gate, or None if it has."""
+    """Return why a student has not passed the parity gate, or None if it has."""
     if not manifest.graphs:
         return "it has no compiled graphs; run redif export"
     precisions = dict.fromkeys(graph.precision for graph in manifest.graphs)
@@ -94,7 +98,7 @@ def ungated(manifest: Manifest) -> str | None:
 
 
 def _files(student: StudentFolder, repo_id: str, tags: Sequence[str], remote_card: str | None) -> list[File]:
-    """All that is sent, the card rendered for its new place."""
+    """Everything that is sent, with the card made for its new place."""
     text = _card(student, repo_id, tags, remote_card)
     files = [in_memory(MANIFEST_NAME, student.manifest_bytes), in_memory(CARD_NAME, text.encode())]
     return files + student_files(student)

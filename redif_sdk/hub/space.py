@@ -1,7 +1,7 @@
-"""A Space on the Hub: the demo of a student, or a page that runs in browsers, as one commit.
+"""Make a Space on the Hub, as one commit: the demo of a student, or a page that runs in browsers.
 
-A demo takes the student from its own repository, at one commit of it, or from a folder in the Space. What the Space
-runs is the demo of this package, of this release; nothing but a dozen lines is generated.
+A demo loads the student from its own repository, at one commit, or from a folder in the Space. The Space runs the demo
+of this release of the package; only a dozen lines are generated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _README = """\
 
 # {name}
 
-The demo of *{name}*, a few-step diffusion student: {source}. The same seed gives the same picture everywhere; the API
+The demo of *{name}*, a few-step diffusion student: {source}. The same seed gives the same image everywhere; the API
 is at the foot of the page. Made by redif-sdk {version}.
 """
 
@@ -81,7 +81,7 @@ def push_space(
         check_gate(student, allow_unverified)
         sdk, files, name = "gradio", _demo_files(student, student_id, student_commit), student.manifest.name
     if offline():
-        raise HubError(f"cannot push to {space_id}: HF_HUB_OFFLINE is set; take it away", kind="offline")
+        raise HubError(f"cannot push to {space_id}: HF_HUB_OFFLINE is set; unset it", kind="offline")
     api = client(token)
     with translated(space_id, doing="push to the Space", token=token):
         target = Target(api, space_id, kind="space", sdk=sdk, private=private, token=token, dry_run=dry_run)

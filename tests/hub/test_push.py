@@ -195,7 +195,7 @@ def test_a_tag_that_stands_for_another_commit_is_not_moved(hub: HubStandIn, tiny
 @pytest.mark.parametrize(
     ("fault", "kind", "said"),
     [
-        (Refuse(401, "Invalid credentials in Authorization header"), "token", "does not take the token"),
+        (Refuse(401, "Invalid credentials in Authorization header"), "token", "does not accept the token"),
         (Refuse(403, "you may not"), "forbidden", "the token may not do that"),
         (Refuse(409, "busy"), "conflict", "somebody else changed it"),
         (Refuse(412, "moved"), "conflict", "somebody else changed it"),
@@ -224,7 +224,7 @@ def test_who_may_not_write(hub: HubStandIn, tiny_student: Path) -> None:
     with pytest.raises(HubError, match="may not do that") as caught:
         push(tiny_student, "bob/tiny")
     assert caught.value.kind == "forbidden"
-    with pytest.raises(HubError, match=r"does not take the token|no such repository") as caught:
+    with pytest.raises(HubError, match=r"does not accept the token|no such repository") as caught:
         push(tiny_student, REPO, token="hf_nobody")
     assert caught.value.kind in ("token", "not-found")
 

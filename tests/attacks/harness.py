@@ -1,6 +1,6 @@
 """Reads hostile students, each in a process of its own that is watched and limited, and reports what happened.
 
-    python -m tests.attacks.harness GOOD WORK [--torch] [--only CASE]
+    python -m tests.attacks.harness GOOD WORK [--torch] [--half 0|1] [--wanted FILE]
 
 GOOD is an exported student (`tests/conftest.py: build_student`), WORK an empty folder. One line of JSON a case and
 reader: see `Outcome`. The process imports what the readers need, makes one hostile student after the other, and forks a
@@ -423,15 +423,27 @@ def good_case() -> Case:
     return Case("good", "good", tuple(READERS), "", lambda _: None)
 
 
-def jobs(only: str | None = None) -> list[tuple[Case, str]]:
+def jobs() -> list[tuple[Case, str]]:
     """Every case with each of its readers."""
-    return [(case, reader) for case in CASES for reader in case.readers if only in (None, case.name)]
+    return [(case, reader) for case in CASES for reader in case.readers]
 
 
-def run(good: Path, work: Path, *, only: str | None = None, trick: str = "") -> dict[tuple[str, str], Outcome]:
-    """All outcomes by (case, reader), of the good student too: three processes at once, of which one has torch."""
+def run(
+    good: Path, work: Path, *, wanted: Sequence[tuple[str, str]] | None = None, trick: str = ""
+) -> dict[tuple[str, str], Outcome]:
+    """Outcomes by (case, reader), of the good student too: three processes at once, of which one has torch.
+
+    Args:
+        good: The exported student that the cases alter.
+        work: An empty folder.
+        wanted: The names of the cases and their readers; None for all.
+        trick: Instead of the cases, the good student read by a reader that misbehaves: one of ``TRICKS``.
+    """
     command = [sys.executable, "-m", "tests.attacks.harness", str(good)]
-    more = [*(["--only", only] if only else []), *(["--trick", trick] if trick else [])]
+    more = ["--trick", trick] if trick else []
+    if wanted is not None:
+        (work / "wanted.json").write_text(json.dumps(list(wanted)))
+        more += ["--wanted", str(work / "wanted.json")]
     places = {"even": ["--half", "0"], "odd": ["--half", "1"], "torch": ["--torch"]}
     if trick:
         places = {"trick": []}
@@ -467,15 +479,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--torch", action="store_true", help="the readers that need torch; else the others")
     parser.add_argument("--half", type=int, choices=(0, 1), help="every other case alone, the even or the odd ones")
-    parser.add_argument("--only", metavar="CASE")
+    parser.add_argument("--wanted", type=Path, metavar="FILE", help="JSON: the pairs of case and reader; else all")
     parser.add_argument("--trick", choices=TRICKS, help="have the good student read by a reader that misbehaves")
     asked = parser.parse_args(arguments)
     good = good_case()
-    wanted = [*((good, reader) for reader in good.readers), *jobs(asked.only)]
+    wanted = jobs()
+    if asked.wanted:
+        names = {(case, reader) for case, reader in json.loads(asked.wanted.read_text())}
+        wanted = [(case, reader) for case, reader in wanted if (case.name, reader) in names]
+    wanted = [*((good, reader) for reader in good.readers), *wanted]
     wanted = [(case, reader) for case, reader in wanted if (reader in TORCH_READERS) == asked.torch]
     if asked.half is not None:
-        names = list(dict.fromkeys(case.name for case, _ in wanted))[asked.half :: 2]
-        wanted = [(case, reader) for case, reader in wanted if case.name in set(names)]
+        half = set(list(dict.fromkeys(case.name for case, _ in wanted))[asked.half :: 2])
+        wanted = [(case, reader) for case, reader in wanted if case.name in half]
     if asked.trick:
         wanted = [(good, asked.trick)]
     _imports(asked.torch)

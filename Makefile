@@ -57,7 +57,7 @@ build: $(READY)
 
 # build/ also holds the checkpoints of teachers in training: only what is named here is removed.
 clean:
-	rm -rf dist build/quickstart build/lib build/bdist.* *.egg-info
+	rm -rf dist build/quickstart build/test-cache build/lib build/bdist.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find models distill export demo zoo redif_sdk tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

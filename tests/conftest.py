@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_once import altered, made, share_traces
+
+pytest_plugins = ["cpu_times"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime before redif_sdk
@@ -40,6 +43,17 @@ keep_off_broken_amx()
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What engines compile goes into a folder of this run."""
     os.environ["REDIF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_runtest_setup() -> None:
+    share_traces()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_files_are_only_read() -> Iterator[None]:
+    """What the workers share is at the end what it was: a test that alters it would make others fail elsewhere."""
+    yield
+    assert altered() == []
 
 
 def build_scheduler() -> Any:
@@ -107,6 +121,25 @@ SMALL = {
 }
 
 
+def export_tiny(folder: Path) -> None:
+    from redif_sdk.export import export
+
+    export(build_student(folder))
+
+
+def export_plain(folder: Path) -> None:
+    from redif_sdk.export import export
+
+    export(build_student(folder, classes=None, channels_out=8, **SMALL))
+
+
+def export_full(folder: Path) -> None:
+    from redif_sdk.export import export
+
+    build_student(folder, **SMALL)
+    export(folder, precisions=["fp32", "fp16", "bf16", "int8"], sizes=[(28, 28), (36, 28)])
+
+
 @pytest.fixture(scope="session")
 def bare_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student without graphs, of the shipped teacher's kind. Read only: shared by the session."""
@@ -114,34 +147,21 @@ def bare_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_student(bare_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same student, exported to ONNX. Read only: shared by the session."""
-    from redif_sdk.export import export
-
-    folder = tmp_path_factory.mktemp("exported") / "tiny"
-    shutil.copytree(bare_student, folder)
-    export(folder)
-    return folder
+def tiny_student() -> Path:
+    """The same student, exported to ONNX. Read only: shared by all workers."""
+    return made("tiny", export_tiny)
 
 
 @pytest.fixture(scope="session")
-def plain_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_student() -> Path:
     """An exported unconditional student with an even smaller network that returns 2C channels. Read only."""
-    from redif_sdk.export import export
-
-    folder = build_student(tmp_path_factory.mktemp("plain") / "plain", classes=None, channels_out=8, **SMALL)
-    export(folder)
-    return folder
+    return made("plain", export_plain)
 
 
 @pytest.fixture(scope="session")
-def full_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional student exported in every precision, with free sizes. Read only: shared by the session."""
-    from redif_sdk.export import export
-
-    folder = build_student(tmp_path_factory.mktemp("full") / "full", **SMALL)
-    export(folder, precisions=["fp32", "fp16", "bf16", "int8"], sizes=[(28, 28), (36, 28)])
-    return folder
+def full_student() -> Path:
+    """A class-conditional student exported in every precision, with free sizes. Read only: shared by all workers."""
+    return made("full", export_full)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import onnxruntime
 import pipelines
 import pytest
 import torch
+from made_once import made
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.records import Guidance, TextCondition
 from redif_sdk.distill import import_pipeline
 from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, UnsupportedModel
-from redif_sdk.export import export, store, verify
+from redif_sdk.export import build, export, store, verify
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.networks import load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import GraphDenoiser, denoiser_model, part_precision, text_encoder_model
@@ -38,6 +39,9 @@ from redif_sdk.sampling.noise import noise as draw
 Copy = Callable[[Path], Path]
 PROMPTS = pipelines.PROMPTS
 PARTS = ("text_encoder", "denoiser", "decoder", "generator")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+#: Of every export here that can be of free sizes, so that parts which are alike are traced once.
+SIZES = [(16, 16), (24, 20)]
 
 
 def imported(folder: Path, pipeline: Any, **options: Any) -> Path:
@@ -73,12 +77,15 @@ def bare(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return imported(tmp_path_factory.mktemp("bare") / "sd", pipeline, steps=[2, 3])
 
 
+def export_sd(folder: Path) -> None:
+    imported(folder, pipelines.stable_diffusion(), steps=[2, 3])
+    export(folder, precisions=PRECISIONS, batches=(1, 3), sizes=SIZES)
+
+
 @pytest.fixture(scope="module")
-def student(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in fp32 and fp16, with free sizes. Read only."""
-    folder = Path(shutil.copytree(bare, tmp_path_factory.mktemp("exported") / "sd"))
-    export(folder, precisions=["fp32", "fp16"], batches=(1, 3), sizes=[(16, 16), (24, 20)])
-    return folder
+def student() -> Path:
+    """The same in every precision, with free sizes. Read only."""
+    return made("sd", export_sd)
 
 
 # ---------------------------------------------------------------- the graphs
@@ -86,11 +93,11 @@ def student(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_part_is_a_valid_graph_that_passed_its_gate(student: Path) -> None:
     manifest = StudentFolder(student).manifest
-    assert [(g.component, g.precision) for g in manifest.graphs] == [(c, p) for p in ("fp32", "fp16") for c in PARTS]
+    assert [(g.component, g.precision) for g in manifest.graphs] == [(c, p) for p in PRECISIONS for c in PARTS]
     for graph in manifest.graphs:
         onnx.checker.check_model(onnx.load(student / graph.file), full_check=True)
         assert {spec.dtype for spec in (*graph.inputs, *graph.outputs)} <= {"float32", "int64", "uint8"}
-    rows = verify(student)
+    rows = verify(student, precisions=["fp32", "fp16"])
     assert summary(rows) == ""
     checked = {(row["component"], row["precision"]) for row in rows if row["passed"]}
     assert checked == {("noise", "fp32"), ("tokenizer", "fp32")} | {
@@ -241,43 +248,44 @@ def test_golden_files_without_a_part_cannot_be_used(student: Path, copy_of: Copy
 # ---------------------------------------------------------------- precisions
 
 
-def test_every_precision_of_every_part(bare: Path, copy_of: Copy) -> None:
-    folder = copy_of(bare)
-    manifest = export(folder, precisions=["fp16", "bf16", "int8"], batches=(1,))
+def test_every_precision_of_every_part(student: Path) -> None:
+    manifest = StudentFolder(student).manifest
     assert summary(manifest.verification) == ""
     files = {(graph.component, graph.precision): graph.file for graph in manifest.graphs}
-    assert set(files) == {(component, kind) for component in PARTS for kind in ("fp16", "bf16", "int8")}
     for component in ("text_encoder", "decoder"):  # of which int8 has the fp32 graph
         assert files[component, "int8"] == f"onnx/{component}.fp32.onnx"
         assert files[component, "bf16"] == f"onnx/{component}.bf16.onnx"
     assert files["denoiser", "int8"] == "onnx/denoiser.int8.onnx"
-    quantised = onnx.load(folder / "onnx/denoiser.int8.onnx")
+    quantised = onnx.load(student / "onnx/denoiser.int8.onnx")
     assert any(node.op_type == "DequantizeLinear" for node in quantised.graph.node)
     seen = {(row["component"], row["precision"]) for row in manifest.verification if row["runtime"] != "numpy"}
     assert seen >= {(name, kind) for name in (*PARTS, "loop") for kind in ("fp16", "bf16", "int8")}
     for kind in ("fp16", "int8"):
-        pipe = FastPipeline.from_pretrained(folder, precision=kind)
+        pipe = FastPipeline.from_pretrained(student, precision=kind)
         assert pipe(PROMPTS[0], seed=0, output_type="uint8").images.std() > 10
-    half = onnx.load(folder / "onnx/generator.bf16.onnx")
-    onnx.checker.check_model(half, full_check=True)
 
 
 def test_a_decoder_that_overflows_in_half_precision_stays_whole(tmp_path: Path) -> None:
     pipeline = pipelines.stable_diffusion_xl()
-    pipeline.vae.register_to_config(force_upcast=False)
-    students = [StudentFolder(imported(tmp_path / "plain", pipeline))]
-    pipeline.vae.register_to_config(force_upcast=True)
-    students.append(StudentFolder(imported(tmp_path / "upcast", pipeline)))
-    for student, fp16 in zip(students, ("fp16", "fp32"), strict=True):
+    for upcast, fp16 in ((False, "fp16"), (True, "fp32")):
+        pipeline.vae.register_to_config(force_upcast=upcast)
+        student = StudentFolder(imported(tmp_path / str(upcast), pipeline))
         decoder = load_decoder(student)
-        found = [
-            part_precision("decoder", kind, student.manifest, decoder) for kind in ("fp32", "fp16", "bf16", "int8")
-        ]
+        found = [part_precision("decoder", kind, student.manifest, decoder) for kind in PRECISIONS]
         assert found == ["fp32", fp16, "bf16", "fp32"]
         assert part_precision("text_encoder", "fp16", student.manifest, decoder) == "fp16"
-    manifest = export(students[1].path, precisions=["fp16"], batches=(1,))
+
+
+def test_a_decoder_that_stays_whole_is_beside_a_network_in_half_precision(
+    bare: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SDXL's is; here Stable Diffusion's is said to overflow, whose parts are traced already."""
+    folder = copy_of(bare)
+    monkeypatch.setattr(build, "part_precision", lambda part, kind, *_: "fp32" if part == "decoder" else kind)
+    manifest = export(folder, precisions=["fp16"], batches=(1,), sizes=SIZES)
     assert [graph.file for graph in manifest.graphs if graph.component == "decoder"] == ["onnx/decoder.fp32.onnx"]
-    onnx.checker.check_model(onnx.load(students[1].path / "onnx/generator.fp16.onnx"), full_check=True)
+    assert summary(manifest.verification) == ""
+    onnx.checker.check_model(onnx.load(folder / "onnx/generator.fp16.onnx"), full_check=True)
 
 
 def test_what_t5_keeps_in_float32_stays_so_beside_float16(tmp_path: Path) -> None:
@@ -301,9 +309,17 @@ def test_a_guided_pipeline_has_nothing_in_its_graph(tmp_path: Path, pipeline: An
     folder = imported(tmp_path / "guided", pipeline, guidance_scale=4.0)
     manifest = StudentFolder(folder).manifest
     guidance = Guidance(scale=4.0, null_prompt=None if zeros else "", null_zeros=zeros)
-    changed(folder, network=manifest.network.model_copy(update={"guidance": guidance}))
-    manifest = export(folder, batches=(1, 2))
-    assert summary(manifest.verification) == ""
+    latents = manifest.latents.model_copy(update={"dynamic": ["height", "width"], "multiple": 2})
+    changed(folder, network=manifest.network.model_copy(update={"guidance": guidance}), latents=latents)
+    if zeros:  # the other one passes the gate of a whole export
+        guided = StudentFolder(folder)
+        conditions = ExampleConditions(guided, load_encoders(guided))
+        denoiser = GraphDenoiser.of(load_network(guided), guided.manifest, conditions)
+        model = denoiser_model(denoiser, guided.manifest, "fp32", conditions)
+        graph = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    else:
+        assert summary(export(folder, batches=(1, 2), sizes=SIZES).verification) == ""
+        graph = session(folder, "denoiser")
     x, t = torch.randn(3, 4, 8, 8), torch.full((3,), 400.0)
     with torch.no_grad():
         asked, nothing = (pipeline.encode_prompt(prompts, "cpu", 1, False)[0] for prompts in (PROMPTS[:3], [""] * 3))
@@ -311,7 +327,7 @@ def test_a_guided_pipeline_has_nothing_in_its_graph(tmp_path: Path, pipeline: An
             nothing = torch.zeros_like(nothing)
         c, u = (pipeline.unet(x, t, encoder_hidden_states=hidden).sample for hidden in (asked, nothing))
     feed = {"sample": x.numpy(), "timestep": t.numpy(), "encoder_hidden_states": asked.numpy()}
-    assert relative(session(folder, "denoiser").run(None, feed)[0], u + 4.0 * (c - u)) < 1e-4
+    assert relative(graph.run(None, feed)[0], u + 4.0 * (c - u)) < 1e-4
 
 
 # ---------------------------------------------------------------- the other families
@@ -332,12 +348,15 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 FREE = {"lcm", "sdxl", "sd3", "sd3-without-t5", "flux-dev", "flux-schnell"}
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+#: Others pass through the same code; what is their own is held to their pipelines in test_adapters.py, without a graph.
+SLOW = {"sd3-without-t5", "flux-schnell"}
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES])
 def test_a_family_is_exported_and_passes_its_gate(tmp_path: Path, family: str) -> None:
     make, options = FAMILIES[family]
     folder = imported(tmp_path / family, make(), **options)
-    sizes = [(16, 16), (24, 20)] if family in FREE else []
-    manifest = export(folder, batches=(1, 2), sizes=sizes)
+    manifest = export(folder, batches=(1, 2), sizes=SIZES if family in FREE else [])
     assert summary(manifest.verification) == ""
     engines = {(row["component"], row["runtime"]) for row in manifest.verification}
     assert engines >= {(graph.component, engine) for graph in manifest.graphs for engine in runnable()}
@@ -376,7 +395,10 @@ def test_a_network_of_ones_own_is_given_what_prompts_become_by_name(bare: Path, 
             shift = encoder_hidden_states.mean((1, 2)) + timestep / 1000
             return (torch.tanh(sample + shift[:, None, None, None]),)
 
-    manifest = export(copy_of(bare), batches=(1, 2), network=Own())
+    folder = copy_of(bare)
+    latents = StudentFolder(folder).manifest.latents
+    changed(folder, latents=latents.model_copy(update={"dynamic": ["height", "width"], "multiple": 2}))
+    manifest = export(folder, batches=(1, 2), network=Own())
     assert summary(manifest.verification) == ""
 
 
@@ -388,7 +410,7 @@ def test_weights_that_fit_in_no_protobuf_lie_beside_every_part(
 ) -> None:
     monkeypatch.setattr(store, "LARGEST_FILE", 0)
     folder = copy_of(bare)
-    manifest = export(folder, batches=(1,), runtimes=["onnxruntime"])
+    manifest = export(folder, batches=(1,), sizes=SIZES, runtimes=["onnxruntime"])
     assert {graph.component: graph.data for graph in manifest.graphs} == {
         component: [f"onnx/{component}.fp32.onnx.data"] for component in ("text_encoder", "denoiser", "decoder")
     }
@@ -491,8 +513,8 @@ def test_shards_are_one_file_and_variants_are_not(bare: Path, copy_of: Copy) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 4}, r"text_encoder make no CLIPTextModel: missing keys: .*encoder\.layers\.3"),
-        ({"num_hidden_layers": 2}, r"text_encoder make no CLIPTextModel: unexpected keys: .*encoder\.layers\.2"),
+        ({"num_hidden_layers": 3}, r"text_encoder make no CLIPTextModel: missing keys: .*encoder\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"text_encoder make no CLIPTextModel: unexpected keys: .*encoder\.layers\.1"),
         ({"hidden_size": 64, "vocab_size": 10}, r"text_encoder make no CLIPTextModel"),
         ({"vocab_size": 5_000_000}, r"config\.json asks for \d+ weights, and the files hold \d+"),
         ({"hidden_act": "telnet"}, r"text_encoder make no CLIPTextModel"),

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,9 +84,12 @@ def test_it_is_shown_the_pictures_that_a_user_would_see() -> None:
 def test_what_passes_by_itself_is_tried_again() -> None:
     def late(number: int, body: dict[str, Any]) -> tuple[int, bytes]:
         if number == 0:
-            time.sleep(0.5)
+            assert answered.wait(30)  # longer than the client waits
+        if number > 2:
+            answered.set()
         return (200, rewards(1, 2, 3)) if number > 2 else (503, b"warming up")
 
+    answered = threading.Event()
     with serving(late) as url:
         assert EndpointReward(url, timeout=0.2)(pictures(), pictures(), None).tolist() == [1, 2, 3]
     with pytest.raises(RuntimeUnavailable, match=r"did not answer, 2 times \(.*refused.*\); start it, then --resume"):
@@ -109,12 +111,12 @@ def test_a_picture_that_was_not_judged_gets_the_lowest_reward() -> None:
 @pytest.mark.parametrize(
     ("status", "data", "said"),
     [
-        (200, b"rewards: 3", "answered no JSON"),
+        (200, b"rewards: 3", "answered with no JSON"),
         (200, rewards(1, 2), "answered 2 rewards for 3 images"),
         (200, b"[1, 2, 3]", "answered no list of rewards"),
-        (200, rewards(1, "high", 2), "answered something that is no number"),
-        (200, rewards(1, True, 2), "answered something that is no number"),
-        (400, b"only RGB, please", r"refused the pictures \(status 400: only RGB, please\)"),
+        (200, rewards(1, "high", 2), "answered with a value that is not a number"),
+        (200, rewards(1, True, 2), "answered with a value that is not a number"),
+        (400, b"only RGB, please", r"refused the images \(status 400: only RGB, please\)"),
     ],
 )
 def test_nonsense_is_an_error_of_ours(status: int, data: bytes, said: str) -> None:
@@ -123,7 +125,7 @@ def test_nonsense_is_an_error_of_ours(status: int, data: bytes, said: str) -> No
 
 
 def test_it_is_named_without_its_secrets() -> None:
-    with pytest.raises(InvalidRequest, match="is no address of a reward"):
+    with pytest.raises(InvalidRequest, match="is not the URL of a reward"):
         EndpointReward("http://")
     assert reward_names("texture+http://user:secret@127.0.0.1:9/score?key=secret") == [
         "texture",

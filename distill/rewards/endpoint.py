@@ -1,7 +1,7 @@
-"""A reward that is somebody else's program: a server that is shown pictures and answers with numbers.
+"""A black-box reward: an HTTP server that is sent images and answers with numbers.
 
-It may be anything: a classifier in another language, people who vote, the size of a file. It needs no gradient, and the
-estimators that need none work with it. What is asked, and what may be answered, is in `EndpointReward`.
+It can be a classifier in another language, people who vote, the size of a file. It needs no gradient; the
+policy-gradient estimators work with it. `EndpointReward` describes request and response.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import json
 import math
 import time
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
+import httpx
 import torch
 from torch import Tensor
 
@@ -30,25 +29,25 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 def is_endpoint(name: str) -> bool:
-    """Whether a reward's name is the address of one."""
+    """Whether a reward's name is a URL."""
     return name.startswith(("http://", "https://"))
 
 
 class EndpointReward:
     """POSTs ``{"images": [PNG as base64, ...], "targets": [...], "class_labels": [...] or null}``.
 
-    The answer is ``{"rewards": [number, ...]}``, one for each image, higher is better. null or NaN means that a picture
-    could not be judged: it is given the lowest reward of its batch, and counted in `unjudged`.
+    The answer is ``{"rewards": [number, ...]}``, one for each image, higher is better. null or NaN means that an image
+    could not be judged: it gets the lowest reward of its batch, and is counted in `unjudged`.
 
-    Each attempt may take `timeout` seconds. A connection that fails, a time-out and the statuses that pass by
-    themselves (429, 5xx) are tried again, `retries` times, with growing pauses. Raises InvalidRequest for a refusal or
-    an answer that is none, RuntimeUnavailable when all attempts failed, TrainingDiverged where no picture was judged.
+    `timeout` is in seconds, for each attempt. Failed connections, time-outs and temporary statuses (429, 5xx) are
+    retried `retries` times with growing pauses. Raises InvalidRequest for a refusal or a malformed answer,
+    RuntimeUnavailable when all attempts failed, TrainingDiverged if no image was judged.
     """
 
     def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 4) -> None:
         parts = urlsplit(url)
         if not is_endpoint(url) or not parts.hostname:
-            raise InvalidRequest(f"{url!r:.200} is no address of a reward; give http://HOST:PORT/PATH")
+            raise InvalidRequest(f"{url!r:.200} is not the URL of a reward; give http://HOST:PORT/PATH")
         if timeout <= 0 or retries < 0:
             raise InvalidRequest(f"timeout is {timeout} and retries {retries}; give more than 0, and at least 0")
         self.url, self.timeout, self.retries = url, timeout, retries
@@ -71,7 +70,7 @@ class EndpointReward:
         if not all(
             value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
         ):
-            raise InvalidRequest(f"the reward {self.name} answered something that is no number: {values!r:.100}")
+            raise InvalidRequest(f"the reward {self.name} answered with a value that is not a number: {values!r:.100}")
         judged = [float(value) for value in values if value is not None and math.isfinite(value)]
         if not judged:
             raise TrainingDiverged(f"the reward {self.name} judged none of {len(images)} images; look at its log")
@@ -81,39 +80,54 @@ class EndpointReward:
         return torch.tensor(finite, dtype=torch.float32)
 
     def _ask(self, body: bytes) -> Any:
-        wait, said = _FIRST_WAIT, ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(wait)
-                wait *= 2
-            request = Request(self.url, data=body, headers={"Content-Type": "application/json"}, method="POST")
-            try:
-                with urlopen(request, timeout=self.timeout) as response:
-                    data = response.read(LARGEST_ANSWER + 1)
-            except HTTPError as error:
-                said = f"status {error.code}: {error.read(300).decode(errors='replace')}"
-                error.close()
-                if error.code not in _PASSING:
-                    raise InvalidRequest(f"the reward {self.name} refused the pictures ({said})") from error
-                continue
-            except (URLError, OSError) as error:  # TimeoutError is an OSError
-                said = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-                continue
-            try:
-                return json.loads(data) if len(data) <= LARGEST_ANSWER else None
-            except ValueError as error:
-                raise InvalidRequest(f"the reward {self.name} answered no JSON: {data[:100]!r}") from error
+        """The answer to `body`, decoded from JSON; None if it is too long."""
+        said = ""
+        with httpx.Client(timeout=self.timeout, headers={"Content-Type": "application/json"}) as client:
+            for attempt in range(self.retries + 1):
+                if attempt:
+                    time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+                try:
+                    with client.stream("POST", self.url, content=body) as response:
+                        data = _limited(response)
+                except httpx.TransportError as error:
+                    said = " ".join(str(error).split()) or type(error).__name__
+                    continue
+                if response.status_code not in _PASSING:
+                    return self._decoded(response.status_code, data)
+                said = _excerpt(response.status_code, data)
         raise RuntimeUnavailable(
             f"the reward {self.name} did not answer, {self.retries + 1} times ({said}); start it, then --resume"
         )
 
+    def _decoded(self, status: int, data: bytes) -> Any:
+        if status != 200:
+            raise InvalidRequest(f"the reward {self.name} refused the images ({_excerpt(status, data)})")
+        try:
+            return json.loads(data) if len(data) <= LARGEST_ANSWER else None
+        except ValueError as error:
+            raise InvalidRequest(f"the reward {self.name} answered with no JSON: {data[:100]!r}") from error
+
+
+def _limited(response: httpx.Response) -> bytes:
+    """The body of a response, no further than a little over `LARGEST_ANSWER`."""
+    data = bytearray()
+    for piece in response.iter_bytes():
+        data += piece
+        if len(data) > LARGEST_ANSWER:
+            break
+    return bytes(data)
+
+
+def _excerpt(status: int, data: bytes) -> str:
+    return f"status {status}: {data[:300].decode(errors='replace')}"
+
 
 def _encoded(images: Tensor) -> list[str]:
-    """Pictures (B, C, H, W) in [-1, 1] as base64 PNG."""
+    """Images (B, C, H, W) in [-1, 1] as base64 PNG."""
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     encoded = []
-    for picture in to_pil(levels):
+    for image in to_pil(levels):
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", compress_level=1)
+        image.save(buffer, format="PNG", compress_level=1)
         encoded.append(base64.b64encode(buffer.getvalue()).decode())
     return encoded

@@ -20,7 +20,8 @@ import onnxruntime
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.bench.rounds import Workload, interleave
+from redif_sdk.bench.interleave import interleave
+from redif_sdk.bench.rounds import Workload
 from redif_sdk.results import document, write_json
 
 CALLS = 32

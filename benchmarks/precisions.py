@@ -22,7 +22,7 @@ import torch
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.bench.rounds import interleave
+from redif_sdk.bench.interleave import interleave
 from redif_sdk.distill import Teacher
 from redif_sdk.distill.evaluation.arena import Arena
 from redif_sdk.errors import RuntimeUnavailable

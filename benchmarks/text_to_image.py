@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from redif_sdk import FastPipeline
-from redif_sdk.bench.rounds import interleave
+from redif_sdk.bench.interleave import interleave
 from redif_sdk.results import document, write_json
 
 PROMPT = "red heart"

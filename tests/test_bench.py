@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from redif_sdk.bench import rounds as bench
 from redif_sdk.bench.flops import count_flops, gemm_peak
 from redif_sdk.bench.fresh import cold_starts
+from redif_sdk.bench.interleave import interleave
 from redif_sdk.bench.plot import bars
 from redif_sdk.bench.rounds import (
     Contender,
@@ -28,7 +29,6 @@ from redif_sdk.bench.rounds import (
     agreement,
     compare,
     disagreeing,
-    interleave,
     ratio,
     row,
 )

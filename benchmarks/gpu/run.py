@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.bench.interleave import interleave
 from redif_sdk.bench.rounds import Workload
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, RuntimeUnavailable
 from redif_sdk.export import verify
@@ -147,20 +148,17 @@ def load_all(student: StudentFolder) -> Iterator[tuple[str, Generate | str, floa
 def measure(student: StudentFolder, contenders: dict[str, Generate], batch: int, steps: int, rounds: int) -> list[Any]:
     """One row a contender, timed in turns. A contender that fails at this batch gets a row with the reason."""
     work = Workload.of(student.path, batch=batch, steps=steps)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    calls = {name: partial(generate, work.noise, work.condition, steps) for name, generate in contenders.items()}
     failed: dict[str, str] = {}
-    for turn in range(WARM_UP + rounds):
-        for name, generate in contenders.items():
-            if name in failed:
-                continue
-            start = time.perf_counter()
-            try:
-                generate(work.noise, work.condition, steps)
-            except (RedifError, RuntimeError) as error:  # torch: out of memory is a RuntimeError
-                failed[name] = " ".join(str(error).split())[:300]
-                continue
-            if turn >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
+    for name in contenders:
+        try:
+            for _ in range(WARM_UP):
+                calls[name]()
+        except (RedifError, RuntimeError) as error:  # torch: out of memory is a RuntimeError
+            failed[name] = " ".join(str(error).split())[:300]
+            del calls[name]
+    turns = interleave(calls, rounds, min_seconds=0.0, settle=False)
+    times = {name: [seconds for turn in found for seconds in turn] for name, found in turns.items()}
     reference = REFERENCE if REFERENCE in contenders and REFERENCE not in failed else None
     facts = {"num_inference_steps": steps, "batch": batch}
     rows: list[Any] = [{"contender": name, **facts, "skipped": reason} for name, reason in failed.items()]

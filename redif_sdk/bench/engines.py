@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from redif_sdk import runtimes
 from redif_sdk.artifact.records import Graph
-from redif_sdk.bench.rounds import Contender, Fresh, Generate, Prepared, Workload, interleave
+from redif_sdk.bench.interleave import interleave
+from redif_sdk.bench.rounds import Contender, Fresh, Generate, Prepared, Workload
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.pipeline import FastPipeline

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.bench.interleave import Clock, interleave
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.runtimes import RuntimeOptions
@@ -41,7 +42,6 @@ __all__ = [
     "agreement",
     "compare",
     "disagreeing",
-    "interleave",
     "ratio",
     "row",
 ]
@@ -90,16 +90,9 @@ FIELDS = (
 #: Who the others are measured against, and compared with: the first of these that is there.
 REFERENCES = ("torch-eager", "diffusers-eager", "onnxruntime", "openvino", "fastpipeline")
 
-MIN_SECONDS = 0.05  # that one contender computes in one turn
-MAX_CALLS = 100  # in one turn
-SETTLE_SECONDS = 0.02  # before a turn: until the threads of the one before have stopped waiting for work
-LONG_CALL = 0.25  # seconds from which a call needs no other before it, that is not timed
-
 #: Pictures of the same noise agree within this many levels of 255 in fp32, and by at least this PSNR in dB otherwise.
 LEVELS = 2
 PSNR = {"fp16": 45.0, "bf16": 30.0, "int8": 30.0}
-
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -275,53 +268,6 @@ def agreement(images: NDArray[np.uint8], reference: NDArray[np.uint8], precision
     psnr = 10 * math.log10(255**2 / error) if error else None
     agrees = worst <= LEVELS if precision == "fp32" else psnr is None or psnr >= PSNR[precision]
     return Agreement(worst, psnr, agrees)
-
-
-def _order(names: Sequence[str], index: int) -> list[str]:
-    """The order of round `index`: rotated by one a round, and every second round backwards."""
-    start = index % len(names)
-    turned = [*names[start:], *names[:start]]
-    return turned[::-1] if index % 2 else turned
-
-
-def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    *,
-    min_seconds: float = MIN_SECONDS,
-    settle: bool = True,
-    clock: Clock = time.perf_counter,
-    pause: Callable[[float], object] = time.sleep,
-    progress: Callable[[int, int], object] = lambda done, of: None,
-) -> dict[str, list[list[float]]]:
-    """Seconds of single calls, by contender and round: whatever slows the machine for a while slows all alike.
-
-    Everyone has one turn a round, in an order that changes, so that nobody always follows the same one. A turn is a
-    pause, a call that is not timed (where calls are short), and as many timed calls as fill `min_seconds`. Before the
-    first round everyone is called twice, to warm up. `settle`: without it, turns are timed calls alone.
-    """
-    repeats, long = {}, {}
-    for name, call in calls.items():
-        call()
-        seconds = max(_timed(call, clock), 1e-9)
-        repeats[name] = min(MAX_CALLS, max(1, math.ceil(min_seconds / seconds)))
-        long[name] = seconds >= LONG_CALL
-    times: dict[str, list[list[float]]] = {name: [] for name in calls}
-    for index in range(rounds):
-        for name in _order(list(calls), index):
-            if settle:
-                pause(SETTLE_SECONDS)
-            if settle and not long[name]:
-                calls[name]()
-            times[name].append([_timed(calls[name], clock) for _ in range(repeats[name])])
-        progress(index + 1, rounds)
-    return times
-
-
-def _timed(call: Callable[[], object], clock: Clock) -> float:
-    start = clock()
-    call()
-    return clock() - start
 
 
 def ratio(own: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> Spread:

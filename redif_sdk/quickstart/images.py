@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.bench.interleave import interleave
 from redif_sdk.card.record import quality_rows, record, speed_rows
 from redif_sdk.card.render import read_card
 from redif_sdk.card.sections import user_sections
@@ -300,37 +302,38 @@ def _speed(
     reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher_steps: int, batches: Sequence[int] = (1, 8)
 ) -> list[dict[str, Any]]:
     """Seconds of each contender, interleaved: one round after another through all of them. Medians."""
-    contenders = [("teacher", teacher_steps, reference)]
-    contenders += [(f"student-{count}", count, pipe) for count, pipe in pipelines.items()]
+    contenders = {"teacher": (reference, teacher_steps)}
+    contenders |= {f"student-{count}": (pipe, count) for count, pipe in pipelines.items()}
     rows: list[dict[str, Any]] = []
     for batch in batches:
         start, labels = _noise(reference, batch), np.arange(batch) % 10
-        times: dict[str, list[float]] = {name: [] for name, _, _ in contenders}
-        for repeat in range(SPEED_ROUNDS + 1):
-            for name, count, pipe in contenders:
-                began = time.perf_counter()
-                pipe.generate_array(start, labels, count)
-                if repeat:  # the first round warms up
-                    times[name].append(time.perf_counter() - began)
-        slowest = statistics.median(times["teacher"])
-        for name, count, pipe in contenders:
-            median = statistics.median(times[name])
-            rows.append(
-                {
-                    "contender": name,
-                    "runtime": pipe.runtime_info["runtime"],
-                    "precision": pipe.runtime_info["precision"],
-                    "num_inference_steps": count,
-                    "network_calls": count * pipe.manifest.network.calls_per_step,
-                    "batch": batch,
-                    "seconds_median": median,
-                    "seconds_per_image": median / batch,
-                    "images_per_second": batch / median,
-                    "ratio": slowest / median,
-                    "ratio_to": "teacher",
-                }
-            )
+        calls = {name: partial(pipe.generate_array, start, labels, n) for name, (pipe, n) in contenders.items()}
+        rows += timed_rows(contenders, calls, batch)
     return rows
+
+
+def timed_rows(
+    contenders: Mapping[str, tuple[FastPipeline, int]], calls: Mapping[str, Callable[[], object]], batch: int
+) -> list[dict[str, Any]]:
+    """Time `calls` in interleaved rounds: one row per (pipeline, steps), with medians and ratios to "teacher"."""
+    turns = interleave(calls, SPEED_ROUNDS, min_seconds=0.0, settle=False)
+    medians = {name: statistics.median(seconds for turn in found for seconds in turn) for name, found in turns.items()}
+    return [
+        {
+            "contender": name,
+            "runtime": pipe.runtime_info["runtime"],
+            "precision": pipe.runtime_info["precision"],
+            "num_inference_steps": count,
+            "network_calls": count * pipe.manifest.network.calls_per_step,
+            "batch": batch,
+            "seconds_median": medians[name],
+            "seconds_per_image": medians[name] / batch,
+            "images_per_second": batch / medians[name],
+            "ratio": medians["teacher"] / medians[name],
+            "ratio_to": "teacher",
+        }
+        for name, (pipe, count) in contenders.items()
+    ]
 
 
 def summarise(report: Reporter, results: dict[str, Any], output: Path, most: int) -> None:

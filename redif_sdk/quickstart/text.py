@@ -7,9 +7,9 @@ What it shares with the quickstart on classes (the bar, the tables, the report's
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.quickstart.images import (
-    SPEED_ROUNDS,
     Reporter,
     checked_steps,
     distil,
@@ -28,6 +27,7 @@ from redif_sdk.quickstart.images import (
     plan,
     record_rows,
     summarise,
+    timed_rows,
 )
 from redif_sdk.quickstart.report import Sheet, grid, render, strip
 from redif_sdk.results import document, write_json
@@ -206,33 +206,13 @@ def _speed(
     reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher_steps: int, batches: Sequence[int] = (1, 8)
 ) -> list[dict[str, Any]]:
     """Seconds from prompt to pictures of each contender, all of them exported and interleaved. Medians."""
-    contenders = [("teacher", teacher_steps, reference)]
-    contenders += [(f"student-{count}", count, pipe) for count, pipe in pipelines.items()]
+    contenders = {"teacher": (reference, teacher_steps)}
+    contenders |= {f"student-{count}": (pipe, count) for count, pipe in pipelines.items()}
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        times: dict[str, list[float]] = {name: [] for name, _, _ in contenders}
-        for repeat in range(SPEED_ROUNDS + 1):
-            for name, count, pipe in contenders:
-                began = time.perf_counter()
-                pipe(PROMPT, num_images_per_prompt=batch, seed=0, num_inference_steps=count)
-                if repeat:  # the first round warms up
-                    times[name].append(time.perf_counter() - began)
-        slowest = statistics.median(times["teacher"])
-        for name, count, pipe in contenders:
-            median = statistics.median(times[name])
-            rows.append(
-                {
-                    "contender": name,
-                    "runtime": pipe.runtime_info["runtime"],
-                    "precision": pipe.runtime_info["precision"],
-                    "num_inference_steps": count,
-                    "network_calls": count * pipe.manifest.network.calls_per_step,
-                    "batch": batch,
-                    "seconds_median": median,
-                    "seconds_per_image": median / batch,
-                    "images_per_second": batch / median,
-                    "ratio": slowest / median,
-                    "ratio_to": "teacher",
-                }
-            )
+        calls = {
+            name: partial(pipe, PROMPT, num_images_per_prompt=batch, seed=0, num_inference_steps=count)
+            for name, (pipe, count) in contenders.items()
+        }
+        rows += timed_rows(contenders, calls, batch)
     return rows

@@ -44,12 +44,13 @@ def redif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 def assert_one_line(result: Result, code: int, *words: str) -> None:
+    """One line says what is wrong, after the lines of the stages that began."""
     assert result.code == code
-    assert result.err.startswith("redif: ")
-    assert result.err.count("\n") == 1
-    assert "Traceback" not in result.err
+    failures = [line for line in result.err.splitlines() if line.startswith("redif: ")]
+    assert [failures[-1:], "Traceback" in result.err] == [failures, False], result.err
+    assert result.err.endswith(f"{failures[0]}\n")
     for word in words:
-        assert word in result.err
+        assert word in failures[0]
 
 
 # ---------------------------------------------------------------- verify
@@ -57,7 +58,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
 
 def test_verify(redif: Callable[..., Result], tiny_student: Path) -> None:
     result = redif("verify", tiny_student, "--runtime", "onnxruntime")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (0, f"verify {tiny_student}\n")
     assert "all 16 checks passed" in result.out
     result = redif("verify", tiny_student, "--runtime", "onnxruntime", "--batches", "8", "--sizes", "28x28")
     assert "all 8 checks passed" in result.out

@@ -116,7 +116,7 @@ def test_distil_import_and_resume_from_the_command_line(
     code, errors = run(
         ["import", str(teacher_folder), "-o", str(tmp_path / "plain"), "--steps", "3"], monkeypatch, capsys
     )
-    assert (code, errors) == (0, "")
+    assert (code, errors) == (0, f"importing {teacher_folder}\n")
     assert json.loads((tmp_path / "plain" / "redif.json").read_text())["distillation"] is None
     shutil.rmtree(out)
     (tmp_path / "student.training" / "checkpoint.pt").write_bytes(b"left by a kill")

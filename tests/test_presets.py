@@ -107,7 +107,7 @@ def test_the_quickstarts_settings_are_those_of_distill_with_the_same_preset(name
 
 def test_the_clock_bends_no_path_and_says_that_it_cut(teacher: Teacher) -> None:
     """Beside a budget of updates seconds are a limit alone: phases and learning rate do not see them."""
-    settings = {"num_inference_steps": 1, "method": "regression", "reward": "pixel", "batch_size": 8, "pool_size": 64}
+    settings = {"num_inference_steps": 1, "method": "regression", "batch_size": 8, "pool_size": 64}
     pairs = pool.get(teacher, 64, "train")[0]
     shown: list[float] = []
     run = Trainer(

@@ -178,4 +178,4 @@ def test_the_command(tiny_student: Path, page: Path, tmp_path: Path, copy_of: Ca
         timeout=120,
     )
     assert wrong.returncode == 2
-    assert wrong.stderr.strip() == "redif: --web-dir is for --target web, which was not asked for"
+    assert wrong.stderr.strip() == "redif: --web-dir needs --target web"

@@ -161,7 +161,7 @@ class Arena:
 
 def evaluate_folder(
     folder: Path,
-    against: str,
+    against: str | Path | Teacher,
     num_samples: int,
     *,
     data: str | None = None,

@@ -1,24 +1,26 @@
-"""The command `redif bench`: a student on every engine that is here, against torch and diffusers.
+"""The command ``redif bench``: a student on every engine that is here, against torch and diffusers.
 
-It collects the contenders, has them measured by `bench.py` and its neighbours, and prints what they return. Torch is
-imported only where it is there and was not excluded.
+It collects the contenders, has them measured by `redif_sdk.bench`, and prints the result. Torch is imported only where
+it is installed and was not excluded.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from redif_sdk.cli.terminal import Json, Quiet, StudentFolderArgument, console_for, print_rows
+from redif_sdk.cli.terminal import Json, Quiet, StudentFolderArgument, console_for, listed, numbers, print_rows
 from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable
+from redif_sdk.progress import Progress
 
 __all__ = ["Request", "bench_command", "measure"]
+
+Strings = list[str] | None
 
 TORCH_NAMES = ("torch-eager", "torch-compile", "diffusers-eager", "diffusers-pipeline")
 
@@ -59,26 +61,38 @@ class Request:
 
 def bench_command(
     folder: StudentFolderArgument,
-    against: Annotated[str | None, typer.Option(help="Its teacher, at its own steps: a name or a folder.")] = None,
-    contender: Annotated[list[str] | None, typer.Option(help="By name; may be repeated. Default: all.")] = None,
-    runtime: Annotated[list[str] | None, typer.Option(help="Engines; may be repeated. Default: those here.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: fp32 and bf16.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Pictures a call; may be repeated. 1 and 8.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the student; default: its first table's.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="In each, every contender has one turn.")] = 11,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each; default: its own.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER", help="Also measure this teacher at its own steps: a name or a folder."),
+    ] = None,
+    contender: Annotated[Strings, typer.Option(metavar="NAME,...", help="Contenders to measure; default: all.")] = None,
+    runtime: Annotated[
+        Strings, typer.Option(metavar="NAME,...", help="Engines; default: those installed here.")
+    ] = None,
+    precision: Annotated[Strings, typer.Option(metavar="NAME,...", help="Precisions; default: fp32,bf16.")] = None,
+    batch: Annotated[
+        Strings, typer.Option("--batch", "--batches", metavar="N,...", help="Images for each call; default: 1,8.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the student; default: the first that it supports.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; in each, every contender is timed once.")] = 11,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each contender; default: its own.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, ...")] = "cpu",
-    cold_start: Annotated[bool, typer.Option(help="Also memory and the first picture, in fresh processes.")] = True,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the bars as SVG.")] = None,
+    cold_start: Annotated[
+        bool, typer.Option(help="Also measure memory and the first image, in fresh processes.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a bar chart as SVG.")] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Record the figures in the student's manifest and card.")
     ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a student side by side: FastPipeline, bare engines, torch.compile and diffusers. Take the ratios.
+    """Time a student on every engine, side by side.
 
-    All contenders compute the same pictures; one that does not is not timed, and the command exits 1.
+    Contenders are FastPipeline, bare engines, torch.compile and diffusers; compare them by the ratios. All
+    contenders must compute the same images; one that does not is not timed, and the command exits with 1.
     """
     from redif_sdk.bench.rounds import disagreeing
     from redif_sdk.card.record import check_recordable, record, speed_rows
@@ -87,10 +101,10 @@ def bench_command(
     request = Request(
         folder,
         against,
-        tuple(contender or ()),
-        tuple(runtime or ()),
-        tuple(precision or ()),
-        tuple(dict.fromkeys(batch or (1, 8))),
+        listed(contender),
+        listed(runtime),
+        listed(precision),
+        _batches(batch),
         steps,
         rounds,
         threads,
@@ -100,17 +114,26 @@ def bench_command(
     if save:
         check_recordable(folder)
     console = console_for(json, quiet)
-    with console.status("starting") if console.is_terminal else nullcontext() as status:
-        result = measure(request, status.update if status is not None else lambda message: None)
+    progress = Progress(quiet)
+    progress.say(f"{folder}: {rounds} rounds of every contender, batches of {', '.join(map(str, request.batches))}")
+    with progress.stage("bench") as show:
+        result = measure(request, lambda message: show(None, message))
     if json is not None:
         write_json(json, result)
     if plot is not None:
         _plot(plot, result)
     _print(console, result)
     if wrong := disagreeing(result["rows"]):
-        raise ParityError(f"these contenders compute other pictures: {wrong}")
+        raise ParityError(f"these contenders compute other images: {wrong}")
     if save:
         record(folder, speed_rows(result["rows"]))
+
+
+def _batches(values: Sequence[str] | None) -> list[int]:
+    found = numbers("--batch", values) or [1, 8]
+    if min(found) < 1:
+        raise InvalidRequest(f"--batch is {min(found)}; give at least 1")
+    return found
 
 
 def measure(request: Request, say: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
@@ -249,7 +272,7 @@ def _untimed(contenders: Sequence[Any], work: Any) -> list[dict[str, Any]]:
 def _fresh(
     request: Request, contenders: Sequence[Any], work: Any, rows: Sequence[dict[str, Any]], say: Callable[[str], object]
 ) -> None:
-    """Put memory and cold start into the rows; the first picture is measured at the smallest batch alone."""
+    """Put memory and cold start into the rows; the first image is measured at the smallest batch alone."""
     from redif_sdk.bench.fresh import COLD_RUNS, cold_starts
 
     wanted = [

@@ -1,4 +1,4 @@
-"""``redif card``: make the model card of a student's folder anew, or say whether it is up to date."""
+"""The command ``redif card``: write the model card of a student's folder, or say whether it is up to date."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ __all__ = ["card_command"]
 
 def card_command(
     folder: StudentFolderArgument,
-    check: Annotated[bool, typer.Option("--check", help="Only say whether it is up to date; exit 1 if not.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check; exit with 1 if the card is not up to date.")
+    ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make README.md, the model card, anew from the manifest. Your marked sections and your tags stay."""
+    """Write the model card of a student.
+
+    README.md is made from the manifest; your marked sections and your tags are kept."""
     from redif_sdk.artifact.folder import StudentFolder
     from redif_sdk.artifact.manifest import CARD_NAME
     from redif_sdk.card.render import read_card, render_folder, write_card

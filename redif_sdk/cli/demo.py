@@ -1,4 +1,4 @@
-"""The command `redif demo`: what it takes, what it calls, what it prints. It imports Gradio when it runs."""
+"""The command ``redif demo``. Gradio is imported when it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redif_sdk.cli.terminal import Quiet, console_for
+from redif_sdk.cli.terminal import (
+    Device,
+    Precision,
+    Quiet,
+    Runtime,
+    StudentRevision,
+    StudentsArgument,
+    Threads,
+    console_for,
+)
 from redif_sdk.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -20,30 +29,31 @@ __all__ = ["demo_command"]
 
 
 def demo_command(
-    students: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Students' folders, or their ids on the Hub.")
-    ],
+    students: StudentsArgument,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Shown beside them: the teacher as redif import makes it, or its id."),
+        typer.Option(metavar="DIR", help="Teacher to show beside them: a folder made by redif import, or its Hub id."),
     ] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for every address of this machine.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: the first that is free from 7860 on.")] = None,
-    share: Annotated[bool, typer.Option("--share", help="Also at a public address, through Gradio's servers.")] = False,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open it in this machine's browser.")] = False,
-    max_images: Annotated[int, typer.Option(help="Most pictures a wish.")] = 16,
-    concurrency: Annotated[int, typer.Option(help="Wishes that are worked on at once; others wait.")] = 1,
-    max_queue: Annotated[int, typer.Option(help="Most wishes that wait; more are turned away.")] = 64,
-    runtime: Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16 or int8.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of students on the Hub: a branch, a tag or a commit.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 = all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 7860 on.")] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also serve at a public address, through Gradio's servers.")
+    ] = False,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    max_images: Annotated[int, typer.Option(help="Maximum images per request.")] = 16,
+    concurrency: Annotated[int, typer.Option(help="Concurrent requests; others wait.")] = 1,
+    max_queue: Annotated[int, typer.Option(help="Maximum requests in the queue; more are refused.")] = 64,
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    revision: StudentRevision = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show students in a page: pictures as they form, the teacher beside them, latency, quality, and the card.
+    """Show students in a web page.
 
-    Without torch: a teacher is shown as `redif import` made it, with `redif export`.
+    It shows images step by step, the teacher beside them, latency, quality, and the card. It does not need torch: a
+    teacher is shown as made by `redif import` and `redif export`.
     """
     from redif_sdk.artifact.folder import StudentFolder
     from redif_sdk.pipeline import FastPipeline
@@ -92,7 +102,7 @@ def _teacher(source: str | None, load: Callable[[str], FastPipeline]) -> FastPip
     folder = Path(source)
     if folder.is_dir() and (folder / "model_index.json").is_file() and not (folder / "redif.json").is_file():
         raise InvalidRequest(
-            f"{folder} is a pipeline that only torch runs; make it one that this demo can show: "
-            f"redif import {folder} --steps 50 --steps 4 -o {folder.name}-50, then redif export {folder.name}-50"
+            f"{folder} is a pipeline that only torch can run; convert it for this demo: "
+            f"redif import {folder} --steps 50,4 -o {folder.name}-50, then redif export {folder.name}-50"
         )
     return load(source)

@@ -1,6 +1,6 @@
-"""What is installed, what shadows what, and what each engine can do on this machine, found out by trying.
+"""The command ``redif doctor``: what is installed, what shadows what, and what each engine can do on this machine.
 
-It changes nothing and imports no engine but by asking it to run a graph of one node. Printing is the command line's.
+Engines are asked to run a graph of one node; nothing is changed.
 """
 
 from __future__ import annotations
@@ -9,17 +9,75 @@ import platform
 import re
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from redif_sdk.cli.terminal import (
+    GATE_FAILED,
+    Json,
+    PromptFile,
+    Quiet,
+    TrainingDevice,
+    console_for,
+    fail,
+    print_rows,
+    teacher_options,
+    write_rows,
+)
 from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.progress import Progress
 from redif_sdk.runtimes import RUNTIMES, installed
 from redif_sdk.runtimes.protocol import cores, nvidia_driver
 
-__all__ = ["examine"]
+__all__ = ["doctor_command", "examine"]
 
 EXTRAS = ("cpu", "gpu", "openvino", "tensorrt-rtx", "export", "distill", "demo", "serve", "ray")
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*(?:;.*extra\s*==\s*['\"]([^'\"]+)['\"])?")
+
+
+FINDINGS = {"subject": "subject", "status": "status", "detail": "detail"}
+
+
+def doctor_command(
+    distill: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER", help="Check this teacher instead of the machine; nothing is trained."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="With --distill: num_inference_steps of the planned student.")] = 4,
+    reward: Annotated[str, typer.Option(help="With --distill: reward of the planned run.")] = "feature",
+    device: TrainingDevice = None,
+    prompts: PromptFile = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check the installation, or a teacher (--distill).
+
+    Says what is installed, what shadows what, and what each engine can do here. Exits with 1 if something is broken.
+
+    With --distill: is the teacher's prediction type right, is it deterministic, do its samples belong to their noise,
+    does the reward tell actions apart, and how long would a run take?
+    """
+    rows = examine() if distill is None else _examine_teacher(distill, steps, reward, device, prompts, quiet)
+    write_rows(json, "doctor", rows)
+    print_rows(console_for(json, quiet), FINDINGS, rows)
+    if broken := [row["subject"] for row in rows if row["status"] == "problem"]:
+        fail(f"there are problems with {', '.join(broken)}", GATE_FAILED)
+
+
+def _examine_teacher(
+    source: str, steps: int, reward: str, device: str | None, prompts: Path | None, quiet: bool
+) -> list[dict[str, Any]]:
+    from redif_sdk.distill.config import DistillConfig
+    from redif_sdk.distill.evaluation.examine import examine_teacher
+    from redif_sdk.distill.teachers.base import Teacher
+
+    chosen = {"device": device} if device else {}
+    config = DistillConfig.checked(num_inference_steps=steps, reward=reward, **chosen)
+    with Progress(quiet).stage(f"examine {source}"):
+        return examine_teacher(Teacher.load(source, **teacher_options(prompts)), config=config)
 
 
 def examine() -> list[dict[str, Any]]:

@@ -1,33 +1,31 @@
-"""The commands `redif export` and `redif verify`: what they take, what they call, what they print.
-
-Torch, ONNX and TensorRT are imported when a command runs that needs them.
-"""
+"""The command ``redif export``. Torch, ONNX and TensorRT are imported when it runs, as a target needs them."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from redif_sdk.cli.terminal import (
-    GATE_FAILED,
     Json,
     Quiet,
     StudentFolderArgument,
     console_for,
-    fail,
+    listed,
     numbers,
     print_rows,
     sizes_of,
     write_rows,
 )
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, ParityError
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.progress import Progress
 
-__all__ = ["export_command", "verify_command"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
-Batches = Annotated[str | None, typer.Option(metavar="N,...", help="Batch sizes to check, as in 1,8.")]
+__all__ = ["PARITY", "export_command"]
 
 PARITY = {
     "component": "component",
@@ -52,125 +50,169 @@ ENGINES = {
     "cache": "cache",
 }
 
+Strings = list[str] | None
+Target = Annotated[Strings, typer.Option(metavar="NAME,...", help="onnx, tensorrt-rtx, tensorrt, web; default: onnx.")]
+PrecisionList = Annotated[
+    Strings,
+    typer.Option(metavar="NAME,...", help="fp32, fp16, bf16, int8; default: fp32; for engines: every exported one."),
+]
+Batches = Annotated[
+    Strings,
+    typer.Option(metavar="N,...", help="Batch sizes to check; default: 1,8; for engines: SMALLEST,BEST,LARGEST."),
+]
+Sizes = Annotated[
+    Strings,
+    typer.Option(
+        metavar="HxW,...",
+        help="Image sizes to check; axes on which they differ become free. For engines: SMALLEST,BEST,LARGEST.",
+    ),
+]
+Component = Annotated[
+    Strings,
+    typer.Option(
+        metavar="NAME,...", help="Engines: text_encoder, denoiser, decoder, generator; default: all of the student's."
+    ),
+]
+Sm = Annotated[
+    Strings, typer.Option(metavar="N,...", help="Engines: compute capabilities to build for, as in 86,89,120.")
+]
+EngineDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Engines: output folder; default: the cache.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Engines: largest number of steps; default: the student's.")]
+Level = Annotated[str, typer.Option(help="Engines: how long the builder searches: fast, default or best.")]
+Workspace = Annotated[int | None, typer.Option(help="Engines: memory limit of one layer, in MiB.")]
+Compatibility = Annotated[str, typer.Option(help="TensorRT engines: none, ampere-plus or same-cc.")]
+Strip = Annotated[
+    bool, typer.Option("--strip-weights", help="Engines without weights; they are read from the student.")
+]
+WebDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Web: output folder; default: the student's, + -web.")]
+WebEngine = Annotated[Strings, typer.Option(metavar="NAME,...", help="Web: wasm, webgpu; default: both.")]
+TimingCache = Annotated[bool, typer.Option(help="TensorRT engines: keep the measured timings for later builds.")]
 
-def export_command(
-    folder: StudentFolderArgument,
-    target: Annotated[
-        list[str] | None, typer.Option(help="onnx, tensorrt-rtx, tensorrt, web; may be repeated. Default: onnx.")
-    ] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(help="fp32, fp16, bf16, int8; may be repeated. Default: fp32; of engines, all graphs there are."),
-    ] = None,
-    batches: Annotated[
-        str | None,
-        typer.Option(metavar="N,...", help="Batch sizes to check, as in 1,8; of engines: SMALLEST,BEST,LARGEST."),
-    ] = None,
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HxW,...",
-            help="Picture sizes to check; axes on which they differ become free. Of engines: SMALLEST,BEST,LARGEST.",
-        ),
-    ] = None,
-    component: Annotated[
-        list[str] | None,
-        typer.Option(help="Engines: text_encoder, denoiser, decoder, generator; may be repeated. Default: all."),
-    ] = None,
-    sm: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Engines: compute capabilities to build for, as in 86,89,120.")
-    ] = None,
-    engine_dir: Annotated[
-        Path | None, typer.Option(help="Engines: where they go; default: this machine's cache.")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Engines: most steps; default: the student's most.")] = None,
-    level: Annotated[str, typer.Option(help="Engines: how long to search: fast, default, best.")] = "default",
-    workspace_mb: Annotated[int | None, typer.Option(help="Engines: most memory for one layer.")] = None,
-    hardware_compatibility: Annotated[
-        str, typer.Option(help="Engines of tensorrt: none, ampere-plus, same-cc.")
-    ] = "none",
-    strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="Engines: without the weights, which the student has.")
-    ] = False,
-    web_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Web: the page's folder; default: the student's name with -web.")
-    ] = None,
-    web_engine: Annotated[
-        list[str] | None, typer.Option(help="Web: wasm, webgpu; may be repeated. Default: both.")
-    ] = None,
-    timing_cache: Annotated[bool, typer.Option(help="Engines of tensorrt: keep what was timed.")] = True,
-    json: Json = None,
-    quiet: Quiet = False,
-) -> None:
-    """Compile a student: to ONNX, checked against torch, and from there to TensorRT engines or a page for browsers.
 
-    The ONNX graphs that were there are replaced: name every precision that the student shall have. Engines are built of
-    the graphs that are there, without torch, and never lie in the student's folder; so is the page of the target web,
-    which needs npm for the browser's engine.
-    """
-    from redif_sdk.export import ENGINE_TARGETS, PAGE_TARGET, build_engines, build_page, export
+@dataclass
+class _Export:
+    """One run of the command: what was asked for, and the rows it made so far."""
 
-    console = console_for(json, quiet)
-    targets = target or ["onnx"]
-    graphs = [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]
-    if PAGE_TARGET in targets and len(precision or []) > 1 and set(targets) <= {PAGE_TARGET}:
-        raise InvalidRequest(f"a page runs one precision; {', '.join(precision or [])} were given")
-    for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine)):
-        if given and PAGE_TARGET not in targets:
-            raise InvalidRequest(f"{option} is for --target web, which was not asked for")
-    rows: list[dict[str, Any]] = []
-    if graphs:
-        if batches is not None and len(targets) > len(graphs):
-            raise InvalidRequest("--batches mean one thing for onnx and another for engines; export onnx first")
-        with console.status("compiling") if console.is_terminal else nullcontext():
-            checked = numbers("--batches", batches) or (1, 8)
-            manifest = export(folder, graphs, precision or ["fp32"], batches=checked, sizes=sizes_of(sizes) or ())
-        rows += manifest.verification
-        print_rows(console, PARITY, manifest.verification)
-        console.print(f"{folder}: {', '.join(graph.file for graph in manifest.graphs)}", soft_wrap=True)
-    for name in targets:
-        if name in ENGINE_TARGETS:
-            with console.status(f"building for {name}") if console.is_terminal else nullcontext():
-                built = build_engines(
-                    folder,
-                    flavour=name,
-                    precisions=precision or None,
-                    components=component or None,
-                    sm=numbers("--sm", sm) or (),
-                    engine_dir=engine_dir,
-                    batches=_three("--batches", numbers("--batches", batches)) or (1, 4, 8),
-                    sizes=_three("--sizes", sizes_of(sizes)),
-                    max_steps=max_steps,
-                    level=level,
-                    workspace_mb=workspace_mb,
-                    hardware_compatibility=hardware_compatibility,
-                    strip_weights=strip_weights,
-                    timing_cache=timing_cache,
-                )
-            rows += built
-            print_rows(console, ENGINES, [_shown(row) for row in built])
-            for row in built:
-                console.print(row["file"], soft_wrap=True)
-    if PAGE_TARGET in targets:
-        with console.status("making the page") if console.is_terminal else nullcontext():
-            page = build_page(
-                folder,
-                web_dir,
-                precision=(precision or ["fp32"])[0],
-                engines=tuple(dict.fromkeys(web_engine)) if web_engine else ("wasm", "webgpu"),
+    folder: Path
+    console: Console
+    progress: Progress
+    targets: list[str]
+    precisions: list[str]
+    batches: list[int]
+    sizes: list[tuple[int, int]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def graphs(self, names: list[str]) -> None:
+        """Compile to ONNX and pass the parity gate."""
+        from redif_sdk.export import export
+
+        if self.batches and len(self.targets) > len(names):
+            raise InvalidRequest("--batches means different things for onnx and for engines; export onnx first")
+        precisions = self.precisions or ["fp32"]
+        with self.progress.stage(f"export to ONNX in {', '.join(precisions)}, and check against torch"):
+            manifest = export(self.folder, names, precisions, batches=self.batches or (1, 8), sizes=self.sizes)
+        self.rows += manifest.verification
+        print_rows(self.console, PARITY, manifest.verification)
+        files = ", ".join(graph.file for graph in manifest.graphs)
+        self.console.print(f"{self.folder}: {files}", soft_wrap=True)
+
+    def engines(self, flavour: str, options: dict[str, Any]) -> None:
+        """Build the engines of one TensorRT."""
+        from redif_sdk.export import build_engines
+
+        with self.progress.stage(f"build engines for {flavour}"):
+            built = build_engines(
+                self.folder,
+                flavour=flavour,
+                precisions=self.precisions or None,
+                batches=_three("--batches", self.batches) or (1, 4, 8),
+                sizes=_three("--sizes", self.sizes),
+                **options,
             )
-        size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
-        rows.append({"target": PAGE_TARGET, "folder": str(page), "bytes": size})
-        console.print(
-            f"{page}: {size / 1e6:.1f} MB; try it with python -m http.server -d {page}, publish it on any host of "
+        self.rows += built
+        print_rows(self.console, ENGINES, [_shown(row) for row in built])
+        for row in built:
+            self.console.print(row["file"], soft_wrap=True)
+
+    def page(self, target: str, folder: Path | None, engines: list[str]) -> None:
+        """Make the page for browsers."""
+        from redif_sdk.export import build_page
+
+        with self.progress.stage("make the page"):
+            made = build_page(
+                self.folder,
+                folder,
+                precision=(self.precisions or ["fp32"])[0],
+                engines=tuple(engines) or ("wasm", "webgpu"),
+            )
+        size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+        self.rows.append({"target": target, "folder": str(made), "bytes": size})
+        self.console.print(
+            f"{made}: {size / 1e6:.1f} MB; try it with python -m http.server -d {made}, publish it on any host of "
             f"static files",
             soft_wrap=True,
         )
-    write_rows(json, "export", rows)
 
 
-def _three(option: str, values: list[Any] | None) -> tuple[Any, Any, Any] | None:
-    if values is None:
+def export_command(
+    folder: StudentFolderArgument,
+    target: Target = None,
+    precision: PrecisionList = None,
+    batches: Batches = None,
+    sizes: Sizes = None,
+    component: Component = None,
+    sm: Sm = None,
+    engine_dir: EngineDir = None,
+    max_steps: MaxSteps = None,
+    level: Level = "default",
+    workspace_mb: Workspace = None,
+    hardware_compatibility: Compatibility = "none",
+    strip_weights: Strip = False,
+    web_dir: WebDir = None,
+    web_engine: WebEngine = None,
+    timing_cache: TimingCache = True,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compile a student to ONNX, TensorRT or a web page.
+
+    Every ONNX graph is checked against torch. Exporting to ONNX replaces all graphs of the student: name every
+    precision that it shall have. Engines and the page are built from these graphs, without torch, outside the
+    student's folder; the page needs npm.
+    """
+    from redif_sdk.export import ENGINE_TARGETS, PAGE_TARGET
+
+    targets, precisions = listed(target) or ["onnx"], listed(precision)
+    if PAGE_TARGET in targets and len(precisions) > 1 and set(targets) <= {PAGE_TARGET}:
+        raise InvalidRequest(f"a page has one precision; {', '.join(precisions)} were given")
+    for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine)):
+        if given and PAGE_TARGET not in targets:
+            raise InvalidRequest(f"{option} needs --target web")
+    console, sides = console_for(json, quiet), sizes_of(sizes)
+    run = _Export(folder, console, Progress(quiet), targets, precisions, numbers("--batches", batches), sides)
+    if graphs := [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]:
+        run.graphs(graphs)
+    options = {
+        "components": listed(component) or None,
+        "sm": numbers("--sm", sm),
+        "engine_dir": engine_dir,
+        "max_steps": max_steps,
+        "level": level,
+        "workspace_mb": workspace_mb,
+        "hardware_compatibility": hardware_compatibility,
+        "strip_weights": strip_weights,
+        "timing_cache": timing_cache,
+    }
+    for name in targets:
+        if name in ENGINE_TARGETS:
+            run.engines(name, options)
+    if PAGE_TARGET in targets:
+        run.page(PAGE_TARGET, web_dir, listed(web_engine))
+    write_rows(json, "export", run.rows)
+
+
+def _three(option: str, values: list[Any]) -> tuple[Any, Any, Any] | None:
+    if not values:
         return None
     if len(values) != 3:
         raise InvalidRequest(f"{option} of engines are three: SMALLEST,BEST,LARGEST; {len(values)} were given")
@@ -181,38 +223,3 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """An engine's row as it is printed."""
     targets = ", ".join(f"sm {number}" for number in row["targets"]) or row["device"]
     return row | {"targets": targets, "megabytes": row["bytes"] / 1e6}
-
-
-def verify_command(
-    folder: StudentFolderArgument,
-    runtime: Annotated[list[str] | None, typer.Option(help="Engines to check; default: those that run here.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="Graphs to check; default: all.")] = None,
-    batches: Batches = None,
-    sizes: Annotated[str | None, typer.Option(metavar="HxW,...", help="Recorded sizes to check; default: all.")] = None,
-    json: Json = None,
-    quiet: Quiet = False,
-) -> None:
-    """Check every file's hash, and every graph against the recorded torch outputs. Writes nothing; exits 1 if it fails.
-
-    The hashes come first: an altered, missing or additional file is named, and nothing of the student is run.
-    """
-    from redif_sdk.artifact.manifest import MANIFEST_NAME
-    from redif_sdk.export.verify import absent, summary, verify
-
-    try:
-        rows = verify(
-            folder, runtime, precisions=precision, batches=numbers("--batches", batches), sizes=sizes_of(sizes)
-        )
-    except ManifestError as error:
-        if not isinstance(error, IntegrityError) and not (folder / MANIFEST_NAME).is_file():
-            raise  # this is no student; an altered manifest may be one that cannot even be read
-        fail(str(error), GATE_FAILED)
-    write_rows(json, "verify", rows)
-    console = console_for(json, quiet)
-    print_rows(console, PARITY, [row for row in rows if row["passed"] is not None])
-    if failed := summary(rows):
-        raise ParityError(f"{folder} failed: {failed}")
-    passed = sum(bool(row["passed"]) for row in rows)
-    console.print(f"{folder}: every file is unaltered, and all {passed} checks passed", soft_wrap=True)
-    if unchecked := absent(rows):
-        console.print(f"not checked here: {unchecked}", soft_wrap=True)

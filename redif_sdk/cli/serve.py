@@ -1,4 +1,4 @@
-"""The command `redif serve`: what it takes, what it calls, what it prints. It imports the server when it runs."""
+"""The command ``redif serve``. The server is imported when it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from redif_sdk.cli.terminal import Quiet, console_for
+from redif_sdk.cli.terminal import (
+    Device,
+    Precision,
+    Quiet,
+    Runtime,
+    StudentRevision,
+    StudentsArgument,
+    Threads,
+    console_for,
+    listed,
+)
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.serving.settings import KEYS, ServeSettings, keys_of_environment
 
@@ -18,33 +28,36 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def serve_command(
-    students: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Students' folders, or their ids on the Hub.")
-    ],
-    host: Annotated[str, typer.Option(help="0.0.0.0 for every address of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
-    max_batch: Annotated[int, typer.Option(help="Most pictures a call of the engine.")] = 8,
-    max_wait_ms: Annotated[float, typer.Option(help="How long an idle engine waits for more pictures.")] = 2.0,
-    max_queue: Annotated[int, typer.Option(help="Most pictures waiting; beyond it the answer is 429.")] = 256,
-    max_images: Annotated[int, typer.Option(help="Most pictures a request.")] = 16,
-    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
+    students: StudentsArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 = all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = a free one.")] = 8000,
+    max_batch: Annotated[int, typer.Option(help="Largest batch for one call of the engine.")] = 8,
+    max_wait_ms: Annotated[float, typer.Option(help="How long an idle engine waits for more images, in ms.")] = 2.0,
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum images in the queue; beyond it requests are answered with 429.")
+    ] = 256,
+    max_images: Annotated[int, typer.Option(help="Maximum images per request.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Time limit of a request, in seconds.")] = 60.0,
     api_keys_file: Annotated[
-        Path | None, typer.Option(help=f"One key a line; or set {KEYS}, with commas between. Default: no keys.")
+        Path | None,
+        typer.Option(help=f"File of API keys, one a line; or set {KEYS} (comma-separated). Default: no keys."),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A page's origin that may ask from a browser; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="ORIGIN,...", help="Origins whose pages may call the server from a browser."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16 or int8.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of students on the Hub: a branch, a tag or a commit.")] = None,
-    log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}; JSON lines on standard error.")] = "info",
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    revision: StudentRevision = None,
+    log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}; logs are JSON lines on stderr.")] = "info",
     quiet: Quiet = False,
 ) -> None:
-    """Serve students over HTTP, by OpenAI's images API. SIGTERM finishes what was accepted, and ends.
+    """Serve students over HTTP (OpenAI's images API).
 
-    Pictures that are asked for at the same time are computed together, and a seed's picture is the same as alone.
+    On SIGTERM, accepted requests are finished first. Concurrent requests are batched; the image of a seed does not
+    depend on the batch.
     """
     if log_level not in LEVELS:
         raise InvalidRequest(f"--log-level is {log_level!r}; use one of {', '.join(LEVELS)}")
@@ -62,7 +75,7 @@ def serve_command(
         max_images=max_images,
         timeout_s=timeout,
         api_keys=_keys(api_keys_file),
-        cors_origins=tuple(cors_origin or ()),
+        cors_origins=tuple(listed(cors_origin)),
     )
     log_to_stderr("error" if quiet else log_level)
     pipelines: dict[str, FastPipeline] = {}
@@ -76,10 +89,10 @@ def serve_command(
         pipelines[name] = pipeline
     console = console_for(None, quiet)
     if not settings.api_keys and not _is_loopback(host):
-        console.print(f"anybody who reaches {host} may ask: no API key is set ({KEYS}, --api-keys-file)")
+        console.print(f"anybody who reaches {host} can use the server: no API key is set ({KEYS}, --api-keys-file)")
 
     def started(address: str) -> None:
-        console.print(f"{', '.join(pipelines)} at {address} (how to ask: {address}/docs)", soft_wrap=True)
+        console.print(f"{', '.join(pipelines)} at {address} (API: {address}/docs)", soft_wrap=True)
         console.file.flush()
 
     serve(pipelines, settings, host=host, port=port, log_level=log_level, started=started)

@@ -1,7 +1,4 @@
-"""What the commands share: their common options, and how rows become a table or a file.
-
-Nothing here knows what a command does; `cli.py` collects the commands.
-"""
+"""What the commands share: common options, lists of values, and how rows become a table or a file."""
 
 from __future__ import annotations
 
@@ -22,24 +19,60 @@ __all__ = [
     "BAD_INPUT",
     "GATE_FAILED",
     "INTERRUPTED",
+    "Device",
+    "GuidanceScale",
+    "Height",
     "Json",
+    "Precision",
+    "PromptFile",
     "Quiet",
+    "Runtime",
     "StudentFolderArgument",
+    "StudentRevision",
+    "StudentsArgument",
+    "TeacherArgument",
+    "Threads",
+    "TrainingDevice",
+    "Width",
     "console_for",
     "fail",
+    "listed",
     "numbers",
     "print_rows",
     "show_transfers",
     "sizes_of",
+    "teacher_options",
     "write_rows",
 ]
 
 GATE_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 WIDE = 160  # columns
 
-StudentFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A student's folder.")]
+StudentFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the student.")]
+StudentsArgument = Annotated[
+    list[str], typer.Argument(metavar="DIR...", help="Folders of students, or their ids on the Hub.")
+]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, fp16, bf16 or int8.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")]
+StudentRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a student on the Hub.")]
+
+TeacherArgument = Annotated[
+    str,
+    typer.Argument(metavar="TEACHER", help="A diffusers folder, or a shipped teacher: fashion-mnist, emoji, mini-sd."),
+]
+TrainingDevice = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: auto, a GPU if there is one.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Guidance scale of the teacher; default: its own; 1 = no guidance.")
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for a text-to-image teacher, one a line.")
+]
+Height = Annotated[int | None, typer.Option(help="Image height in pixels, if the pipeline supports several sizes.")]
+Width = Annotated[int | None, typer.Option(help="Image width in pixels, if the pipeline supports several sizes.")]
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -48,24 +81,38 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def numbers(option: str, text: str | None) -> list[int] | None:
-    """The numbers of "1,8"."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidRequest(f"{option} is {text!r}; give numbers with commas between, as in 1,8") from None
+def listed(values: Sequence[str] | None) -> list[str]:
+    """The items of an option that was repeated, or given with commas between, or both; each once, in order."""
+    parts = [part.strip() for value in values or () for part in value.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
 
 
-def sizes_of(text: str | None) -> list[tuple[int, int]] | None:
-    """The (height, width) pairs of "28x28,56x28"."""
-    if text is None:
-        return None
-    pairs = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
-    if None in pairs:
-        raise InvalidRequest(f"--sizes is {text!r}; give HEIGHTxWIDTH with commas between, as in 28x28,56x28")
-    return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+def numbers(option: str, values: Sequence[str] | None) -> list[int]:
+    """The whole numbers of a list option: ``--steps 1 --steps 2`` and ``--steps 1,2`` are [1, 2]."""
+    parts = listed(values)
+    for part in parts:
+        if not re.fullmatch(r"[+-]?\d+", part):
+            raise InvalidRequest(f"{option} is {part!r}; give whole numbers with commas between, as in 1,8")
+    return [int(part) for part in parts]
+
+
+def sizes_of(values: Sequence[str] | None) -> list[tuple[int, int]]:
+    """The (height, width) pairs of the list option ``--sizes 28x28,56x28``."""
+    found = []
+    for part in listed(values):
+        pair = re.fullmatch(r"(\d+)x(\d+)", part)
+        if pair is None:
+            raise InvalidRequest(f"--sizes is {part!r}; give HEIGHTxWIDTH with commas between, as in 28x28,56x28")
+        found.append((int(pair[1]), int(pair[2])))
+    return found
+
+
+def teacher_options(prompts: Path | None, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+    """The arguments of ``Teacher.load`` that were given. The prompts are read from their file."""
+    from redif_sdk.models.prompts import read_prompts
+
+    given = {"prompts": None if prompts is None else read_prompts(prompts), "height": height, "width": width}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def console_for(json: str | None, quiet: bool) -> Console:

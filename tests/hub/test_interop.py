@@ -76,7 +76,7 @@ def test_redif_push_and_pull_and_generate(hub: HubStandIn, tiny_student: Path, t
     assert {row["commit"] for row in document["rows"]} == {hub.head(REPO)}
     assert hub.repos["model", REPO].private
     pulled = run(hub, "redif", "pull", REPO, "-o", str(tmp_path / "pulled"))
-    assert f"of {REPO} at {hub.head(REPO)}; all are unaltered" in pulled.stdout
+    assert f"from {REPO} at {hub.head(REPO)}; all hashes match" in pulled.stdout
     run(hub, "redif", "verify", str(tmp_path / "pulled"), "--runtime", "onnxruntime")
     run(hub, "redif", "card", str(tmp_path / "pulled"), "--check")  # it knows where it came from
     run(hub, "redif", "generate", REPO, "--revision", "main", "--class-label", "1", "-o", str(tmp_path / "x.png"))

@@ -1,0 +1,133 @@
+"""The command ``redif generate``: images from a student. It never imports torch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from redif_sdk.cli.terminal import (
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    Runtime,
+    StudentRevision,
+    Threads,
+    console_for,
+    show_transfers,
+    write_rows,
+)
+from redif_sdk.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["generate_command"]
+
+ClassLabels = Annotated[list[str] | None, typer.Option(help="A class by number or name; may be repeated.")]
+Output = Annotated[
+    str, typer.Option("-o", "--output", help="A file for all images, or a folder (DIR/) for one file each.")
+]
+Provider = Annotated[
+    str | None, typer.Option(help="ONNX Runtime's execution provider, or the package of a plugin provider.")
+]
+
+
+def generate_command(
+    student: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the student, or its id on the Hub.")],
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, or names of classes of a class-conditional student.")
+    ] = None,
+    class_label: ClassLabels = None,
+    number: Annotated[int, typer.Option("-n", "--num-images", help="Images for each prompt or class.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Inference steps; default: the first that the student supports.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed: the same one gives the same images.")] = None,
+    output: Output = "out.png",
+    height: Annotated[int | None, typer.Option(help="Image height in pixels, if the student supports it.")] = None,
+    width: Annotated[int | None, typer.Option(help="Image width in pixels, if the student supports it.")] = None,
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    provider: Provider = None,
+    engine_dir: Annotated[Path | None, typer.Option(help="Folder of TensorRT engines; default: the cache.")] = None,
+    threads: Threads = None,
+    revision: StudentRevision = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Generate images."""
+    from redif_sdk.hub import is_hub_id
+    from redif_sdk.pipeline import FastPipeline
+
+    if is_hub_id(student) and not Path(student).is_dir():
+        show_transfers(json, quiet)
+    labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
+    pipe = FastPipeline.from_pretrained(
+        student,
+        runtime=runtime,
+        device=device,
+        precision=precision,
+        num_threads=threads,
+        provider=provider,
+        engine_dir=engine_dir,
+        revision=revision,
+    )
+    out = pipe(
+        prompt or None,
+        class_labels=labels or None,
+        num_images_per_prompt=number,
+        num_inference_steps=steps,
+        seed=seed,
+        height=height,
+        width=width,
+    )
+    files = _save(out.images, output)
+    used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
+    seconds = out.timings["total"] / len(files)
+    rows = [
+        {"file": file, "seed": number, "index": index, "seconds": seconds, **used}
+        for file, (number, index) in zip(files, out.seeds, strict=True)
+    ]
+    write_rows(json, "generate", rows, device=out.runtime_info["device"])
+    console_for(json, quiet).print(
+        f"{', '.join(dict.fromkeys(files))}: {len(files)} image(s), seed {out.seeds[0][0]}, "
+        f"{out.timings['total']:.3f} s on {out.runtime_info['device']}",
+        soft_wrap=True,
+    )
+
+
+def _save(images: Sequence[Image], output: str) -> list[str]:
+    """Write all images as one sheet, or each into a folder; every file is written whole. Returns each image's file."""
+    from redif_sdk.artifact.atomic import atomic_write
+    from redif_sdk.images import contact_sheet
+
+    path = Path(output)
+    as_folder = output.endswith(("/", "\\")) or path.is_dir()
+    files = [path / f"{index}.png" for index in range(len(images))] if as_folder else [path]
+    sheets = list(images) if as_folder else [contact_sheet(images)]
+    encoded = []
+    for sheet, file in zip(sheets, files, strict=True):
+        buffer = io.BytesIO()
+        try:
+            sheet.save(buffer, format=_format(file))
+        except (KeyError, ValueError) as error:
+            raise InvalidRequest(
+                f"{file} is not a valid output file name ({error}); use one that ends in .png"
+            ) from error
+        encoded.append(buffer.getvalue())
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    for file, data in zip(files, encoded, strict=True):
+        atomic_write(file, data)
+    return [str(file) for file in files] if as_folder else [output] * len(images)
+
+
+def _format(file: Path) -> str:
+    from PIL import Image
+
+    return Image.registered_extensions()[file.suffix.lower()]

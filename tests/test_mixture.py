@@ -17,7 +17,7 @@ from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.sampling.table import StepTable
 from tests.mixture import CLASSES, MODES, SCHEDULE, Fit, denoiser, make_teacher
 
-#: Settings of each method; those that follow a reward follow it alone, without a warm start or a regression term.
+#: Settings of each method: each follows its own signal alone, without a warm start or a regression term.
 REINFORCED = {"reward": "pixel", "warm_start": 0.0, "regression_weight": 0.0, "step_delta": 0.1}
 SETTINGS: dict[str, dict[str, object]] = {
     "redif": {**REINFORCED, "exploration_rank": 0, "schedule_updates": 0, "updates": 100},
@@ -25,10 +25,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "draft": {**REINFORCED, "updates": 100},
     "dmd2": {
         "warm_start": 0.0,
-        "step_delta": 0.1,
-        "regression_weight": 0.3,
-        "fake_learning_rate": 1e-3,
-        "updates": 100,
+        "regression_weight": 0.0,
+        "step_delta": 0.3,
+        "fake_learning_rate": 3e-3,
+        "updates": 150,
     },
     "progressive": {"updates": 200},
     "consistency": {"updates": 150},

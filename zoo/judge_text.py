@@ -29,7 +29,7 @@ UPDATES, BATCH = 800, 256
 
 
 def describe(images: Tensor) -> Tensor:
-    """The input of a `Judge` for images (N, 3, H, W) in [-1, 1]: features and a thumbnail, (N, 1280 + 192)."""
+    """The input of a `CaptionJudge` for images (N, 3, H, W) in [-1, 1]: features and a thumbnail, (N, 1280 + 192)."""
     parts = []
     for part in images.split(100):
         large = F.interpolate(part, size=(LOOK, LOOK), mode="bilinear", align_corners=False)
@@ -41,7 +41,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
-class Judge(nn.Module):
+class CaptionJudge(nn.Module):
     """Image descriptions and captions -> one space."""
 
     mean: Tensor
@@ -73,10 +73,10 @@ class Judge(nn.Module):
 
 def train_judge(
     descriptions: Tensor, subjects: Sequence[Subject], *, seed: int = 7, updates: int = UPDATES, batch: int = BATCH
-) -> Judge:
-    """Train a `Judge` on the descriptions of real images and their subjects, of any style."""
+) -> CaptionJudge:
+    """Train a `CaptionJudge` on the descriptions of real images and their subjects, of any style."""
     torch.manual_seed(seed)
-    judge = Judge(descriptions, subjects)
+    judge = CaptionJudge(descriptions, subjects)
     names = {subject.name: place for place, subject in enumerate(dict.fromkeys(subjects))}
     classes = torch.tensor([names[subject.name] for subject in subjects])
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -107,7 +107,9 @@ class Retrieval:
 
 
 @torch.no_grad()
-def retrieval(judge: Judge, descriptions: Tensor, names: Sequence[str], known: Sequence[str], seed: int) -> Tensor:
+def retrieval(
+    judge: CaptionJudge, descriptions: Tensor, names: Sequence[str], known: Sequence[str], seed: int
+) -> Tensor:
     """The rank, from 0, of each image's own name among itself and others drawn from ``known``: (N,) int64."""
     pool = sorted(set(known))
     texts = judge.read(pool)
@@ -122,7 +124,7 @@ def retrieval(judge: Judge, descriptions: Tensor, names: Sequence[str], known: S
     return torch.tensor(ranks)
 
 
-class Panel:
+class CaptionJudges:
     """The judges of all styles."""
 
     def __init__(self, data: Captioned, *, updates: int = UPDATES) -> None:

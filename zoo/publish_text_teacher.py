@@ -22,7 +22,7 @@ from redif_sdk.distill.teachers.folders import TEACHER_FILE
 from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned
-from zoo.judge_text import CANDIDATES, UPDATES, Panel, describe
+from zoo.judge_text import CANDIDATES, UPDATES, CaptionJudges, describe
 from zoo.mini_sd import LARGEST, Trained, pixels, save_pipeline
 
 NAME, LICENCE = "mini-sd", "CC-BY-4.0"
@@ -97,7 +97,7 @@ def sample(
 
 
 def choose_scale(
-    pipeline: StableDiffusionPipeline, panel: Panel, places: Sequence[int], effort: Effort
+    pipeline: StableDiffusionPipeline, panel: CaptionJudges, places: Sequence[int], effort: Effort
 ) -> tuple[float, list[dict[str, Any]]]:
     """The guidance scale for the prompts of ``places``, and the figures of each scale that was tried."""
     prompts = [panel.data.prompt(place) for place in places]
@@ -149,7 +149,7 @@ def publish(trained: Trained, data: Captioned, folder: Path, effort: Effort | No
             raise InvalidRequest(f"the teacher has {size:,} bytes, more than {LARGEST:,}; train a smaller architecture")
         pipeline = StableDiffusionPipeline.from_pretrained(staging, local_files_only=True)
         pipeline.set_progress_bar_config(disable=True)
-        panel = Panel(data, updates=effort.judge_updates)
+        panel = CaptionJudges(data, updates=effort.judge_updates)
         order = np.random.default_rng(3).permutation(np.flatnonzero(~data.held_out)).tolist()
         choosing, judging = order[: effort.choosing], order[effort.choosing :][: effort.judging]
         scale, tried = choose_scale(pipeline, panel, choosing, effort)

@@ -112,7 +112,7 @@ def dpm_solver(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor
     return outputs(sample, arena)
 
 
-class Arena:
+class Comparison:
     """One data set's teacher, pool and panel, loaded when first needed."""
 
     def __init__(self, data: str, protocol: str, scale: Scale, cache: Path, teacher: str | None) -> None:
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     if extra and asked.protocol == "test":
         parser.error("--set is for the validation protocol: nothing is tuned on the test's")
     asked.output.mkdir(parents=True, exist_ok=True)
-    arenas: dict[str, Arena] = {}
+    comparisons: dict[str, Comparison] = {}
     for cell in cells(asked):
         path = asked.output / f"{asked.tag}{cell.name}.json"
         if path.is_file():
@@ -211,12 +211,12 @@ def main(arguments: list[str] | None = None) -> None:
             with FileLock(cache / f"{path.stem}.lock", timeout=0):
                 if path.is_file():
                     continue
-                if cell.data not in arenas:
-                    arenas[cell.data] = Arena(cell.data, asked.protocol, scale, cache, asked.teacher)
-                    drawn = sheet(arenas[cell.data].panel.target)
+                if cell.data not in comparisons:
+                    comparisons[cell.data] = Comparison(cell.data, asked.protocol, scale, cache, asked.teacher)
+                    drawn = sheet(comparisons[cell.data].panel.target)
                     Image.fromarray(drawn).save(asked.output / f"{cell.data}-teacher.png", optimize=True)
                 began = time.monotonic()
-                row, picture = arenas[cell.data].run(cell, extra)
+                row, picture = comparisons[cell.data].run(cell, extra)
         except Timeout:
             continue  # another process computes it
         written = document("benchmarks/distillation", [row], threads=torch.get_num_threads(), scale=asdict(scale))

@@ -44,7 +44,7 @@ def chosen_device(name: str) -> torch.device:
     """auto: this process's GPU where there is one, else the CPU.
 
     Raises:
-        RuntimeUnavailable: a GPU is asked for, and torch sees none.
+        RuntimeUnavailable: a GPU is named, and torch sees none.
     """
     kind, _, _ = name.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -87,7 +87,7 @@ def _load(work: Workload, precision: str) -> tuple[Any, torch.device]:
 
 
 def _to_images(x: Tensor, postprocess: Postprocess) -> NDArray[np.uint8]:
-    """Latents to pictures, uint8 (B, H, W, C): the arithmetic of `redif_sdk.images.to_uint8`."""
+    """Latents to images, uint8 (B, H, W, C): the arithmetic of `redif_sdk.images.to_uint8`."""
     if postprocess.pixel_shuffle > 1:
         x = F.pixel_shuffle(x, postprocess.pixel_shuffle)
     scale, offset = (float(value) for value in scale_and_offset(postprocess))
@@ -226,7 +226,7 @@ def _asked(work: Workload) -> dict[str, Any]:
 def _pipeline(work: Workload) -> Prepared:
     """DDIMPipeline, diffusers' own for an unconditional UNet2DModel; there is none for a class-conditional one.
 
-    It draws its starting noise itself. Here it is handed the workload's, so that its pictures can be compared.
+    It draws its starting noise itself. Here it is handed the workload's, so that its images can be compared.
     """
     from diffusers import DDIMPipeline
     from diffusers.pipelines.ddim import pipeline_ddim

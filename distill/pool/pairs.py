@@ -54,7 +54,7 @@ class Pairs:
         """``count`` slices of noise (count, N, C, H, W); the first is ``noise``.
 
         Raises:
-            InvalidRequest: more than one is asked for, and where the noise came from is not known.
+            InvalidRequest: ``count`` is above 1, and where the noise came from is not known.
         """
         if count == 1:
             return self.noise[None]
@@ -113,7 +113,7 @@ def compute(
 
 
 def batch_of(device: torch.device | str) -> int:
-    """Entries that the teacher is asked for at once: a GPU takes a whole piece, since small batches leave it idle."""
+    """Entries that the teacher samples at once: on a GPU a whole chunk, since small batches leave it idle."""
     return BATCH if torch.device(device).type == "cpu" else CHUNK
 
 

@@ -1,6 +1,6 @@
 """What a student is rewarded for: a file a reward, their protocol, the registry of names, and the advantage.
 
-A reward is a black box ``(images, targets, condition) -> (B,)``: higher is better, and no gradient is asked of it.
+A reward is a black box ``(images, targets, condition) -> (B,)``: higher is better, and it needs no gradient.
 """
 
 from redif_sdk.distill.rewards.advantage import Advantage

@@ -1,7 +1,7 @@
-"""A reward that is learnt beside the student: how sure a small network is that a picture is the teacher's.
+"""A reward that is learnt beside the student: how sure a small network is that an image is the teacher's.
 
 It compares distributions, not pairs (Goodfellow et al. 2014): in the optimum its logit is the log density ratio of the
-teacher's pictures to the student's. Unanchored it runs away, so keep `regression_weight` above 0.
+teacher's images to the student's. Without a regression term it runs away: keep `regression_weight` above 0.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Discriminator:
     def __init__(self, network: PatchNetwork) -> None:
         self.network = network.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.99), weight_decay=1e-2)
-        self.cost = 0.0  # of one picture, in floating-point operations
+        self.cost = 0.0  # of one image, in floating-point operations
 
     @classmethod
     def make(cls, teacher: Teacher, seed: int, device: torch.device) -> Discriminator:
@@ -74,7 +74,7 @@ class Discriminator:
     def learn(
         self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator
     ) -> dict[str, float]:
-        """One update of the logistic loss on the teacher's pictures against the student's ``outputs`` (latents)."""
+        """One update of the logistic loss on the teacher's images against the student's ``outputs`` (latents)."""
         real, made = context.judged(batch.target), context.judged(outputs)
         both = torch.stack([real, made])
         both = (both + NOISE * draws.normal(both.shape, generator, both.device, dim=1)).flatten(0, 1)

@@ -25,7 +25,7 @@ class DistributionReward:
     name = "distribution"
     space = "latents"
     reach = 0
-    local = True  # says nothing of pictures that were not learnt from in this update
+    local = True  # judges only images near those it learnt from in this update
 
     def __init__(self) -> None:
         self.fake: FakeScore | None = None

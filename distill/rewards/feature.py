@@ -15,7 +15,7 @@ from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.models.prompts import ENCODE_BATCH, Prompts
 
-TEMPERATURE = 0.1  # of matching pictures with prompts
+TEMPERATURE = 0.1  # of matching images with prompts
 
 
 class FeatureNetwork(nn.Module):
@@ -90,7 +90,7 @@ class FeatureReward:
 
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
-        """Train the features on the pool's outputs and what they were asked for (or keep the random ones)."""
+        """Train the features on the pool's outputs and their classes or prompts (without either, keep the random ones)."""
         images = teacher.images(pairs.target).clamp(*teacher.postprocess.value_range)
         labels, outputs = pairs.condition, teacher.num_conditions or 1
         if labels is not None and teacher.prompts is not None:
@@ -106,7 +106,7 @@ class FeatureReward:
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 96) pooled features, for the recall that training logs."""
+        """Pooled features of ``images`` (B, C, H, W), for the recall that training logs: (B, 96) float32."""
         return self.network.features(images)[-1].mean((2, 3))
 
     def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:

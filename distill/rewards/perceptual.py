@@ -49,7 +49,7 @@ class LpipsReward:
 
 
 class EmbeddingReward:
-    """Cosine similarity of an image encoder's embeddings of the student's and the teacher's picture: (B,)."""
+    """Cosine similarity of an image encoder's embeddings of the student's and the teacher's image: (B,)."""
 
     def __init__(self, network: Any, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.network, self.name = network.eval().requires_grad_(False), name

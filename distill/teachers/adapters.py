@@ -94,11 +94,11 @@ def text_to_image(
 
     Args:
         prompts: what the student is trained to draw, as many as there can be.
-        height, width: of a picture in pixels; None: the pipeline's own.
+        height, width: of an image in pixels; None: the pipeline's own.
         about: what the folder's ``redif_teacher.json`` says.
 
     Raises:
-        InvalidRequest: no prompts, or a size that the autoencoder has not.
+        InvalidRequest: no prompts, or a size that the autoencoder does not take.
         UnsupportedModel: a part of the pipeline that no table of steps can say.
     """
     name, about = type(pipeline).__name__, dict(about or {})
@@ -241,7 +241,7 @@ def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int |
     if channels != pipeline.vae.config.latent_channels:
         raise UnsupportedModel(
             f"the network takes {channels} channels and the autoencoder has {pipeline.vae.config.latent_channels}: "
-            "it is told more than noise and a prompt (inpainting, editing), which is not supported"
+            "it takes more than noise and a prompt (inpainting, editing), which is not supported"
         )
     return Latents(channels=channels, height=sides[0], width=sides[1])
 

@@ -46,7 +46,7 @@ class Teacher:
     """A diffusion model to distil.
 
     ``predict`` is called with x (B, C, H, W) float32, t (B,) float32 and the condition (B,) int64 or None, and is a
-    black box: no gradient is asked of it. ``make_student`` returns a fresh trainable network with the same signature.
+    black box: it needs no gradient. ``make_student`` returns a fresh trainable network with the same signature.
     A teacher with ``guidance`` makes two calls a step; its student learns the guided output and makes one.
     """
 
@@ -103,7 +103,7 @@ class Teacher:
 
     def guided(self, scale: float, null_class: int | None = None) -> Teacher:
         """This teacher under classifier-free guidance of ``scale``; 1 is none. A network that takes the scale as an
-        input (Flux dev, LCM) is told it, and makes one call.
+        input (Flux dev, LCM) is given it, and makes one call.
 
         Args:
             null_class: the entry of the class table that means 'no class'; None: the one the teacher comes with.
@@ -253,7 +253,7 @@ class Teacher:
 
         Args:
             prompts: of a text-to-image pipeline, what the student is to draw.
-            height, width: of a picture in pixels, where the pipeline draws several sizes; None: its own.
+            height, width: of an image in pixels, where the pipeline takes several sizes; None: its own.
             num_inference_steps: of the teacher's own sampler; None: as many as usual.
 
         Raises:
@@ -301,7 +301,7 @@ class Teacher:
             shape: (C, H, W) of x.
             student: the network to train, since a black box has no weights to copy. A diffusers ``UNet2DModel``, or any
                 module called as ``student(x, t, condition)``. It is copied, never changed.
-            guidance: classifier-free guidance; its ``null_class`` is what ``predict`` is asked for without a class.
+            guidance: classifier-free guidance; its ``null_class`` is the condition that means 'no class'.
             fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
         """
         diffusers_call = type(student).__module__.startswith("diffusers.")

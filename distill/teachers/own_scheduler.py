@@ -69,7 +69,7 @@ def own_sampler(scheduler: Any, *, flux: bool = False, shift: float = 1.0) -> Sa
 
     Args:
         flux: the pipeline asks for K equal noise levels, as Flux' does, not for the scheduler's own.
-        shift: of a flow whose scheduler shifts its times by the picture's size.
+        shift: of a flow whose scheduler shifts its times by the image's size.
     """
     name, config = type(scheduler).__name__, scheduler.config
     draws_noise = "sde" in str(config.get("algorithm_type", "")) or config.get("stochastic_sampling")

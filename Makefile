@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
 	@echo "make test        lint, then the tests"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy and import-linter"
 	@echo "make bench-distill-smoke  the whole comparison of methods at a toy budget"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make schema      write docs/schema/redif-1.json anew from the code"
@@ -41,6 +41,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,7 @@ import pytest
 import redif_sdk
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_FILE, LONGEST_FUNCTION = 450, 80  # lines
 ROOMS = ("redif_sdk", "models", "distill", "export", "demo")
 
 
@@ -43,6 +44,28 @@ def test_every_module_says_what_it_is(room: str) -> None:
         if not (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip()
     ]
     assert without == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_and_functions_fit_in_a_head(room: str) -> None:
+    """Longer ones hold a second idea."""
+    long_files, long_functions = [], []
+    for path in modules(room):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > LONGEST_FILE:
+            long_files.append(path.relative_to(ROOT).as_posix())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long_functions.append(f"{path.relative_to(ROOT).as_posix()}: {node.name}, {lines} lines")
+    assert (long_files, long_functions) == ([], [])
+
+
+@pytest.mark.parametrize(("room", "most"), [("redif_sdk", 12), ("distill", 6)])
+def test_rooms_have_few_modules_of_their_own(room: str, most: int) -> None:
+    """A prefix or a fortieth file side by side is a folder that was not made."""
+    assert len(list((ROOT / room).glob("*.py"))) <= most
 
 
 @pytest.mark.parametrize("room", ROOMS)

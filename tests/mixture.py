@@ -96,7 +96,7 @@ class Fit:
 
 
 def denoiser(updates: int = 400) -> Conditional:
-    """A network that has roughly learnt what the teacher computes: the weights that a student begins with."""
+    """A network that has learnt, roughly, what the teacher computes: a student begins with its teacher's weights."""
     torch.manual_seed(0)
     network, draw = Conditional(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)

@@ -21,8 +21,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from redif_sdk.distill import DistillConfig, policy, pool
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import applicable
+from redif_sdk.distill.evaluation import examine
+from redif_sdk.distill.evaluation.arena import Arena, evaluate_folder
+from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import consistency
 from redif_sdk.distill.rewards import fake_score
+from redif_sdk.distill.student import Student
+from redif_sdk.distill.training import estimate as estimating
 from redif_sdk.distill.training import loop as training
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.models import prompts
@@ -93,6 +98,10 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def student_of(teacher: Any) -> Student:
+    return Student(teacher, teacher.make_student(), [teacher.table(2)], "student")
+
+
 def test_it_refuses_what_a_gpu_refuses() -> None:
     with Simulated():
         there = torch.ones(3).to(META)
@@ -119,6 +128,43 @@ def test_another_device_trains_what_the_cpu_does(name: str, monkeypatch: pytest.
         torch.testing.assert_close(there, here_)
     assert theirs.table == ours.table
     assert theirs.meter.forward_equivalents == ours.meter.forward_equivalents
+
+
+def test_examination_dry_run_and_evaluation_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `redif doctor --distill`, `--dry-run` and `redif eval` say is of the device that training would take."""
+    asked = make_teacher().predict
+    seen: set[str] = set()
+
+    def predict(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        seen.add(x.device.type)
+        return asked(x.cpu(), t.cpu(), condition).to(x.device)
+
+    teacher = replace(make_teacher(), predict=predict)
+    config = DistillConfig.checked(method="redif", reward="pixel", batch_size=8, num_inference_steps=2, updates=4)
+    ours = examine_teacher(teacher, config=config, device="cpu")
+    assert seen == {"cpu"}
+    seen.clear()
+    for module in (examine, estimating):
+        monkeypatch.setattr(module, "chosen_device", lambda name: META)
+    with simulated(monkeypatch):
+        theirs = examine_teacher(teacher, config=config)
+        row = estimating.estimate(teacher, config, 32, pool_is_there=False)
+        student = student_of(teacher)
+        arena = Arena.of(teacher, 16, device=META)
+        judged = arena.student_row(student, 2)
+    assert seen == {"meta"}
+    assert [(r["subject"], r["status"]) for r in theirs] == [(r["subject"], r["status"]) for r in ours]
+    assert row.forward_equivalents > 0
+    assert next(iter(student.network.parameters())).device == META
+    assert judged["mse"] == pytest.approx(Arena.of(teacher, 16).student_row(student_of(teacher), 2)["mse"], rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(RuntimeUnavailable, match="torch sees no CUDA GPU"):
+        examine_teacher(make_teacher(), reward="pixel", device="cuda")
+    with pytest.raises(RuntimeUnavailable, match="torch sees no CUDA GPU"):
+        evaluate_folder(tmp_path, "fashion-mnist", 16, device="cuda")
 
 
 @pytest.mark.parametrize("room", [1 << 20, 0])

@@ -19,15 +19,15 @@ from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import TrajectoryGroups, check_drift, score_direction
 from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.methods.regression import error, visible_residual
-from redif_sdk.distill.methods.times import learn_times, times_of
+from redif_sdk.distill.methods.times import times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
+from redif_sdk.distill.student import distill, sample_pool
 from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.training import check as checking
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
-from redif_sdk.sampling.table import StepTable
 from tests.networks import Tiny
 
 SHAPE = (1, 4, 4)
@@ -153,16 +153,24 @@ def test_a_reward_that_is_not_finite_or_of_the_wrong_shape_is_named() -> None:
         Advantage([(lambda i, t, c: torch.zeros(1), 1.0)], lambda x: x)(outputs, target, None)
 
 
-def test_rewards_see_what_a_user_sees(teacher: Teacher, pairs: pool.Pairs) -> None:
-    """Clamp first and denormalise never: the reward's images span the teacher's own range."""
-    seen: list[Tensor] = []
+def test_rewards_see_what_a_user_sees() -> None:
+    """Both sides decoded (here: unshuffled into pixels), then clamped, and never denormalised."""
+    teacher = Teacher.from_callable(
+        Tiny(), schedule=schedule(), prediction_type="sample", shape=(4, 2, 2), student=Tiny(), pixel_shuffle=2
+    )
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def spy(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        seen.append(targets)
+        seen.append((images, targets))
         return images.mean((1, 2, 3))
 
-    Advantage([(spy, 1.0)], teacher.images).score(pairs.target, pairs.target * 1.0, None)
-    assert torch.equal(seen[0], teacher.images(pairs.target).clamp(-1, 1))
+    outputs, target = 2 * torch.randn(3, 4, 2, 2), 2 * torch.randn(3, 4, 2, 2)
+    Advantage([(spy, 1.0)], teacher.images).score(outputs, target, None)
+    ((images, targets),) = seen
+    for given, latents in ((images, outputs), (targets, target)):
+        assert torch.equal(given, torch.nn.functional.pixel_shuffle(latents, 2).clamp(-1, 1))
+        assert given.shape == (3, 1, 4, 4)
+    assert float(images.abs().max()) == 1.0
 
 
 def test_unknown_reward_is_named() -> None:
@@ -186,17 +194,27 @@ def test_score_direction_points_along_sigma_times_the_gradient() -> None:
     assert float(cosine) > 0.95
 
 
-@pytest.mark.parametrize("exploration", [0.02, 0.5])
-def test_the_step_does_not_scale_with_the_exploration(teacher: Teacher, pairs: pool.Pairs, exploration: float) -> None:
+@pytest.mark.parametrize("exploration", [0.02, 0.1, 0.5])
+def test_the_step_does_not_scale_with_the_exploration(
+    teacher: Teacher, pairs: pool.Pairs, monkeypatch: pytest.MonkeyPatch, exploration: float
+) -> None:
     """Gradients that scale as 1/e are a known trap: the rms step in x0 is ``step_delta`` whatever e is."""
     made = context(teacher, pairs, exploration=exploration, warm_start=0.0, regression_weight=0.0, step_delta=0.15)
-    method = ReDiF()
-    loss, _ = next(method.losses(made, pairs[:8], 0.5, torch.Generator().manual_seed(0)))
-    with torch.no_grad():
-        mean = made.policy.sample(pairs[:8].noise, None)
-    # loss = -2 mean(d mu), so with rms(d) = step_delta it is within 2 step_delta rms(mu), and not far below it
-    bound = 2 * 0.15 * float(mean.pow(2).mean().sqrt())
-    assert 1e-3 * bound < abs(loss.item()) <= bound
+    means, sample = [], made.policy.sample
+
+    def kept(*arguments: Any) -> Tensor:
+        mean = sample(*arguments)
+        if mean.requires_grad:
+            mean.retain_grad()
+            means.append(mean)
+        return mean
+
+    monkeypatch.setattr(made.policy, "sample", kept)
+    loss, _ = next(ReDiF().losses(made, pairs[:8], 0.5, torch.Generator().manual_seed(0)))
+    loss.backward()
+    (mean,) = means
+    step = mean.grad * mean.numel() / 2  # the loss is -2 mean(d mu)
+    assert float(step.pow(2).mean().sqrt()) == pytest.approx(0.15, rel=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -446,6 +464,56 @@ def test_a_network_that_is_not_deterministic_is_caught_in_the_run(teacher: Teach
         run.run()
 
 
+class AlwaysDropping(Tiny):
+    """Dropout that evaluation mode does not switch off."""
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.nn.functional.dropout(super().forward(x, t, condition), 0.5, training=True)
+
+
+class StaysInTraining(Tiny):
+    """Its `eval` leaves dropout on."""
+
+    def train(self, mode: bool = True) -> StaysInTraining:
+        super().train(True)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [(AlwaysDropping(), "two outputs for one input"), (StaysInTraining(0.5), r"dropout is on in network\.body\.2")],
+)
+def test_a_student_that_draws_is_refused_before_the_pool_is_sampled(student: Tiny, said: str) -> None:
+    calls: list[int] = []
+
+    def predict(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        return x.tanh()
+
+    teacher = Teacher.from_callable(
+        predict, schedule=schedule(), prediction_type="sample", shape=SHAPE, student=Tiny(), num_inference_steps=5
+    )
+    config = DistillConfig(num_inference_steps=1, updates=1, pool_size=64, batch_size=8, reward="pixel")
+    with pytest.raises(UnsupportedModel, match=said):
+        distill(teacher, config, student=student)
+    assert sum(calls) <= 4  # the look at whether the teacher is deterministic, and no pair
+
+
+def test_a_teacher_that_draws_is_refused_before_the_pool_is_sampled() -> None:
+    calls: list[int] = []
+
+    def predict(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        return x + torch.rand_like(x)
+
+    noisy = Teacher.from_callable(
+        predict, schedule=schedule(), prediction_type="epsilon", shape=SHAPE, student=Tiny(), num_inference_steps=5
+    )
+    with pytest.raises(RedifError, match="two outputs for one input"):
+        sample_pool(noisy, DistillConfig(pool_size=64, batch_size=8))
+    assert sum(calls) <= 4
+
+
 def test_dropout_is_off_in_the_update(pairs: pool.Pairs, teacher: Teacher) -> None:
     network = Tiny(dropout=0.5)
     noisy = Teacher.from_callable(
@@ -547,23 +615,6 @@ def test_the_meter_counts_every_call(teacher: Teacher, pairs: pool.Pairs) -> Non
     assert run.meter.forward_equivalents == 3 * 120
 
 
-def test_learnt_times_help_and_are_integers_that_fall(teacher: Teacher, pairs: pool.Pairs) -> None:
-    made = context(teacher, pairs, num_inference_steps=3)
-
-    def error(table: StepTable) -> float:
-        made.policy.table = table
-        with torch.no_grad():
-            return float(((made.policy.sample(pairs.noise, None) - pairs.target) ** 2).mean())
-
-    before = made.policy.table
-    learnt = learn_times(made.policy, pairs, made.advantage, 25, seed=0)
-    assert error(learnt) <= error(before) * 1.02
-    times = [float(t) for t in learnt.timesteps]
-    assert times == sorted(times, reverse=True)
-    assert all(t == int(t) for t in times)
-    assert times[0] == float(before.timesteps[0])
-
-
 @pytest.mark.parametrize("m", [[0.0], [50.0, 50.0, 50.0], [-50.0, -50.0, -50.0], [3.0, -9.0]])
 def test_times_fall_strictly_whatever_the_policy_says(m: list[float]) -> None:
     times = times_of(999, torch.tensor(m))
@@ -592,8 +643,6 @@ def test_a_score_function_is_a_teacher() -> None:
 
 def test_a_black_box_teacher_trains_a_student_of_its_own(teacher: Teacher) -> None:
     """The documented example of ``Teacher.from_callable``: the function has no weights to copy."""
-    from redif_sdk.distill import DistillConfig, distill
-
     calls = []
 
     def black_box(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:

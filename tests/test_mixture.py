@@ -1,4 +1,4 @@
-"""Every method on a problem with modes and conditions: images come nearer to the modes; no mode or class is lost."""
+"""Every method on a problem with modes and conditions: images come nearer, and no mode or class is lost."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from redif_sdk.distill import pool
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import COMMON, DistillConfig, applicable
 from redif_sdk.distill.evaluation.examine import examine_teacher
-from redif_sdk.distill.methods import METHODS
+from redif_sdk.distill.methods import METHODS, Loss, grpo
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.options import MODELS
@@ -340,14 +341,30 @@ def test_grpo_acts_within_its_window_alone(teacher: Teacher) -> None:
     together = states[0].unflatten(0, (4, 3))
     assert torch.equal(together[0], together[1])  # nothing was drawn before row 2
     assert not torch.equal(*output.unflatten(0, (4, 3))[:2])
-    seen = []
-    for update in range(40):
-        drawn = torch.Generator().manual_seed(update)
-        seen.append(int(torch.randint(0, 4, (), generator=drawn)))
-    assert set(seen) == {0, 1, 2, 3}
     windowed = trainer(teacher, "grpo", num_inference_steps=4, sde_window=1, updates=3)
     windowed.run()
     assert windowed.meter.gradient_samples == 3 * 16 * 4  # one noisy row, four trajectories a start
+
+
+@pytest.mark.parametrize(("size", "places"), [(1, {0, 1, 2, 3}), (3, {0, 1}), (0, {0})])
+def test_grpo_moves_its_window_over_all_rows(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, size: int, places: set[int]
+) -> None:
+    """The method's own draws: every place is visited, the window has its size, and the update alone decides."""
+    run = trainer(teacher, "grpo", num_inference_steps=4, sde_window=size)
+    windows: list[range] = []
+
+    class Noted(TrajectoryGroups):
+        def losses(self, *arguments: Any, **options: Any) -> Iterator[Loss]:
+            windows.append(self.rows)
+            yield from ()
+
+    monkeypatch.setattr(grpo, "TrajectoryGroups", Noted)
+    for update in [*range(40), *range(40)]:
+        list(run.method.losses(run.context, run.pairs[:3], 0.5, torch.Generator().manual_seed(update)))
+    assert {window.start for window in windows} == places
+    assert {len(window) for window in windows} == {size or 4}
+    assert windows[:40] == windows[40:]
 
 
 def test_a_gain_that_is_too_low_is_found_and_undone(teacher: Teacher) -> None:

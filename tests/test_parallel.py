@@ -16,6 +16,7 @@ from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.config import applicable
+from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
@@ -67,6 +68,26 @@ def train(
     return output, {"gradient_samples": meter.gradient_samples, "forward_equivalents": meter.forward_equivalents}
 
 
+def learnt_once(teacher: Teacher, pairs: pool.Pairs) -> dict[str, object]:
+    """What a run learns once, where every process would find something else: its reward and weights differ by rank."""
+
+    def of_two_minds(images: torch.Tensor, targets: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        return (1 - 2 * draws.rank()) * -(images - targets).pow(2).mean((1, 2, 3))
+
+    settings = {"reward": of_two_minds, "num_inference_steps": 3, "schedule_updates": 6, "exploration_rank": 4}
+    run = Trainer(teacher, DistillConfig.checked(method="redif", batch_size=16, **settings), pairs)
+    assert isinstance(run.method, ReDiF)
+    run.method.prepare(run.context)
+    calls = run.meter.student_calls
+    with torch.no_grad():
+        for weight in run.context.policy.network.parameters():
+            weight.add_(0.1 * draws.rank())
+    run.method._begin(run.context)
+    assert run.method.exploration is not None
+    times = torch.from_numpy(run.context.policy.table.timesteps.copy())
+    return {"times": times, "basis": run.method.exploration.basis, "calls": calls}
+
+
 def main(folder: Path) -> None:
     """Every run, as one of the processes that torchrun started; the first writes what came out."""
     torch.set_num_threads(1)
@@ -79,6 +100,7 @@ def main(folder: Path) -> None:
     made = Trainer(teacher, settings_of("redif", shard=True), pairs)
     kept, whole = (sum(map(torch.numel, sharding.local(n.parameters()))) for n in (made.ema, teacher.make_student()))
     found["share"] = kept / whole
+    found["once"] = learnt_once(teacher, pairs)
     torch.save(found, folder / f"found-{draws.rank()}-of-{draws.world()}.pt")
 
 
@@ -102,6 +124,11 @@ def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     teacher = make_teacher(num_inference_steps=8)
     pairs = pool.get(teacher, 64, "train", cache=tmp_path)[0]
     alone = {name: train(name, teacher, pairs) for name in RUNS}
+    once = learnt_once(teacher, pairs)
+    for name in ("times", "basis"):  # the first process's, which are those of one process
+        assert torch.equal(first["once"][name], second["once"][name]), name
+        torch.testing.assert_close(first["once"][name], once[name])
+    assert first["once"]["calls"] == second["once"]["calls"] == once["calls"] / 2  # spent once, and shared
     arms = [(name, name) for name in RUNS] + [(f"{name}, sharded", name) for name in SHARDED]
     assert 0.4 < first["share"] < 0.6  # of the weights that a process keeps
     for name, as_alone in [*arms, ("redif, sharded, cut", "redif")]:

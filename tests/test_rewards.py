@@ -3,6 +3,7 @@ charged."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from torch.nn import functional as F
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.config import DistillConfig, applicable
-from redif_sdk.distill.rewards import Discriminator, make_rewards
+from redif_sdk.distill.rewards import Discriminator, PixelReward, make_rewards
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward, prompt_vectors, train_on
 from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.loop import Trainer
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, TrainingDiverged
 from redif_sdk.models.prompts import Prompts
 from tests.test_other_methods import MEAN, SHAPE, Small, exact, weights
 from tests.test_other_methods import SCHEDULE as SCHEDULE
@@ -112,6 +113,54 @@ def test_auxiliary_networks_are_charged_by_their_cost(teacher: Teacher) -> None:
     assert judged.meter.auxiliary_calls == pytest.approx(calls, rel=1e-3)
     assert judged.meter.forward_equivalents == pytest.approx(plain.meter.forward_equivalents + calls, rel=1e-3)
     assert flops(torch.nn.Linear(8, 4), torch.zeros(2, 8)) == 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("method", ["redif", "grpo"])
+def test_no_reward_is_called_twice_for_the_same_images(teacher: Teacher, method: str) -> None:
+    """A reward may be people who vote, or a paid service. What it costs is counted in the one real call."""
+    seen: list[bytes] = []
+
+    class Counting(PixelReward):
+        def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+            seen.append(images.numpy().tobytes())
+            return super().__call__(images, targets, condition)
+
+    trainer(teacher, Counting(), method=method, updates=3).run()
+    assert len(seen) >= 4  # three updates and a check
+    assert len(set(seen)) == len(seen)
+
+
+class Unsure(PixelReward):
+    """Cannot judge every `nth` image."""
+
+    def __init__(self, nth: int) -> None:
+        self.nth, self.asked, self.unjudged = nth, 0, 0
+
+    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+        self.unjudged += (self.asked + len(images)) // self.nth - self.asked // self.nth
+        self.asked += len(images)
+        return super().__call__(images, targets, condition)
+
+
+@pytest.mark.parametrize(("nth", "warned"), [(200, 0), (50, 1)])
+def test_images_that_a_reward_cannot_judge_are_logged_and_warned_of(
+    teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture, nth: int, warned: int
+) -> None:
+    reward = Unsure(nth)
+    trainer(teacher, reward, tmp_path, updates=4, log_every=1).run()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["unjudged"] for row in rows][-2:] == sorted(row["unjudged"] for row in rows)[-2:]
+    assert 0 < rows[-1]["unjudged"] <= reward.unjudged
+    said = [record.getMessage() for record in caplog.records if "could not judge" in record.getMessage()]
+    assert len(said) == warned  # once a run
+    plain = trainer(teacher, "pixel", tmp_path / "plain", updates=1)
+    plain.run()
+    assert "unjudged" not in (tmp_path / "plain" / "log.jsonl").read_text()
+
+
+def test_a_reward_that_cannot_judge_a_fifth_of_the_images_ends_the_run(teacher: Teacher) -> None:
+    with pytest.raises(TrainingDiverged, match=r"could not judge 32 of 128 images \(25%\); look at its log"):
+        trainer(teacher, Unsure(4), updates=4).run()
 
 
 def test_a_budget_in_forward_equivalents_ends_a_run(teacher: Teacher) -> None:

@@ -70,6 +70,38 @@ def test_sigkill_and_resume_give_the_same_bits(teacher_folder: Path, tmp_path: P
     assert updates == sorted(set(updates))
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from redif_sdk.distill import DistillConfig, distill
+
+def wait(share, figures):
+    print("holds", flush=True)
+    sys.stdin.read()
+
+config = DistillConfig(num_inference_steps=2, updates=3, pool_size=32, batch_size=8, group_size=4, reward="pixel")
+distill(sys.argv[1], config, folder=Path(sys.argv[2]), on_progress=wait)
+"""
+
+
+def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(teacher_folder: Path, tmp_path: Path) -> None:
+    """Two runs in one folder would replace each other's checkpoint; a killed one must not leave the folder locked."""
+    again = config(reward="pixel")
+    command = [sys.executable, "-c", HOLDER, str(teacher_folder), str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "holds\n"
+        kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+        with pytest.raises(InvalidRequest, match=r"another run is writing to .*run; wait until it ends"):
+            distill(teacher_folder, again, folder=tmp_path / "run", resume=True)
+        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+        first.send_signal(signal.SIGKILL)
+        first.wait(60)
+    student = distill(teacher_folder, again, folder=tmp_path / "run", resume=True)
+    assert student.distillation is not None
+    assert student.distillation.budget.updates == 3
+
+
 def config(**settings: object) -> DistillConfig:
     return DistillConfig.checked(**applicable({"num_inference_steps": 2, "updates": 3, **SMALL, **settings}))
 

@@ -19,7 +19,7 @@ BANK, RECENT = 1024, 512
 class MmdReward:
     """mean_j k(f(x), f(teacher_j)) - mean_j k(f(x), f(student_j)), (B,): its rise lowers MMD^2 (their eq. 11).
 
-    f: pooled features of the feature reward's own network, standardised by the bank's means and standard deviations; k: a
+    f: pooled features of the feature reward's own network, standardised by the bank's means and deviations; k: a
     sum of Gaussians at half, once and twice the median distance. The student's side is a queue of its last outputs.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import io
 import json
 import logging
@@ -207,7 +208,7 @@ def test_embeddings_are_their_prompts(pipe: FastPipeline) -> None:
     assert np.array_equal(draw(pipe, None, 2, num_images_per_prompt=2, **wider), expected)
     one = {name: value[:1] for name, value in made.items()}
     assert levels(list(pipe.stream(seed=2, **one))[-1], expected[0]) <= 1
-    with pytest.raises(InvalidRequest, match="one picture, not 2"):
+    with pytest.raises(InvalidRequest, match="one image, not 2"):
         pipe.stream(**made)
 
 
@@ -290,7 +291,7 @@ def test_class_students_take_no_embeddings(tmp_path: Path, pipe: FastPipeline) -
     assert draw(plain, None, num_images_per_prompt=2).shape == (2, 16, 16, 3)
     with pytest.raises(InvalidRequest, match="is not a text-to-image model; prompt_embeds is not supported"):
         plain(prompt_embeds=np.zeros((1, 4)))
-    with pytest.raises(InvalidRequest, match="there is nothing to encode"):
+    with pytest.raises(InvalidRequest, match="there is no prompt to encode"):
         plain.encode_prompt("red heart")
     with pytest.raises(InvalidRequest, match="unconditional"):
         plain("red heart")
@@ -558,7 +559,7 @@ def test_a_stream_shows_how_it_forms(address: str, pipe: FastPipeline) -> None:
     ("body", "words"),
     [
         ({}, "prompt is required, for example 'red heart'"),
-        ({"prompt": "a", "class_label": 1}, "is asked by prompts; it takes no class_label"),
+        ({"prompt": "a", "class_label": 1}, "is a text-to-image model; class_label is not supported"),
         ({"prompt": "x" * 10_001}, "prompt: String should have at most 10000 characters"),
         ({"prompt": "a", "size": "10x16"}, "width=10 is not supported; give a multiple of 4"),
     ],
@@ -573,4 +574,4 @@ def test_the_server_says_what_can_be_asked(address: str) -> None:
     (model,) = httpx.get(f"{address}/v1/models").json()["data"]
     assert (model["task"], model["size"], model["num_classes"]) == ("text-to-image", "16x16", None)
     assert model["example_prompts"] == EXAMPLES
-    assert "&quot;prompt&quot;: &quot;red heart&quot;" in httpx.get(f"{address}/docs").text
+    assert '"prompt": "red heart"' in html.unescape(httpx.get(f"{address}/docs").text)

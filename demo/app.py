@@ -1,55 +1,52 @@
-"""The demo's page: which parts it has, and what happens when they are touched.
+"""The page of the demo: its components and their events.
 
-What is shown is made by `studio.py`. Gradio is told not to phone home before it is imported, and nothing on the page
-is loaded from anybody else's server.
+`studio.py` generates what is shown. Gradio's analytics are switched off before it is imported, and the page loads
+nothing from other servers.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from gradio.events import api as named_endpoint
 
-from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.card.render import read_card, render
-from redif_sdk.card.sections import body
 from redif_sdk.demo import charts, style
-from redif_sdk.demo.studio import NOTHING, Captioned, Shown, Studio, parse_seed, random_seed
+from redif_sdk.demo.present import ImageFiles, figures
+from redif_sdk.demo.studio import NOTHING, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.inputs import LONGEST_PROMPT
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+__all__ = ["DemoSettings", "build_demo", "launch"]
 
-__all__ = ["DemoSettings", "build_demo", "card_text", "launch"]
-
-SMALL = 128  # pixels: smaller pictures are shown with hard edges
-MOST_CHOICES = 2000  # classes in a list that a browser draws; with more, the class is typed
-MOST_LISTED = 20  # classes named below a box that they are typed into
+SMALL = 128  # pixels; smaller images are shown with hard edges
+MOST_CHOICES = 2000  # classes in a dropdown; with more, the class is typed
+MOST_LISTED = 20  # class names listed below the text box
 _GENERATE = (
-    "Pictures of a prompt, or of a class. Returns the pictures, those of the teacher, the steps in between, a sentence "
-    "on the latency, and details: seeds, seconds, runtime. An empty seed is drawn."
+    "Images of a prompt or a class. Returns the images, those of the comparison, the images after each step, a line on "
+    "the latency, and details: seeds, seconds, runtime. An empty seed gives a random one."
 )
-_KEPT_SECONDS = 3600  # how long pictures stay on the server's disk
-_UNUSUAL = re.compile(r"[^A-Za-z0-9.-]+")
-_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
+_KEPT_SECONDS = 3600  # that images stay on the server's disk
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """`max_images`: most pictures a wish. `concurrency`: wishes at once; `max_queue`: most that wait."""
+    """Limits of the demo; each from 1 to 10,000.
+
+    Attributes:
+        max_images: maximum images per request.
+        concurrency: concurrent requests.
+        max_queue: maximum number of waiting requests.
+    """
 
     max_images: int = 16
     concurrency: int = 1
@@ -58,30 +55,11 @@ class DemoSettings:
     def __post_init__(self) -> None:
         for name in ("max_images", "concurrency", "max_queue"):
             if not 1 <= getattr(self, name) <= 10_000:
-                raise InvalidRequest(f"{name} is {getattr(self, name)}; give a whole number of at least 1")
-
-
-def card_text(manifest: Manifest, folder: StudentFolder | None = None) -> str:
-    """A student's card as the page shows it: without what only the Hub reads, its pictures inside the text.
-
-    `folder`: where its card and samples lie; without, the card is made from the manifest. A picture from anywhere else
-    is shown as its description: a page must not make visitors ask strangers.
-    """
-    written = read_card(folder.path) if folder is not None else None
-    text = body(written if written is not None else render(manifest))
-
-    def picture(found: re.Match[str]) -> str:
-        described, place = found[1], found[2]
-        if folder is None or place not in folder.files("samples") or not place.endswith(".png"):
-            return f"*{described}*" if described else ""
-        data = base64.b64encode(folder.read(place)).decode()
-        return f"![{described}](data:image/png;base64,{data})"
-
-    return _IMAGE.sub(picture, text)
+                raise InvalidRequest(f"{name} is {getattr(self, name)}; give an integer from 1 to 10000")
 
 
 def build_demo(studio: Studio, cards: Mapping[str, str], settings: DemoSettings | None = None) -> gr.Blocks:
-    """The page of the studio's students. `cards`: their texts by name, as `card_text` makes them."""
+    """The page for the studio's students. `cards`: their cards by name, from `present.card_text`."""
     settings = settings or DemoSettings(max_images=studio.max_images)
     return _Page(studio, cards, settings).blocks
 
@@ -94,9 +72,9 @@ def launch(
     share: bool = False,
     open_browser: bool = False,
 ) -> str:
-    """Start serving the page in a thread, and return its address. `port` None: the first that is free from 7860 on.
+    """Serve the page in a thread and return its address. `port` None: the first free port from 7860.
 
-    Raises InvalidRequest where the port is taken.
+    Raises InvalidRequest if the port is in use.
     """
     theme = gr.themes.Default(primary_hue="indigo", font=style.FONTS, font_mono=style.MONOSPACE)
     try:
@@ -120,55 +98,12 @@ def launch(
 
 
 def _told(error: RedifError) -> gr.Error:
-    """An error for the visitor; Gradio shows it as HTML."""
-    return gr.Error(html.escape(str(error)), duration=None, title="That cannot be made", print_exception=False)
-
-
-def _figures(shown: Shown) -> str:
-    """Latency and pictures a second, of what is finished."""
-    if not shown.done:
-        return "Making the first picture"
-    each = shown.seconds / shown.done
-    engine = f"{shown.runtime.get('runtime')}, {shown.runtime.get('precision')}, {shown.runtime.get('device')}"
-    text = (
-        f"**{shown.done} picture{'s' * (shown.done != 1)}** in {_time(shown.seconds)}: {_time(each)} each, "
-        f"**{1 / each:,.3g} a second** ({engine})"
-    )
-    if shown.compared and shown.teacher_seconds:
-        teacher = shown.teacher_seconds / len(shown.compared)
-        text += f". Beside them: {_time(teacher)} each, {teacher / each:.3g} times as long"
-    return text + (f" ... {shown.note}" if shown.note else "")
-
-
-def _time(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-class _Files:
-    """Pictures as files, each written once: Gradio copies them when they are shown, and the folder goes afterwards.
-
-    Given pictures themselves, it would write all of them anew whenever one comes, while browsers read them.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._written: dict[int, tuple[Image, str]] = {}  # by id, with the picture, so that no id comes twice
-
-    def __call__(self, pictures: list[Captioned], kind: str = "") -> list[tuple[str, str]]:
-        return [(self._file(picture, f"{self._name}-{caption}-{kind}"), caption) for picture, caption in pictures]
-
-    def _file(self, picture: Image, name: str) -> str:
-        if id(picture) not in self._written:
-            folder = self._folder / str(len(self._written))
-            folder.mkdir()
-            file = folder / f"{_UNUSUAL.sub('_', name).strip('_-')[:120]}.png"
-            picture.save(file)
-            self._written[id(picture)] = picture, str(file)
-        return self._written[id(picture)][1]
+    """An error message for the visitor; Gradio shows it as HTML."""
+    return gr.Error(html.escape(str(error)), duration=None, title="Invalid request", print_exception=False)
 
 
 class _Page:
-    """The parts of the page, made once, and what they do."""
+    """The components of the page, and their events."""
 
     def __init__(self, studio: Studio, cards: Mapping[str, str], settings: DemoSettings) -> None:
         self.studio, self.cards, self.settings = studio, cards, settings
@@ -185,7 +120,7 @@ class _Page:
                         self._outputs(manifest)
                 self._examples(manifest)
             with gr.Tab("Figures"):
-                gr.HTML(charts.chart(charts.points({name: studio.manifest(name) for name in studio.students})))
+                charts.show(charts.points({name: studio.manifest(name) for name in studio.students}))
             with gr.Tab("Card"):
                 self.card = gr.Markdown(cards.get(self.first, ""), elem_id="card", sanitize_html=True)
             self._events(blocks)
@@ -206,9 +141,7 @@ class _Page:
         field = self._field(manifest)
         self.prompt: Any = gr.Textbox(max_lines=4, **field) if self.typed else gr.Dropdown(filterable=True, **field)
         self.steps = gr.Radio(steps, value=steps[0], label="Steps")
-        self.number = gr.Slider(
-            1, self.studio.max_images, value=min(4, self.studio.max_images), step=1, label="Pictures"
-        )
+        self.number = gr.Slider(1, self.studio.max_images, value=min(4, self.studio.max_images), step=1, label="Images")
         with gr.Row():
             self.seed = gr.Textbox("0", label="Seed", max_lines=1, scale=3, min_width=110, info="7, or 7:2")
             self.random = gr.Button("Random", scale=1, min_width=90)
@@ -218,7 +151,7 @@ class _Page:
             self.width = gr.Number(width, label="Width", precision=0, interactive=few[1], min_width=90)
         self.previews = gr.Checkbox(False, label="Show every step", interactive=True)
         comparisons = self.studio.comparisons()
-        self.compare = gr.Dropdown(comparisons, value=NOTHING, label="Beside it", visible=len(comparisons) > 1)
+        self.compare = gr.Dropdown(comparisons, value=NOTHING, label="Compare with", visible=len(comparisons) > 1)
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
             self.cancel = gr.Button("Cancel", min_width=90, elem_id="cancel")
@@ -229,19 +162,19 @@ class _Page:
         buttons: Any = ["download", "download_all", "fullscreen"]
         self.report = gr.Markdown("Choose, and press Generate.", elem_id="report")
         self.gallery = gr.Gallery(
-            label="Pictures", columns=4, height="auto", buttons=buttons, elem_id="pictures", **shape
+            label="Images", columns=4, height="auto", buttons=buttons, elem_id="pictures", **shape
         )
         self.compared = gr.Gallery(
-            label="Beside it", columns=4, height="auto", buttons=buttons, visible=False, elem_id="compared", **shape
+            label="Comparison", columns=4, height="auto", buttons=buttons, visible=False, elem_id="compared", **shape
         )
         self.formed = gr.Gallery(
-            label="How they formed", columns=8, height="auto", buttons=buttons, visible=False, elem_id="formed", **shape
+            label="After each step", columns=8, height="auto", buttons=buttons, visible=False, elem_id="formed", **shape
         )
         with gr.Row(equal_height=True):
-            self.share = gr.Button("Copy a link to these pictures", size="sm", scale=1, min_width=160)
+            self.share = gr.Button("Copy a link to these images", size="sm", scale=1, min_width=160)
             self.link = gr.Textbox(
                 show_label=False,
-                placeholder="the link comes here",
+                placeholder="the link appears here",
                 interactive=False,
                 max_lines=1,
                 scale=3,
@@ -250,7 +183,7 @@ class _Page:
         self.details = gr.JSON(label="Details", visible="hidden")
 
     def _field(self, manifest: Manifest) -> dict[str, Any]:
-        """What is drawn: a box to type in where any student here takes prompts, else a list of classes."""
+        """Settings of the prompt or class field: a text box if any student takes prompts, else a dropdown."""
         if not self.typed:
             return {"label": "Class", **_classes(manifest)}
         if manifest.text is not None:
@@ -260,17 +193,17 @@ class _Page:
         return {"label": "Class", "value": names[0] if names else None, "info": listed, "visible": bool(names)}
 
     def _rows(self, manifest: Manifest) -> list[list[Any]]:
-        """Some wishes."""
+        """Example requests."""
         labels: list[Any] = (_names(manifest) if manifest.text is None else manifest.text.examples)[:5] or [None]
         steps = manifest.supported_steps
         return [[label, steps[-1 - place % len(steps)], str(place + 1), 4] for place, label in enumerate(labels)]
 
     def _examples(self, manifest: Manifest) -> None:
-        """Wishes ready to click: they fill the form and run."""
+        """Examples; a click fills the form and runs."""
         self.examples = gr.Dataset(
             components=[self.prompt, self.steps, self.seed, self.number],
             samples=self._rows(manifest),
-            headers=["prompt" if self.typed else "class", "steps", "seed", "pictures"],
+            headers=["prompt" if self.typed else "class", "steps", "seed", "images"],
             label="Examples",
             type="values",
             samples_per_page=5,
@@ -280,22 +213,26 @@ class _Page:
 
     def _events(self, blocks: gr.Blocks) -> None:
         many = len(self.studio.students) > 1
-        wish: list[Any] = [self.prompt, self.steps, self.seed, self.number, self.student, self.previews, self.compare]
-        wish += [self.height, self.width]
+        inputs: list[Any] = [self.prompt, self.steps, self.seed, self.number, self.student, self.previews, self.compare]
+        inputs += [self.height, self.width]
         outputs = [self.gallery, self.compared, self.formed, self.report, self.details]
         address = [self.student, self.prompt, self.steps, self.seed, self.number]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-        # The report says how far it is. Gradio's own sign would often say "Error" over a run that was cancelled.
-        running: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "pictures"}
+        # The report shows the progress. Gradio's own indicator would often show "Error" over a cancelled run.
+        running: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "images"}
         unnamed: dict[str, Any] = {**running, "api_visibility": "private"}
 
         drawn = self.generate.click(
             lambda seed, keep: seed if keep else random_seed(), [self.seed, self.keep], self.seed, **hidden
         )
-        made = drawn.then(self._generate, wish, outputs, api_name="generate", api_description=_GENERATE, **running)
+        made = drawn.then(self._generate, inputs, outputs, api_name="generate", api_description=_GENERATE, **running)
         made.success(None, address, [], js=style.write_address(many))
         by_key = gr.on(
-            [self.seed.submit, *([self.prompt.submit] if self.typed else [])], self._generate, wish, outputs, **unnamed
+            [self.seed.submit, *([self.prompt.submit] if self.typed else [])],
+            self._generate,
+            inputs,
+            outputs,
+            **unnamed,
         )
         by_key.success(None, address, [], js=style.write_address(many))
 
@@ -305,7 +242,7 @@ class _Page:
             [self.prompt, self.steps, self.seed, self.number, self.keep],
             **hidden,
         )
-        shown = chosen.then(self._generate, wish, outputs, **unnamed)
+        shown = chosen.then(self._generate, inputs, outputs, **unnamed)
 
         linked = gr.State(False)
         opened = blocks.load(
@@ -316,12 +253,12 @@ class _Page:
         )
         followed = opened.then(
             lambda yes, *rest: (yield from self._generate(*rest)) if yes else (yield gr.skip()),
-            [linked, *wish],
+            [linked, *inputs],
             outputs,
             **unnamed,
         )
         ended = self.cancel.click(None, cancels=[made, by_key, shown, followed])
-        ended.then(lambda: "Cancelled. What was finished stays.", None, self.report, **hidden)  # nothing comes after it
+        ended.then(lambda: "Cancelled. Finished images are kept.", None, self.report, **hidden)  # no update follows
         self.random.click(lambda: (random_seed(), True), None, [self.seed, self.keep], **hidden)
         self.share.click(None, address, self.link, js=style.share(many))
         self.student.input(
@@ -330,11 +267,10 @@ class _Page:
             [self.prompt, self.steps, self.previews, self.height, self.width, self.card, self.examples],
             **hidden,
         )
-        named_endpoint(self._students, api_name="students", api_description="The students, and what each can do.")
+        named_endpoint(self._students, api_name="students", api_description="The students, and what each supports.")
 
     def _students(self) -> list[dict[str, Any]]:
-        """The students: name, numbers of steps (the first is the default), classes, examples of prompts, and the size
-        of a picture."""
+        """The students: name, supported steps (the first is the default), classes, example prompts, image size."""
         found = []
         for name in self.studio.students:
             manifest = self.studio.manifest(name)
@@ -359,7 +295,7 @@ class _Page:
         height: float | None = None,
         width: float | None = None,
     ) -> Iterator[tuple[Any, ...]]:
-        """The values of the outputs, as pictures come."""
+        """Yield the values of the outputs as images are finished."""
         try:
             order = self.studio.order(
                 student,
@@ -373,14 +309,14 @@ class _Page:
                 compare=compare,
             )
             with tempfile.TemporaryDirectory(prefix="redif-demo-") as folder:
-                files = _Files(Path(folder), f"{order.student}-{order.prompt}" if order.prompt else order.student)
+                files = ImageFiles(Path(folder), f"{order.student}-{order.prompt}" if order.prompt else order.student)
                 for shown in self.studio.make(order):
                     compared, formed = files(shown.compared, order.compare), files(shown.formed)
                     yield (
                         files(shown.pictures),
                         gr.update(value=compared, visible=order.compare != NOTHING, label=order.compare.capitalize()),
                         gr.update(value=formed, visible=order.previews),
-                        _figures(shown),
+                        figures(shown),
                         {
                             "student": order.student,
                             "num_inference_steps": order.num_inference_steps,
@@ -396,7 +332,7 @@ class _Page:
             raise _told(error) from error
 
     def _choose(self, student: str) -> tuple[Any, ...]:
-        """What changes with the student."""
+        """Updates of the components that depend on the student."""
         manifest = self.studio.manifest(student)
         steps = manifest.supported_steps
         height, width, _ = manifest.image_shape
@@ -411,7 +347,7 @@ class _Page:
         )
 
     def _read_address(self, request: gr.Request) -> tuple[Any, ...]:
-        """What a link says, as far as it is possible here; and whether it names pictures, which are then made."""
+        """The valid settings of a link, and whether it has a seed: then its images are generated at once."""
         asked = dict(request.query_params)
         student = asked.get("student") if asked.get("student") in self.studio.students else self.first
         manifest = self.studio.manifest(str(student))
@@ -439,7 +375,7 @@ class _Page:
 
 
 def _names(manifest: Manifest) -> list[str]:
-    """Classes by name, or by number where they have none."""
+    """Class names, or numbers for classes without names."""
     classes = manifest.classes
     if classes is None:
         return []
@@ -447,7 +383,7 @@ def _names(manifest: Manifest) -> list[str]:
 
 
 def _classes(manifest: Manifest) -> dict[str, Any]:
-    """The class picker: a list to choose from, or a field to type in where there are too many."""
+    """Settings of the class dropdown, which accepts typed values too."""
     names = _names(manifest)
     return {
         "choices": names[:MOST_CHOICES],

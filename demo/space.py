@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.demo.app import DemoSettings, build_demo, card_text, launch
+from redif_sdk.demo.app import DemoSettings, build_demo, launch
+from redif_sdk.demo.present import card_text
 from redif_sdk.demo.studio import Studio
 from redif_sdk.pipeline import FastPipeline
 

@@ -1,7 +1,6 @@
-"""What the demo shows, without the page: pictures as they form, the teacher's beside them, and how long they took.
+"""The demo without its page: generates images, previews and comparisons, and times them.
 
-A `Studio` knows students by name. It yields plain values, and raises InvalidRequest for what cannot be made. Nothing
-here knows Gradio.
+A `Studio` holds students by name and yields plain values. It does not depend on Gradio.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from redif_sdk.pipeline import FastPipeline
 
 __all__ = ["NOTHING", "SAME_STEPS", "Captioned", "Order", "Shown", "Studio", "parse_seed", "random_seed"]
 
-BATCH = 8  # pictures a call: what comes is shown when it is there
+BATCH = 8  # images per call; each batch is shown when it is finished
 NOTHING = "nothing"
 SAME_STEPS = "the teacher at as few steps (DDIM)"
 
@@ -28,7 +27,7 @@ Captioned = tuple[Image, str]
 
 @dataclass(frozen=True)
 class Order:
-    """A checked wish: `number` pictures of (seed, index), (seed, index + 1), ..."""
+    """A checked request for `number` images of (seed, index), (seed, index + 1), ..."""
 
     student: str
     prompt: str | None
@@ -48,7 +47,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Shown:
-    """What there is by now: pictures, their steps, the teacher's pictures, each with a caption; and the figures."""
+    """The state of a request: images, previews and comparison images with captions, and the timings."""
 
     pictures: list[Captioned] = field(default_factory=list)
     formed: list[Captioned] = field(default_factory=list)
@@ -69,7 +68,7 @@ def parse_seed(text: str) -> tuple[int, int]:
     """(seed, first index) of "7" or "7:2". Raises InvalidRequest."""
     parts = str(text).strip().split(":")
     if not 1 <= len(parts) <= 2 or not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
-        raise InvalidRequest(f"the seed is {text!r:.60}; give a whole number, as in 7, or 7:2 for its third picture on")
+        raise InvalidRequest(f"the seed is {text!r:.60}; give an integer, as in 7, or 7:2 to start at its third image")
     numbers = [int(part) for part in parts]
     if max(numbers) >= 1 << 64:
         raise InvalidRequest(f"the seed is {text!r:.60}; give a number below 2^64")
@@ -82,7 +81,7 @@ class Studio:
     def __init__(
         self, students: Mapping[str, FastPipeline], teacher: FastPipeline | None = None, *, max_images: int = 16
     ) -> None:
-        """Raises InvalidRequest for no student, or a teacher whose pictures are of another kind."""
+        """Raises InvalidRequest without a student, or for a teacher with other images, noise or conditions."""
         if not students:
             raise InvalidRequest("no student was given; give at least one")
         self.students = dict(students)
@@ -91,7 +90,7 @@ class Studio:
         for name, pipeline in self.students.items():
             if teacher is not None and _kind(pipeline.manifest) != _kind(teacher.manifest):
                 raise InvalidRequest(
-                    f"{teacher.manifest.name} is no teacher of {name}: their pictures, noise, classes or kinds of "
+                    f"{teacher.manifest.name} cannot be the teacher of {name}: image sizes, noise, classes or kinds of "
                     f"prompt differ"
                 )
 
@@ -101,7 +100,7 @@ class Studio:
         return self.students[student].manifest
 
     def warm_up(self) -> None:
-        """Make a picture with each, so that a visitor's first one takes as long as any other."""
+        """Generate one image with each student, so that the first request is as fast as others."""
         for pipeline in [*self.students.values(), *([self.teacher] if self.teacher is not None else [])]:
             manifest = pipeline.manifest
             first: dict[str, Any] = {} if manifest.classes is None else {"class_labels": 0}
@@ -110,7 +109,7 @@ class Studio:
             pipeline(num_inference_steps=min(manifest.supported_steps), seed=0, **first)
 
     def comparisons(self) -> list[str]:
-        """What a picture can be compared with."""
+        """The choices of what to compare with."""
         if self.teacher is None:
             return [NOTHING]
         most = max(steps for pipeline in self.students.values() for steps in pipeline.manifest.supported_steps)
@@ -134,15 +133,15 @@ class Studio:
         previews: bool = False,
         compare: str | None = None,
     ) -> Order:
-        """The wish, if the student can do it. Raises InvalidRequest, which says what it can."""
+        """The checked request. Raises InvalidRequest for what the student does not support."""
         name = student or next(iter(self.students))
         manifest = self.manifest(name)
         if int(number) != number or not 1 <= number <= self.max_images:
-            raise InvalidRequest(f"{number:g} pictures were asked for; ask for 1 to {self.max_images}")
+            raise InvalidRequest(f"{number:g} images were requested; request 1 to {self.max_images}")
         table = manifest.step_table(num_inference_steps)
         first, index = parse_seed(random_seed() if seed in (None, "") else str(seed))
         if compare not in (None, "", *self.comparisons()):
-            raise InvalidRequest(f"nothing is called {compare!r:.60}; compare with {', '.join(self.comparisons())}")
+            raise InvalidRequest(f"compare is {compare!r:.60}; use one of {', '.join(self.comparisons())}")
         order = Order(
             name,
             prompt if manifest.condition is not None else None,
@@ -159,7 +158,7 @@ class Studio:
         return order
 
     def _teachers_steps(self, order: Order) -> int | None:
-        """How many steps the teacher takes of `order`; None where it is not asked."""
+        """The teacher's steps for `order`; None without a comparison."""
         if order.compare == NOTHING or self.teacher is None:
             return None
         manifest = self.teacher.manifest
@@ -168,7 +167,7 @@ class Studio:
         return next(steps for steps in manifest.supported_steps if self._full(steps) == order.compare)
 
     def make(self, order: Order) -> Iterator[Shown]:
-        """What there is to see, again and again until all is there. Raises InvalidRequest."""
+        """Yield the state after each preview and each batch. Raises InvalidRequest and NonFiniteOutput."""
         pipeline = self.students[order.student]
         shown = Shown()
         batches = [order.seeds[start : start + BATCH] for start in range(0, order.number, BATCH)]
@@ -206,20 +205,20 @@ def _name(seed: tuple[int, int]) -> str:
     return f"seed {seed[0]}" + (f":{seed[1]}" if seed[1] else "")
 
 
-def _wish(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
-    """A prompt; or a class by its name, or by its number where classes have none."""
-    wish: dict[str, Any] = {"height": order.height, "width": order.width}
+def _arguments(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
+    """The condition and size of an order: a prompt, or a class by name or number."""
+    arguments: dict[str, Any] = {"height": order.height, "width": order.width}
     if pipeline.manifest.text is not None:
-        wish["prompt"] = order.prompt
+        arguments["prompt"] = order.prompt
     elif order.prompt is not None:
         text = str(order.prompt).strip()
-        wish["class_labels"] = int(text) if text.isdecimal() else text
-    return wish
+        arguments["class_labels"] = int(text) if text.isdecimal() else text
+    return arguments
 
 
 def _previews(pipeline: FastPipeline, order: Order, seed: tuple[int, int]) -> Iterator[Image]:
-    """The clean-image estimate after every step but the last: the picture itself is the fused graph's."""
-    stream = pipeline.stream(num_inference_steps=order.num_inference_steps, seed=[seed], **_wish(pipeline, order))
+    """The clean-image estimate after every step but the last: the image itself comes from the fused graph."""
+    stream = pipeline.stream(num_inference_steps=order.num_inference_steps, seed=[seed], **_arguments(pipeline, order))
     for _ in range(order.num_inference_steps - 1):
         yield next(stream)
 
@@ -227,5 +226,7 @@ def _previews(pipeline: FastPipeline, order: Order, seed: tuple[int, int]) -> It
 def _render(
     pipeline: FastPipeline, order: Order, seeds: list[tuple[int, int]], steps: int
 ) -> tuple[list[Image], float, dict[str, Any]]:
-    out = pipeline(num_images_per_prompt=len(seeds), num_inference_steps=steps, seed=seeds, **_wish(pipeline, order))
+    out = pipeline(
+        num_images_per_prompt=len(seeds), num_inference_steps=steps, seed=seeds, **_arguments(pipeline, order)
+    )
     return out.images, out.timings["total"], out.runtime_info

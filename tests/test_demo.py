@@ -22,9 +22,11 @@ from PIL import Image
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.card.record import record
-from redif_sdk.demo.app import card_text
-from redif_sdk.demo.charts import chart, points
+from redif_sdk.demo import charts
+from redif_sdk.demo.charts import CALLS, DISTANCE, MILLISECONDS, SAMPLER, frame, points
+from redif_sdk.demo.present import card_text
 from redif_sdk.demo.studio import NOTHING, SAME_STEPS, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest
 from tests.prompted import EXAMPLES, build_prompted
@@ -70,19 +72,19 @@ def test_a_wish_that_cannot_be_is_told_what_can(studio: Studio, pipe: FastPipeli
     for wish, said in (
         (("tiny", "c", 5, "0", 1), "choose from 2, 3"),
         (("other", "c", 2, "0", 1), "there are tiny"),
-        (("tiny", "c", 2, "x", 1), "give a whole number, as in 7, or 7:2"),
+        (("tiny", "c", 2, "x", 1), "give an integer, as in 7, or 7:2"),
         (("tiny", "c", 2, str(1 << 64), 1), "below 2^64"),
-        (("tiny", "c", 2, "0", 17), "ask for 1 to 16"),
-        (("tiny", "c", 2, "0", 1.5), "ask for 1 to 16"),
+        (("tiny", "c", 2, "0", 17), "request 1 to 16"),
+        (("tiny", "c", 2, "0", 1.5), "request 1 to 16"),
     ):
         with pytest.raises(InvalidRequest, match=re.escape(said)):
             studio.order(*wish)
     with pytest.raises(InvalidRequest, match="is not a class of tiny"):
         list(studio.make(studio.order("tiny", "zebra", 2, "0", 1)))
-    with pytest.raises(InvalidRequest, match="compare with nothing"):
+    with pytest.raises(InvalidRequest, match="use one of nothing"):
         studio.order("tiny", "c", 2, "0", 1, compare="Monet")
     plain = FastPipeline.from_pretrained(plain_student, runtime="onnxruntime")
-    with pytest.raises(InvalidRequest, match="is no teacher of"):
+    with pytest.raises(InvalidRequest, match="cannot be the teacher of"):
         Studio({"tiny": pipe}, plain)
     assert Studio({"plain": plain}).comparisons() == [NOTHING]
 
@@ -96,21 +98,24 @@ def test_seeds() -> None:
             parse_seed(text)
 
 
-def test_the_chart_shows_what_was_measured(
+def shown(manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """The components that the page has for these students' measurements, by their kind."""
+    return {type(part).__name__: part for part in charts.show(points(manifests))}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_plot_shows_what_was_measured(
     tiny_student: Path, copy_of: Callable[[Path], Path], pipe: FastPipeline
 ) -> None:
-    assert "redif eval DIR --save" in chart(points({"tiny": pipe.manifest}))
+    assert "redif eval DIR --save" in shown({"tiny": pipe.manifest})["Markdown"].value
     folder = copy_of(tiny_student)
     quality = [
         {"method": "teacher", "num_inference_steps": 50, "network_calls": 100, "fd_teacher": 0.0},
         {"method": "dpm-solver++", "num_inference_steps": 2, "network_calls": 4, "fd_teacher": 17.5},
         {"method": "ddim", "num_inference_steps": 2, "network_calls": 2, "fd_teacher": 7.25},
     ]
-    manifest = record(folder, quality)
-    by_calls = chart(points({"<b>tiny": manifest}))
-    assert "network calls for one picture (no speed was recorded)" in by_calls
-    assert "&lt;b&gt;tiny, 2 steps" in by_calls
-    assert "<b>" not in by_calls
+    by_calls = shown({"<b>tiny": record(folder, quality)})["ScatterPlot"]
+    assert (by_calls.x, by_calls.y, by_calls.color) == (CALLS, DISTANCE, SAMPLER)
     speed = {"batch": 1, "num_inference_steps": 2, "runtime": "onnxruntime", "precision": "fp32"}
     manifest = record(
         folder,
@@ -121,14 +126,15 @@ def test_the_chart_shows_what_was_measured(
             speed | {"contender": "diffusers-pipeline", "seconds_median": 0.2, "num_inference_steps": 50},
         ],
     )
-    found = {point.name: point for point in points({"tiny": manifest})}
-    assert found["tiny, 2 steps"].milliseconds == pytest.approx(4)
-    assert found["teacher 50"].milliseconds == pytest.approx(200)
-    assert found["dpm-solver++ 2"].milliseconds is None
-    drawn = chart(list(found.values()))
-    assert "milliseconds for one picture" in drawn
-    assert drawn.count("<circle") == 2  # what was not timed is in the table alone
-    assert drawn.count("<tr>") == 4
+    table = frame(points({"tiny": manifest})).set_index(SAMPLER)
+    assert table[MILLISECONDS]["tiny, 2 steps"] == pytest.approx(4)
+    assert table[MILLISECONDS]["teacher 50"] == pytest.approx(200)
+    assert np.isnan(table[MILLISECONDS]["dpm-solver++ 2"])
+    assert dict(table[DISTANCE]) == {"tiny, 2 steps": 7.25, "teacher 50": 0.0, "dpm-solver++ 2": 17.5}
+    parts = shown({"tiny": manifest})
+    assert parts["ScatterPlot"].x == MILLISECONDS
+    assert len(parts["ScatterPlot"].value["data"]) == 2  # what was not timed is in the table alone
+    assert len(parts["Dataframe"].value["data"]) == 3
 
 
 def test_a_card_shows_its_own_pictures_and_asks_nobody(tiny_student: Path, copy_of: Callable[[Path], Path]) -> None:

@@ -59,7 +59,8 @@ def demo_command(
     from redif_sdk.pipeline import FastPipeline
 
     try:
-        from redif_sdk.demo.app import DemoSettings, build_demo, card_text, launch
+        from redif_sdk.demo.app import DemoSettings, build_demo, launch
+        from redif_sdk.demo.present import card_text
     except ModuleNotFoundError as error:
         raise InvalidRequest(f'{error.name} is not installed; pip install "redif-sdk[demo]"') from error
     from redif_sdk.demo.studio import Studio

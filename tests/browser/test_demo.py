@@ -76,7 +76,7 @@ def pictures(page: Any, gallery: str = "pictures") -> int:
 
 def finished(page: Any, until: Until, number: int) -> str:
     """The report of `number` pictures."""
-    wanted = f"{number} picture"
+    wanted = f"{number} image"
     return str(
         until(page, lambda: (said := page.inner_text("#report")).startswith(wanted) and "now" not in said and said)
     )
@@ -89,7 +89,7 @@ def shown(page: Any, place: int, gallery: str = "pictures") -> np.ndarray:
 
 
 def number_of_pictures(page: Any, value: int) -> None:
-    page.locator("input[aria-label='number input for Pictures']").fill(str(value))
+    page.locator("input[aria-label='number input for Images']").fill(str(value))
     page.keyboard.press("Tab")
 
 
@@ -118,10 +118,10 @@ def test_a_visit(url: str, pipe: FastPipeline, open_page: Opener, until: Until) 
     number_of_pictures(page, 2)
     keep(page, "12345678901234567890")
     page.get_by_label("Show every step").check()
-    choose(page, "Beside it", "the teacher at as few steps (DDIM)")
+    choose(page, "Compare with", "the teacher at as few steps (DDIM)")
     page.click("#generate")
     report = finished(page, until, 2)
-    assert re.search(r"2 pictures in .* each, [\d.,]+ a second \(onnxruntime, fp32, cpu\)", report)
+    assert re.search(r"2 images in .* each, [\d.,]+ per second \(onnxruntime, fp32, cpu\)", report)
     wanted = pipe(["c", "c"], num_inference_steps=3, seed=12345678901234567890, output_type="uint8").images[..., 0]
     until(page, lambda: pictures(page, "compared") == 2 and pictures(page, "formed") == 4)
     for place in range(2):
@@ -146,7 +146,7 @@ def test_a_link_makes_its_pictures(url: str, pipe: FastPipeline, open_page: Open
     page.click("#generate")  # the seed of a link is kept
     until(page, lambda: "steps=2" in page.url)
     assert "student=second&prompt=d&steps=2&seed=7%3A4&n=2" in page.url
-    page.get_by_text("Copy a link to these pictures").click()
+    page.get_by_text("Copy a link to these images").click()
     until(page, lambda: page.locator("#link textarea, #link input").input_value() == page.url)
 
 
@@ -206,7 +206,8 @@ def test_what_cannot_be_made_is_said(url: str, open_page: Opener, until: Until) 
     page.click("#generate")
     toast = page.get_by_test_id("toast-body")
     toast.wait_for()
-    assert "the seed is 'minus one'; give a whole number, as in 7, or 7:2" in toast.inner_text()
+    assert "Invalid request" in toast.inner_text()
+    assert "the seed is 'minus one'; give an integer, as in 7, or 7:2" in toast.inner_text()
     page.get_by_test_id("toast-close").click()
     keep(page, "1")
     field = page.get_by_label("Class", exact=True)

@@ -1,4 +1,4 @@
-"""The contenders of `redif bench` without torch: FastPipeline, and the engines as one would use them by hand.
+"""The contenders of `redif bench` without torch: FastPipeline, and the engines used directly.
 
 The bare engines are given what serves them best: the fused graph or the network stepped, shapes fixed, the precision
 said. `overhead` measures what FastPipeline adds to its own engine. How things are timed stands in `bench.py`.
@@ -40,7 +40,7 @@ PLAIN_CALLS = 20  # at most, for what a call spends beside its engine
 
 
 def contenders(engines: Sequence[str], precisions: Sequence[str]) -> list[Contender]:
-    """FastPipeline by itself and on each of `engines` in each of `precisions`, and the bare engines among them."""
+    """FastPipeline with "auto" and on each of `engines` in each of `precisions`, and the bare engines."""
     found = [_fast("fastpipeline-auto", "auto", "auto")]
     for engine in engines:
         for precision in precisions:
@@ -115,7 +115,7 @@ def _onnxruntime(precision: str) -> Contender:
 
 
 def _engine_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its own classes, which are RuntimeErrors or plain Exceptions."""
+    """The exceptions of ONNX Runtime: its own classes, which are RuntimeErrors or plain Exceptions."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (*_ENGINE_ERRORS, state.Fail, state.InvalidArgument, state.NotImplemented, state.InvalidGraph)
@@ -145,7 +145,7 @@ def _openvino(precision: str, *, fused: bool) -> Contender:
 
 
 def _stored(precision: str) -> str:
-    """The graph that OpenVINO is given: it makes bf16 and fp16 of an fp32 one by itself."""
+    """The graph for OpenVINO, which makes bf16 and fp16 of an fp32 one by itself."""
     return "fp32" if precision in ("bf16", "fp16") else precision
 
 
@@ -157,7 +157,7 @@ def _openvino_device(device: str) -> str:
 
 
 def _hint(precision: str, device: str) -> str:
-    """The precision in OpenVINO's word; RuntimeUnavailable where it would compute in another one, without a word."""
+    """OpenVINO's name of the precision. Raises RuntimeUnavailable where it would silently compute in another one."""
     runtimes.resolve("openvino")
     from redif_sdk.runtimes.openvino import HINTS, refusal
 
@@ -231,7 +231,7 @@ def overhead(work: Workload, runtime: str, precision: str) -> dict[str, float]:
     The same loaded engine is called through `generate_array` and directly, with inputs that lie ready, by turns; the
     overhead is the median of the pairs' differences. overhead_alone_seconds is that of calls whose engine answers at
     once: it does not vanish in the noise of long calls, but misses what a cold cache costs. noise_seconds and
-    output_seconds are what a plain call spends beside that, on drawing the noise and on making PIL pictures.
+    output_seconds are what a plain call spends beside that, on drawing the noise and on making PIL images.
     """
     pipe = _pipeline(work, runtime, precision)
     engine = _engine_alone(pipe, work)
@@ -257,7 +257,7 @@ def overhead(work: Workload, runtime: str, precision: str) -> dict[str, float]:
 
 
 def _engine_alone(pipe: FastPipeline, work: Workload) -> Callable[[], object]:
-    """The pipeline's own engine: one call of the fused graph, or the network once a step where that is not used."""
+    """The pipeline's own engine: one call of the fused graph, or the network once per step without it."""
     generator = pipe._components.generator
     if generator is not None:
         inputs = work.inputs(work.noise)
@@ -270,7 +270,7 @@ def _engine_alone(pipe: FastPipeline, work: Workload) -> Callable[[], object]:
 
 
 class _AtOnce:
-    """An engine that answers with what it once computed."""
+    """An engine that returns what it computed before."""
 
     def __init__(self, engine: Runtime, inputs: dict[str, NDArray[Any]]) -> None:
         self.info = engine.info
@@ -281,7 +281,7 @@ class _AtOnce:
 
 
 def _without_engine(pipe: FastPipeline, work: Workload) -> float:
-    """Seconds of a call of a pipeline whose engine takes none."""
+    """Seconds of a call of a pipeline whose engine takes no time."""
     other, parts = copy.copy(pipe), pipe._components
     if parts.generator is not None:
         at_once = _AtOnce(parts.generator, work.inputs(work.noise))

@@ -1,7 +1,7 @@
-"""Operations of a network's graph, and how many a second this machine multiplies at best.
+"""Operations of a network's graph, and the peak rate of matrix products on this machine.
 
 A multiplication with its addition counts as two operations. Convolutions and matrix products are counted, in the shapes
-that they have at a given batch; what is done element by element is not. `onnx` is imported when a graph is counted.
+that they have at a given batch; element-wise operations are not. `onnx` is imported when a graph is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from redif_sdk.errors import UnsupportedModel
 
 __all__ = ["count_flops", "gemm_peak"]
 
-#: Operators that multiply matrices and that nobody has written a rule for here: better no figure than a small one.
+#: Operators that multiply matrices and have no rule here: no figure is better than one that is too small.
 _UNCOUNTED = frozenset(
     [
         "Attention",
@@ -39,7 +39,7 @@ Shapes = dict[str, list[int]]
 
 
 def count_flops(model: bytes, dims: Mapping[str, int], trips: int = 1) -> int:
-    """Operations of one call of a graph, with its free axes as `dims` say; a loop's body runs `trips` times.
+    """Operations of one call of a graph, with its free axes set by `dims`; a loop's body runs `trips` times.
 
     Raises UnsupportedModel for operators that are not known here, and where a shape cannot be told.
     """
@@ -52,7 +52,7 @@ def count_flops(model: bytes, dims: Mapping[str, int], trips: int = 1) -> int:
 
 
 def _bind(graph: Any, dims: Mapping[str, int]) -> None:
-    """Put numbers for the free axes, in the bodies of loops too."""
+    """Replace the free axes by numbers, also in the bodies of loops."""
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in dims:
@@ -78,7 +78,7 @@ def _graph_flops(graph: Any, around: Shapes, trips: int) -> int:
 
 
 def _shapes(graph: Any) -> Shapes:
-    """The shapes that are known whole, by name."""
+    """The fully known shapes, by name."""
     found: Shapes = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         tensor = value.type.tensor_type

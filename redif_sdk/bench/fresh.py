@@ -1,7 +1,7 @@
-"""What a fresh process needs until its first pictures: seconds from its start, and the memory that it took at most.
+"""What a fresh process needs until its first images: seconds from its start, and peak memory.
 
-A program is run as ``python -c``, says when its pictures are in hand, and then how much memory it ever held. It is not
-imported here: what contenders run is their own matter.
+A program is run as ``python -c``, reports when its images are finished, and then its peak memory. It is not
+imported here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["COLD_RUNS", "Start", "cold_starts", "start"]
 
 COLD_RUNS = 5
 
-# VmHWM is this program's own peak. ru_maxrss is not: after fork and exec it begins with the parent's.
+# VmHWM is this program's own peak; ru_maxrss starts with the parent's after fork and exec.
 _EPILOGUE = """
 print("ready", flush=True)
 def _peak():
@@ -46,7 +46,7 @@ print(_peak(), flush=True)
 
 
 class Start(NamedTuple):
-    """Seconds from starting the process to its pictures, and its peak memory in bytes (None: the system hides it)."""
+    """Seconds from starting the process to its images, and peak memory in bytes (None: not known)."""
 
     seconds: float
     peak_memory: int | None

@@ -1,6 +1,6 @@
-"""The measuring core of `redif bench`: whole generations of the same pictures, side by side.
+"""The core of `redif bench`: times whole generations of the same images by several contenders.
 
-A `Contender` is a name and a way to set it up. `compare` sets all of them up, looks whether their pictures agree, times
+A `Contender` has a name and a way to set it up. `compare` sets all of them up, checks that their images agree, times
 them in interleaved rounds, and returns one row each. Who the contenders are stands in `bench/engines.py` (engines and
 FastPipeline) and in `distill/evaluation/peers.py` (torch); operations are counted in `bench/flops.py`, and what a fresh
 process needs is measured in `bench/fresh.py`.
@@ -46,7 +46,7 @@ __all__ = [
     "row",
 ]
 
-#: Noise (N, B, C, H, W) and the condition to pictures, uint8 (B, H, W, C): one whole generation. The condition is
+#: Noise (N, B, C, H, W) and the condition to images, uint8 (B, H, W, C): one whole generation. The condition is
 #: labels (B,) int64, or what prompts became: the arrays by name (the text encoder is not timed), or None.
 Generate = Callable[[NDArray[np.float32], Any], NDArray[np.uint8]]
 
@@ -97,7 +97,7 @@ PSNR = {"fp16": 45.0, "bf16": 30.0, "int8": 30.0}
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender computes: the pictures of `noise` and `condition`, by `table`.
+    """What every contender computes: the images of `noise` and `condition`, with the steps of `table`.
 
     `num_threads`: of the processor, the same for all; None leaves every contender its own default.
     """
@@ -120,7 +120,7 @@ class Workload:
         device: str = "cpu",
         seed: int = 0,
     ) -> Workload:
-        """`batch` pictures of the student in `folder`, of its classes or example prompts in turn.
+        """A batch of images of the student in `folder`, cycling through its classes or example prompts.
 
         Raises InvalidRequest for steps that it has not, RuntimeUnavailable where nothing here encodes its prompts.
         """
@@ -133,7 +133,7 @@ class Workload:
 
     @property
     def batch(self) -> int:
-        """The number of pictures."""
+        """Number of images."""
         return int(self.noise.shape[1])
 
     @property
@@ -148,7 +148,7 @@ class Workload:
 
     @property
     def network_calls(self) -> int:
-        """Calls of the network for one picture."""
+        """Network calls for one image."""
         return self.steps * self.manifest.network.calls_per_step
 
     @property
@@ -165,7 +165,7 @@ class Workload:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The same as arguments of a `FastPipeline`, JSON-safe; each picture's own."""
+        """The condition as arguments of a `FastPipeline`, one per image, JSON-safe."""
         if (text := self.manifest.text) is not None:
             return {"prompt": _in_turn(text.examples, self.batch)}
         return {"num_images_per_prompt": self.batch} if self.labels is None else {"class_labels": self.labels.tolist()}
@@ -202,7 +202,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Fresh:
-    """A whole Python program, from its imports to the pictures, and what it finds as JSON in ``sys.argv[1]``."""
+    """A whole Python program, from its imports to the images, and the JSON that it gets in ``sys.argv[1]``."""
 
     source: str
     asked: Mapping[str, Any]
@@ -211,10 +211,10 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute the pictures.
+    """One way to compute the images.
 
     `prepare` sets it up for a workload, and raises RuntimeUnavailable where it cannot be had. `compared`: it computes
-    the student's pictures; the teacher, which makes others, is not compared. `steps` and `network_calls` are its own,
+    the student's images; the teacher, whose images differ, is not compared. `steps` and `network_calls` are its own,
     where they are not the workload's. `required`: it was asked for by name, so that without it there is no result.
     """
 
@@ -244,7 +244,7 @@ class Spread(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How far pictures are from the reference's: in levels of 255, and in dB (None: they are equal)."""
+    """The difference of images from the reference's: in levels of 255, and PSNR in dB (None: equal)."""
 
     max_level_difference: int
     psnr: float | None
@@ -259,7 +259,7 @@ def row(**known: Any) -> dict[str, Any]:
 
 
 def agreement(images: NDArray[np.uint8], reference: NDArray[np.uint8], precision: str) -> Agreement:
-    """Whether `images`, computed in `precision`, are the pictures of `reference`."""
+    """Whether `images`, computed in `precision`, agree with `reference`."""
     if images.shape != reference.shape or images.dtype != np.uint8:
         return Agreement(255, 0.0, False)
     difference = images.astype(np.int16) - reference.astype(np.int16)
@@ -303,9 +303,9 @@ def compare(
     pause: Callable[[float], object] = time.sleep,
     say: Callable[[str], object] = lambda message: None,
 ) -> list[dict[str, Any]]:
-    """One row a contender: its speed on `work`, the ratio to the reference, and whether it computes the same pictures.
+    """Measure contenders on `work`: one row each, with speed, ratio to the reference, and agreement of the images.
 
-    The reference is the first of `REFERENCES` in fp32 that is there, else the first contender. One whose pictures do
+    The reference is the first of `REFERENCES` in fp32 that is there, else the first contender. One whose images do
     not agree with the reference's is not timed: it computes something else. One that cannot be had here has a row that
     says why; RuntimeUnavailable if it was `required`.
     """
@@ -335,7 +335,7 @@ def compare(
 
 
 def _set_up(contender: Contender, work: Workload, clock: Clock, say: Callable[[str], object]) -> _Entry:
-    """Prepare it, and let it make its first pictures; setup_seconds is the time for both."""
+    """Prepare a contender and let it compute its first images; setup_seconds is the time for both."""
     say(f"batch {work.batch}: setting up {contender.label}")
     known: dict[str, Any] = {
         "contender": contender.name,
@@ -386,7 +386,7 @@ def _figures(rounds: Sequence[Sequence[float]], batch: int) -> dict[str, Any]:
 
 
 def disagreeing(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The contenders that compute other pictures than the reference, in one line; empty if there are none."""
+    """The contenders whose images disagree with the reference, in one line; empty if there are none."""
     return "; ".join(
         f"{entry['contender']} on {entry['runtime']} in {entry['precision']}, batch {entry['batch']}: up to "
         f"{entry['max_level_difference']} levels off"

@@ -37,6 +37,7 @@ class Meter:
 
     @property
     def forward_equivalents(self) -> float:
+        """What all processes spent, in forward calls of the student on one image."""
         own = self.teacher_calls + self.student_calls + 3 * self.gradient_samples + self.auxiliary_calls
         return float(own * self.processes)
 
@@ -69,9 +70,11 @@ class StudentPolicy:
 
     @property
     def num_inference_steps(self) -> int:
+        """K, the network calls for one image."""
         return self.table.num_inference_steps
 
     def start(self, noise: Tensor) -> Tensor:
+        """x_0 (B, C, H, W) of standard normal ``noise`` of that shape."""
         start: Tensor = self.table.start(noise)
         return start
 
@@ -163,6 +166,7 @@ class Exploration:
 
     @classmethod
     def white(cls, elements: int, device: torch.device | str = "cpu") -> Exploration:
+        """Independent noise of variance 1 in each of ``elements`` = C H W places."""
         return cls(torch.zeros(0, elements, device=device), torch.zeros(0, device=device), 1.0)
 
     @classmethod

@@ -44,10 +44,12 @@ def main_process_first() -> Iterator[None]:
 
 
 def world() -> int:
+    """How many processes train together; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This process's place among them; the first is 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

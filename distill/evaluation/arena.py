@@ -216,6 +216,7 @@ def _same_conditions(ours: Condition | TextCondition | None, theirs: Condition |
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows of contenders as a table on the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -32,6 +32,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
+        """Of features (N, D): their mean and covariance, in float64 on the CPU."""
         values = features.double().cpu().numpy()
         return cls(values.mean(0), np.cov(values, rowvar=False))
 
@@ -104,6 +105,7 @@ class Quality:
     recall: float
 
     def row(self) -> dict[str, Any]:
+        """The figures by name, as a row of a results file holds them."""
         return asdict(self)
 
 
@@ -127,6 +129,7 @@ class Judge:
 
     @cached_property
     def statistics(self) -> Statistics:
+        """Of the reference's features."""
         return Statistics.of(self.reference)
 
     def _distance(self, features: Tensor) -> float:

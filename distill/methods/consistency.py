@@ -28,6 +28,8 @@ EMA = 0.95  # of the network that gives the target, LCM's
 
 
 class Consistency(Method):
+    """Consistency distillation. ``target`` is the moving average of the student that gives the target."""
+
     name = "consistency"
     rewarded = False
 

@@ -23,6 +23,8 @@ from redif_sdk.distill.rewards.fake_score import FakeScore
 
 
 class Dmd2(Method):
+    """Distribution matching, after a warm start by regression. ``fake`` and ``discriminator`` are made when it ends."""
+
     name = "dmd2"
     rewarded = False
 

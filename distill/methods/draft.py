@@ -18,6 +18,8 @@ from redif_sdk.distill.pool import Pairs
 
 
 class Draft(Method):
+    """The reward's own gradient through the rollout, after a warm start by regression."""
+
     name = "draft"
     rewarded = True
 

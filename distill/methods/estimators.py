@@ -55,6 +55,8 @@ def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
 
 @dataclass
 class SameStateGroups:
+    """Same-state groups, and the pathwise step: losses of one batch of pairs."""
+
     context: Context
     exploration: Exploration
     fake: FakeScore | None = None  # for the supervised term: distribution matching
@@ -127,6 +129,8 @@ class SameStateGroups:
 
 @dataclass
 class TrajectoryGroups:
+    """Trajectory groups: losses of one batch of pairs. ``reference``: the network of the KL; None: no KL."""
+
     context: Context
     exploration: Exploration
     reference: nn.Module | None
@@ -162,6 +166,7 @@ class TrajectoryGroups:
 
     @property
     def rows(self) -> range:
+        """The noisy rows."""
         return range(self.context.policy.num_inference_steps) if self.window is None else self.window
 
     def losses(self, batch: Pairs, generator: torch.Generator, check: bool) -> Iterator[Loss]:

@@ -24,6 +24,8 @@ from redif_sdk.distill.pool import Pairs
 
 
 class Grpo(Method):
+    """Flow-GRPO with MixGRPO's window. ``reference``: the network of the KL, the student as it began."""
+
     name = "grpo"
     rewarded = True
 
@@ -37,6 +39,7 @@ class Grpo(Method):
             self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        """PPO's clipped surrogate over the rows of a window whose place the update's generator draws."""
         options, rows = context.config.options_as(GrpoOptions), context.policy.num_inference_steps
         white = Exploration.white(batch.noise[0].numel(), context.device)
         size = min(options.sde_window or rows, rows)

@@ -31,6 +31,8 @@ def stage_steps(num_inference_steps: int, teacher_steps: int) -> list[int]:
 
 
 class Progressive(Method):
+    """Progressive distillation: stage by stage, half as many steps."""
+
     name = "progressive"
     rewarded = False
 

@@ -37,6 +37,8 @@ def _options(context: Context) -> SameStateOptions | PathwiseOptions | Trajector
 
 
 class ReDiF(Method):
+    """ReDiF in its three phases. ``exploration``, ``reference`` and ``fake`` are made when the third begins."""
+
     name = "redif"
     rewarded = True
 
@@ -65,6 +67,7 @@ class ReDiF(Method):
         policy.table = context.once(learn, together=judged is policy and is_sharded(policy.network))
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        """Of the phase that ``progress`` is in: regression, or the estimator's."""
         if progress < _options(context).warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
@@ -85,6 +88,7 @@ class ReDiF(Method):
             student.table = student.table.with_gain(gain)
 
     def reserve(self, context: Context) -> float:
+        """What learning the gain costs."""
         return gain_cost(context, _options(context).calibration)
 
     def _begin(self, context: Context) -> None:

@@ -42,10 +42,13 @@ def error(residual: Tensor, huber: float) -> Tensor:
 
 
 class Regression(Method):
+    """Squared (or pseudo-Huber) error to the teacher's output; it reads no reward."""
+
     name = "regression"
     rewarded = False
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+        """Of the rollout's output, of every step (``supervision`` per_step), or of ``segments``; see above."""
         policy, options = context.policy, context.config.options_as(Supervised)
         if progress < options.segments:
             yield self._segments(context, batch, generator)

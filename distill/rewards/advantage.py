@@ -63,6 +63,7 @@ class Advantage:
         return {str(place): reward.state_dict() for place, reward in learning}
 
     def load_state_dict(self, state: dict[str, Any], context: RewardContext) -> None:
+        """Take :meth:`state_dict` back."""
         for place, kept in state.items():
             reward = self.rewards[int(place)][0]
             assert isinstance(reward, LearningReward)

@@ -43,6 +43,7 @@ class PatchNetwork(nn.Module):
         nn.init.zeros_(self.classes.weight)
 
     def forward(self, images: Tensor, condition: Tensor | None) -> Tensor:
+        """Logits (B, H / 2, W / 2) float32."""
         maps = self.body(images)
         logits: Tensor = self.head(maps)[:, 0]
         if condition is not None:
@@ -63,6 +64,7 @@ class Discriminator:
 
     @classmethod
     def make(cls, teacher: Teacher, seed: int, device: torch.device) -> Discriminator:
+        """An untrained one for ``teacher``'s images, on ``device``; ``seed`` fixes its weights."""
         images = teacher.images(torch.zeros(1, *teacher.shape, device=device))
         classes = teacher.num_conditions or 1
         with torch.random.fork_rng(devices=[]):

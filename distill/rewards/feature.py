@@ -34,6 +34,7 @@ class FeatureNetwork(nn.Module):
         self.head = nn.Linear(96, outputs)
 
     def features(self, images: Tensor) -> list[Tensor]:
+        """The three layers' maps for images (B, C, H, W) in [-1, 1]; those above 64 pixels wide are halved first."""
         maps, x = [], F.avg_pool2d(images, 2) if images.shape[-1] > 64 else images
         for block in self.blocks:
             x = F.relu(block(x))
@@ -41,6 +42,7 @@ class FeatureNetwork(nn.Module):
         return maps
 
     def forward(self, images: Tensor) -> Tensor:
+        """Of images (B, C, H, W): (B, outputs) float32."""
         logits: Tensor = self.head(self.features(images)[-1].mean((2, 3)))
         return logits
 
@@ -90,7 +92,7 @@ class FeatureReward:
 
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
-        """Train the features on the pool's outputs and their classes or prompts (without either they stay random)."""
+        """Train the features on the pool's outputs and their classes or prompts; without either they stay random."""
         images = teacher.images(pairs.target).clamp(*teacher.postprocess.value_range)
         labels, outputs = pairs.condition, teacher.num_conditions or 1
         if labels is not None and teacher.prompts is not None:

@@ -34,6 +34,7 @@ class MmdReward:
 
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int) -> MmdReward:
+        """With features trained on ``pairs``, and a bank of the first of the teacher's outputs in them."""
         features = FeatureReward.fit(teacher, pairs, seed)
         return cls(
             features, features.embed(teacher.images(pairs.target[:BANK]).clamp(*teacher.postprocess.value_range))

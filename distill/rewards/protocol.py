@@ -35,17 +35,20 @@ class RewardContext(Protocol):
     """What a reward that learns may see of the run; `redif_sdk.distill.context.Context` is one."""
 
     @property
-    def teacher(self) -> Teacher: ...
+    def teacher(self) -> Teacher:
+        """The teacher, already guided."""
 
     @property
-    def config(self) -> DistillConfig: ...
+    def config(self) -> DistillConfig:
+        """All settings of the run."""
 
     @property
     def meter(self) -> Meter:
         """Where calls of the teacher, and of networks of the student's size, are counted."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where images and targets are."""
 
     def judged(self, latents: Tensor) -> Tensor:
         """What rewards are given for ``latents`` (B, C, H, W): images in [-1, 1], or the latents themselves."""

@@ -65,6 +65,16 @@ def reward_names(spec: RewardSpec) -> list[str]:
 
 
 def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) -> list[tuple[Reward, float]]:
+    """The rewards in ``spec`` with their weights, on the device of ``pairs``.
+
+    Args:
+        spec: "feature", "feature+pixel", an address, a callable, a list of these, or {reward: weight}.
+        teacher, pairs: what rewards are fitted to that have features or networks of their own.
+        seed: of their weights.
+
+    Raises:
+        InvalidRequest: an unknown name, or a model that cannot be loaded.
+    """
     reward_names(spec)
 
     def make(reward: str | Reward) -> Reward:

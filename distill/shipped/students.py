@@ -91,6 +91,7 @@ def keep(folder: Path, teacher: Teacher) -> Path:
 
 
 def main() -> None:
+    """The command ``python -m redif_sdk.distill.shipped.students``."""
     parser = argparse.ArgumentParser(description="Keep a student's folder beside its shipped teacher.")
     parser.add_argument("student", type=Path)
     parser.add_argument("--teacher", default="mini-sd")

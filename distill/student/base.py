@@ -60,6 +60,7 @@ class Student:
 
     @property
     def calls_per_step(self) -> int:
+        """Network calls on one image for each step."""
         return calls_per_step(self.guidance)
 
     @property
@@ -78,6 +79,7 @@ class Student:
             self.network.prompts = prompts
 
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
+        """The student in float32, with its table of ``num_inference_steps``; where it has none, with the first."""
         table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
         return StudentPolicy(self.network, table, self.teacher.schedule, exact=True)
 
@@ -91,6 +93,7 @@ class Student:
         return found
 
     def manifest(self, name: str) -> Manifest:
+        """What ``redif.json`` says of this student under ``name``."""
         teacher, guidance = self.teacher, self.guidance
         inner = self.inner
         if guidance is not None and teacher.prompts is not None:

@@ -79,6 +79,7 @@ class Teacher:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its latents."""
         return self.latents.channels, self.latents.height, self.latents.width
 
     @property

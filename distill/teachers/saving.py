@@ -130,6 +130,7 @@ def forget_origin(config: Path) -> None:
 
 
 def class_path(module: nn.Module) -> str:
+    """The module's class as ``package.module.Class``."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

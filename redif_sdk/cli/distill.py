@@ -167,13 +167,14 @@ def _run(
     from redif_sdk.distill.compute import random as draws
     from redif_sdk.distill.presets import as_yaml
     from redif_sdk.distill.student import training_folder
-    from redif_sdk.distill.training.checkpoint import CHECKPOINT
+    from redif_sdk.distill.training.checkpoint import CHECKPOINT, run_lock
     from redif_sdk.progress import Progress
     from redif_sdk.results import document, write_json
 
     draws.init_distributed()
     progress = Progress(quiet or draws.rank() > 0)
-    student = _train(teacher, config, output, start, resume, rebuild_bank, progress)
+    with run_lock(training_folder(output)):
+        student = _train(teacher, config, output, start, resume, rebuild_bank, progress)
     if draws.rank():
         return
     manifest = student.save_pretrained(output)

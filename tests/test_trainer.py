@@ -137,7 +137,7 @@ def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Pat
     noise, labels = pool.pool_noise((4, 8, 8), 5, "held_out"), torch.tensor([0, 1, 2, 0, 1])
     with torch.no_grad():
         assert torch.equal(again.policy().sample(noise, labels), student.policy().sample(noise, labels))
-    with pytest.raises(InvalidRequest, match="there already"):
+    with pytest.raises(InvalidRequest, match="exists and is not empty"):
         student.save_pretrained(tmp_path / "student")
 
 

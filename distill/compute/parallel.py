@@ -6,6 +6,7 @@ is saved is whole too, so a run may be looked at anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def local(parameters: Any) -> list[Tensor]:
+def local(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """What this process keeps of each parameter."""
     return [p.data.to_local() if isinstance(p.data, DTensor) else p.data for p in parameters]
 

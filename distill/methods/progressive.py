@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.denoising import levels
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.table import StepTable
+
+#: (k, x (B, C, H, W), condition) -> x0 (B, C, H, W): the clean image at row k of a table.
+Estimate = Callable[[int, Tensor, Tensor | None], Tensor]
 
 
 def stage_steps(num_inference_steps: int, teacher_steps: int) -> list[int]:
@@ -64,7 +67,7 @@ class Progressive(Method):
             },
         )
 
-    def _parent_of(self, context: Context, fine: StepTable) -> Any:
+    def _parent_of(self, context: Context, fine: StepTable) -> Estimate:
         """(k, x, condition) -> x0 of the stage's teacher at row k of the table of 2n rows; calls are counted."""
         meter = context.policy.meter
         if self.parent is not None:
@@ -89,7 +92,9 @@ class Progressive(Method):
             self.parent.load_state_dict(state["parent"])
 
 
-def two_steps(z: Tensor, k: int, fine: StepTable, coarse: StepTable, estimate: Any, condition: Tensor | None) -> Tensor:
+def two_steps(
+    z: Tensor, k: int, fine: StepTable, coarse: StepTable, estimate: Estimate, condition: Tensor | None
+) -> Tensor:
     """x~: the clean image from which row k of `coarse` goes where rows 2k and 2k + 1 of `fine` go from z.
 
     From x' = r x0 + s x with row k's own r and s: x~ = (z'' - s z) / r.

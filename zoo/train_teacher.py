@@ -20,7 +20,6 @@ import torch
 import typer
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from redif_sdk.distill.evaluation import datasets as data
 from redif_sdk.distill.pool import PIXEL_BANK_SIZES
 from redif_sdk.distill.training.checkpoint import CHECKPOINT, save_state
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.progress import Progress
 from redif_sdk.results import machine
 from zoo.publish_teacher import publish
 
@@ -152,11 +152,7 @@ def train(
             checkpoint,
         )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"), disable=rank > 0
-    ) as progress:
-        task = progress.add_task(f"teacher {name}", total=updates, completed=start, loss=float("nan"))
+    with Progress(quiet=rank > 0).stage(f"teacher {name}: {updates} updates") as show:
         running = float("nan")
         for update in range(start, updates):
             draw = torch.Generator().manual_seed(seed * 1_000_003 + update)  # the batch depends only on its index
@@ -176,7 +172,7 @@ def train(
             decay = min(ema_decay, (1 + update) / (10 + update))
             torch._foreach_lerp_(list(ema.parameters()), [p.data for p in network.parameters()], 1 - decay)
             running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
-            progress.update(task, completed=update + 1, loss=running)
+            show((update + 1) / updates, f"loss {running:.4f}")
             if time.monotonic() - saved > checkpoint_seconds:
                 save(update + 1)
                 saved = time.monotonic()
@@ -227,8 +223,14 @@ def main(
         "precision": "bf16" if cpu_has_bf16() else "fp32",
     }
     total = sum(PIXEL_BANK_SIZES.values())
-    with Progress(TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("", total=total)
+    done = 0
+    with Progress().stage(f"sampling {total} images") as show:
+
+        def on_batch(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done / total)
+
         figures = publish(
             name,
             network,
@@ -238,7 +240,7 @@ def main(
             pixel_shuffle=PIXEL_SHUFFLE,
             guidance_scale=guidance_scale,
             data_dir=data_dir,
-            on_batch=lambda count: progress.advance(task, count),
+            on_batch=on_batch,
         )
     typer.echo(json.dumps(asdict(figures), indent=1))
 

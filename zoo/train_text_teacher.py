@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -37,6 +36,7 @@ from redif_sdk.distill.compute.device import autocast, cpu_has_bf16
 from redif_sdk.distill.teachers.folders import TEACHER_FILE
 from redif_sdk.distill.training.checkpoint import save_state
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.progress import Progress
 from redif_sdk.results import machine
 from zoo import captions
 from zoo.captions import Captioned
@@ -164,12 +164,8 @@ def train(
             whole = {"network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             save_state({**whole, "update": update, **facts(update)}, path)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     update, running = start, float("nan")
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"), disable=draws.rank() > 0
-    ) as progress:
-        task = progress.add_task(stage, total=settings.updates, completed=start, loss=running)
+    with Progress(quiet=draws.rank() > 0).stage(f"{stage}: {settings.updates} updates") as show:
         while update < settings.updates and not clock.over():
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(update) * group["rate"]
@@ -185,7 +181,7 @@ def train(
             running = value.item() if math.isnan(running) else 0.98 * running + 0.02 * value.item()
             if update % 500 == 0:
                 losses.append([update, running])
-            progress.update(task, completed=update, loss=running)
+            show(update / settings.updates, f"loss {running:.4f}")
             if time.monotonic() - saved > checkpoint_seconds:
                 save(update)
                 saved = time.monotonic()

@@ -17,7 +17,6 @@ from redif_sdk.cli.terminal import (
     PromptFile,
     Quiet,
     TeacherArgument,
-    TrainingDevice,
     Width,
     teacher_options,
 )
@@ -83,7 +82,9 @@ def distill_command(
     start: Start = None,
     resume: Resume = False,
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw; default: 0.")] = None,
-    device: TrainingDevice = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; default: auto, a GPU if there is one.")
+    ] = None,
     lora_rank: LoraRank = None,
     dry_run: DryRun = False,
     rebuild_bank: RebuildBank = False,

@@ -48,7 +48,7 @@ def doctor_command(
     ] = None,
     steps: Annotated[int, typer.Option(help="With --distill: num_inference_steps of the planned student.")] = 4,
     reward: Annotated[str, typer.Option(help="With --distill: reward of the planned run.")] = "feature",
-    device: TrainingDevice = None,
+    device: TrainingDevice = "auto",
     prompts: PromptFile = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -68,16 +68,14 @@ def doctor_command(
 
 
 def _examine_teacher(
-    source: str, steps: int, reward: str, device: str | None, prompts: Path | None, quiet: bool
+    source: str, steps: int, reward: str, device: str, prompts: Path | None, quiet: bool
 ) -> list[dict[str, Any]]:
-    from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.evaluation.examine import examine_teacher
     from redif_sdk.distill.teachers.base import Teacher
 
-    chosen = {"device": device} if device else {}
-    config = DistillConfig.checked(num_inference_steps=steps, reward=reward, **chosen)
     with Progress(quiet).stage(f"examine {source}"):
-        return examine_teacher(Teacher.load(source, **teacher_options(prompts)), config=config)
+        teacher = Teacher.load(source, **teacher_options(prompts))
+        return examine_teacher(teacher, num_inference_steps=steps, reward=reward, device=device)
 
 
 def examine() -> list[dict[str, Any]]:

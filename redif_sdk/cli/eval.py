@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redif_sdk.cli.terminal import Json, PromptFile, Quiet, StudentFolderArgument, teacher_options
+from redif_sdk.cli.terminal import Json, PromptFile, Quiet, StudentFolderArgument, TrainingDevice, teacher_options
 from redif_sdk.errors import InvalidRequest, RedifError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def eval_command(
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
     data: Annotated[str | None, typer.Option(help="Data set of real images to compare with: fashion-mnist.")] = None,
     prompts: PromptFile = None,
+    device: TrainingDevice = "auto",
     baselines: Annotated[bool, typer.Option(help="Also judge untrained DDIM at the same steps.")] = True,
     save: Annotated[
         bool, typer.Option("--save", help="Record the figures in the student's manifest and card.")
@@ -56,6 +57,7 @@ def eval_command(
             num_samples,
             data=data,
             baselines=baselines,
+            device=device,
             **({} if against is None else teacher_options(prompts)),
             on_progress=show,
         )

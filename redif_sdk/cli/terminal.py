@@ -64,7 +64,7 @@ TeacherArgument = Annotated[
     str,
     typer.Argument(metavar="TEACHER", help="A diffusers folder, or a shipped teacher: fashion-mnist, emoji, mini-sd."),
 ]
-TrainingDevice = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: auto, a GPU if there is one.")]
+TrainingDevice = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto = a GPU if there is one.")]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Guidance scale of the teacher; default: its own; 1 = no guidance.")
 ]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from redif_sdk.card.render import read_card
 from redif_sdk.card.sections import user_sections
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.pipeline import FastPipeline
+from redif_sdk.progress import Progress, Show
 from redif_sdk.quickstart.report import Sheet, poster, render, strip
 from redif_sdk.results import document, write_json
 from redif_sdk.sampling.noise import noise
@@ -41,44 +41,6 @@ SHEET_SEED = 7  # of the pictures in the report: neither a training nor a judgin
 SHEET_IMAGES = 20
 SPEED_ROUNDS = 5
 PREVIEW = 10  # images of a student that was just trained
-
-
-class Reporter:
-    """Lines on the terminal while the job runs, and the seconds that each part took."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, quiet=quiet)
-        self.seconds: dict[str, float] = {}
-
-    def begin(self, teacher: str, steps: Sequence[int], preset: str) -> None:
-        """What is going to be done, before anything that takes time."""
-        counts = ", ".join(map(str, steps))
-        self.console.print(f"{teacher}: students of {counts} step(s), preset {preset}; loading torch", soft_wrap=True)
-
-    @contextmanager
-    def part(self, title: str) -> Iterator[Callable[[float, dict[str, float]], None]]:
-        """One part of the job with a live bar; yields ``show(share done, figures)``."""
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        began = time.monotonic()
-        columns = (
-            TextColumn("{task.description:<34}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=1.0, note="")
-
-            def show(done: float, figures: dict[str, float]) -> None:
-                note = f"mse {figures['mse']:.4f}" if "mse" in figures else ""
-                progress.update(task, completed=done, note=note)
-
-            yield show
-            progress.update(task, completed=1.0)
-        self.seconds[title] = round(time.monotonic() - began, 1)
 
 
 def quickstart(
@@ -111,8 +73,8 @@ def quickstart(
         ParityError: an exported student does not compute what torch computes.
     """
     steps = checked_steps(output, steps, minutes)
-    report, began = Reporter(quiet), time.monotonic()
-    report.begin(TEACHER, steps, preset)
+    report, began = Progress(quiet), time.monotonic()
+    say_plan(report, TEACHER, steps, preset, minutes)
     from redif_sdk.distill import pool  # imports torch, which takes seconds
     from redif_sdk.distill.evaluation.arena import Arena
     from redif_sdk.distill.teachers.base import Teacher
@@ -122,16 +84,16 @@ def quickstart(
     configs = plan(order, preset, seed=seed, updates=updates)
     output.mkdir(parents=True, exist_ok=True)
     teacher = Teacher.load(TEACHER)
-    with report.part("teacher: outputs, judge"):
+    with report.stage("teacher: outputs, judge"):
         arena = Arena.of(teacher, num_samples, rebuild=rebuild_bank)
     pairs, _ = pool.get(teacher, configs[steps[0]].pool_size, "train", rebuild=rebuild_bank)
     students = distil(teacher, configs, output, 60 * minutes, pairs, report)
-    with report.part("export and verify"):
+    with report.stage("export and verify"):
         verification = exported(teacher, output, steps)
-    with report.part("evaluate") as show:
+    with report.stage("evaluate") as show:
         rows = _evaluate(arena, students, steps, show)
         floor = arena.floor()
-    with report.part("generate and time"):
+    with report.stage("generate and time"):
         pipelines = {count: FastPipeline.from_pretrained(output / f"student-{count}") for count in steps}
         reference = FastPipeline.from_pretrained(output / "teacher")
         sheets = _sheets(reference, pipelines, teacher.num_inference_steps)
@@ -157,6 +119,12 @@ def quickstart(
     atomic_write(output / "report.html", render(results, sheets).encode())
     summarise(report, results, output, steps[-1])
     return results
+
+
+def say_plan(report: Progress, teacher: str, steps: Sequence[int], preset: str, minutes: float) -> None:
+    """What will be done, before anything that takes time."""
+    counts = ", ".join(map(str, steps))
+    report.say(f"{teacher}: students of {counts} step(s), preset {preset}, at most {minutes:g} min of training")
 
 
 def checked_steps(output: Path, steps: Sequence[int], minutes: float) -> list[int]:
@@ -207,7 +175,7 @@ def distil(
     output: Path,
     seconds: float,
     pairs: Pairs,
-    report: Reporter,
+    report: Progress,
 ) -> dict[int, Student]:
     """A student for each of ``configs``, in their order, each from the weights of the one before; saved and shown.
 
@@ -227,14 +195,14 @@ def distil(
     for count, config in configs.items():
         began, share = time.monotonic(), costs[count] / sum(costs[other] for other in configs if other not in students)
         limited = config.model_copy(update={"seconds": max(1.0, seconds * share)})
-        with report.part(f"redif: student of {count} step(s)") as show:
+        with report.stage(f"redif: student of {count} step(s)") as show:
             before = students[count] = distill(teacher, limited, start=before, pairs=pairs, on_progress=show)
             before.save_pretrained(output / f"student-{count}", overwrite=True)
         seconds -= time.monotonic() - began
         if before.stopped:
-            report.console.print(f"[bold red]student-{count}: {before.stopped} (--minutes)[/bold red]", soft_wrap=True)
+            report.say(f"WARNING: student-{count}: {before.stopped} (--minutes)")
         strip(before.images(config.seed, PREVIEW)).save(output / f"student-{count}.png")
-        report.console.print(f"its first images: {output / f'student-{count}.png'}", soft_wrap=True)
+        report.say(f"first images of student-{count}: {output / f'student-{count}.png'}")
     return students
 
 
@@ -257,17 +225,15 @@ def exported(teacher: Teacher, output: Path, steps: Sequence[int]) -> list[dict[
     return rows
 
 
-def _evaluate(
-    arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Callable[[float, dict[str, float]], None]
-) -> list[dict[str, Any]]:
+def _evaluate(arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Show) -> list[dict[str, Any]]:
     baselines = sorted({1, 2, 4, *steps})
     rows = [arena.teacher_row()]
     for done, count in enumerate(baselines):
         rows.append(arena.ddim_row(count))
-        show((done + 1) / (len(baselines) + len(steps)), {})
+        show((done + 1) / (len(baselines) + len(steps)))
     for done, count in enumerate(steps):
         rows.append(arena.student_row(students[count], count))
-        show((done + 1 + len(baselines)) / (len(baselines) + len(steps)), {})
+        show((done + 1 + len(baselines)) / (len(baselines) + len(steps)))
     return rows
 
 
@@ -336,12 +302,11 @@ def timed_rows(
     ]
 
 
-def summarise(report: Reporter, results: dict[str, Any], output: Path, most: int) -> None:
+def summarise(report: Progress, results: dict[str, Any], output: Path, most: int) -> None:
     """The table, the seconds, and where to look."""
     from redif_sdk.distill.evaluation.arena import print_table
 
-    if not report.console.quiet:
+    if not report.quiet:
         print_table(results["rows"])
-    report.console.print(f"{results['seconds']:.0f} s in all; open [bold]{output / 'report.html'}[/bold]")
-    shown = output / f"student-{most}"
-    report.console.print(f"try it in a page: redif demo {shown} --teacher {output / 'teacher'}", soft_wrap=True)
+    report.say(f"{results['seconds']:.0f} s in all; open {output / 'report.html'}")
+    report.say(f"try it in a page: redif demo {output / f'student-{most}'} --teacher {output / 'teacher'}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.pipeline import FastPipeline
+from redif_sdk.progress import Progress, Show
 from redif_sdk.quickstart.images import (
-    Reporter,
     checked_steps,
     distil,
     exported,
     plan,
     record_rows,
+    say_plan,
     summarise,
     timed_rows,
 )
@@ -71,8 +72,8 @@ def text_quickstart(
         ParityError: an exported student does not compute what torch computes.
     """
     steps = checked_steps(output, steps, minutes)
-    report, began = Reporter(quiet), time.monotonic()
-    report.begin(teacher, steps, preset)
+    report, began = Progress(quiet), time.monotonic()
+    say_plan(report, teacher, steps, preset, minutes)
     from redif_sdk.distill.evaluation.arena import Arena  # imports torch, which takes seconds
     from redif_sdk.distill.shipped.students import shipped_student
     from redif_sdk.distill.teachers.base import Teacher
@@ -84,17 +85,17 @@ def text_quickstart(
     if model.prompts is None:
         raise InvalidRequest(f"{teacher} draws no prompts; give a text-to-image teacher, or leave --text out")
     shipped = {count: shipped_student(model, count) for count in steps} if trained else {}
-    with report.part("teacher: outputs, judge"):
+    with report.stage("teacher: outputs, judge"):
         arena = Arena.of(model, num_samples)
     for count, student in shipped.items():
         student.save_pretrained(output / f"student-{count}", overwrite=True)
     students = shipped or _distil(model, configs, output, minutes, report)
-    with report.part("export and verify"):
+    with report.stage("export and verify"):
         verification = exported(model, output, steps)
-    with report.part("evaluate") as show:
+    with report.stage("evaluate") as show:
         rows = _evaluate(arena, students, steps, show)
         floor = arena.floor()
-    with report.part("draw and time"):
+    with report.stage("draw and time"):
         pipelines = {count: FastPipeline.from_pretrained(output / f"student-{count}") for count in steps}
         reference = FastPipeline.from_pretrained(output / "teacher")
         prompts = shown_prompts(model)
@@ -132,9 +133,7 @@ def _write(output: Path, results: dict[str, Any], sheets: Sequence[Sheet], promp
     atomic_write(output / "report.html", render(results, shown).encode())
 
 
-def _evaluate(
-    arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Callable[[float, dict[str, float]], None]
-) -> list[dict[str, Any]]:
+def _evaluate(arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Show) -> list[dict[str, Any]]:
     """The teacher, and for each K untrained DDIM at K and 2 K steps and the student."""
     rows = [arena.teacher_row()]
     for place, count in enumerate(steps):
@@ -142,7 +141,7 @@ def _evaluate(
             if all(row["num_inference_steps"] != more or row["method"] != "ddim" for row in rows):
                 rows.append(arena.ddim_row(more))
         rows.append(arena.student_row(students[count], count))
-        show((place + 1) / len(steps), {})
+        show((place + 1) / len(steps))
     return rows
 
 
@@ -156,19 +155,19 @@ def shown_prompts(teacher: Teacher) -> list[str]:
 
 
 def _distil(
-    teacher: Teacher, configs: dict[int, DistillConfig], output: Path, minutes: float, report: Reporter
+    teacher: Teacher, configs: dict[int, DistillConfig], output: Path, minutes: float, report: Progress
 ) -> dict[int, Student]:
     from redif_sdk.distill import pool
     from redif_sdk.distill.compute.device import chosen_device
 
     size = max(config.pool_size for config in configs.values())
-    with report.part("teacher: the pool") as show:
+    with report.stage("teacher: the pool") as show:
         done = 0
 
         def made(count: int) -> None:
             nonlocal done
             done += count
-            show(done / size, {})
+            show(done / size)
 
         pairs, _ = pool.get(teacher, size, "train", device=chosen_device("auto"), path=True, on_batch=made)
     return distil(teacher, configs, output, 60 * minutes, pairs, report)

@@ -165,8 +165,8 @@ def test_a_page_is_a_static_space(hub: HubStandIn, tiny_student: Path, tmp_path:
 
 def test_what_is_refused(hub: HubStandIn, tiny_student: Path, bare_student: Path, tmp_path: Path) -> None:
     for arguments, said in (
-        ((), "say where to"),
-        (("--space", SPACE, "--git-tag", "v1"), "--git-tag is for a repository of the student"),
+        ((), "no destination is given"),
+        (("--space", SPACE, "--git-tag", "v1"), "--git-tag needs a repository for the student"),
         ((REPO, "--space", SPACE, "--pr"), "--pr opens a pull request"),
         (("--space", "show"), "give it as org/name"),
     ):

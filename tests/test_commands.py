@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,31 @@ def test_a_guided_teacher_from_the_command_line(
     )
     guidance = json.loads((imported / "redif.json").read_text())["network"]["guidance"]
     assert (guidance["scale"], guidance["null_class"], guidance["null_prompt"]) == (2.0, 3, None)
+
+
+def test_an_interrupted_run_says_so_in_one_line_and_can_be_continued(teacher_folder: Path, tmp_path: Path) -> None:
+    """SIGINT, as a terminal sends it, to a real process; without a terminal each stage that began is one line."""
+    environment = {**os.environ, "REDIF_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "student"
+    arguments = ["distill", str(teacher_folder), "-o", str(out), "--steps", "1", "--reward", "pixel"]
+    arguments += ["--updates", "100000", "--pool-size", "16", "--batch-size", "8", "--checkpoint-seconds", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from redif_sdk.cli.main import main; main()", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line.strip())
+        if line.startswith("redif, 1 step(s)"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read().splitlines()
+    process.stderr.close()
+    assert process.wait(120) == 130
+    assert "16 pairs (96 teacher calls), then at most 100000 updates of redif" in lines[0]
+    assert lines[1:] == ["teacher's outputs", "redif, 1 step(s)"]
+    assert rest == ["redif: interrupted"]
+    assert not out.exists()

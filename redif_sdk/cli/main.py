@@ -105,6 +105,8 @@ def main() -> None:
         fail(f"there is not enough memory: {error}", BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", INTERRUPTED)
+    if code == INTERRUPTED:  # newer releases of typer turn KeyboardInterrupt into this code, without a word
+        fail("interrupted", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench-distill-smoke format schema build clean clean-venv
+.PHONY: help quickstart test test-all lint bench-distill-smoke format schema build clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
-	@echo "make test        lint, then the tests"
+	@echo "make test        lint, then the tests, with their branch coverage"
+	@echo "make test-all    the same with the tests that take minutes, all attacks among them"
 	@echo "make lint        ruff, mypy and import-linter"
 	@echo "make bench-distill-smoke  the whole comparison of methods at a toy budget"
 	@echo "make format      let ruff rewrite the sources"
@@ -29,10 +30,23 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	$(BIN)/redif quickstart --output build/quickstart
 
-# A process for each core; the attacks fork and ring alarms, which they do in a process of their own.
+# Both parts run, whatever the first says. The attacks fork and ring alarms, in a process of their own; the others have a
+# process for each core. Coverage is of both: the last part prints it.
+PARALLEL := -n auto --dist worksteal --max-worker-restart 0 --ignore tests/attacks
+COVER := --cov --cov-report=
+
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 --ignore tests/attacks
-	$(BIN)/python -m pytest tests/attacks
+	@$(call run_tests,)
+
+test-all: lint
+	@$(call run_tests,-m "slow or not slow")
+
+define run_tests
+	failed=0; \
+	$(BIN)/python -m pytest $(1) $(COVER) tests/attacks || failed=1; \
+	$(BIN)/python -m pytest $(1) $(COVER) --cov-append $(PARALLEL) || failed=1; \
+	exit $$failed
+endef
 
 bench-distill-smoke: $(READY)
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_distillation_benchmark.py

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from made_once import altered, made, share_traces
 
-pytest_plugins = ["cpu_times"]
+pytest_plugins = ["coverage_summary", "cpu_times"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime before redif_sdk

@@ -51,10 +51,11 @@ def names_in(wheel: Path) -> list[str]:
 
 
 def sources(root: Path) -> set[str]:
-    """What a wheel must hold of the checkout: modules, the type marker, the page, and all beside the teachers but two
-    banks, which are too large."""
+    """What a wheel must hold of the checkout: modules, templates, the type marker, the page, and all beside the
+    teachers but two banks, which are too large."""
     linked = {root / inside for inside in FOLDERS.values()}
-    own = (path for path in (root / "redif_sdk").rglob("*.py") if not linked & set(path.parents))
+    kinds = (".py", ".j2")
+    own = (p for p in (root / "redif_sdk").rglob("*") if p.suffix in kinds and not linked & set(p.parents))
     found = {path.relative_to(root).as_posix() for path in own} | {"redif_sdk/py.typed"}
     for folder, inside in FOLDERS.items():
         found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}

@@ -248,7 +248,7 @@ def test_a_studio_of_prompts(tmp_path: Path, pipe: FastPipeline) -> None:
     assert np.abs(arrays(last.pictures).astype(int) - wanted).max() <= 1
     assert np.array_equal(arrays(last.pictures), arrays(last.compared))
     assert len(last.formed) == 4
-    with pytest.raises(InvalidRequest, match="give a prompt"):
+    with pytest.raises(InvalidRequest, match="prompt is required"):
         list(studio.make(studio.order("prompted", None, 3, "5", 1)))
     with pytest.raises(InvalidRequest, match="kinds of prompt differ"):
         Studio({"prompted": prompted}, pipe)

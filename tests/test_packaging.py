@@ -61,9 +61,9 @@ def sources(root: Path) -> set[str]:
         found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}
     shipped = root / "distill/shipped"
     left_out = {shipped / "emoji" / "bank.npz", shipped / "mini-sd" / "bank.npz"}
-    files = (p for p in shipped.rglob("*") if p.is_file() and p.parent.name != "__pycache__" and p not in left_out)
+    data = (p for p in shipped.rglob("*") if p.is_file() and p.parent.name != "__pycache__" and p not in left_out)
     found |= {f"redif_sdk/export/page/{path.name}" for path in (root / "export/page").iterdir()}
-    return found | {f"redif_sdk/distill/shipped/{path.relative_to(shipped).as_posix()}" for path in files}
+    return found | {f"redif_sdk/distill/shipped/{path.relative_to(shipped).as_posix()}" for path in data}
 
 
 @pytest.fixture(scope="module")

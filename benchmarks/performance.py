@@ -22,7 +22,7 @@ from typing import Any
 import performance_bounds
 
 from redif_sdk.bench.plot import bars
-from redif_sdk.cli.bench import Request, measure
+from redif_sdk.cli.bench import BenchSettings, measure
 from redif_sdk.results import document, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ def say(message: str) -> None:
 
 
 def student(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    return _measured(Request(asked.student, "fashion-mnist", rounds=asked.rounds, **_common(asked)), asked)
+    return _measured(BenchSettings(asked.student, "fashion-mnist", rounds=asked.rounds, **_common(asked)), asked)
 
 
 def unet(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -51,14 +51,14 @@ def unet(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any
         if not (folder / "onnx").is_dir():
             say(f"making {folder.name}")
             build_unet(folder, heads)
-        more, also = _measured(Request(folder, rounds=max(3, asked.rounds // 2), **_common(asked)), asked)
+        more, also = _measured(BenchSettings(folder, rounds=max(3, asked.rounds // 2), **_common(asked)), asked)
         rows += more
         kept |= also
     return rows, kept
 
 
 def cold(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    request = Request(asked.student, "fashion-mnist", num_threads=asked.threads, batches=BATCHES, timings=False)
+    request = BenchSettings(asked.student, "fashion-mnist", num_threads=asked.threads, batches=BATCHES, timings=False)
     result = measure(request, say)
     return [{"student": result["student"], **row} for row in result["rows"]], {}
 
@@ -90,7 +90,7 @@ def _common(asked: argparse.Namespace) -> dict[str, Any]:
     return {"batches": BATCHES, "num_threads": asked.threads, "cold_start": False}
 
 
-def _measured(request: Request, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _measured(request: BenchSettings, asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of `redif bench`, and their plot."""
     result = measure(request, say)
     name, machine = result["student"], result["machine"]

@@ -27,8 +27,8 @@ __all__ = [
     "OUTPUT_TYPES",
     "Asked",
     "Conditions",
+    "GenerationRequest",
     "Labels",
-    "Request",
     "Seeds",
     "check_conditions",
     "check_guidance",
@@ -63,7 +63,7 @@ Asked = Labels | Mapping[str, ArrayLike] | None
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A checked request for B images.
 
     `prompts` (one for each image) still have to be encoded; where they are None, `conditions` is complete.
@@ -98,7 +98,7 @@ def check_request(
     height: int | None = None,
     width: int | None = None,
     embeds: Mapping[str, ArrayLike | None] | None = None,
-) -> Request:
+) -> GenerationRequest:
     """Check the arguments of a pipeline call.
 
     Args:
@@ -156,7 +156,7 @@ def check_request(
     if prompts is not None:
         prompts = [text for text in prompts for _ in range(per_prompt)]
     starts = None if latents is None else check_latents(manifest, latents, count, size)
-    return Request(table, conditions, prompts, _seeds(seed, count), starts, size)
+    return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size)
 
 
 def check_guidance(manifest: Manifest, guidance_scale: float | None, negative_prompt: object) -> None:

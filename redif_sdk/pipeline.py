@@ -29,8 +29,8 @@ from redif_sdk.inputs import (
     OUTPUT_TYPES,
     Asked,
     Conditions,
+    GenerationRequest,
     Labels,
-    Request,
     Seeds,
     check_conditions,
     check_guidance,
@@ -307,7 +307,7 @@ class FastPipeline:
             raise InvalidRequest(f"{self.manifest.name} is not a text-to-image model; there is no prompt to encode")
         return self._conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
 
-    def _conditions(self, request: Request) -> Conditions:
+    def _conditions(self, request: GenerationRequest) -> Conditions:
         """The conditions of a request, with its prompts encoded."""
         return request.conditions if request.prompts is None else self._components.encode(request.prompts)
 
@@ -360,7 +360,7 @@ class FastPipeline:
 
         return iterate_steps(table, table.start(noise[0]), noise, predict)
 
-    def _previews(self, request: Request) -> Iterator[Image.Image]:
+    def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
         conditions, table = self._conditions(request), request.table
         for k, x, x0 in self._steps(request.noise(self.manifest), conditions, table):
             last = k == table.num_inference_steps - 1

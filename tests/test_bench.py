@@ -32,7 +32,7 @@ from redif_sdk.bench.rounds import (
     ratio,
     row,
 )
-from redif_sdk.cli.bench import COLUMNS, Request, bench_command, measure
+from redif_sdk.cli.bench import COLUMNS, BenchSettings, bench_command, measure
 from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable, UnsupportedModel
 
 
@@ -382,7 +382,7 @@ def test_the_command(redif_bench: Callable[..., Any], tiny_student: Path, tmp_pa
 
 def test_torch_and_diffusers_compute_the_same_pictures(tiny_student: Path) -> None:
     names = ("fastpipeline", "torch-eager", "diffusers-eager")
-    request = Request(
+    request = BenchSettings(
         tiny_student, None, names, ("onnxruntime",), ("fp32",), (2,), rounds=1, num_threads=1, cold_start=False
     )
     rows = {entry["contender"]: entry for entry in measure(request)["rows"]}

@@ -18,7 +18,7 @@ from redif_sdk.cli.terminal import Json, Quiet, StudentFolderArgument, console_f
 from redif_sdk.errors import InvalidRequest, ParityError, RuntimeUnavailable
 from redif_sdk.progress import Progress
 
-__all__ = ["Request", "bench_command", "measure"]
+__all__ = ["BenchSettings", "bench_command", "measure"]
 
 Strings = list[str] | None
 
@@ -42,7 +42,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchSettings:
     """What to measure. Empty `contenders`, `runtimes`, `precisions`: all that are there and can run here."""
 
     folder: Path
@@ -98,7 +98,7 @@ def bench_command(
     from redif_sdk.card.record import check_recordable, record, speed_rows
     from redif_sdk.results import write_json
 
-    request = Request(
+    request = BenchSettings(
         folder,
         against,
         listed(contender),
@@ -136,7 +136,7 @@ def _batches(values: Sequence[str] | None) -> list[int]:
     return found
 
 
-def measure(request: Request, say: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
+def measure(request: BenchSettings, say: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
     """The whole result of the command as `redif_sdk.results.document` makes it, its rows in the contenders' order.
 
     Raises InvalidRequest for names that are unknown, RuntimeUnavailable for what was asked for and cannot be had.
@@ -175,7 +175,7 @@ def measure(request: Request, say: Callable[[str], object] = lambda message: Non
 # ---------------------------------------------------------------- who takes part
 
 
-def _contenders(request: Request) -> list[Any]:
+def _contenders(request: BenchSettings) -> list[Any]:
     """The contenders that were asked for; what was named is required."""
     from redif_sdk.bench import engines as bench_engines
     from redif_sdk.runtimes import PRECISIONS, resolve
@@ -214,13 +214,13 @@ def _engines(device: str) -> list[str]:
     return [name for name in ENGINES if name in here and kind in RUNTIMES[name].devices]
 
 
-def _required(request: Request, contender: Any) -> bool:
+def _required(request: BenchSettings, contender: Any) -> bool:
     """Whether it was asked for by name; bf16, which is tried by default, only if bf16 was asked for too."""
     named = contender.name in request.contenders or contender.runtime in request.runtimes
     return named and contender.precision in ("auto", "fp32", *request.precisions)
 
 
-def _torch(request: Request, precisions: Sequence[str]) -> list[Any]:
+def _torch(request: BenchSettings, precisions: Sequence[str]) -> list[Any]:
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     if not missing:
         from redif_sdk.distill.evaluation import peers
@@ -235,7 +235,7 @@ def _torch(request: Request, precisions: Sequence[str]) -> list[Any]:
 
 
 def _timed(
-    request: Request, contenders: Sequence[Any], work: Any, say: Callable[[str], object]
+    request: BenchSettings, contenders: Sequence[Any], work: Any, say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
     """Rows with the timings, and what FastPipeline adds to its engines."""
     from redif_sdk.bench.engines import overhead
@@ -270,7 +270,11 @@ def _untimed(contenders: Sequence[Any], work: Any) -> list[dict[str, Any]]:
 
 
 def _fresh(
-    request: Request, contenders: Sequence[Any], work: Any, rows: Sequence[dict[str, Any]], say: Callable[[str], object]
+    request: BenchSettings,
+    contenders: Sequence[Any],
+    work: Any,
+    rows: Sequence[dict[str, Any]],
+    say: Callable[[str], object],
 ) -> None:
     """Put memory and cold start into the rows; the first image is measured at the smallest batch alone."""
     from redif_sdk.bench.fresh import COLD_RUNS, cold_starts
@@ -290,7 +294,7 @@ def _fresh(
             entry |= figures
 
 
-def _peaks(request: Request, say: Callable[[str], object]) -> dict[str, float]:
+def _peaks(request: BenchSettings, say: Callable[[str], object]) -> dict[str, float]:
     """GFLOP a second that this processor multiplies at best, by precision."""
     if request.device != "cpu" or not request.timings:
         return {}

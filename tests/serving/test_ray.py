@@ -60,9 +60,9 @@ def address(tiny_student: Path) -> Iterator[str]:
         arguments = RayArguments(student=str(tiny_student), runtime="onnxruntime", min_replicas=2, max_replicas=2)
         serve.run(app(arguments), name="redif")
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            if httpx.get(f"{url}/readyz").status_code == 200:
-                break
+        end = time.monotonic() + 120
+        while httpx.get(f"{url}/readyz").status_code != 200:
+            assert time.monotonic() < end, "the application did not become ready"
             time.sleep(0.1)
         yield url
     finally:

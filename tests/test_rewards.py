@@ -153,6 +153,11 @@ def test_images_that_a_reward_cannot_judge_are_logged_and_warned_of(
     assert 0 < rows[-1]["unjudged"] <= reward.unjudged
     said = [record.getMessage() for record in caplog.records if "could not judge" in record.getMessage()]
     assert len(said) == warned  # once a run
+    trainer(
+        teacher, reward, tmp_path / "again", updates=1, log_every=1
+    ).run()  # its count goes on, the run's begins anew
+    again = json.loads((tmp_path / "again" / "log.jsonl").read_text().splitlines()[-1])
+    assert again["unjudged"] < rows[-1]["unjudged"]
     plain = trainer(teacher, "pixel", tmp_path / "plain", updates=1)
     plain.run()
     assert "unjudged" not in (tmp_path / "plain" / "log.jsonl").read_text()

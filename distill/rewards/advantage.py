@@ -44,6 +44,7 @@ class Advantage:
     def __post_init__(self) -> None:
         self._costs: dict[tuple[int, int], float] = {}
         self._asked: dict[str, int] = {}  # images, of each reward that counts those it could not judge
+        self._unjudged: dict[str, int] = {}
         self._warned: set[str] = set()
         self._decoding: float | None = None  # operations to make an image of latents: 0 where they are pixels
 
@@ -102,12 +103,14 @@ class Advantage:
             given = (outputs, targets) if in_latents else (images, wanted)
             if not getattr(reward, "grouped", False):
                 given = (given[0], given[1].repeat(repeats))
+            before = getattr(reward, "unjudged", 0)
             if (index, len(images)) in self._costs:
                 value = reward(*given, condition)
             else:  # counted in its first call, since a reward may be anything and must not be called twice
                 value, self._costs[index, len(images)] = counted(reward, *given, condition)
             self.charge(passes * self._costs[index, len(images)])
-            self._look_at_unjudged(reward, len(images))
+            if hasattr(reward, "unjudged"):
+                self._look_at_unjudged(name_of(reward), len(images), reward.unjudged - before)
             value = value.float().to(images.device)
             values.append(value)
             name = name_of(reward)
@@ -117,25 +120,20 @@ class Advantage:
                 raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
         return values
 
-    def _look_at_unjudged(self, reward: Reward, count: int) -> None:
-        """Of a reward that counts the images it could not judge: a warning above 1 %, the end of the run above 20 %."""
-        name, unjudged = name_of(reward), getattr(reward, "unjudged", None)
-        if unjudged is None:
-            return
+    def _look_at_unjudged(self, name: str, count: int, unjudged: int) -> None:
+        """Of ``count`` images a reward could not judge some: a warning above 1 %, the end of the run above 20 %."""
         asked = self._asked[name] = self._asked.get(name, 0) + count
-        share = unjudged / asked
-        said = f"the reward {name} could not judge {unjudged} of {asked} images ({share:.0%})"
-        if share > UNJUDGED_STOP and asked >= UNJUDGED_LEAST:
+        missed = self._unjudged[name] = self._unjudged.get(name, 0) + unjudged
+        said = f"the reward {name} could not judge {missed} of {asked} images ({missed / asked:.0%})"
+        if missed > UNJUDGED_STOP * asked and asked >= UNJUDGED_LEAST:
             raise TrainingDiverged(f"{said}; look at its log, and go on with --resume")
-        if share > UNJUDGED_WARN and name not in self._warned:
+        if missed > UNJUDGED_WARN * asked and name not in self._warned:
             self._warned.add(name)
             _log.warning("%s; each was given the lowest reward of its batch", said)
 
     def unjudged(self) -> dict[str, int]:
-        """For the log: images that rewards could not judge so far, where a reward counts them."""
-        counts = [getattr(reward, "unjudged", None) for reward, _ in self.rewards]
-        known = [count for count in counts if count is not None]
-        return {"unjudged": sum(known)} if known else {}
+        """For the log: images that rewards could not judge in this run, where a reward counts them."""
+        return {"unjudged": sum(self._unjudged.values())} if self._unjudged else {}
 
     def score(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> float:
         """The weighted mean reward of a batch: what the log shows. Rewards that judge locally are left out."""

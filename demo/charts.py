@@ -96,6 +96,8 @@ def show(found: list[Point]) -> list[Component]:
         y=DISTANCE,
         color=SAMPLER,
         tooltip="all",
+        x_lim=[0, 1.08 * float(table[across].max())],  # points on the border would be cut
+        y_lim=[-0.05 * float(table[DISTANCE].max()), 1.1 * max(float(table[DISTANCE].max()), 1e-3)],
         height=420,
         title="Latency against quality",
         elem_id="plot",

@@ -753,7 +753,7 @@ def test_measuring_writes_only_when_asked(
     assert (folder / "redif.json").read_bytes() == before
     assert redif(*arguments, "--save", monkeypatch=monkeypatch) == 0
     assert [row["contender"] for row in StudentFolder(folder).manifest.metrics] == ["fastpipeline"]
-    evaluate = ["eval", folder, "--num-samples", 16, "--no-baselines", "--quiet"]
+    evaluate = ["eval", folder, "--against", "fashion-mnist", "--num-samples", 16, "--no-baselines", "--quiet"]
     monkeypatch.setattr("redif_sdk.distill.evaluation.arena.evaluate_folder", lambda *_, **__: [quality("ddim", 2, 2)])
     assert redif(*evaluate, monkeypatch=monkeypatch) == 0
     assert len(StudentFolder(folder).manifest.metrics) == 1

@@ -113,7 +113,7 @@ def test_distil_import_and_resume_from_the_command_line(
     assert row["budget"]["updates"] == 2
     assert row["budget"]["teacher_calls"] == 16 * 6
     assert len(row["timesteps"]) == 2
-    assert sorted(p.name for p in (tmp_path / "student.training").iterdir()) == ["config.yaml", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "student.training").iterdir()) == ["config.yaml", "log.jsonl", "run.lock"]
     code, errors = run(
         ["import", str(teacher_folder), "-o", str(tmp_path / "plain"), "--steps", "3"], monkeypatch, capsys
     )

@@ -301,7 +301,7 @@ def test_teacher_calls_limit_the_pool(teacher_folder: Path) -> None:
 )
 def test_a_wrong_setting_is_named_in_one_line(settings: dict[str, object], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as caught:
-        config(**settings)
+        DistillConfig.checked(**settings)
     assert "\n" not in str(caught.value)
 
 

@@ -130,6 +130,15 @@ def test_no_reward_is_called_twice_for_the_same_images(teacher: Teacher, method:
     assert len(set(seen)) == len(seen)
 
 
+def test_a_reward_that_learns_must_say_what_a_checkpoint_keeps(teacher: Teacher) -> None:
+    class Forgetful(PixelReward):
+        def learn(self, *arguments: object) -> dict[str, float]:
+            return {}
+
+    with pytest.raises(InvalidRequest, match="pixel has `learn`, but no `state_dict`"):
+        trainer(teacher, Forgetful())
+
+
 class Unsure(PixelReward):
     """Cannot judge every `nth` image."""
 

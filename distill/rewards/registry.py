@@ -12,7 +12,7 @@ from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward, pretrained
 from redif_sdk.distill.rewards.pixel import PixelReward
-from redif_sdk.distill.rewards.protocol import Reward, name_of
+from redif_sdk.distill.rewards.protocol import LearningReward, Reward, name_of
 from redif_sdk.distill.rewards.texture import TextureReward
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
@@ -73,7 +73,7 @@ def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) ->
         seed: of their weights.
 
     Raises:
-        InvalidRequest: an unknown name, or a model that cannot be loaded.
+        InvalidRequest: an unknown name, a model that cannot be loaded, or a reward that learns and keeps no state.
     """
     reward_names(spec)
 
@@ -84,4 +84,11 @@ def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) ->
             return pretrained(reward)
         return EndpointReward(reward) if is_endpoint(reward) else REWARDS[reward](teacher, pairs, seed)
 
-    return [(make(reward), weight) for reward, weight in _weighted(spec)]
+    made = [(make(reward), weight) for reward, weight in _weighted(spec)]
+    for reward, _ in made:
+        if hasattr(reward, "learn") and not isinstance(reward, LearningReward):
+            raise InvalidRequest(
+                f"the reward {name_of(reward)} has `learn`, but no `state_dict` or `load_state_dict`; add both, "
+                "so that a run can be resumed"
+            )
+    return made

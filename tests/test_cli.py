@@ -145,7 +145,7 @@ def test_generate(redif: Callable[..., Result], tiny_student: Path, tmp_path: Pa
         (["STUDENT", "--class-label", "10"], ["10 is not a class of tiny"]),
         (["STUDENT", "--class-label", "-1"], ["-1 is not a class of tiny"]),
         (["STUDENT", "a", "--steps", "0"], ["num_inference_steps is 0"]),
-        (["STUDENT", "a", "--steps", "5"], ["can be 2, 3"]),
+        (["STUDENT", "a", "--steps", "5"], ["choose from 2, 3"]),
         (["STUDENT", "a", "--steps", "two"], ["--steps"]),
         (["STUDENT", "a", "-n", "0"], ["num_images_per_prompt is 0"]),
         (["STUDENT", "a", "--runtime", "caffe"], ["caffe"]),

@@ -174,8 +174,9 @@ def _run(
 
     draws.init_distributed()
     progress = Progress(quiet or draws.rank() > 0)
+    count = _say_plan(teacher, config, rebuild_bank, progress)
     with run_lock(training_folder(output)):
-        student = _train(teacher, config, output, start, resume, rebuild_bank, progress)
+        student = _train(teacher, config, output, start, resume, rebuild_bank, count, progress)
     if draws.rank():
         return
     manifest = student.save_pretrained(output)
@@ -201,19 +202,11 @@ def _run(
             typer.echo(f"stopped early: {student.stopped}")
 
 
-def _train(
-    teacher: Teacher,
-    config: DistillConfig,
-    output: Path,
-    start: Path | None,
-    resume: bool,
-    rebuild_bank: bool,
-    progress: Progress,
-) -> Student:
-    """What will be done, in one line; then the pairs, then the training."""
+def _say_plan(teacher: Teacher, config: DistillConfig, rebuild_bank: bool, progress: Progress) -> int:
+    """Say what the run needs, in one line. Returns the number of pairs; a budget below one batch is refused."""
     from redif_sdk.distill import pool
     from redif_sdk.distill.compute.device import chosen_device
-    from redif_sdk.distill.student import distill, pool_size, sample_pool, training_folder
+    from redif_sdk.distill.student import pool_size
 
     count, place = pool_size(teacher, config), chosen_device(config.device)
     there = pool.is_there(teacher, count, "train") and not rebuild_bank
@@ -222,6 +215,22 @@ def _train(
     budgets = {"updates": config.updates, "s": config.seconds, "forward-equivalents": config.forward_equivalents}
     limits = " or ".join(f"{value:g} {unit}" for unit, value in budgets.items() if value)
     progress.say(f"{teacher.name}: {pairs_of}, then at most {limits} of {config.method} on {place}")
+    return count
+
+
+def _train(
+    teacher: Teacher,
+    config: DistillConfig,
+    output: Path,
+    start: Path | None,
+    resume: bool,
+    rebuild_bank: bool,
+    count: int,
+    progress: Progress,
+) -> Student:
+    """The ``count`` pairs, then the training."""
+    from redif_sdk.distill.student import distill, sample_pool, training_folder
+
     made = 0
     with progress.stage("teacher's outputs") as show:
 

@@ -92,7 +92,6 @@ def quickstart(
         verification = exported(teacher, output, steps)
     with report.stage("evaluate") as show:
         rows = _evaluate(arena, students, steps, show)
-        floor = arena.floor()
     with report.stage("generate and time"):
         pipelines = {count: FastPipeline.from_pretrained(output / f"student-{count}") for count in steps}
         reference = FastPipeline.from_pretrained(output / "teacher")
@@ -102,15 +101,14 @@ def quickstart(
             pictures = pipe(class_labels=list(range(10)), seed=seed, output_type="uint8").images
             strip(pictures).save(output / f"student-{count}.png")
     record_rows(output, steps, rows, speed)
-    seconds = round(time.monotonic() - began, 1)
     results = document(
         "quickstart",
         rows,
         speed=speed,
         verification=verification,
-        seconds=seconds,
+        seconds=round(time.monotonic() - began, 1),
         seconds_by_part=report.seconds,
-        fd_teacher_floor=floor,
+        fd_teacher_floor=arena.floor(),
         preset=preset,
         stopped={f"student-{count}": student.stopped for count, student in students.items() if student.stopped},
     )

@@ -101,6 +101,14 @@ def vae(channels: int = 4, **more: Any) -> Any:
     ).eval()
 
 
+#: Of a UNet that does not change its size on the way.
+ONE_BLOCK: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+
+
 def unet(cross: int, **more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
@@ -153,7 +161,7 @@ def latent_consistency() -> Any:
             vae=vae(),
             text_encoder=clip(tokenizer),
             tokenizer=tokenizer,
-            unet=unet(32, time_cond_proj_dim=16),
+            unet=unet(32, time_cond_proj_dim=16, **ONE_BLOCK),
             scheduler=LCMScheduler(),
             safety_checker=None,
             feature_extractor=None,
@@ -169,6 +177,7 @@ def stable_diffusion_xl(scheduler: Any = None) -> Any:
     tokenizer = clip_tokenizer()
     network = unet(
         64,
+        **ONE_BLOCK,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 6 * 8,

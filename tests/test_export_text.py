@@ -78,7 +78,7 @@ def bare(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export_sd(folder: Path) -> None:
-    imported(folder, pipelines.stable_diffusion(), steps=[2, 3])
+    imported(folder, pipelines.stable_diffusion())
     export(folder, precisions=PRECISIONS, batches=(1, 3), sizes=SIZES)
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -29,10 +29,16 @@ from redif_sdk.export import export
 SMALL = {"pool_size": 32, "batch_size": 8, "group_size": 4}
 
 
-def command(teacher: Path, output: Path, *extra: str) -> list[str]:
-    run = "from redif_sdk.cli.main import main; main()"
+def start(teacher: Path, output: Path, *extra: str) -> ForkServerProcess:
+    """``redif distill`` in a process of its own."""
     options = "--steps 2 --updates 14 --pool-size 32 --batch-size 8 --warm-start 0.5 --checkpoint-seconds 0 --quiet"
-    return [sys.executable, "-c", run, "distill", str(teacher), "-o", str(output), *options.split(), *extra]
+    arguments = ["distill", str(teacher), "-o", str(output), *options.split(), *extra]
+    return forked.start(arguments, {"REDIF_CACHE": str(output.parent / "cache")}, output.with_suffix(".said"))
+
+
+def end(process: ForkServerProcess, output: Path) -> None:
+    process.join(300)
+    assert process.exitcode == 0, output.with_suffix(".said").read_text()
 
 
 def weights(folder: Path) -> bytes:
@@ -41,25 +47,21 @@ def weights(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigkill_and_resume_give_the_same_bits(teacher_folder: Path, tmp_path: Path, seed: int) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "REDIF_CACHE": str(tmp_path / "cache")}
-    subprocess.run(command(teacher_folder, tmp_path / "whole"), env=environment, check=True, timeout=300)
+    end(start(teacher_folder, tmp_path / "whole"), tmp_path / "whole")
     output, draw, kills = tmp_path / "killed", random.Random(seed), 0
     for attempt in range(4):
-        resume = ("--resume",) if attempt else ()
-        with subprocess.Popen(
-            command(teacher_folder, output, *resume), env=environment, stderr=subprocess.PIPE
-        ) as process:
-            if attempt < 2:
-                checkpoint = training_folder(output) / "checkpoint.pt"
-                deadline = time.monotonic() + 120
-                while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                time.sleep(draw.uniform(0.0, 0.5))
-                process.send_signal(signal.SIGKILL)
-                kills += process.wait(60) == -signal.SIGKILL
-            else:
-                _, errors = process.communicate(timeout=300)
-                assert process.returncode == 0, errors.decode()
+        process = start(teacher_folder, output, *(("--resume",) if attempt else ()))
+        if attempt < 2:
+            checkpoint = training_folder(output) / "checkpoint.pt"
+            deadline = time.monotonic() + 120
+            while not checkpoint.is_file() and process.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.5))
+            process.kill()
+            process.join(60)
+            kills += process.exitcode == -signal.SIGKILL
+        else:
+            end(process, output)
         if output.is_dir():  # it had finished already
             break
     assert kills >= 1

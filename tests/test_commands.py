@@ -154,8 +154,10 @@ def test_an_interrupted_run_says_so_in_one_line_and_can_be_continued(teacher_fol
     out = tmp_path / "student"
     arguments = ["distill", str(teacher_folder), "-o", str(out), "--steps", "1", "--reward", "pixel"]
     arguments += ["--updates", "100000", "--pool-size", "16", "--batch-size", "8", "--checkpoint-seconds", "0"]
+    # a shell without job control starts its background jobs with SIGINT ignored, which children inherit
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from redif_sdk.cli.main import main; main()", *arguments],
+        [sys.executable, "-c", f"{listening}\nfrom redif_sdk.cli.main import main; main()", *arguments],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,

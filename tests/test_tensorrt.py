@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import build_student
+from made_once import made
 from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk import FastPipeline
@@ -108,33 +109,40 @@ def compile_student(folder: Path, precisions: list[str], free: tuple[str, ...] =
         add_graph(folder, "generator", precision, generator_model(model, manifest, decoded))
 
 
-@pytest.fixture(scope="session")
-def classes_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional student with graphs in every precision, the smallest UNet that there is. Read only."""
-    folder = build_student(tmp_path_factory.mktemp("trt") / "classes", classes=4, **MINI)
-    compile_student(folder, ["fp32", "fp16", "bf16", "int8"])
-    return folder
+def make_classes(folder: Path) -> None:
+    compile_student(build_student(folder, classes=4, **MINI), ["fp32", "fp16", "bf16", "int8"])
 
 
-@pytest.fixture(scope="session")
-def free_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unconditional one whose network returns 2C channels. Read only."""
-    folder = build_student(tmp_path_factory.mktemp("trt") / "free", classes=None, channels_out=8, **MINI)
-    compile_student(folder, ["fp32"])
-    return folder
+def make_free(folder: Path) -> None:
+    compile_student(build_student(folder, classes=None, channels_out=8, **MINI), ["fp32"])
 
 
-@pytest.fixture(scope="session")
-def text_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of the shape of Stable Diffusion, guided and of free height, in fp32 and fp16. Read only."""
+def make_text(folder: Path) -> None:
+    """Guided and free as a student of test_export_text.py is, whose traces it shares."""
     import pipelines
 
     from redif_sdk.distill import import_pipeline
 
-    folder = tmp_path_factory.mktemp("trt") / "sd"
-    import_pipeline(pipelines.stable_diffusion(), folder, steps=[2], prompts=pipelines.PROMPTS, guidance_scale=3.0)
-    compile_student(folder, ["fp32", "fp16"], free=("height",))
-    return folder
+    import_pipeline(pipelines.stable_diffusion(), folder, steps=[2], prompts=pipelines.PROMPTS, guidance_scale=4.0)
+    compile_student(folder, ["fp32", "fp16"], free=("height", "width"))
+
+
+@pytest.fixture(scope="session")
+def classes_student() -> Path:
+    """A class-conditional student with graphs in every precision, the smallest UNet that there is. Read only."""
+    return made("classes", make_classes)
+
+
+@pytest.fixture(scope="session")
+def free_student() -> Path:
+    """An unconditional one whose network returns 2C channels. Read only."""
+    return made("free", make_free)
+
+
+@pytest.fixture(scope="session")
+def text_student() -> Path:
+    """A student of the shape of Stable Diffusion, guided and of free sizes, in fp32 and fp16. Read only."""
+    return made("sd-engines", make_text)
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_its_page_and_grid_show_the_prompts(done: Path) -> None:
     page = (done / "report.html").read_text()
     assert "student: 2 calls" in page
     assert "the same noise and prompt." in page
-    assert f"Here: {'; '.join(pipelines.PROMPTS)}." in page
+    assert f"The prompts: {'; '.join(pipelines.PROMPTS)}." in page
     assert html.escape("pipe('red heart', seed=0)") in page
     assert "class_labels" not in page
     assert "FD to real" not in page

@@ -228,16 +228,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "num_inference_steps": "steps",
         "network_calls": "calls",
         "fd_teacher": "FD",
-        "fd_teacher_gain": "best gain",
-        "fd_teacher_std": "std match",
-        "fd_real": "FD to real",
-        "mse": "paired MSE",
+        "fd_teacher_gain": "best\ngain",
+        "fd_teacher_std": "std\nmatch",
+        "fd_real": "FD to\nreal",
+        "mse": "paired\nMSE",
         "precision": "prec.",
         "recall": "recall",
     }
     for title in columns.values():
-        first = title == "method"
-        table.add_column(title, justify="left" if first else "right", no_wrap=first)
+        first = title == "method"  # the one that may wrap where the terminal is narrow: figures stay whole
+        table.add_column(title, justify="left" if first else "right", no_wrap=not first)
     digits = {"mse": 4, "precision": 2, "recall": 2}
     for row in rows:
         cells = []

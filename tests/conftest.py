@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from made_once import altered, made, share_traces
 
 pytest_plugins = ["coverage_summary", "cpu_times"]
+
+# A busy machine is slow; that is no fault of what is tested.
+settings.register_profile("redif", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("redif")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime before redif_sdk

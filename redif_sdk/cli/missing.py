@@ -28,6 +28,8 @@ EXTRA_OF = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "gradio": "demo",
+    "matplotlib": "plot",
+    "httpx": "distill",
     "asgi_correlation_id": "serve",
     "cachetools": "serve",
     "fastapi": "serve",

@@ -125,7 +125,7 @@ class Latents(_Part):
 
         Args:
             height: Of the image, in pixels; None: the student's own.
-            width: Likewise.
+            width: Of the image, in pixels; None: the student's own.
             scale: Pixels a latent on each side.
 
         Raises:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 #: The engine that the gate looks at, and that the report times; `redif verify` looks at all that are here.
 GATE = ("onnxruntime",)
 TEACHER = "fashion-mnist"
-SHEET_SEED = 7  # of the pictures in the report: neither a training nor a judging noise
+SHEET_SEED = 7  # of the images in the report: neither a training nor a judging noise
 SHEET_IMAGES = 20
 SPEED_ROUNDS = 5
 PREVIEW = 10  # images of a student that was just trained
@@ -96,10 +96,10 @@ def quickstart(
         pipelines = {count: FastPipeline.from_pretrained(output / f"student-{count}") for count in steps}
         reference = FastPipeline.from_pretrained(output / "teacher")
         sheets = _sheets(reference, pipelines, teacher.num_inference_steps)
-        speed = _speed(reference, pipelines, teacher.num_inference_steps)
+        speed = speed_of(reference, pipelines, teacher.num_inference_steps, _call)
         for count, pipe in pipelines.items():
-            pictures = pipe(class_labels=list(range(10)), seed=seed, output_type="uint8").images
-            strip(pictures).save(output / f"student-{count}.png")
+            images = pipe(class_labels=list(range(10)), seed=seed, output_type="uint8").images
+            strip(images).save(output / f"student-{count}.png")
     record_rows(output, steps, rows, speed)
     results = document(
         "quickstart",
@@ -262,21 +262,32 @@ def _sheets(reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher
     ]
 
 
-def _speed(
-    reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher_steps: int, batches: Sequence[int] = (1, 8)
+def speed_of(
+    reference: FastPipeline,
+    pipelines: dict[int, FastPipeline],
+    teacher_steps: int,
+    call: Callable[[FastPipeline, int, int], Callable[[], object]],
+    batches: Sequence[int] = (1, 8),
 ) -> list[dict[str, Any]]:
-    """Seconds of each contender, interleaved: one round after another through all of them. Medians."""
+    """Rows of seconds for the teacher and its students, interleaved at each batch size; medians.
+
+    Args:
+        call: makes of a pipeline, its steps and a batch size what is timed.
+    """
     contenders = {"teacher": (reference, teacher_steps)}
     contenders |= {f"student-{count}": (pipe, count) for count, pipe in pipelines.items()}
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        start, labels = _noise(reference, batch), np.arange(batch) % 10
-        calls = {name: partial(pipe.generate_array, start, labels, n) for name, (pipe, n) in contenders.items()}
-        rows += timed_rows(contenders, calls, batch)
+        calls = {name: call(pipe, steps, batch) for name, (pipe, steps) in contenders.items()}
+        rows += _timed_rows(contenders, calls, batch)
     return rows
 
 
-def timed_rows(
+def _call(pipe: FastPipeline, steps: int, batch: int) -> Callable[[], object]:
+    return partial(pipe.generate_array, _noise(pipe, batch), np.arange(batch) % 10, steps)
+
+
+def _timed_rows(
     contenders: Mapping[str, tuple[FastPipeline, int]], calls: Mapping[str, Callable[[], object]], batch: int
 ) -> list[dict[str, Any]]:
     """Time `calls` in interleaved rounds: one row per (pipeline, steps), with medians and ratios to "teacher"."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,8 @@ from redif_sdk.quickstart.images import (
     plan,
     record_rows,
     say_plan,
+    speed_of,
     summarise,
-    timed_rows,
 )
 from redif_sdk.quickstart.report import Sheet, grid, render, strip
 from redif_sdk.results import document, write_json
@@ -100,7 +100,7 @@ def text_quickstart(
         reference = FastPipeline.from_pretrained(output / "teacher")
         prompts = shown_prompts(model)
         sheets = _sheets(reference, pipelines, prompts, model.num_inference_steps)
-        speed = _speed(reference, pipelines, model.num_inference_steps)
+        speed = speed_of(reference, pipelines, model.num_inference_steps, _call)
         for count, pipe in pipelines.items():
             images = pipe(PROMPT, num_images_per_prompt=4, seed=seed, output_type="uint8").images
             strip(images).save(output / f"student-{count}.png")
@@ -173,7 +173,7 @@ def _distil(
     return distil(teacher, configs, output, 60 * minutes, pairs, report)
 
 
-def _pictures(pipe: FastPipeline, prompts: Sequence[str], steps: int) -> NDArray[np.uint8]:
+def _images(pipe: FastPipeline, prompts: Sequence[str], steps: int) -> NDArray[np.uint8]:
     """Picture i from seed (SHEET_SEED, i), a few prompts at a time."""
     parts = []
     for low in range(0, len(prompts), COLUMNS):
@@ -186,32 +186,21 @@ def _pictures(pipe: FastPipeline, prompts: Sequence[str], steps: int) -> NDArray
 def _sheets(
     reference: FastPipeline, pipelines: dict[int, FastPipeline], prompts: Sequence[str], teacher_steps: int
 ) -> list[Sheet]:
-    whole = _pictures(reference, prompts, teacher_steps)
+    whole = _images(reference, prompts, teacher_steps)
     calls = reference.manifest.network.calls_per_step
     return [
         Sheet(
             steps=count,
             rows=[
                 (f"teacher: {teacher_steps * calls} calls", whole),
-                (f"DDIM: {count * calls} calls", _pictures(reference, prompts, count)),
-                (f"student: {count} call{'s' * (count > 1)}", _pictures(pipe, prompts, count)),
+                (f"DDIM: {count * calls} calls", _images(reference, prompts, count)),
+                (f"student: {count} call{'s' * (count > 1)}", _images(pipe, prompts, count)),
             ],
         )
         for count, pipe in pipelines.items()
     ]
 
 
-def _speed(
-    reference: FastPipeline, pipelines: dict[int, FastPipeline], teacher_steps: int, batches: Sequence[int] = (1, 8)
-) -> list[dict[str, Any]]:
-    """Seconds from prompt to pictures of each contender, all of them exported and interleaved. Medians."""
-    contenders = {"teacher": (reference, teacher_steps)}
-    contenders |= {f"student-{count}": (pipe, count) for count, pipe in pipelines.items()}
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        calls = {
-            name: partial(pipe, PROMPT, num_images_per_prompt=batch, seed=0, num_inference_steps=count)
-            for name, (pipe, count) in contenders.items()
-        }
-        rows += timed_rows(contenders, calls, batch)
-    return rows
+def _call(pipe: FastPipeline, steps: int, batch: int) -> Callable[[], object]:
+    """From prompt to images."""
+    return partial(pipe, PROMPT, num_images_per_prompt=batch, seed=0, num_inference_steps=steps)

@@ -19,31 +19,34 @@ help:
 	@echo "make build       wheel and sdist, in dist/"
 	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
 
-# setuptools comes first and is used as it stands, so that its version is pinned like the others'.
+# setuptools comes first and is used as it stands, so that its version is pinned like the others'. Nothing is compiled to
+# bytecode ahead: that is two fifths of the installation, and most of it is never imported.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation --editable '.[all,dev]'
+		--no-compile --no-build-isolation --editable '.[all,dev]'
 	@touch $@
 
 quickstart: $(READY)
 	$(BIN)/redif quickstart --output build/quickstart
 
-# Both parts run, whatever the first says. The attacks fork and ring alarms, in a process of their own; the others have a
-# process for each core. Coverage is of both: the last part prints it.
+# All parts run, whatever one of them says. The attacks fork and ring alarms, in a process of their own, while the linters
+# have the other core; then the other tests have a process for each core. Coverage is of both: the last part prints it.
 PARALLEL := -n auto --dist worksteal --max-worker-restart 0 --ignore tests/attacks
 COVER := --cov --cov-report=
 
-test: lint
+test: $(READY)
 	@$(call run_tests,)
 
-test-all: lint
+test-all: $(READY)
 	@$(call run_tests,-m "slow or not slow")
 
 define run_tests
-	failed=0; \
+	failed=0; mkdir -p build; \
+	$(MAKE) --no-print-directory lint >build/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest $(1) $(COVER) tests/attacks || failed=1; \
+	wait $$lint || failed=1; cat build/lint.log; \
 	$(BIN)/python -m pytest $(1) $(COVER) --cov-append $(PARALLEL) || failed=1; \
 	exit $$failed
 endef

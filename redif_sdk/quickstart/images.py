@@ -291,7 +291,7 @@ def _timed_rows(
     contenders: Mapping[str, tuple[FastPipeline, int]], calls: Mapping[str, Callable[[], object]], batch: int
 ) -> list[dict[str, Any]]:
     """Time `calls` in interleaved rounds: one row per (pipeline, steps), with medians and ratios to "teacher"."""
-    turns = interleave(calls, SPEED_ROUNDS, min_seconds=0.0, settle=False)
+    turns = interleave(calls, SPEED_ROUNDS)
     medians = {name: statistics.median(seconds for turn in found for seconds in turn) for name, found in turns.items()}
     return [
         {

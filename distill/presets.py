@@ -17,7 +17,7 @@ from redif_sdk.errors import InvalidRequest
 
 #: Updates by the largest K that they are for; beyond the last, the last.
 UPDATES: dict[str, dict[int, int]] = {
-    "fast": {1: 950, 2: 700, 4: 60},
+    "fast": {1: 1050, 2: 850, 4: 60},
     "balanced": {1: 2000, 2: 1400, 4: 200},
     "best": {1: 4000, 2: 3000, 4: 600},
 }

@@ -6,6 +6,7 @@ regression, then reinforcement by groups of the texture reward, which needs no g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from redif_sdk.distill.config import BUDGETS, DistillConfig, applicable, current_names, setting_names, unknown_setting
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.textfile import read_text_file
 
 #: Updates by the largest K that they are for; beyond the last, the last.
 UPDATES: dict[str, dict[int, int]] = {
@@ -96,21 +98,37 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         InvalidRequest: the file cannot be read, is no mapping, or names an unknown setting.
     """
+    text = read_text_file(path, "the configuration", limit=LARGEST_FILE).replace("\u00a0", " ")
+    text = re.sub(r"(?<=\S)( *)\t+", r"\1 ", text)  # YAML has them as white space, its reader here does not
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise InvalidRequest(f"{path} is larger than {LARGEST_FILE:,} bytes; that is no configuration")
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        _check_repeated(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, InvalidRequest):
+            raise
         said = " ".join(str(error).split())
-        raise InvalidRequest(f"the configuration {path} cannot be read: {said:.300}") from error
-    if not isinstance(found, dict):
-        raise InvalidRequest(f"{path} holds a {type(found).__name__}; give 'name: value' lines")
+        raise InvalidRequest(f"the configuration {path} is not YAML: {said:.300}; give 'name: value' lines") from error
+    if found is None:
+        raise InvalidRequest(f"the configuration {path} is empty; give 'name: value' lines")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise InvalidRequest(f"{path} holds a {type(found).__name__}, not settings; give 'name: value' lines")
     found = current_names(found)
     known = ["preset", *setting_names()]
     for name in found:
         if name not in known:
             raise InvalidRequest(f"{path}: {unknown_setting(name, known)}")
     return found
+
+
+def _check_repeated(path: Path, root: yaml.Node | None) -> None:
+    """Raise InvalidRequest if a setting stands twice in the file: YAML would take the last."""
+    lines: dict[str, int] = {}
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else []:
+        line = key.start_mark.line + 1
+        name = str(key.value)
+        if name in lines:
+            raise InvalidRequest(f"{path}, line {line}: {name:.60} is given twice (also in line {lines[name]})")
+        lines[name] = line
 
 
 def resolve(

@@ -14,36 +14,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redif_sdk.artifact.records import LONGEST_PROMPT, is_plain_text
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.textfile import folded, forbidden_character, read_lines
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 ENCODE_BATCH = 32
-LONGEST = 10_000  # characters of one prompt
 LARGEST_COPY = 1 << 30  # bytes of a GPU's memory
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one for each line, in order; empty lines and repetitions are left out.
+    """The prompts of a text file, one for each line, in order; empty lines and repetitions are left out.
+
+    The file is UTF-8, or UTF-16 with a byte order mark. White space in a line, tabs and no-break spaces among it, is
+    one space.
 
     Raises:
-        InvalidRequest: The file cannot be read, or holds no prompts.
+        InvalidRequest: The file cannot be read, holds no prompts, or a prompt is too long; the message has the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(
-            f"the prompts in {path} cannot be read ({error}); give a UTF-8 file with one prompt a line"
-        ) from error
-    return checked(lines)
+    lines = read_lines(path, "the prompts, one a line")
+    if not lines:
+        raise InvalidRequest(f"there are no prompts in {path}; give --prompts FILE with one prompt a line")
+    for number, text in lines:
+        if len(text) > LONGEST_PROMPT:
+            raise InvalidRequest(
+                f"{path}, line {number}: a prompt has {len(text)} characters; give at most {LONGEST_PROMPT}"
+            )
+    return list(dict.fromkeys(text for _, text in lines))
 
 
 def checked(prompts: Sequence[str]) -> list[str]:
-    """``prompts`` stripped and without repetitions. Raises InvalidRequest if there are none, or one is too long."""
-    found = list(dict.fromkeys(stripped for prompt in prompts if (stripped := prompt.strip())))
+    """``prompts`` with their white space folded, without empty ones and repetitions.
+
+    Raises:
+        InvalidRequest: There are none, or one is no text, too long, or holds a control character.
+    """
+    if isinstance(prompts, str):
+        raise InvalidRequest("prompts is one string; give a list of prompts")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InvalidRequest(f"a prompt is {prompt!r:.60}; give strings")
+    found = list(dict.fromkeys(text for prompt in prompts if (text := folded(prompt))))
     if not found:
         raise InvalidRequest("there are no prompts; give --prompts FILE with one prompt a line")
-    if longest := next((prompt for prompt in found if len(prompt) > LONGEST), None):
-        raise InvalidRequest(f"a prompt has {len(longest)} characters; give at most {LONGEST}")
+    for text in found:
+        if len(text) > LONGEST_PROMPT:
+            raise InvalidRequest(f"a prompt has {len(text)} characters; give at most {LONGEST_PROMPT}")
+        if bad := forbidden_character(text):
+            raise InvalidRequest(f"prompt {text!r:.60} holds the control character {bad}; remove it")
     return found
 
 
@@ -84,6 +102,19 @@ class Prompts:
     def null(self) -> int:
         """The index of the null prompt."""
         return len(self.texts)
+
+    def examples(self, most: int) -> list[str]:
+        """The first prompts that a manifest takes, up to ``most``: none with invisible characters.
+
+        Raises:
+            InvalidRequest: There are none.
+        """
+        found = [text for text in self.texts if is_plain_text(text)][:most]
+        if not found:
+            raise InvalidRequest(
+                f"every prompt holds invisible characters, as {self.texts[0]!r:.60} does; give one that has none"
+            )
+        return found
 
     @property
     def digest(self) -> str:

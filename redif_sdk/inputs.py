@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import TensorSpec
+from redif_sdk.artifact.records import LONGEST_PROMPT, TensorSpec
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 OUTPUT_TYPES = ("pil", "np", "uint8")
-LONGEST_PROMPT = 10_000  # characters
 MOST_PROMPTS = 10_000  # a call
 
 #: diffusers' names for encoded prompts: argument -> tensor.

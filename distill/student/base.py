@@ -109,7 +109,7 @@ class Student:
                 revision=teacher.revision,
                 hash=teacher.fingerprint or None,
                 num_inference_steps=teacher.num_inference_steps,
-                guidance_scale=teacher.guidance.scale if teacher.guidance else teacher.embedded_guidance or 1.0,
+                guidance_scale=teacher.guidance_scale,
             ),
             distillation=self.distillation,
             step_tables=[table.to_dict() for table in self.tables],

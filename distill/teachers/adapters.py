@@ -323,7 +323,7 @@ def _text(pipeline: Any, kind: _Kind) -> tuple[_Encode, Callable[[Prompts], Text
             for tensor, shape in prompts.shapes().items()
         ]
         return TextCondition(
-            kind="text", tokenizers=specs, encoders=described, tensors=tensors, examples=prompts.texts[:EXAMPLES]
+            kind="text", tokenizers=specs, encoders=described, tensors=tensors, examples=prompts.examples(EXAMPLES)
         )
 
     return _Encode(pipeline, tokenizers, stack), condition

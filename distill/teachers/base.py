@@ -88,6 +88,13 @@ class Teacher:
         return calls_per_step(self.guidance)
 
     @property
+    def guidance_scale(self) -> float:
+        """The scale of its guidance, or the one that its network is told; 1: none."""
+        if self.guidance is not None:
+            return self.guidance.scale
+        return 1.0 if self.embedded_guidance is None else self.embedded_guidance
+
+    @property
     def identity(self) -> str:
         """Names this teacher's outputs: its weights and its guidance. Empty: unknown, outputs are not cached."""
         told = "" if self.embedded_guidance is None else f" told {self.embedded_guidance:g}"
@@ -103,21 +110,21 @@ class Teacher:
         return self.condition.num_classes if isinstance(self.condition, Condition) else 0
 
     def guided(self, scale: float, null_class: int | None = None) -> Teacher:
-        """This teacher under classifier-free guidance of ``scale``; 1 is none. A network that takes the scale as an
-        input (Flux dev, LCM) is given it, and makes one call.
+        """This teacher under classifier-free guidance of ``scale``; 0 and 1 are none. A network that takes the scale as
+        an input (Flux dev, LCM) is given it, and makes one call.
 
         Args:
             null_class: the entry of the class table that means 'no class'; None: the one the teacher comes with.
 
         Raises:
-            InvalidRequest: a scale that is not above 0, or no 'no class' entry is known.
+            InvalidRequest: a negative scale, or no 'no class' entry is known.
         """
-        if not 0 < scale < math.inf:
-            raise InvalidRequest(f"guidance_scale must be a number above 0, not {scale:g}")
+        if not 0 <= scale < math.inf:
+            raise InvalidRequest(f"guidance_scale is {scale:g}; give a number from 0 on; 0 and 1 mean no guidance")
         if self.embedded_guidance is not None and self.at_guidance is not None:
             predict, make_student = self.at_guidance(scale)
             return replace(self, embedded_guidance=scale, predict=predict, make_student=make_student)
-        if scale == 1:
+        if scale in (0, 1):
             return replace(self, guidance=None)
         if null_class is None:
             null_class = self.extra.get("null_class")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from redif_sdk.distill.teachers.facts import read_facts
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
+from redif_sdk.textfile import read_json_file
 
 __all__ = [
     "SHIPPED",
@@ -166,12 +167,11 @@ def without_bars() -> Iterator[None]:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    return _json(folder / TEACHER_FILE, folder) if (folder / TEACHER_FILE).is_file() else {}
+    return read_facts(folder / TEACHER_FILE) if (folder / TEACHER_FILE).exists() else {}
 
 
 def _json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{folder} is no teacher: a JSON file in it does not parse ({error})") from error
+    found = read_json_file(path, f"a file of the teacher {folder.name}")
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{path} holds a {type(found).__name__}, not an object; copy the teacher again")
     return found

@@ -11,6 +11,7 @@ from redif_sdk.artifact.paths import check_kind, check_name
 from redif_sdk.errors import InvalidRequest
 
 __all__ = [
+    "LONGEST_PROMPT",
     "STRICT",
     "Budget",
     "Component",
@@ -32,7 +33,10 @@ __all__ = [
     "TextEncoder",
     "Tokenizer",
     "calls_per_step",
+    "is_plain_text",
 ]
+
+LONGEST_PROMPT = 10_000  # characters
 
 LARGEST_EXTENT = 65536
 _LARGEST_COUNT = (1 << 63) - 1
@@ -42,6 +46,11 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     "\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]"
 )
+
+
+def is_plain_text(text: str) -> bool:
+    """Whether names and texts of a manifest may hold `text`."""
+    return _UNPRINTABLE.search(text) is None
 
 
 def _check_text(text: str) -> str:
@@ -54,6 +63,7 @@ _PATH = {"type": "string", "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.+=@-]*(/[A-Za-z0
 SafePath = Annotated[str, AfterValidator(check_kind), WithJsonSchema(_PATH)]
 SafeFolder = Annotated[str, AfterValidator(check_name), WithJsonSchema(_PATH)]
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_check_text)]
+Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_check_text)]
 Positive = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
@@ -203,7 +213,7 @@ class TextCondition(_Part):
     tokenizers: Annotated[list[Tokenizer], Field(min_length=1, max_length=4)]
     encoders: Annotated[list[TextEncoder], Field(min_length=1, max_length=4)]
     tensors: Annotated[list[TensorSpec], Field(min_length=1, max_length=8)]  # their first axis is "batch"
-    examples: Annotated[list[Text], Field(min_length=1, max_length=100)]  # prompts that it was trained for
+    examples: Annotated[list[Prompt], Field(min_length=1, max_length=100)]  # prompts that it was trained for
 
     @model_validator(mode="after")
     def _named_once(self) -> TextCondition:
@@ -268,7 +278,7 @@ class Guidance(_Part):
 
     scale: Annotated[float, Field(gt=0)]
     null_class: Count = 0
-    null_prompt: Text | None = None
+    null_prompt: Prompt | None = None
     null_zeros: bool = False
 
     def mix(self, asked: Any, unasked: Any) -> Any:

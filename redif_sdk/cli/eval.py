@@ -92,5 +92,4 @@ def own_teacher(folder: Path, prompts: Path | None = None) -> Teacher:
             f"{origin.id!r} is not the teacher that {folder} was made from: its files are others; give it with "
             "--against TEACHER"
         )
-    scale = teacher.guidance.scale if teacher.guidance else teacher.embedded_guidance or 1.0
-    return teacher if scale == origin.guidance_scale else teacher.guided(origin.guidance_scale)
+    return teacher if teacher.guidance_scale == origin.guidance_scale else teacher.guided(origin.guidance_scale)

@@ -21,6 +21,7 @@ from redif_sdk.cli.terminal import (
 )
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.serving.settings import KEYS, ServeSettings, keys_of_environment
+from redif_sdk.textfile import read_lines
 
 __all__ = ["serve_command"]
 
@@ -102,7 +103,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     """The keys of the file, or else of the environment."""
     if file is None:
         return keys_of_environment()
-    keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    keys = tuple(text for _, text in read_lines(file, "the API keys, one a line", limit=1 << 20))
     if not keys:
         raise InvalidRequest(f"{file} holds no API key; write one a line")
     return keys

@@ -72,7 +72,7 @@ def parse_settings(assignments: Sequence[str] | None, options: Mapping[str, Any]
             raise InvalidRequest(f"{name} is given twice; give it once")
         try:
             given[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"--set {name}: {text!r} is not a YAML value") from error
     return given
 

@@ -66,7 +66,7 @@ TeacherArgument = Annotated[
 ]
 TrainingDevice = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto = a GPU if there is one.")]
 GuidanceScale = Annotated[
-    float | None, typer.Option(help="Guidance scale of the teacher; default: its own; 1 = no guidance.")
+    float | None, typer.Option(help="Guidance scale of the teacher; default: its own; 0 or 1 = none.")
 ]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for a text-to-image teacher, one a line.")

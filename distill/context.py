@@ -47,6 +47,11 @@ class Context:
         return self.pairs.noise.device
 
     @property
+    def amplitude(self) -> float:
+        """What 1 is in latents, for errors and for settings in units of x0 (`Teacher.amplitude`)."""
+        return self.teacher.amplitude
+
+    @property
     def meter(self) -> Meter:
         """What the run has spent so far."""
         return self.policy.meter
@@ -56,7 +61,7 @@ class Context:
 
         The clamp passes gradients, so that a pixel beyond the range can come back.
         """
-        images = self.teacher.images(latents)
+        images = self.teacher.unit_images(latents)
         return images + (images.clamp(-1, 1) - images).detach()
 
     def judged(self, latents: Tensor) -> Tensor:

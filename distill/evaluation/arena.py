@@ -73,15 +73,19 @@ class Arena:
         """
         if num_samples < 16:
             raise InvalidRequest(f"num_samples must be at least 16, not {num_samples}")
-        if teacher.postprocess.value_range != (-1.0, 1.0):
-            raise InvalidRequest(f"{teacher.name} has images outside [-1, 1]; the judge cannot see them")
+        channels = teacher.postprocess.channels(teacher.latents.channels)
+        if channels not in (1, 3):
+            raise InvalidRequest(
+                f"{teacher.name} has images of {channels} channels; the judge sees grey and colour alone"
+            )
         real = read_reference(teacher.folder) if teacher.folder else None
         if data is not None:
             real = Statistics.of(embed(torch.tensor(load(data, "test").images).float() / 127.5 - 1))
         pairs = pool.get(teacher, num_samples, "held_out", rebuild=rebuild, device=device)[0].to(device)
+        teacher = teacher.ranged_by(pairs.target)
         judged = None if rebuild else read_judged(teacher)
         known = judged.features[:num_samples].to(device) if judged and len(judged.features) >= num_samples else None
-        judge = Judge(teacher.images(pairs.target), embed, real, known)
+        judge = Judge(teacher.unit_images(pairs.target), embed, real, known)
         whole = judged is not None and len(judged.features) == num_samples and data is None
         return cls(teacher, pairs, judge, judged if whole else None)
 
@@ -94,7 +98,7 @@ class Arena:
         other = pool.shipped(self.teacher, len(self.pairs), "train")
         if other is None:
             return None
-        images = self.teacher.images(other.target.to(self.pairs.noise.device))
+        images = self.teacher.unit_images(other.target.to(self.pairs.noise.device))
         return frechet_distance_of(embed(images), self.judge.reference)
 
     def row(
@@ -113,7 +117,7 @@ class Arena:
 
         How the contender was made may be given.
         """
-        quality = self.judge.quality(self.teacher.images(latents))
+        quality = self.judge.quality(self.teacher.unit_images(latents))
         return {
             "data": self.teacher.extra.get("name", self.teacher.name),
             "teacher": self.teacher.name,
@@ -193,6 +197,8 @@ def evaluate_folder(
             f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
         )
     student.use_prompts(teacher.prompts)
+    if teacher.decode is None:
+        teacher = teacher.in_range(student.teacher.postprocess.value_range)
     arena = Arena.of(teacher, num_samples, data=data, device=place)
     steps = [table.num_inference_steps for table in student.tables]
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]

@@ -72,6 +72,7 @@ def examine_teacher(
     per_call = (time.monotonic() - begun) / (IMAGES * teacher.num_inference_steps * teacher.calls_per_step)
     if not torch.isfinite(pairs.target).all():
         return [*found, _row("samples", "problem", "the teacher's samples are not finite; check its schedule")]
+    teacher = teacher.ranged_by(pairs.target)
     examination = _Examination(teacher, pairs, config)
     found += [
         _tried("prediction type", examination.prediction_type),
@@ -190,11 +191,12 @@ class _Examination:
     def value_range(self) -> str:
         low, high = self.teacher.postprocess.value_range
         images = self.teacher.images(self.pairs.target)
-        outside = float(((images < low - 0.1) | (images > high + 0.1)).float().mean())
+        margin = (high - low) / 20
+        outside = float(((images < low - margin) | (images > high + margin)).float().mean())
         if outside > 0.05:
             raise RedifError(
                 f"{outside:.0%} of the samples' values lie outside {low:g} to {high:g}, where images are cut off; "
-                f"is the value range right, or has the latent a scale?"
+                f"is the value range right (--value-range), or has the latent a scale?"
             )
         return f"{outside:.1%} of the values lie outside {low:g} to {high:g}"
 
@@ -210,7 +212,7 @@ class _Examination:
         with torch.no_grad():
             before = policy.sample(self.pairs.noise, self.pairs.condition)
         after = policy.sample(self.pairs.noise, self.pairs.condition)
-        check_drift(before, after, self.options.step_delta)
+        check_drift(before, after, self.options.step_delta * self.teacher.amplitude)
         return "one input gives one output, and no drift before the first update"
 
     def rewards(self) -> list[tuple[str, Callable[[], str]]]:
@@ -221,8 +223,9 @@ class _Examination:
             white = Exploration.white(self.pairs.noise[0].numel(), self.pairs.noise.device)
             generator = torch.Generator().manual_seed(0)
             xi = white.antithetic(self.options.group_size, tuple(self.pairs.target.shape), generator)
-            advantage = Advantage([(reward, 1.0)], self.teacher.images)
-            advantage(self.pairs.target + self.options.exploration * xi, self.pairs.target, self.pairs.condition)
+            advantage = Advantage([(reward, 1.0)], self.teacher.unit_images)
+            actions = self.pairs.target + self.options.exploration * self.teacher.amplitude * xi
+            advantage(actions, self.pairs.target, self.pairs.condition)
             if advantage.dropped:
                 raise RedifError(f"{advantage.dropped} of {advantage.groups} groups have no spread; explore more")
             return f"tells {self.options.group_size} actions of each of {advantage.groups} states apart"

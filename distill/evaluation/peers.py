@@ -217,6 +217,7 @@ def _asked(work: Workload) -> dict[str, Any]:
         "scheduler": str(work.student.path / "scheduler"),
         "times": [float(t) for t in work.table.timesteps],
         "shuffle": work.manifest.postprocess.pixel_shuffle,
+        "value_range": work.manifest.postprocess.value_range,
         "guidance": None if guidance is None else [guidance.scale, guidance.null_class],
         "threads": work.num_threads,
         "device": work.device,
@@ -280,6 +281,7 @@ def teacher_contender(source: str) -> Contender:
             "times": None,
             "guidance": None if guidance is None else [guidance.scale, guidance.null_class],
             "shuffle": teacher.postprocess.pixel_shuffle,
+            "value_range": teacher.postprocess.value_range,
         }
         return Fresh(DIFFUSERS_PROGRAM, _asked(work) | asked)
 
@@ -369,7 +371,9 @@ def network(x, t):
 _TAIL = """
 if asked["shuffle"] > 1:
     x = torch.nn.functional.pixel_shuffle(x, asked["shuffle"])
-images = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+low, high = asked["value_range"]
+levels = ((x.clamp(low, high) - low) * (255 / (high - low))).round().to(torch.uint8)
+images = levels.permute(0, 2, 3, 1).cpu().numpy()
 """
 
 DIFFUSERS_PROGRAM = (

@@ -71,7 +71,7 @@ class Consistency(Method):
             wanted = _clean(self.target, context, after, moved, batch.condition)
             wanted = torch.where(last.view(-1, 1, 1, 1), real, wanted)
         meter.gradient_samples += len(x)
-        residual = _clean(context.policy.network, context, t, x, batch.condition) - wanted
+        residual = (_clean(context.policy.network, context, t, x, batch.condition) - wanted) / context.amplitude
         yield error(residual, huber), {"mse": residual.detach().pow(2).mean().item()}
 
     def state_dict(self) -> dict[str, Any]:

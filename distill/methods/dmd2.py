@@ -50,7 +50,7 @@ class Dmd2(Method):
         fake = self._begin(context)
         output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
         matching, fake_loss = fake.matching(output, batch.condition, generator, options.fake_updates)
-        residual = visible_residual(output, batch.target, context.bounds)
+        residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
         loss = options.step_delta * matching + options.regression_weight * error(residual, options.huber)
         figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": fake_loss}
         if self.discriminator is not None:

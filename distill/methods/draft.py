@@ -46,10 +46,10 @@ class Draft(Method):
         output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
         learnt = context.advantage.learn(context, output, batch, generator)
         gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
-        residual = visible_residual(output, batch.target, context.bounds)
+        residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
         # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
         loss = (
             options.regression_weight * error(residual, options.huber)
-            - 2 * options.step_delta * (gradient * output).mean()
+            - 2 * options.step_delta * (gradient * output).mean() / context.amplitude
         )
         yield loss, {"mse": residual.detach().pow(2).mean().item(), **learnt}

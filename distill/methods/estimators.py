@@ -75,7 +75,7 @@ class SameStateGroups:
         In a ``dmd_fraction`` of the updates with DMD's term, weighted by ``dmd_weight``.
         """
         policy, options = self.context.policy, self.options
-        rows = policy.num_inference_steps
+        rows, trusted = policy.num_inference_steps, options.step_delta * self.context.amplitude
         last = rows == 1 or isinstance(options, PathwiseOptions)
         if not last and isinstance(options, SameStateOptions):
             last = float(torch.rand((), generator=generator)) >= options.intermediate_step_fraction
@@ -84,7 +84,7 @@ class SameStateGroups:
             row, state = rows - 1, batch.noise
             if check:
                 with torch.no_grad():
-                    check_drift(policy.sample(batch.noise, batch.condition), mean, options.step_delta)
+                    check_drift(policy.sample(batch.noise, batch.condition), mean, trusted)
         else:
             row = int(torch.randint(0, rows - 1, (), generator=generator))
             with torch.no_grad():
@@ -93,12 +93,13 @@ class SameStateGroups:
             output = policy.finish(row, state, mean, batch.condition)
             if check:
                 with torch.no_grad():
-                    check_drift(policy.estimate(row, state, batch.condition), mean, options.step_delta)
+                    check_drift(policy.estimate(row, state, batch.condition), mean, trusted)
         learnt = self.context.advantage.learn(self.context, output, batch, generator)
         direction, figures = self._direction(batch, row, state, mean.detach(), generator)
         figures |= learnt
-        residual = visible_residual(output, batch.target, self.context.bounds)
-        loss = options.regression_weight * error(residual, options.huber) - 2 * (direction * mean).mean()
+        residual = visible_residual(output, batch.target, self.context.bounds, self.context.amplitude)
+        moved = (direction * mean).mean() / self.context.amplitude  # the direction's length is in units of x0
+        loss = options.regression_weight * error(residual, options.huber) - 2 * moved
         if self.fake is not None and float(torch.rand((), generator=generator)) < options.dmd_fraction:
             matching, fake_loss = self.fake.matching(output, batch.condition, generator, options.fake_updates)
             loss, figures = loss + options.dmd_weight * matching, figures | {"fake_loss": fake_loss}
@@ -112,7 +113,7 @@ class SameStateGroups:
         if isinstance(options, PathwiseOptions):
             return self._step(advantage_of.gradient(mean, batch.target, batch.condition), {})
         xi = self.exploration.antithetic(options.group_size, tuple(mean.shape), generator)
-        actions = mean + options.exploration * xi
+        actions = mean + options.exploration * self.context.amplitude * xi
         if not last:
             with torch.no_grad():
                 actions = torch.stack([policy.finish(row, state, action, batch.condition) for action in actions])
@@ -149,7 +150,7 @@ class TrajectoryGroups:
             action = mean = policy.estimate(k, x, labels)
             if k in self.rows:
                 xi = self.exploration.draw(options.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
-                action = mean + options.exploration * xi
+                action = mean + self.explored * xi
                 states.append(x)
                 actions.append(action)
                 means.append(mean)
@@ -163,6 +164,11 @@ class TrajectoryGroups:
     def options(self) -> Trajectories:
         """The settings of the estimator."""
         return self.context.config.options_as(Trajectories)
+
+    @property
+    def explored(self) -> float:
+        """The standard deviation of an action, in latents."""
+        return self.options.exploration * self.context.amplitude
 
     @property
     def rows(self) -> range:
@@ -189,9 +195,9 @@ class TrajectoryGroups:
             for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
                 mean = policy.estimate(k, x, labels)
                 if check and epoch == 0:
-                    check_drift(old, mean, options.clip_mean_shift * options.exploration)
-                new_log = self.exploration.log_prob(action, mean, options.exploration)
-                ratio = (new_log - self.exploration.log_prob(action, old, options.exploration)).exp()
+                    check_drift(old, mean, options.clip_mean_shift * self.explored)
+                new_log = self.exploration.log_prob(action, mean, self.explored)
+                ratio = (new_log - self.exploration.log_prob(action, old, self.explored)).exp()
                 bounded = ratio.clamp(1 - clip, 1 + clip)
                 surrogate = surrogate - torch.minimum(ratio * advantage, bounded * advantage).mean()
                 clipped += float((ratio.detach() != bounded.detach()).float().mean())
@@ -203,7 +209,7 @@ class TrajectoryGroups:
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
             if options.regression_weight:
                 output = policy.sample(batch.noise, batch.condition)
-                residual = visible_residual(output, batch.target, self.context.bounds)
+                residual = visible_residual(output, batch.target, self.context.bounds, self.context.amplitude)
                 loss = loss + options.regression_weight * error(residual, options.huber)
                 figures["mse"] = residual.detach().pow(2).mean().item()
             yield loss, figures
@@ -218,4 +224,4 @@ class TrajectoryGroups:
                 wanted = policy.estimate(k, x, labels)
             finally:
                 policy.network = current
-        return -self.exploration.log_prob(wanted, mean, self.options.exploration).mean()
+        return -self.exploration.log_prob(wanted, mean, self.explored).mean()

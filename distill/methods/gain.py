@@ -6,7 +6,6 @@ It is one number, so it is searched. The reward is of the whole population: minu
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.context import Context
@@ -43,12 +42,8 @@ def learn_gain(context: Context, student: StudentPolicy, count: int) -> float:
     outputs = torch.cat([student.sample(part.noise, part.condition) for part in parts])
     with torch.enable_grad():
         judge = FeatureReward.fit(context.teacher, context.pairs, context.config.seed, FIT_UPDATES, FIT_BATCH)
-    bounds = context.teacher.postprocess.value_range
-
-    def to_images(latents: Tensor) -> Tensor:  # images, also where the rewards see latents
-        return context.teacher.images(latents).clamp(*bounds)
-
-    wanted = Statistics.of(judge.embed(to_images(pool.target)))
-    distances = [frechet_distance(Statistics.of(judge.embed(to_images(gain * outputs))), wanted) for gain in GAINS]
+    seen = context.teacher.seen  # images, also where the rewards see latents
+    wanted = Statistics.of(judge.embed(seen(pool.target)))
+    distances = [frechet_distance(Statistics.of(judge.embed(seen(gain * outputs))), wanted) for gain in GAINS]
     context.policy.meter.auxiliary_calls += gain_cost(context, count) - len(pool) * student.num_inference_steps
     return GAINS[distances.index(min(distances))]

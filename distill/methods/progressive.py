@@ -57,7 +57,7 @@ class Progressive(Method):
         alpha, sigma = _level(student.table, k, context)
         z = alpha * batch.target + sigma * draws.normal(batch.target.shape, generator, batch.target.device)
         target = two_steps(z, k, fine, student.table, self._parent_of(context, fine), batch.condition)
-        residual = student.estimate(k, z, batch.condition) - target
+        residual = (student.estimate(k, z, batch.condition) - target) / context.amplitude
         weight = max(1.0, (alpha / max(sigma, 1e-8)) ** 2)
         yield (
             min(weight, 25.0) * residual.pow(2).mean(),

@@ -23,15 +23,21 @@ from redif_sdk.distill.options import Supervised
 from redif_sdk.distill.pool import Pairs
 
 
-def visible_residual(output: Tensor, target: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """output - target, as seen: beyond ``bounds`` both are clamped, so an overshoot where the target is at the bound is
-    no error. (A clamped loss has the same minimum, but no gradient where the output is beyond the wrong bound.)"""
+def visible_residual(
+    output: Tensor, target: Tensor, bounds: tuple[float, float] | None, amplitude: float = 1.0
+) -> Tensor:
+    """(output - target) / amplitude, as seen: beyond ``bounds`` both are clamped.
+
+    So an overshoot where the target is at the bound is no error.
+
+    (A clamped loss has the same minimum, but no gradient where the output is beyond the wrong bound.)
+    """
     if bounds is None:
-        return output - target
+        return (output - target) / amplitude
     low, high = bounds
     wanted = target.clamp(low, high)
     unseen = ((wanted <= low) & (output < low)) | ((wanted >= high) & (output > high))
-    return (output - wanted).masked_fill(unseen, 0.0)
+    return (output - wanted).masked_fill(unseen, 0.0) / amplitude
 
 
 def error(residual: Tensor, huber: float) -> Tensor:
@@ -59,7 +65,7 @@ class Regression(Method):
             outputs = [policy.estimate(row, state, batch.condition) for row, state in enumerate(states)]
         else:
             outputs = [policy.sample(batch.noise, batch.condition, options.regression_last_k)]
-        residuals = [visible_residual(output, batch.target, context.bounds) for output in outputs]
+        residuals = [visible_residual(output, batch.target, context.bounds, context.amplitude) for output in outputs]
         loss = torch.stack([error(residual, options.huber) for residual in residuals]).mean()
         yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}
 
@@ -71,6 +77,7 @@ class Regression(Method):
         rows = draws.integers(0, steps, len(batch), generator, device)
         ends = torch.cat([batch.states[:, 1:], batch.target[:, None]], 1)
         each = torch.arange(len(batch), device=device)
-        residual = context.policy.advance(rows, batch.states[each, rows], batch.condition) - ends[each, rows]
+        reached = context.policy.advance(rows, batch.states[each, rows], batch.condition)
+        residual = (reached - ends[each, rows]) / context.amplitude
         huber = context.config.options_as(Supervised).huber
         return error(residual, huber), {"mse": residual.detach().pow(2).mean().item()}

@@ -53,7 +53,7 @@ class FakeScore:
             clean = self._clean(t, x, condition)
             alpha, sigma = levels(self.teacher, t)
             weight = (alpha / sigma.clamp_min(1e-6)).pow(2).clamp_max(5.0)
-            loss: Tensor = (weight * (clean - outputs).pow(2)).mean()
+            loss: Tensor = (weight * ((clean - outputs) / self.teacher.amplitude).pow(2)).mean()
             self.optimizer.zero_grad()
             loss.backward()
         draws.average_gradients(self.network.parameters())
@@ -79,7 +79,8 @@ class FakeScore:
         gradient is DMD's. And the fake score's mean loss."""
         detached = outputs.detach()
         learnt = [self.learn(detached, condition, generator) for _ in range(updates)]
-        return (self.difference(detached, condition, generator) * outputs).mean(), sum(learnt) / updates
+        along = (self.difference(detached, condition, generator) * outputs).mean() / self.teacher.amplitude
+        return along, sum(learnt) / updates
 
     def _clean(self, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
         with autocast(x.device.type):

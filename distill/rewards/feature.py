@@ -93,7 +93,7 @@ class FeatureReward:
     @classmethod
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
         """Train the features on the pool's outputs and their classes or prompts; without either they stay random."""
-        images = teacher.images(pairs.target).clamp(*teacher.postprocess.value_range)
+        images = teacher.seen(pairs.target)
         labels, outputs = pairs.condition, teacher.num_conditions or 1
         if labels is not None and teacher.prompts is not None:
             labels = prompt_vectors(teacher.prompts, labels).to(images.device)

@@ -36,9 +36,7 @@ class MmdReward:
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int) -> MmdReward:
         """With features trained on ``pairs``, and a bank of the first of the teacher's outputs in them."""
         features = FeatureReward.fit(teacher, pairs, seed)
-        return cls(
-            features, features.embed(teacher.images(pairs.target[:BANK]).clamp(*teacher.postprocess.value_range))
-        )
+        return cls(features, features.embed(teacher.seen(pairs.target[:BANK])))
 
     def _embed(self, images: Tensor) -> Tensor:
         pooled = self.features.network.features(images)[-1].mean((2, 3))

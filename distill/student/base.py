@@ -88,7 +88,7 @@ class Student:
         start = torch.from_numpy(noise([(seed, i) for i in range(count)], self.teacher.shape)[0])
         with torch.no_grad():
             latents = self.policy().sample(start, self.teacher.labels(np.arange(count)))
-            levels = ((self.teacher.images(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            levels = ((self.teacher.seen(latents) + 1) * 127.5).round().to(torch.uint8)
         found: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).numpy()
         return found
 

@@ -49,6 +49,7 @@ def distill(
     on_progress: Progress | None = None,
     pairs: pool.Pairs | None = None,
     prompts: Sequence[str] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> Student:
     """Distil a teacher into a student of ``config.num_inference_steps`` network calls.
 
@@ -60,6 +61,7 @@ def distill(
         resume: go on from ``folder``'s checkpoint.
         pairs: the pool, when the caller holds it already.
         prompts: of a text-to-image teacher, what the student is to draw, if the teacher's folder has none.
+        value_range: (low, high) of the teacher's images; None: its own, or of a function's the range of its outputs.
 
     Raises:
         InvalidRequest: an argument is wrong, or another run is writing to ``folder``.
@@ -70,7 +72,8 @@ def distill(
     draws.init_distributed()
     make_method(config.method)
     names = [] if config.get("reward") is None else reward_names(config.get("reward"))
-    teacher = Teacher.load(source, prompts=prompts) if prompts is not None else Teacher.load(source)
+    options = {"prompts": prompts, "value_range": value_range}
+    teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if student is not None:
         teacher = _with_student(teacher, student)
     with run_lock(folder):
@@ -84,7 +87,7 @@ def distill(
         policy = trainer.run(resume)
     calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
     return Student(
-        teacher=teacher,
+        teacher=trainer.teacher,
         network=policy.network,
         tables=[policy.table],
         name=f"{teacher.name}-{config.num_inference_steps}",

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
+from redif_sdk.distill.teachers.value_range import UNIT, InRange
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
 from redif_sdk.models.prompts import Prompts
@@ -31,7 +32,17 @@ from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Adapter", "Sampler", "Teacher", "adapter_of", "check_deterministic", "fingerprint", "register", "supported"]
+__all__ = [
+    "Adapter",
+    "Sampler",
+    "Teacher",
+    "adapter_of",
+    "as_latents",
+    "check_deterministic",
+    "fingerprint",
+    "register",
+    "supported",
+]
 
 DECODE_BATCH = 64  # latents at once
 
@@ -42,7 +53,7 @@ Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(InRange):
     """A diffusion model to distil.
 
     ``predict`` is called with x (B, C, H, W) float32, t (B,) float32 and the condition (B,) int64 or None, and is a
@@ -76,6 +87,8 @@ class Teacher:
         None  # `predict`, `make_student` at another one
     )
     pipeline: Any = None  # diffusers' own, whose other parts a student is saved with
+    range_known: bool = True  # off: the value range is measured on outputs (`ranged_by`)
+    clipped: bool = True  # off: what it makes has no range that is seen, as latents that are rewarded undecoded
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -236,7 +249,7 @@ class Teacher:
         ``options`` as for :meth:`from_diffusers`.
         """
         if isinstance(source, Teacher):
-            return source
+            return source.in_range(options.get("value_range"))
         if not isinstance(source, (str, Path)):
             return cls.from_diffusers(source, **options)
         folder, revision = folders.locate(source)
@@ -252,6 +265,7 @@ class Teacher:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> Teacher:
         """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
         was given to :func:`register`; or any UNet2DModel with its scheduler.
@@ -263,6 +277,7 @@ class Teacher:
             prompts: of a text-to-image pipeline, what the student is to draw.
             height, width: of an image in pixels, where the pipeline takes several sizes; None: its own.
             num_inference_steps: of the teacher's own sampler; None: as many as usual.
+            value_range: (low, high) of its images; None: what ``redif_teacher.json`` says, else diffusers' own [-1, 1].
 
         Raises:
             InvalidRequest: the folder is not there, or is no diffusers folder; or prompts are missing.
@@ -270,7 +285,7 @@ class Teacher:
         """
         options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
         if not isinstance(source, (str, Path)):
-            return adapter_of(source)(source, **options)
+            return adapter_of(source)(source, **options).in_range(value_range)
         folder = Path(source)
         name = folders.pipeline_name(folder)
         if name in _ADAPTERS:
@@ -279,7 +294,8 @@ class Teacher:
             raise _no_adapter(name)
         else:
             pipeline, about = folders.load_unet(folder)
-        return replace(adapter_of(pipeline)(pipeline, about=about, **options), folder=folder)
+        teacher = replace(adapter_of(pipeline)(pipeline, about=about, **options), folder=folder)
+        return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
 
     @classmethod
     def from_callable(
@@ -295,6 +311,7 @@ class Teacher:
         shift: float = 1.0,
         num_inference_steps: int = 50,
         pixel_shuffle: int = 1,
+        value_range: tuple[float, float] | None = None,
         name: str = "callable",
         fingerprint: str | None = None,
     ) -> Teacher:
@@ -309,6 +326,8 @@ class Teacher:
             shape: (C, H, W) of x.
             student: the network to train, since a black box has no weights to copy. A diffusers ``UNet2DModel``, or any
                 module called as ``student(x, t, condition)``. It is copied, never changed.
+            value_range: (low, high) of its data, which images map to 0..255, rewards to [-1, 1], and beyond which
+                errors do not count. None: it is measured on the teacher's outputs.
             guidance: classifier-free guidance; its ``null_class`` is the condition that means 'no class'.
             fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
         """
@@ -318,7 +337,7 @@ class Teacher:
                 f"the prediction type {prediction_type} and this noise schedule do not belong together; "
                 "a flow has NoiseSchedule.linear_flow(), and nothing else has"
             )
-        return cls(
+        made = cls(
             name=name,
             shift=shift,
             predict=torch.no_grad()(predict),
@@ -332,7 +351,18 @@ class Teacher:
             network_folder="unet",
             fingerprint=fingerprint or "",
             guidance=guidance,
+            range_known=False,
         )
+        return made.in_range(value_range)
+
+
+def as_latents(teacher: Teacher) -> Teacher:
+    """``teacher`` with its latents as images, undecoded and unclamped: what rewards in latents are given and fitted to.
+
+    Pixels are still mapped from their value range to [-1, 1].
+    """
+    low, high = UNIT if teacher.decode is not None else teacher.postprocess.value_range
+    return replace(teacher, decode=None, postprocess=Postprocess(value_range=(low, high)), clipped=False)
 
 
 Adapter = Callable[..., Teacher]

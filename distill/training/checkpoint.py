@@ -22,6 +22,7 @@ from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.value_range import UNIT
 from redif_sdk.errors import InvalidRequest
 
 __all__ = ["CHECKPOINT", "identity", "read", "restore_weights", "run_lock", "save_state", "weights_of", "write"]
@@ -68,7 +69,13 @@ def identity(config: DistillConfig, teacher: Teacher) -> str:
     """What a checkpoint must have in common with the run that resumes it."""
     settings = config.model_dump(mode="json", fallback=str)
     fixed = {name: value for name, value in settings.items() if name not in FREE}
-    more = {"reward": str(config.get("reward")), "teacher": teacher.identity, "processes": draws.world()}
+    more: dict[str, Any] = {
+        "reward": str(config.get("reward")),
+        "teacher": teacher.identity,
+        "processes": draws.world(),
+    }
+    if (value_range := teacher.postprocess.value_range) != UNIT:
+        more["value_range"] = value_range
     return json.dumps(fixed | more)
 
 

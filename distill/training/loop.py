@@ -9,14 +9,13 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from redif_sdk.artifact.records import Postprocess
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
@@ -29,7 +28,8 @@ from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards
-from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.base import Teacher, as_latents
+from redif_sdk.distill.teachers.value_range import say_what_is_cut
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.check import Watch, check, check_student, held_back, sampled
 from redif_sdk.distill.training.log import GRID, RunLog
@@ -39,7 +39,6 @@ from redif_sdk.sampling.table import StepTable
 __all__ = ["Progress", "Trainer"]
 
 WARM_UP = 20  # updates in which the learning rate rises
-NO_RANGE = 1e3  # latents have none: nothing is clamped at it
 
 Progress = Callable[[float, dict[str, float]], object]
 
@@ -80,6 +79,8 @@ class Trainer:
         self.method, self.watch = make_method(config.method), Watch(config.early_stop)
         device = chosen_device(config.device)
         self.pairs = self.pairs.to(device)
+        self.teacher = self.teacher.ranged_by(self.pairs.target)
+        say_what_is_cut(self.teacher, self.pairs.target)
         network, self.ema = (self._network().to(device) for _ in range(2))
         self.ema.requires_grad_(False)
         check_student(network, self.teacher, device)
@@ -125,10 +126,9 @@ class Trainer:
                 f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
             )
         in_latents = config.get("reward_space") == "latents"
-        plain = Postprocess(value_range=(-NO_RANGE, NO_RANGE))  # rewards are then given latents as they are
-        judged = replace(teacher, decode=None, postprocess=plain) if in_latents else teacher
+        judged = as_latents(teacher) if in_latents else teacher
         rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
-        advantage = Advantage(rewards, judged.images, clamped=not in_latents)
+        advantage = Advantage(rewards, judged.unit_images, clamped=not in_latents)
         policy = StudentPolicy(network, table, teacher.schedule, Meter(processes=draws.world()))
         bounds = None if teacher.decode is not None else teacher.postprocess.value_range
         context = Context(policy, teacher, self.pairs, advantage, config, bounds)
@@ -314,7 +314,7 @@ class Trainer:
         row["budget"] = asdict(self.meter) | {"forward_equivalents": self.meter.forward_equivalents}
         log.write(row)
         if checked and log.tracker:
-            ours, theirs = (self.teacher.images(part).clamp(-1, 1) for part in sampled(self.context, network, GRID))
+            ours, theirs = (self.teacher.seen(part) for part in sampled(self.context, network, GRID))
             log.show(ours, theirs, self.update)
 
     # -- resuming -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from redif_sdk.cli.terminal import (
     PromptFile,
     Quiet,
     TeacherArgument,
+    ValueRange,
     Width,
     teacher_options,
 )
@@ -79,6 +80,7 @@ def distill_command(
     prompts: PromptFile = None,
     height: Height = None,
     width: Width = None,
+    value_range: ValueRange = None,
     start: Start = None,
     resume: Resume = False,
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw; default: 0.")] = None,
@@ -104,7 +106,7 @@ def distill_command(
     options |= {"teacher_calls": teacher_calls, "seed": seed, "device": device, "lora_rank": lora_rank}
     settings = partial(resolve, parse_settings(assignments, options), file=config_file, name=preset)
     _check(settings(), output, resume)
-    model = Teacher.load(teacher, **teacher_options(prompts, height, width))
+    model = Teacher.load(teacher, **teacher_options(prompts, height, width, value_range))
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
     config = settings(text=model.prompts is not None)  # text to image has presets of its own

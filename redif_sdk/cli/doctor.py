@@ -9,7 +9,6 @@ import platform
 import re
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from redif_sdk.cli.terminal import (
     PromptFile,
     Quiet,
     TrainingDevice,
+    ValueRange,
     console_for,
     fail,
     print_rows,
@@ -50,6 +50,7 @@ def doctor_command(
     reward: Annotated[str, typer.Option(help="With --distill: reward of the planned run.")] = "feature",
     device: TrainingDevice = "auto",
     prompts: PromptFile = None,
+    value_range: ValueRange = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -60,7 +61,11 @@ def doctor_command(
     With --distill: is the teacher's prediction type right, is it deterministic, do its samples belong to their noise,
     does the reward tell actions apart, and how long would a run take?
     """
-    rows = examine() if distill is None else _examine_teacher(distill, steps, reward, device, prompts, quiet)
+    if distill is None:
+        rows = examine()
+    else:
+        options = teacher_options(prompts, value_range=value_range)
+        rows = _examine_teacher(distill, steps, reward, device, options, quiet)
     write_rows(json, "doctor", rows)
     print_rows(console_for(json, quiet), FINDINGS, rows)
     if broken := [row["subject"] for row in rows if row["status"] == "problem"]:
@@ -68,13 +73,13 @@ def doctor_command(
 
 
 def _examine_teacher(
-    source: str, steps: int, reward: str, device: str, prompts: Path | None, quiet: bool
+    source: str, steps: int, reward: str, device: str, options: dict[str, Any], quiet: bool
 ) -> list[dict[str, Any]]:
     from redif_sdk.distill.evaluation.examine import examine_teacher
     from redif_sdk.distill.teachers.base import Teacher
 
     with Progress(quiet).stage(f"examine {source}"):
-        teacher = Teacher.load(source, **teacher_options(prompts))
+        teacher = Teacher.load(source, **options)
         return examine_teacher(teacher, num_inference_steps=steps, reward=reward, device=device)
 
 

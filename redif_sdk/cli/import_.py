@@ -13,6 +13,7 @@ from redif_sdk.cli.terminal import (
     Json,
     Quiet,
     TeacherArgument,
+    ValueRange,
     Width,
     numbers,
     teacher_options,
@@ -39,6 +40,7 @@ def import_command(
     prompts: Prompts = None,
     height: Height = None,
     width: Width = None,
+    value_range: ValueRange = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -50,7 +52,7 @@ def import_command(
     from redif_sdk.distill.student import import_pipeline
     from redif_sdk.progress import Progress
 
-    counts, options = numbers("--steps", steps), teacher_options(prompts, height, width)
+    counts, options = numbers("--steps", steps), teacher_options(prompts, height, width, value_range)
     with Progress(quiet).stage(f"importing {pipeline}"):
         manifest = import_pipeline(pipeline, output, counts, guidance_scale=guidance_scale, **options)
     write_rows(

@@ -33,6 +33,7 @@ __all__ = [
     "TeacherArgument",
     "Threads",
     "TrainingDevice",
+    "ValueRange",
     "Width",
     "console_for",
     "fail",
@@ -74,6 +75,11 @@ PromptFile = Annotated[
 Height = Annotated[int | None, typer.Option(help="Image height in pixels, if the pipeline supports several sizes.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels, if the pipeline supports several sizes.")]
 
+ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Value range of the teacher's images; default: its own, usually -1 1."),
+]
+
 
 def fail(message: str, code: int) -> NoReturn:
     """One line on standard error, and the exit code."""
@@ -107,11 +113,17 @@ def sizes_of(values: Sequence[str] | None) -> list[tuple[int, int]]:
     return found
 
 
-def teacher_options(prompts: Path | None, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+def teacher_options(
+    prompts: Path | None,
+    height: int | None = None,
+    width: int | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> dict[str, Any]:
     """The arguments of ``Teacher.load`` that were given. The prompts are read from their file."""
     from redif_sdk.models.prompts import read_prompts
 
-    given = {"prompts": None if prompts is None else read_prompts(prompts), "height": height, "width": width}
+    texts = None if prompts is None else read_prompts(prompts)
+    given = {"prompts": texts, "height": height, "width": width, "value_range": value_range}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -77,6 +77,9 @@ class DistillConfig(BaseModel):
     checkpoint_seconds: float = Field(30.0, ge=0, description="Seconds between checkpoints.")
     log_every: int = Field(10, ge=1, description="Updates between lines of the log.")
     check_every: int = Field(100, ge=1, description="Updates between checks of recall and error on the pool.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="Weights that a run ends with: its best on pairs kept from training, or its last."
+    )
     early_stop: int = Field(
         0, ge=0, description="Stop after this many checks in a row without a better reward; 0 = never."
     )

@@ -33,6 +33,7 @@ class Meter:
     updates: int = 0
     seconds: float = 0.0
     auxiliary_calls: float = 0.0  # of other networks (rewards, a discriminator), by their cost
+    check_calls: float = 0.0  # of checks, all they cost; no part of the training's forward-equivalents
     processes: int = 1
 
     @property

@@ -14,6 +14,8 @@
     ├── NonFiniteOutput      generated images hold NaN or infinite values; also a RuntimeError
     └── InvalidRequest       an argument is wrong; also a ValueError
 
+and one warning, WorseThanStart: a distillation ended worse than its untrained start.
+
 A message says what is wrong with which value, and what to do.
 """
 
@@ -33,6 +35,7 @@ __all__ = [
     "TrainingDiverged",
     "NonFiniteOutput",
     "InvalidRequest",
+    "WorseThanStart",
 ]
 
 
@@ -106,3 +109,7 @@ class NonFiniteOutput(RedifError, RuntimeError):
 
 class InvalidRequest(RedifError, ValueError):
     """An argument is wrong: its value, its shape, or what it asks for."""
+
+
+class WorseThanStart(UserWarning):
+    """A distillation ended worse than its untrained start; `Student.worse` has the same sentence."""

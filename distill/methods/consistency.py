@@ -32,9 +32,14 @@ class Consistency(Method):
 
     name = "consistency"
     rewarded = False
+    paired = True
 
     def __init__(self) -> None:
         self.target: nn.Module | None = None
+
+    def draws_noise(self, num_inference_steps: int) -> bool:
+        """Consistency multistep noises each clean image anew."""
+        return num_inference_steps > 1
 
     def prepare(self, context: Context) -> None:
         """The student samples by the consistency table, on the trailing grid of K times."""

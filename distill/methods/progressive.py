@@ -38,6 +38,7 @@ class Progressive(Method):
 
     name = "progressive"
     rewarded = False
+    paired = True
 
     def __init__(self) -> None:
         self.stage = -1

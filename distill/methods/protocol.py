@@ -24,11 +24,13 @@ Loss = tuple[Tensor, dict[str, float]]
 class Method(ABC):
     """``losses`` yields (loss, figures for the log); the trainer takes one optimiser step for each yield.
 
-    ``rewarded``: whether it follows the rewards that the settings name; where not, none of them is made.
+    ``rewarded``: whether it follows the rewards that the settings name; where not, none of them is made. ``paired``:
+    whether the error to the teacher's outputs is all that it lowers: then a run ends no further off than it ever was.
     """
 
     name: str
     rewarded: bool
+    paired: bool = False
 
     def prepare(self, context: Context) -> None:  # noqa: B027  most methods have nothing to prepare
         """Once, before the first update (not after a resume)."""
@@ -39,6 +41,10 @@ class Method(ABC):
 
     def finish(self, context: Context, student: StudentPolicy) -> None:  # noqa: B027
         """Once, after the last update, with the EMA student, whose table it may replace."""
+
+    def draws_noise(self, num_inference_steps: int) -> bool:
+        """Whether a student of so many steps draws noise between them, so that no output belongs to a teacher's."""
+        return False
 
     def reserve(self, context: Context) -> float:
         """The forward-equivalents that `finish` will spend."""

@@ -52,6 +52,7 @@ class Regression(Method):
 
     name = "regression"
     rewarded = False
+    paired = True
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """Of the rollout's output, of every step (``supervision`` per_step), or of ``segments``; see above."""

@@ -70,11 +70,15 @@ class Advantage:
             assert isinstance(reward, LearningReward)
             reward.load_state_dict(kept, context)
 
-    def images(self, latents: Tensor) -> Tensor:
-        """What a user would see, in [-1, 1]; or what the rewards see in its place."""
+    def decoding(self, latents: Tensor) -> float:
+        """Floating-point operations to make an image of one of ``latents``; 0 where they are pixels."""
         if self._decoding is None:
             self._decoding = flops(self.to_images, latents[:1].detach())
-        self.charge((3 if latents.requires_grad else 1) * len(latents) * self._decoding)
+        return self._decoding
+
+    def images(self, latents: Tensor) -> Tensor:
+        """What a user would see, in [-1, 1]; or what the rewards see in its place."""
+        self.charge((3 if latents.requires_grad else 1) * len(latents) * self.decoding(latents))
         images = self.to_images(latents)
         return images.clamp(-1, 1) if self.clamped else images
 
@@ -135,12 +139,21 @@ class Advantage:
         """For the log: images that rewards could not judge in this run, where a reward counts them."""
         return {"unjudged": sum(self._unjudged.values())} if self._unjudged else {}
 
+    @property
+    def steady(self) -> bool:
+        """Whether the rewards stay the same through the run, and judge any images: then checks can be compared."""
+        return not any(isinstance(r, LearningReward) or getattr(r, "local", False) for r, _ in self.rewards)
+
     def score(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> float:
         """The weighted mean reward of a batch: what the log shows. Rewards that judge locally are left out."""
+        return float(sum(weight * value.mean().item() for value, weight in self.each(outputs, targets, condition)))
+
+    @torch.no_grad()
+    def each(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[tuple[Tensor, float]]:
+        """Values of each reward for a batch, (N,) or (N, h, w), with its weight; without those that judge locally."""
         able = [(reward, weight) for reward, weight in self.rewards if not getattr(reward, "local", False)]
-        with torch.no_grad():
-            values = self._judged(able, outputs, self.images(outputs), targets, condition, 1)
-        return float(sum(w * v.mean().item() for v, (_, w) in zip(values, able, strict=True)))
+        values = self._judged(able, outputs, self.images(outputs), targets, condition, 1)
+        return [(value, weight) for value, (_, weight) in zip(values, able, strict=True)]
 
     def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None, *, by_place: bool = False) -> Tensor:
         """``outputs`` (G, B, C, H, W), ``targets`` (B, C, H, W) -> (G, B).

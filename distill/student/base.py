@@ -46,6 +46,8 @@ class Student:
     distillation: Distillation | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""  # why training ended before its budget did
+    worse: str = ""  # said of a run that ended worse than its untrained start
+    note: str = ""  # said of its weights: that they are of an earlier check, or what the reward cost
     scheduler: Any = None  # diffusers' own, of an imported pipeline that keeps it
 
     @property

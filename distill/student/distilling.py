@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -27,7 +28,7 @@ from redif_sdk.distill.teachers.base import Teacher, check_deterministic
 from redif_sdk.distill.training.check import check_student
 from redif_sdk.distill.training.checkpoint import run_lock
 from redif_sdk.distill.training.loop import Progress, Trainer
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, WorseThanStart
 from redif_sdk.models.denoiser import Denoiser
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
@@ -52,6 +53,10 @@ def distill(
     value_range: tuple[float, float] | None = None,
 ) -> Student:
     """Distil a teacher into a student of ``config.num_inference_steps`` network calls.
+
+    A run whose end is worse than its untrained start gives a :class:`~redif_sdk.errors.WorseThanStart` warning, and
+    `Student.worse` says so; unless ``config.keep`` is "last", the student has the best weights of the run, or those of
+    its start.
 
     Args:
         source: a diffusers folder, a shipped teacher's name ("fashion-mnist"), a pipeline, or a :class:`Teacher`.
@@ -85,6 +90,10 @@ def distill(
         network = begin.network if begin else None
         trainer = Trainer(teacher, config, pairs, folder, start=network, on_progress=on_progress)
         policy = trainer.run(resume)
+    verdict = trainer.verdict
+    assert verdict is not None
+    if verdict.worse:
+        warnings.warn(verdict.worse, WorseThanStart, stacklevel=2)
     calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
     return Student(
         teacher=trainer.teacher,
@@ -92,6 +101,8 @@ def distill(
         tables=[policy.table],
         name=f"{teacher.name}-{config.num_inference_steps}",
         stopped=trainer.stopped,
+        worse=verdict.worse,
+        note=verdict.note,
         distillation=Distillation(
             method=config.method,
             estimator=config.get("estimator") if config.method == "redif" else None,
@@ -100,6 +111,7 @@ def distill(
             budget=_budget(policy.meter, calls),
             versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
             configuration=recorded(config),
+            checks=verdict.checks,
         ),
     )
 

@@ -10,15 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.distill import pool
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.measures.distances import precision_recall
+from redif_sdk.distill.methods.registry import METHODS
+from redif_sdk.distill.methods.regression import visible_residual
 from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.base import Teacher, two_calls_differ
+from redif_sdk.distill.training.standing import Standing, energy_errors, squared_errors
 from redif_sdk.errors import UnsupportedModel
+from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Watch", "check", "check_student", "held_back", "sampled"]
+__all__ = ["Watch", "check", "check_student", "held_back", "kept_apart", "sampled"]
 
-CHECK_PAIRS = 192  # pool entries on which a run is watched
+CHECK_PAIRS = 192  # pool entries on which a run is watched, at most
+FEWEST = 32  # at least
+SHARE = 0.02  # of what the training costs
+CHECK_SEED = 7_777_777  # of the noises of checks, where the pool is too small to keep some of it from training
 HELD_BACK_FACTOR = 8  # a pool of at least so many times CHECK_PAIRS keeps them from training
 
 
@@ -49,38 +58,93 @@ def held_back(pool_size: int) -> int:
     return CHECK_PAIRS if pool_size >= HELD_BACK_FACTOR * CHECK_PAIRS else 0
 
 
+def check_size(context: Context) -> int:
+    """On how many pairs a run is watched: so many that its checks cost `SHARE` of it, from `FEWEST` to `CHECK_PAIRS`.
+
+    A check costs a rollout of each pair, and decoding its images where rewards see them.
+    """
+    config, advantage = context.config, context.advantage
+    steps = config.num_inference_steps
+    update = config.batch_size * (steps + 2)  # at least: forward through all steps, backward through one
+    updates = config.updates or (config.forward_equivalents or 0) / update
+    checks = 2 + updates // config.check_every if updates else 1
+    training = (updates or config.check_every) * update
+    pair = steps + 2 * advantage.decoding(context.pairs.target) / context.unit
+    return min(CHECK_PAIRS, max(FEWEST, int(SHARE * training / (checks * pair))))
+
+
+def kept_apart(context: Context) -> tuple[Pairs, bool, float]:
+    """The pairs on which a run is watched, whether they are kept from training, and the calls that they took.
+
+    The pool's first entries, if it is large enough to keep them from training; else the teacher is sampled for up to an
+    eighth as many pairs as the pool has, of noises that are neither trained nor evaluated on. Where ``teacher_calls``
+    does not allow these, the pool's first entries, which are trained on too.
+    """
+    pairs, teacher, size = context.pairs, context.teacher, check_size(context)
+    if held_back(len(pairs)):
+        return pairs[:size], True, 0.0
+    size = min(size, max(FEWEST // 2, len(pairs) // 8))
+    calls, allowed = teacher.num_inference_steps * teacher.calls_per_step, context.config.teacher_calls
+    if allowed is not None and allowed < (len(pairs) + size) * calls:
+        return pairs[:size], False, 0.0
+    made, spent = pool.get(teacher, size, "train", seed=CHECK_SEED, device=context.device)
+    return made.to(context.device), True, float(spent)
+
+
 @torch.no_grad()
-def sampled(context: Context, network: nn.Module, count: int) -> tuple[Tensor, Tensor]:
-    """The latents (N, C, H, W) of ``network`` on the pool's first ``count`` entries, and the teacher's."""
-    pool = context.pairs[: min(count, len(context.pairs))]
-    policy = StudentPolicy(network, context.policy.table, context.teacher.schedule)
+def sampled(
+    context: Context, network: nn.Module, pairs: Pairs, table: StepTable | None = None
+) -> tuple[Tensor, Tensor]:
+    """The latents (N, C, H, W) of ``network`` on ``pairs``, and the teacher's. ``table``: None: the policy's."""
+    policy = StudentPolicy(network, table or context.policy.table, context.teacher.schedule)
     slices = policy.table.noise_slices
-    return policy.sample(pool.slices(slices) if slices > 1 else pool.noise, pool.condition), pool.target
+    return policy.sample(pairs.slices(slices) if slices > 1 else pairs.noise, pairs.condition), pairs.target
 
 
 @torch.no_grad()
-def check(context: Context, network: nn.Module) -> dict[str, float]:
-    """Reward, paired error, contrast and recall of ``network`` on the pool's first entries; the meter counts nothing.
+def check(
+    context: Context,
+    network: nn.Module,
+    pairs: Pairs,
+    update: int,
+    *,
+    energy: bool = False,
+    table: StepTable | None = None,
+) -> tuple[dict[str, float], Standing]:
+    """Reward, paired error, contrast and recall of ``network`` on ``pairs``, and how it stands by them.
 
     ``contrast`` is the output's standard deviation over the teacher's. ``recall``: in a reward's features, if one has
-    any, else in pixels.
+    any, else in pixels. What it costs is the meter's ``check_calls``, and no part of a budget.
+
+    Args:
+        update: the updates that were made so far.
+        energy: the student draws noise of its own, so its outputs are compared as a set.
+        table: in place of the policy's.
     """
-    spent = context.meter.auxiliary_calls
-    output, target = sampled(context, network, CHECK_PAIRS)
-    advantage = context.advantage
+    advantage, meter, amplitude = context.advantage, context.meter, context.amplitude
+    spent = meter.auxiliary_calls
+    output, target = sampled(context, network, pairs, table)
     embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
     _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(target)))
-    able = any(not getattr(reward, "local", False) for reward, _ in advantage.rewards)
-    wrong = ((output - target) ** 2).mean().item()
-    condition = context.pairs[: len(target)].condition
-    reward = advantage.score(output, target, condition) if able else -wrong
-    context.meter.auxiliary_calls = spent
-    return {
-        "reward": reward,
+    wrong = (((output - target) / amplitude) ** 2).mean().item()
+    values = advantage.each(output, target, pairs.condition)
+    rewards = None
+    if advantage.steady and METHODS[context.config.method].rewarded:
+        each = [weight * value.double().reshape(len(value), -1).mean(1).cpu() for value, weight in values]
+        rewards = torch.stack(each).sum(0)
+    meter.check_calls += meter.auxiliary_calls - spent + len(pairs) * context.policy.num_inference_steps
+    meter.auxiliary_calls = spent
+    if energy:
+        errors = energy_errors(output / amplitude, target / amplitude)
+    else:
+        errors = squared_errors(visible_residual(output, target, context.bounds, amplitude))
+    figures = {
+        "reward": float(sum(weight * value.mean().item() for value, weight in values)) if values else -wrong,
         "check_mse": wrong,
         "contrast": (output.std() / target.std()).item(),
         "recall": recall,
     }
+    return figures, Standing(update, errors, rewards)
 
 
 @dataclass

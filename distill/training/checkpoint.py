@@ -29,7 +29,7 @@ __all__ = ["CHECKPOINT", "identity", "read", "restore_weights", "run_lock", "sav
 
 CHECKPOINT, LOCK = "checkpoint.pt", "run.lock"
 #: What may differ between a run and the one that resumes it; a reward is compared by what it is called.
-FREE = {"checkpoint_seconds", "reward", "tracker", "device"}
+FREE = {"checkpoint_seconds", "reward", "tracker", "device", "keep"}
 
 
 @contextmanager

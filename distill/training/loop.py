@@ -31,8 +31,10 @@ from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teachers.base import Teacher, as_latents
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
 from redif_sdk.distill.training import checkpoint
-from redif_sdk.distill.training.check import Watch, check, check_student, held_back, sampled
+from redif_sdk.distill.training.check import Watch, check_student, held_back, sampled
 from redif_sdk.distill.training.log import GRID, RunLog
+from redif_sdk.distill.training.observer import Observer
+from redif_sdk.distill.training.standing import Verdict
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
@@ -51,6 +53,7 @@ class Trainer:
         folder: of the checkpoint and the log; None: nothing is written.
         start, start_table: a network and a table to begin with, in place of the teacher's own.
         on_progress: called after each update with the share of the run that is done, and figures.
+        verdict: of a run that has ended, how it stands to its untrained start.
     """
 
     teacher: Teacher
@@ -66,6 +69,8 @@ class Trainer:
     ema: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     watch: Watch = field(init=False)
+    observer: Observer = field(init=False)
+    verdict: Verdict | None = field(init=False, default=None)
     update: int = 0
     sharded: bool = field(init=False, default=False)
     _reserved: float = field(init=False, default=0.0)  # forward-equivalents that the method spends at the end
@@ -85,6 +90,7 @@ class Trainer:
         self.ema.requires_grad_(False)
         check_student(network, self.teacher, device)
         self.context = self._context(network)
+        self.observer = Observer(self.context, self.method)
         self._reserved = self.method.reserve(self.context)
         if config.forward_equivalents and config.forward_equivalents <= self._reserved:
             raise InvalidRequest(
@@ -208,11 +214,14 @@ class Trainer:
             TrainingDiverged: a loss, a gradient or a reward is not finite, or says nothing.
         """
         with checkpoint.run_lock(self.folder):
+            self.observer.prepare()
             began = time.monotonic()
             resumed = resume and self._restore()
             log = RunLog(self.folder, self.config, self.update if resumed else None)
             if not resumed:
                 self.method.prepare(self.context)
+            self._begin(log)
+            if not resumed:
                 self.meter.seconds = time.monotonic() - began
             spent = self.meter.seconds if resumed else 0.0
             began += self.follow()
@@ -222,10 +231,7 @@ class Trainer:
             self.save()
             self.watch.stopped = self.stopped or self._cut()
             log.close()
-            table = self.context.policy.table
-            network = merged(self._whole(self.ema))
-            student = StudentPolicy(network, table, self.teacher.schedule, self.meter, exact=True)
-            self.method.finish(self.context, student)
+            student = self._end()
             student.network.cpu()  # judged, saved and exported there
             return student
 
@@ -293,12 +299,40 @@ class Trainer:
         self.pairs = self.context.pairs = with_states(self.teacher, self.pairs, times)
         return time.monotonic() - began
 
-    def check(self, network: nn.Module | None = None) -> dict[str, float]:
-        """How the EMA student stands (`redif_sdk.distill.training.check.check`).
+    def check(self) -> dict[str, float]:
+        """How the EMA student stands (`redif_sdk.distill.training.check.check`)."""
+        return self.observer.look(self.ema, self.update)[0]
 
-        ``network``: the whole EMA, where it is sharded.
-        """
-        return check(self.context, network or self.ema)
+    def _begin(self, log: RunLog) -> None:
+        """The check of the untrained student, which a resumed run knows. Of a sharded EMA all processes call."""
+        (known,) = draws.agreed(self.observer.keeper.start is not None)
+        if known:
+            return
+        network = self._network().to(self.context.device) if self.update else self._whole(self.ema)
+        if draws.rank():
+            return
+        figures = self.observer.begin(network)
+        if not self.update:
+            log.write({"update": 0, "progress": 0.0, **figures})
+
+    def _end(self) -> StudentPolicy:
+        """The student of the weights that the run keeps, finished by the method, and the `verdict`."""
+        seen = self.observer.keeper.end
+        (due,) = draws.agreed(seen is None or seen.update != self.update)
+        whole = self._whole(self.ema)
+        if due and not draws.rank():
+            self.observer.note(whole, self.update)
+        kept, weights, table = draws.from_first(lambda: self.observer.chosen(self.update))
+        if table is not None:
+            whole = self._network().to(self.context.device).requires_grad_(False)
+            if weights is not None:
+                whole.load_state_dict(weights)
+        table = table or self.context.policy.table
+        student = StudentPolicy(merged(whole), table, self.teacher.schedule, self.meter, exact=True)
+        if kept:  # an untrained student stays as it is
+            self.observer.finish(student, kept, lambda: self.method.finish(self.context, student))
+        self.verdict = draws.from_first(lambda: self.observer.verdict(kept))
+        return student
 
     def _report(self, log: RunLog, figures: dict[str, float], *, ended: bool) -> None:
         """A row of the log, every ``check_every`` updates with a check. Where the EMA is sharded all processes call."""
@@ -309,12 +343,13 @@ class Trainer:
         row: dict[str, Any] = {"update": self.update, "progress": round(self.progress, 6), **figures}
         row |= self.context.advantage.unjudged()
         if checked:
-            now = self.check(network)
+            now = self.observer.note(network, self.update)
             row |= now | self.watch.look(now)
+            row |= {"checks": self.observer.keeper.record()} if ended else {}
         row["budget"] = asdict(self.meter) | {"forward_equivalents": self.meter.forward_equivalents}
         log.write(row)
         if checked and log.tracker:
-            ours, theirs = (self.teacher.seen(part) for part in sampled(self.context, network, GRID))
+            ours, theirs = (self.teacher.seen(part) for part in sampled(self.context, network, self.pairs[:GRID]))
             log.show(ours, theirs, self.update)
 
     # -- resuming -------------------------------------------------------------------------------------------------
@@ -336,6 +371,7 @@ class Trainer:
             "update": self.update,
             "meter": asdict(self.meter),
             "watch": self.watch.state_dict(),
+            "keeper": self.observer.keeper.state_dict(),
         }
         checkpoint.write(self.folder, state)
 
@@ -353,4 +389,6 @@ class Trainer:
         for name, value in state["meter"].items():
             setattr(policy.meter, name, value)  # the meter that methods and rewards hold
         self.watch.load_state_dict(state["watch"])
+        if "keeper" in state:
+            self.observer.keeper.load_state_dict(state["keeper"])
         return True

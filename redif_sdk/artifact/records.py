@@ -100,11 +100,40 @@ class Budget(_Part):
     seconds: float = 0.0
 
 
+class CheckFigures(_Part):
+    """How the student stood after ``update`` updates (0: untrained): its error, and a reward that stays the same."""
+
+    update: Count
+    error: Annotated[float, Field(ge=0)]
+    reward: float | None = None
+
+
+class Checks(_Part):
+    """What the checks of a run found, on the same ``pairs`` for all of them.
+
+    ``held_out``: the pairs were kept from training. ``measure``: squared error of paired outputs, where the value range
+    is [-1, 1]; or half the energy distance, of samplers that draw noise. ``start`` is the untrained student, ``kept``
+    the update whose weights the student has, ``worse`` whether the run ended worse than it began.
+    ``forward_equivalents`` is what the checks cost.
+    """
+
+    pairs: Positive
+    held_out: bool
+    measure: Literal["squared", "energy"]
+    start: CheckFigures
+    end: CheckFigures
+    best: CheckFigures
+    kept: Count
+    worse: bool
+    forward_equivalents: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Distillation(_Part):
     """How the student was made.
 
     ``estimator``: how the gradient of the reward was estimated, of methods that have one. ``configuration``: every
     setting of the run by name, as JSON; a value that is not JSON, such as a callable, is its name. Both since 1.3.
+    ``checks``: how the run began and ended, since 1.4.
     """
 
     method: Text
@@ -114,6 +143,7 @@ class Distillation(_Part):
     budget: Budget
     versions: dict[Text, Text] = {}  # package -> version
     configuration: Annotated[dict[Text, Any], Field(max_length=200)] = {}
+    checks: Checks | None = None
 
 
 class Latents(_Part):

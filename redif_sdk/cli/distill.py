@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from redif_sdk.cli.settings import parse_settings, print_settings
 from redif_sdk.cli.terminal import (
+    GATE_FAILED,
     GuidanceScale,
     Height,
     Json,
@@ -19,9 +21,10 @@ from redif_sdk.cli.terminal import (
     TeacherArgument,
     ValueRange,
     Width,
+    fail,
     teacher_options,
 )
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, WorseThanStart
 
 if TYPE_CHECKING:
     from redif_sdk.distill.config import DistillConfig
@@ -193,6 +196,7 @@ def _run(
         "timesteps": [float(t) for t in student.tables[0].timesteps],
         "seed": config.seed,
         "budget": manifest.distillation.budget.model_dump(),
+        "checks": manifest.distillation.checks.model_dump() if manifest.distillation.checks else None,
     }
     if json:
         write_json(json, document("distill", [row]))
@@ -202,6 +206,10 @@ def _run(
         )
         if student.stopped:
             typer.echo(f"stopped early: {student.stopped}")
+        if student.note:
+            typer.echo(f"note: {student.note}")
+    if student.worse:
+        fail(f"{output}: {student.worse}", GATE_FAILED)
 
 
 def _say_plan(teacher: Teacher, config: DistillConfig, rebuild_bank: bool, progress: Progress) -> int:
@@ -244,4 +252,6 @@ def _train(
         pairs = sample_pool(teacher, config, rebuild=rebuild_bank, on_batch=on_batch)
     with progress.stage(f"{config.method}, {config.num_inference_steps} step(s)") as show:
         folder = training_folder(output)
-        return distill(teacher, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WorseThanStart)  # it is the command's last line
+            return distill(teacher, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from redif_sdk.bench.interleave import interleave
 from redif_sdk.card.record import quality_rows, record, speed_rows
 from redif_sdk.card.render import read_card
 from redif_sdk.card.sections import user_sections
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, WorseThanStart
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.progress import Progress, Show
 from redif_sdk.quickstart.report import Sheet, poster, render, strip
@@ -194,11 +195,15 @@ def distil(
         began, share = time.monotonic(), costs[count] / sum(costs[other] for other in configs if other not in students)
         limited = config.model_copy(update={"seconds": max(1.0, seconds * share)})
         with report.stage(f"redif: student of {count} step(s)") as show:
-            before = students[count] = distill(teacher, limited, start=before, pairs=pairs, on_progress=show)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", WorseThanStart)  # said below
+                before = students[count] = distill(teacher, limited, start=before, pairs=pairs, on_progress=show)
             before.save_pretrained(output / f"student-{count}", overwrite=True)
         seconds -= time.monotonic() - began
         if before.stopped:
             report.say(f"WARNING: student-{count}: {before.stopped} (--minutes)")
+        if before.worse or before.note:
+            report.say(f"WARNING: student-{count}: {before.worse or before.note}")
         strip(before.images(config.seed, PREVIEW)).save(output / f"student-{count}.png")
         report.say(f"first images of student-{count}: {output / f'student-{count}.png'}")
     return students

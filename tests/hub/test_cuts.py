@@ -17,8 +17,6 @@ from redif_sdk.hub import pull, push
 
 from .standin import HubStandIn
 
-ROUNDS = 25  # of two cuts each
-
 
 def whole(hub: HubStandIn, repo: str, student: Path) -> bool:
     """Whether readers see the student; they must see all of it, or nothing."""
@@ -33,7 +31,10 @@ def whole(hub: HubStandIn, repo: str, student: Path) -> bool:
     return True
 
 
-def test_fifty_cuts(hub: HubStandIn, plain_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [8, pytest.param(25, marks=pytest.mark.slow)])  # of two cuts each
+def test_cuts_at_any_byte(
+    hub: HubStandIn, plain_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
     from huggingface_hub import constants
 
     cuts = random.Random(4)
@@ -44,7 +45,7 @@ def test_fifty_cuts(hub: HubStandIn, plain_student: Path, tmp_path: Path, monkey
     pull("alice/measure", tmp_path / "measured")
     to_pull = hub.passed - to_push
     broken = {"push": 0, "pull": 0}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         repo, output = f"alice/cut-{number}", tmp_path / f"pulled-{number}"
         cache = tmp_path / f"cache-{number}"
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -77,7 +78,7 @@ def test_fifty_cuts(hub: HubStandIn, plain_student: Path, tmp_path: Path, monkey
         assert np.array_equal(FastPipeline.from_pretrained(output)(seed=1, output_type="uint8").images, expected)
         shutil.rmtree(output)
         shutil.rmtree(cache)
-    assert min(broken.values()) > ROUNDS / 2, broken  # the cuts did cut
+    assert min(broken.values()) > rounds / 2, broken  # the cuts did cut
 
 
 def test_the_same_branch_survives_cut_after_cut(hub: HubStandIn, plain_student: Path, tmp_path: Path) -> None:

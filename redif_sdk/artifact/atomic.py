@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from redif_sdk.artifact.paths import is_clutter
 from redif_sdk.errors import InvalidRequest
 
 __all__ = ["REPLACEABLE", "atomic_folder", "atomic_write"]
@@ -37,8 +38,8 @@ def _check_free(path: Path, overwrite: bool, replaceable: Sequence[str]) -> None
         return
     if not path.is_dir():
         raise InvalidRequest(f"{path} is a file; give a folder")
-    if not any(path.iterdir()):
-        return
+    if all(is_clutter(entry.name) and entry.is_file() and not entry.is_symlink() for entry in path.iterdir()):
+        return  # empty, but for what the system put there
     if not overwrite:
         raise InvalidRequest(f"{path} exists and is not empty; give another folder, or overwrite it")
     if not any((path / name).is_file() for name in replaceable):
@@ -51,7 +52,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False, replaceable: Sequence[
     """Yield a temporary folder beside `path` to write into; it replaces `path` at the end, or is removed on an error.
 
     Args:
-        path: The folder to make. An empty folder counts as absent.
+        path: The folder to make. An empty folder counts as absent, and so does one that holds clutter alone.
         overwrite: Whether to replace a folder that is there.
         replaceable: A folder is replaced only if it holds one of these files.
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_pickle",
     "check_relative",
     "hash_file",
+    "is_clutter",
     "list_files",
     "locate",
     "read_checked",
@@ -43,6 +44,15 @@ LICENCES = frozenset({"LICENSE", "LICENCE", "NOTICE"})
 
 #: Folders of version control and of the Hub's client. Never read, never hashed.
 FOREIGN_FOLDERS = (".git", ".cache/huggingface")
+
+#: What operating systems and editors leave in a folder unasked, by the file's name in lower case.
+_CLUTTER = re.compile(
+    r"\.ds_store|\._.+|\.localized|icon\r"  # macOS
+    r"|thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini"  # Windows
+    r"|\.directory|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+"  # Linux
+    r"|[^~]+~|#[^#]+#|\.#.+|\..+\.sw[a-p]",  # Emacs and others, vim
+    re.DOTALL,
+)
 
 #: The file in which a pulled student records its repository and commit.
 ORIGIN = ".cache/huggingface/redif-origin.json"
@@ -112,6 +122,17 @@ def check_name(path: str) -> str:
             f"of Windows), at most {_DEEPEST} folders deep"
         )
     return path
+
+
+def is_clutter(path: str) -> bool:
+    """Whether `path` has the name of a file that a system or an editor leaves behind, such as ``.DS_Store``.
+
+    Such files are neither read nor sent, and do not make a student another one. A name that could be a pickle's or an
+    engine's is never one of them, whatever stands around it.
+    """
+    name = path.rpartition("/")[2].lower()
+    kinds = {f".{part}" for part in re.split(r"[.~#]+", name)}
+    return _CLUTTER.fullmatch(name) is not None and kinds.isdisjoint(PICKLE_SUFFIXES | ENGINE_SUFFIXES)
 
 
 def check_kind(path: str) -> str:
@@ -257,12 +278,15 @@ def hash_file(root: Path, relative: str, copy_to: Path | None = None, *, size: i
 
 
 def list_files(root: Path) -> list[str]:
-    """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file, `FOREIGN_FOLDERS` do not.
+    """Every file below `root`, as sorted POSIX paths; a link to a folder counts as a file.
+
+    What is in `FOREIGN_FOLDERS`, and regular files that are clutter (`is_clutter`), are left out.
 
     Raises:
         ManifestError: There are more than `MOST_FILES`, or folders nested too deep.
     """
     found: list[str] = []
+    left_out = 0
     waiting = [""]
     while waiting:
         folder = waiting.pop()
@@ -274,10 +298,13 @@ def list_files(root: Path) -> list[str]:
             for entry in entries:
                 path = folder + entry.name
                 if not entry.is_dir(follow_symlinks=False):
-                    found.append(path)
+                    if is_clutter(path) and entry.is_file(follow_symlinks=False):
+                        left_out += 1
+                    else:
+                        found.append(path)
                 elif path not in FOREIGN_FOLDERS:
                     waiting.append(f"{path}/")
-                if len(found) + len(waiting) > MOST_FILES:
+                if len(found) + left_out + len(waiting) > MOST_FILES:
                     raise ManifestError(
                         f"{root} holds more than {MOST_FILES} files, so it is not a student; give another one"
                     )

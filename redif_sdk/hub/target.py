@@ -15,7 +15,7 @@ from typing import Any
 
 from redif_sdk.artifact.folder import UNHASHED, StudentFolder
 from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, MANIFEST_NAME
-from redif_sdk.artifact.paths import locate
+from redif_sdk.artifact.paths import is_clutter, locate
 from redif_sdk.errors import HubError, InvalidRequest
 from redif_sdk.hub.client import RemoteFile, remote_files
 
@@ -149,9 +149,10 @@ class Target:
         Raises HubError where what is there is not `ours`.
         """
         present = sorted(set(self.files) - KEPT)
-        if present and not ours:
+        others = [path for path in present if not is_clutter(path)]
+        if others and not ours:
             raise HubError(
-                f"{self._repo_id} holds something else than {what} ({', '.join(present[:3])}), which a push would "
+                f"{self._repo_id} holds something else than {what} ({', '.join(others[:3])}), which a push would "
                 f"replace; push to a repository or a branch of its own",
                 kind="conflict",
             )

@@ -190,6 +190,22 @@ def unlisted(student: Student, make: Callable[[Path], None]) -> None:
     make(student.folder / "unet" / "more.json")
 
 
+@each("no file", WHOLE, "not in the list", {"fifo": _fifo, "socket": _socket})
+def clutter(student: Student, make: Callable[[Path], None]) -> None:
+    make(student.folder / "unet" / ".DS_Store")
+
+
+@case("links", WHOLE, "not in the list")
+def clutter_linked(student: Student) -> None:
+    (student.folder / "desktop.ini").symlink_to("/etc/passwd")
+
+
+@case("no file", ALL, "more than 10000 files")
+def much_clutter(student: Student) -> None:
+    for index in range(20_000):
+        (student.folder / "unet" / f"._{index}.json").touch()
+
+
 @case("no file", ALL, "more than 10000 files")
 def many_files(student: Student) -> None:
     for index in range(20_000):

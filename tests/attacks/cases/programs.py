@@ -102,6 +102,24 @@ def unlisted_program(student: Student) -> None:
     student.put("unet/__init__.py", f"open({str(student.marker)!r}, 'w')".encode(), listed=False)
 
 
+CLUTTER = ("x.pkl~", "._x.so", ".x.pt.swp", "#x.bin#", "__MACOSX/evil.py", "unet/x.engine~", "thumbs.db.py")
+
+
+@each("engines", WHOLE, "not in the list|can hold a pickle", _named(*CLUTTER))
+def named_almost_like_clutter(student: Student, name: str) -> None:
+    student.put(name, student.pickle, listed=False)
+
+
+@each("engines", ALL, "holds no files of this kind", _named("desktop.ini", "unet/Thumbs.db"))
+def listed_clutter(student: Student, name: str) -> None:
+    student.put(name, student.pickle)
+
+
+@each("pickles", ALL, "not a valid name|can hold a pickle", _named(".DS_Store", "unet/._config.json", "x.json~"))
+def listed_hidden_clutter(student: Student, name: str) -> None:
+    student.put(name, student.pickle)
+
+
 CLASSES = ("os.system", "posix.system", "tiny.evil.Network", "builtins.eval", "torch.load", "diffusers.utils.os.system")
 
 

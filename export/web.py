@@ -25,7 +25,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.paths import FOREIGN_FOLDERS, list_files
 from redif_sdk.artifact.records import Graph
 from redif_sdk.artifact.web_folder import CONFIG_NAME, FORMAT, check_page
-from redif_sdk.cache import cache_folder
+from redif_sdk.cache import cache_folder, done_without
 from redif_sdk.card.metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub.space import SPACE_MARKER
@@ -288,9 +288,13 @@ def _runtime(engines: tuple[str, ...]) -> dict[str, bytes]:
     cache = cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
     found = {name: data for name, sha256 in wanted.items() if (data := _cached(cache / name, sha256)) is not None}
     if len(found) < len(wanted):
-        for name, data in _fetched(wanted, cache).items():
-            atomic_write(cache / name, data)
-            found[name] = data
+        found |= _fetched(wanted, cache)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            for name in wanted:
+                atomic_write(cache / name, found[name])
+        except OSError as error:
+            done_without(cache, error)
     return {name: found[name] for name in wanted}
 
 
@@ -309,7 +313,6 @@ def _fetched(wanted: dict[str, str], cache: Path) -> dict[str, bytes]:
     by_hand = f"or put {', '.join(wanted)} of that package into {cache}"
     if npm is None:
         raise ExportError(f"npm is not installed, and a page needs {package} from it: install Node.js, {by_hand}")
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", package, "--ignore-scripts", "--silent", "--pack-destination", folder]
         try:

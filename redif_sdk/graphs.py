@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +34,13 @@ __all__ = ["LoadedGraphs"]
 #: What needs a graph, for the message that it is missing.
 _NEEDED_BY = {"text_encoder": "prompts need", "decoder": "decoding latents needs"}
 
+_living: WeakSet[LoadedGraphs] = WeakSet()
+
 
 class LoadedGraphs:
-    """A student's graphs, safe to use from several threads.
+    """A student's graphs, safe to use from several threads, and in processes that are forked afterwards.
+
+    The threads of an engine do not outlive a fork. So a child process loads its graphs again, when it first runs them.
 
     Args:
         student: The student's folder.
@@ -52,6 +59,9 @@ class LoadedGraphs:
         self._options = replace(options, device=first.info.device)
         self._lock = Lock()
         self._loaded: dict[str, Runtime] = {first.info.component: first}
+        self._fused = first.info.component == "generator"
+        self._forked = False
+        _living.add(self)
         for component in self._needed(stepped=self.generator is None):
             self._graph(component)
         self._tokenizer: PromptTokenizer | None = None
@@ -63,12 +73,19 @@ class LoadedGraphs:
     @property
     def generator(self) -> Runtime | None:
         """The fused graph, if it is loaded; else the denoiser is run step by step."""
-        return self._loaded.get("generator")
+        return self["generator"] if self._fused else None
 
     def __getitem__(self, component: Component) -> Runtime:
         """A loaded graph. Raises RuntimeUnavailable if there is none in this precision; no other is used instead."""
+        if (loaded := self._loaded.get(component)) is not None:
+            return loaded
         with self._lock:
             if component not in self._loaded:
+                if self._forked and self._options.device != "cpu":
+                    raise RuntimeUnavailable(
+                        f"{self._options.device} cannot be used in a process that was forked from one that uses it; "
+                        f'start it with multiprocessing\'s "spawn", or load the pipeline in it'
+                    )
                 graph = self._graph(component)
                 self._loaded[component] = runtimes.load(self._info.runtime, self._student, graph, self._options)
             return self._loaded[component]
@@ -77,7 +94,15 @@ class LoadedGraphs:
         """A copy that uses `runtime` for one component."""
         other = copy.copy(self)
         other._loaded = self._loaded | {component: runtime}
+        other._fused = self._fused or component == "generator"
+        _living.add(other)
         return other
+
+    def _after_fork(self) -> None:
+        """Forget the parent's engines, which would wait for threads that this process does not have."""
+        # Not freed either: that waits, too.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._loaded))
+        self._lock, self._loaded, self._forked = Lock(), {}, True
 
     def prepare_steps(self) -> None:
         """Load the graphs that sampling step by step needs."""
@@ -123,3 +148,12 @@ class LoadedGraphs:
                 f"run redif export {self._student.path} --precision {precision}"
             )
         return graph
+
+
+def _forget_engines() -> None:
+    for graphs in list(_living):
+        graphs._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_engines)

@@ -6,12 +6,13 @@ graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampl
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +52,8 @@ NOT_EXACT = '; images differ slightly from fp32: precision="exact" gives the sam
 
 OnStepEnd = Callable[["FastPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
+_FIELDS = ("_student", "_asked", "_remote", "_tables", "_choice", "_components")
+
 
 @dataclass(frozen=True)
 class PipelineOutput:
@@ -71,7 +74,10 @@ class PipelineOutput:
 
 
 class FastPipeline:
-    """A loaded student. Thread-safe; a call keeps no state.
+    """A loaded student. Thread-safe; a call keeps no state; copies share the graphs.
+
+    Other processes can use it: a forked one loads the graphs again, and it pickles by its source (the folder, or the
+    commit on the Hub) with the options it was loaded with, without a token.
 
     Load one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with reason and remedy, if
     the runtime, device or precision is not available; nothing else is used instead.
@@ -89,6 +95,8 @@ class FastPipeline:
         engine_dir: str | Path | None = None,
     ) -> None:
         self._student = student
+        self._asked = {"runtime": runtime, "device": device, "precision": precision, "num_threads": num_threads}
+        self._asked |= {"provider": provider, "engine_dir": engine_dir}
         options = RuntimeOptions(
             device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)
         )
@@ -161,6 +169,22 @@ class FastPipeline:
         pipeline._remote = remote
         return pipeline
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        remote = self._remote
+        source, found = (
+            (self._student.path.absolute(), {}) if remote is None else (remote.origin.repo_id, remote.again())
+        )
+        own = {name: value for name, value in vars(self).items() if name not in _FIELDS}
+        return _load_again, (type(self), str(source), self.manifest.digest, {**self._asked, **found}), own or None
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy.copy(self)
+
     @property
     def manifest(self) -> Manifest:
         """The student's ``redif.json``."""
@@ -183,8 +207,6 @@ class FastPipeline:
     def _info(self, engine: Runtime) -> dict[str, Any]:
         exact = runtimes.is_exact(engine.info)
         return asdict(engine.info) | {"exact": exact, "choice": self._choice.reason + ("" if exact else NOT_EXACT)}
-
-    # ------------------------------------------------------------------ generation
 
     def __call__(
         self,
@@ -366,8 +388,6 @@ class FastPipeline:
             last = k == table.num_inference_steps - 1
             yield to_pil(self._components.images(x if last else x0))[0]
 
-    # ------------------------------------------------------------------ saving
-
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.
 
@@ -419,3 +439,11 @@ class FastPipeline:
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
+
+
+def _load_again(kind: type[FastPipeline], source: str, digest: str, options: dict[str, Any]) -> FastPipeline:
+    """What a pickled pipeline becomes. Raises IntegrityError if the student was changed meanwhile."""
+    pipeline = kind.from_pretrained(source, **options)
+    if pipeline.manifest.digest != digest:
+        raise IntegrityError(f"the student {source} was changed since its pipeline was pickled; load it again")
+    return pipeline

@@ -88,6 +88,8 @@ def test_what_only_looks_like_clutter_is_refused(bare_student: Path, copy_of: An
     litter(folder, [name])
     with pytest.raises((IntegrityError, ManifestError)):
         StudentFolder(folder).check_all()
+    if name.endswith(".json"):
+        return  # a kind that a student may hold: listed, it is read and sent as any other
     with pytest.raises(ManifestError):
         write_manifest(folder, StudentFolder(bare_student).manifest)
 

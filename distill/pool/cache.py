@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.artifact.atomic import atomic_write
-from redif_sdk.cache import cache_folder
+from redif_sdk.cache import cache_folder, done_without
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.pool.pairs import CHUNK, Pairs, batch_of, compute, in_parts, pairs_of
 from redif_sdk.distill.teachers.base import Teacher
@@ -86,9 +87,12 @@ def _file(cache: Path, kind: str, key: str) -> Path:
 
 def _read(path: Path | None, shape: tuple[int, ...], places: Sequence[int] | None = None) -> Tensor | None:
     """What a file of the cache holds, of a path at ``places`` alone; None: nothing of that shape."""
-    if path is None or not path.is_file():
+    if path is None or not os.access(path, os.R_OK):  # False also where nothing may be read
         return None
-    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # cut short, or not to be read
+        return None
     if found.shape != shape:
         return None
     return torch.from_numpy(np.array(found if places is None else found[:, places]))
@@ -97,10 +101,13 @@ def _read(path: Path | None, shape: tuple[int, ...], places: Sequence[int] | Non
 def _write(path: Path | None, values: Tensor) -> None:
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, values.cpu().numpy())
-    atomic_write(path, buffer.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, buffer.getvalue())
+    except OSError as error:
+        done_without(path.parent, error)
 
 
 def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
@@ -133,7 +140,7 @@ def is_there(teacher: Teacher, count: int, split: str, *, seed: int = 0, cache: 
     if seed == 0 and shipped(teacher, count, split) is not None:
         return True
     pieces = _pieces(teacher, count, split, seed, cache_folder(cache))
-    return bool(teacher.identity) and all(path.is_file() for _, _, path in pieces)
+    return bool(teacher.identity) and all(os.access(path, os.R_OK) for _, _, path in pieces)
 
 
 def get(

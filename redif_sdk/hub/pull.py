@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import MANIFEST_LIMIT, StudentFolder
@@ -61,6 +62,7 @@ class Remote:
         self._repo_id = check_id(repo_id)
         self._token = token
         self._cache_dir = cache_dir
+        self._asked_local = local_files_only
         self._local = local_files_only or offline()
         self._files: dict[str, RemoteFile] | None = None  # None: not known, the cache serves
         commit = self._resolve(revision)
@@ -71,6 +73,16 @@ class Remote:
         self.manifest = self._read_manifest()
         self._entries = {entry.path: entry for entry in self.manifest.files}
         self._check_listed()
+
+    def again(self) -> dict[str, Any]:
+        """The arguments, for `FastPipeline.from_pretrained`, that give the same commit in another process."""
+        token = self._token if isinstance(self._token, bool) else None
+        return {
+            "revision": self.origin.commit,
+            "token": token,
+            "cache_dir": self._cache_dir,
+            "local_files_only": self._asked_local,
+        }
 
     def _resolve(self, revision: str | None) -> str:
         """The commit that `revision` resolves to."""

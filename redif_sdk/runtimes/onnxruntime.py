@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
-from redif_sdk.cache import cache_folder
+from redif_sdk.cache import writable_cache
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
 from redif_sdk.runtimes.finite import with_levels
@@ -112,14 +111,15 @@ def _place(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Pla
     if provider == CUDA:
         settings["use_tf32"] = "0"  # fp32 is fp32: TF32 multiplies with 10-bit mantissas
     if provider == TENSORRT:
-        folder = cache_folder(options.cache_dir) / "onnxruntime-tensorrt"
-        settings |= {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(folder),
-            "trt_engine_cache_prefix": prefix,  # without it graphs of one name are given one another's engines
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": str(folder),
-        }
+        folder = writable_cache("onnxruntime-tensorrt", options.cache_dir)
+        if folder is not None:
+            settings |= {
+                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_path": str(folder),
+                "trt_engine_cache_prefix": prefix,  # without it graphs of one name are given one another's engines
+                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_path": str(folder),
+            }
     return Place(provider, f"{kind}:{index}" if kind in ("cuda", "dml") else kind, settings)
 
 
@@ -177,7 +177,6 @@ def _session(model: bytes, place: Place, options: Any) -> Any:
             if place.provider != CPU:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             if place.provider == TENSORRT:
-                Path(place.settings["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True, mode=0o700)
                 providers.append((CUDA, {"device_id": place.settings["device_id"], "use_tf32": "0"}))
             session = onnxruntime.InferenceSession(model, options, providers=providers)
     except ENGINE_ERRORS as error:

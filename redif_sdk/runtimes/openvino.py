@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
-from redif_sdk.cache import cache_folder
+from redif_sdk.cache import writable_cache
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches, Workers
 from redif_sdk.runtimes.finite import with_levels
@@ -131,9 +131,8 @@ class OpenVino:
         self._device = device
         self._outputs = [output.name for output in graph.outputs]
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[graph.precision][0]}
-        folder = cache_folder(options.cache_dir) / "openvino"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._settings["CACHE_DIR"] = str(folder)
+        if (folder := writable_cache("openvino", options.cache_dir)) is not None:
+            self._settings["CACHE_DIR"] = str(folder)
         self._batches = Batches(graph)
         self._workers = Workers(info.num_threads) if info.num_threads is not None else None
         self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()

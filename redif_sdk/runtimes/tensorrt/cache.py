@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -151,7 +152,7 @@ class EngineCache:
         )
         place = self.folder.resolve()
         for folder in (place, *place.parents):
-            if (folder / MANIFEST_NAME).exists():
+            if os.access(folder / MANIFEST_NAME, os.F_OK):  # False also where nothing may be read
                 raise InvalidRequest(
                     f"{self.folder} lies inside the student {folder}: engines are made for one GPU and never travel "
                     f"with a student; give a folder outside of it"
@@ -199,8 +200,10 @@ class EngineCache:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True, mode=0o700)  # an engine is code: nobody else may put one here
             (self.folder / ".locks").mkdir(exist_ok=True, mode=0o700)
-        except (FileExistsError, NotADirectoryError):
-            raise InvalidRequest(f"{self.folder} cannot be used as a folder of engines; give another one") from None
+        except OSError as error:
+            raise InvalidRequest(
+                f"{self.folder} cannot be used as a folder of engines ({error.strerror}); give another one"
+            ) from None
 
     def _write(self, key: EngineKey, built: Built) -> EngineRecord:
         """The engine first: a description without its engine, or with another one's, is never taken for a hit."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Graph
-from redif_sdk.cache import cache_folder
+from redif_sdk.cache import cache_folder, done_without
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.runtimes.cores import Arrays, Batches
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device
@@ -236,7 +236,10 @@ class _KernelCache:
         self._lock = Lock()
         self.config = engine.create_runtime_config()
         self._cache = self.config.create_runtime_cache()
-        kept = path.read_bytes() if path.is_file() else b""
+        try:
+            kept = path.read_bytes()
+        except OSError:
+            kept = b""
         if kept and not self._cache.deserialize(kept):
             _log.info("%s is of another driver or library version; it is replaced", path)
         self._size = len(kept)
@@ -252,9 +255,12 @@ class _KernelCache:
             data = bytes(self._cache.serialize())
             if len(data) == self._size:
                 return
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            atomic_write(self._path, data)
             self._size = len(data)
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                atomic_write(self._path, data)
+            except OSError as error:
+                done_without(self._path.parent, error)
 
 
 class TensorRT:

@@ -71,8 +71,11 @@ def launch(
     port: int | None = 7860,
     share: bool = False,
     open_browser: bool = False,
+    root_path: str = "",
 ) -> str:
     """Serve the page in a thread and return its address. `port` None: the first free port from 7860.
+
+    `root_path`: the path below which a proxy publishes the page, such as "/demo".
 
     Raises InvalidRequest if the port is in use.
     """
@@ -87,6 +90,7 @@ def launch(
             prevent_thread_lock=True,
             show_error=True,
             ssr_mode=False,
+            root_path=root_path or None,
             run_history=False,
             footer_links=["api"],
             theme=theme,

@@ -388,11 +388,11 @@ def _label(manifest: Manifest, item: Any) -> int:
         wanted = item.strip().casefold()
         if wanted in names:
             return names.index(wanted)
-        raise InvalidRequest(f"{item!r} is not a class of {manifest.name}; use {_choices(manifest)}")
+        raise InvalidRequest(f"{item!r:.100} is not a class of {manifest.name}; use {_choices(manifest)}")
     try:
         return _integer("a class label", item, minimum=0, limit=classes.num_classes)
     except InvalidRequest:
-        raise InvalidRequest(f"{item!r} is not a class of {manifest.name}; use {_choices(manifest)}") from None
+        raise InvalidRequest(f"{item!r:.100} is not a class of {manifest.name}; use {_choices(manifest)}") from None
 
 
 def _choices(manifest: Manifest) -> str:

@@ -40,6 +40,9 @@ def demo_command(
         bool, typer.Option("--share", help="Also serve at a public address, through Gradio's servers.")
     ] = False,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    root_path: Annotated[
+        str, typer.Option(metavar="PATH", help="Path below which a proxy publishes the page, such as /demo.")
+    ] = "",
     max_images: Annotated[int, typer.Option(help="Maximum images per request.")] = 16,
     concurrency: Annotated[int, typer.Option(help="Concurrent requests; others wait.")] = 1,
     max_queue: Annotated[int, typer.Option(help="Maximum requests in the queue; more are refused.")] = 64,
@@ -83,7 +86,9 @@ def demo_command(
     studio = Studio(pipelines, _teacher(teacher, load), max_images=max_images)
     studio.warm_up()
     demo = build_demo(studio, cards, settings)
-    address = launch(demo, host=host, port=port, share=share, open_browser=open_browser)
+    address = launch(
+        demo, host=host, port=port, share=share, open_browser=open_browser, root_path=root_path.rstrip("/")
+    )
     console = console_for(None, quiet)
     console.print(f"{', '.join(pipelines)} at {address} (Ctrl-C ends it)", soft_wrap=True)
     console.file.flush()

@@ -47,6 +47,15 @@ def serve_command(
         list[str] | None,
         typer.Option(metavar="ORIGIN,...", help="Origins whose pages may call the server from a browser."),
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(metavar="PATH", help="Path below which a proxy publishes the server, such as /images.")
+    ] = "",
+    forwarded_allow_ips: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IP,...", help="Proxies whose X-Forwarded headers are believed; * = all. Default: 127.0.0.1."
+        ),
+    ] = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
@@ -77,6 +86,7 @@ def serve_command(
         timeout_s=timeout,
         api_keys=_keys(api_keys_file),
         cors_origins=tuple(listed(cors_origin)),
+        root_path=root_path.rstrip("/"),
     )
     log_to_stderr("error" if quiet else log_level)
     pipelines: dict[str, FastPipeline] = {}
@@ -93,10 +103,19 @@ def serve_command(
         console.print(f"anybody who reaches {host} can use the server: no API key is set ({KEYS}, --api-keys-file)")
 
     def started(address: str) -> None:
-        console.print(f"{', '.join(pipelines)} at {address} (API: {address}/docs)", soft_wrap=True)
+        behind = f", published below {settings.root_path}" if settings.root_path else ""
+        console.print(f"{', '.join(pipelines)} at {address} (API: {address}/docs){behind}", soft_wrap=True)
         console.file.flush()
 
-    serve(pipelines, settings, host=host, port=port, log_level=log_level, started=started)
+    serve(
+        pipelines,
+        settings,
+        host=host,
+        port=port,
+        log_level=log_level,
+        forwarded_allow_ips=forwarded_allow_ips,
+        started=started,
+    )
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

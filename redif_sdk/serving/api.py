@@ -38,7 +38,7 @@ class ImageRequest(BaseModel):
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "webp", "jpeg"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100, strict=True)] | None = None
-    stream: bool | None = None
+    stream: Annotated[bool, Field(strict=True)] | None = None
     partial_images: Annotated[int, Field(ge=0, le=3, strict=True)] | None = None
     background: Literal["auto", "opaque"] | None = None
     quality: str | None = Field(None, max_length=20)

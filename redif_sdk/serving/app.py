@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, Runtim
 from redif_sdk.serving.admission import Admission, Busy
 from redif_sdk.serving.api import ImageRequest, jobs_of, model_card
 from redif_sdk.serving.backend import Backend, ImageJob
+from redif_sdk.serving.body import BadBody, CheckedRoute, field_message, shown
 from redif_sdk.serving.encode import KeptFiles, encode
 from redif_sdk.serving.events import EventStream, gone_client, image_event
 from redif_sdk.serving.guard import Guard, RequestId, error_body
@@ -65,6 +66,8 @@ def create_app(backend: Backend, settings: ServeSettings | None = None, metrics:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        root_path=settings.root_path,
+        redirect_slashes=False,  # a redirect would not know what is before the proxy
     )
     _add_errors(app)
     _Images(backend, settings, metrics).add_to(app)
@@ -92,14 +95,17 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:2])
-        message = f"{where or 'the body'}: {first['msg']}"
-        return JSONResponse(error_body(400, message, param=where or None), 400)
+        message, param = field_message(error.errors(), list(ImageRequest.model_fields))
+        return JSONResponse(error_body(400, message, param=param), 400)
+
+    @app.exception_handler(BadBody)
+    async def _unreadable(request: Request, error: BadBody) -> Response:
+        return JSONResponse(error_body(error.status, str(error), param=error.param), error.status)
 
     @app.exception_handler(HTTPException)
     async def _refused(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+        message = _routing_message(request, error) or str(error.detail)
+        return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
 
     @app.exception_handler(Busy)
     async def _busy(request: Request, error: Busy) -> Response:
@@ -125,6 +131,23 @@ def _add_errors(app: FastAPI) -> None:
         return Response(status_code=499)  # nobody receives it
 
 
+def _routing_message(request: Request, error: HTTPException) -> str | None:
+    """What to say of a path or a method that no route has; None for the errors of routes."""
+    path = shown(request.scope["path"])
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{path} does not support {shown(request.method)}; use {allowed}"
+    if error.status_code == 404 and error.detail == "Not Found":
+        return f"there is no {path}; this server has POST /v1/images/generations and GET /v1/models, see /docs"
+    return None
+
+
+def _add_get(app: FastAPI, path: str, answer: Callable[..., Any], tag: str, **options: Any) -> None:
+    """Add a route for GET, and for HEAD, which proxies and monitors send."""
+    app.get(path, tags=[tag], **options)(answer)
+    app.head(path, include_in_schema=False)(answer)
+
+
 def _failure(error: Exception) -> dict[str, Any]:
     """The body of an answer with status 500."""
     if isinstance(error, NonFiniteOutput):
@@ -134,26 +157,26 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
-    @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
         """Whether the process responds."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"])
     async def readyz() -> Response:
         """Whether images can be generated: 200, or 503."""
         ready = backend.ready()
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    @app.get("/metrics", tags=["health"])
     async def prometheus() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(page(app.openapi(), backend.manifests))
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(page(app.openapi(), backend.manifests, request.scope.get("root_path", "")))
+
+    for path, answer in {"/healthz": healthz, "/readyz": readyz, "/metrics": prometheus}.items():
+        _add_get(app, path, answer, "health")
+    for path in ("/", "/docs"):
+        _add_get(app, path, docs, "health", include_in_schema=False)
 
 
 class _Images:
@@ -167,10 +190,16 @@ class _Images:
         self._files = KeptFiles(settings.kept_bytes, settings.kept_s)
 
     def add_to(self, app: FastAPI) -> None:
-        app.get("/v1/models", tags=["models"])(self.models)
-        app.get("/v1/models/{name:path}", tags=["models"])(self.model)
-        app.post("/v1/images/generations", tags=["images"])(self.generations)
-        app.get("/v1/images/files/{name}", tags=["images"], name="image_file")(self.file)
+        _add_get(app, "/v1/models", self.models, "models")
+        _add_get(app, "/v1/models/{name:path}", self.model, "models")
+        app.router.add_api_route(
+            "/v1/images/generations",
+            self.generations,
+            methods=["POST"],
+            tags=["images"],
+            route_class_override=CheckedRoute,
+        )
+        _add_get(app, "/v1/images/files/{name}", self.file, "images", name="image_file")
 
     async def models(self) -> dict[str, Any]:
         """The students that this server runs."""
@@ -267,7 +296,7 @@ class _Images:
         output = body.output_format or "png"
         data = await _encoded(image, output, body.output_compression)
         if body.response_format == "url":
-            return {"url": str(request.url_for("image_file", name=self._files.keep(data, output)))}
+            return {"url": _url(request, self._files.keep(data, output))}
         return {"b64_json": b64encode(data).decode()}
 
     async def _events(self, body: ImageRequest, job: ImageJob) -> AsyncIterator[dict[str, Any]]:
@@ -298,6 +327,15 @@ class _Images:
             return
         self._metrics.pictures.labels(job.model).inc()
         yield image_event(job, data, output, None)
+
+
+def _url(request: Request, name: str) -> str:
+    """Where a client finds a kept image, behind a proxy too. Raises InvalidRequest for a Host that is none."""
+    try:
+        return str(request.url_for("image_file", name=name))
+    except ValueError:
+        host = shown(request.headers.get("host", ""))
+        raise InvalidRequest(f"the Host header is {host}, so there is no URL; use response_format b64_json") from None
 
 
 async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None) -> bytes:

@@ -20,7 +20,7 @@ from redif_sdk.serving.admission import Keys
 from redif_sdk.serving.metrics import Metrics
 from redif_sdk.serving.settings import ServeSettings
 
-__all__ = ["Guard", "RequestId", "error_body"]
+__all__ = ["Guard", "RequestId", "error_body", "route_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 PROTECTED = "/v1/"
 UNPROTECTED = "/v1/images/files/"  # the file names are secret
 BODY_SECONDS = 30.0  # for a client to send its body
+DRAINED = 1 << 20  # bytes beyond the limit that are read nevertheless: a proxy that still sends would miss the answer
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLOSE = {"connection": "close"}
 
@@ -44,6 +45,12 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
     """An error in the shape of OpenAI's API."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """The path below the application's prefix (``root_path``), whether the proxy removed the prefix or not."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if path == root or path.startswith(f"{root}/") else path
 
 
 class RequestId(CorrelationIdMiddleware):
@@ -107,7 +114,7 @@ class Guard:
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> JSONResponse | None:
         """The answer to a request without a valid key, where one is needed."""
-        path, authorization = scope["path"], dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        path, authorization = route_path(scope), dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         open_path = not path.startswith(PROTECTED) or path.startswith(UNPROTECTED)
         if open_path or self._keys.allow(authorization):
             return None
@@ -119,20 +126,22 @@ class Guard:
         limit = self._settings.max_body_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         too_large = _error(413, f"the body has more than {limit} bytes; send less", _CLOSE)
-        if declared.isdigit() and int(declared[:20]) > limit:
+        if declared.isdigit() and int(declared[:20]) > limit + DRAINED:
             return too_large
-        body, more = b"", True
+        body, size, more = bytearray(), 0, True
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while more and len(body) <= limit:
+                while more and size <= limit + DRAINED:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
+                    size += len(message.get("body", b""))
+                    if size <= limit:
+                        body += message.get("body", b"")
                     more = message.get("more_body", False)
         except TimeoutError:
             return _error(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", _CLOSE)
-        return body if len(body) <= limit else too_large
+        return bytes(body) if size <= limit else too_large
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

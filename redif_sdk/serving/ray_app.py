@@ -72,6 +72,7 @@ class RayArguments(BaseModel):
     max_queue: int = 256
     max_images: int = 16
     timeout: float = 60.0
+    root_path: str = ""
 
     def settings(self, api_keys: tuple[str, ...] = ()) -> ServeSettings:
         """The settings of each process. Raises InvalidRequest."""
@@ -82,6 +83,7 @@ class RayArguments(BaseModel):
             max_images=self.max_images,
             timeout_s=self.timeout,
             api_keys=api_keys,
+            root_path=self.root_path.rstrip("/"),
         )
 
 

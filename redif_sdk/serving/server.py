@@ -42,6 +42,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     log_level: str = "info",
+    forwarded_allow_ips: str | None = None,
     started: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was accepted and return.
@@ -52,6 +53,8 @@ def serve(
         host: address to listen on.
         port: port to listen on; 0 for a free one.
         log_level: as uvicorn's.
+        forwarded_allow_ips: addresses, separated by commas, of proxies whose ``X-Forwarded-Proto`` and
+            ``X-Forwarded-For`` are believed; "*" for all; None: ``FORWARDED_ALLOW_IPS``, else this machine's loopback.
         started: called with the URL once requests are accepted.
 
     Raises InvalidRequest if the address is not available.
@@ -67,6 +70,7 @@ def serve(
         log_level=log_level,
         ws="none",
         server_header=False,
+        forwarded_allow_ips=forwarded_allow_ips,
         timeout_keep_alive=20,
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
     )

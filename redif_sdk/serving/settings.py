@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from redif_sdk.errors import InvalidRequest
@@ -10,6 +11,7 @@ from redif_sdk.errors import InvalidRequest
 __all__ = ["KEYS", "ServeSettings", "keys_of_environment"]
 
 KEYS = "REDIF_API_KEYS"
+_ROOT_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
 
 
 def keys_of_environment() -> tuple[str, ...]:
@@ -35,6 +37,7 @@ class ServeSettings:
         cors_origins: origins whose pages may send requests from a browser.
         kept_bytes: total size of the images kept for URLs.
         kept_s: seconds that they are kept.
+        root_path: the path below which a proxy publishes the server, such as "/images"; empty: none.
     """
 
     max_batch: int = 8
@@ -49,6 +52,7 @@ class ServeSettings:
     cors_origins: tuple[str, ...] = ()
     kept_bytes: int = 1 << 26
     kept_s: float = 3600.0
+    root_path: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "concurrency", "max_queue", "max_images", "max_pixels", "max_body_bytes"):
@@ -63,6 +67,11 @@ class ServeSettings:
             raise InvalidRequest(
                 f"max_images is {self.max_images}, more than max_queue, {self.max_queue}; a request of that size would "
                 f"always be refused"
+            )
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise InvalidRequest(
+                f"root_path is {self.root_path!r:.100}; give a path as the proxy has it, such as /images, and no "
+                f"slash at its end"
             )
         if any(not key.isascii() or not key.isprintable() or " " in key or len(key) < 8 for key in self.api_keys):
             raise InvalidRequest("an API key must be at least 8 printable ASCII characters without spaces")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
 
@@ -15,6 +16,10 @@ from redif_sdk.serving.app import create_app
 from redif_sdk.serving.local import LocalBackend
 from redif_sdk.serving.metrics import Metrics
 from redif_sdk.serving.settings import ServeSettings
+
+# httpx waits five seconds unless told otherwise, and a busy machine is slow.
+for _part in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, 300.0)
 
 
 @contextmanager
@@ -32,7 +37,7 @@ def running(pipelines: dict[str, FastPipeline], settings: ServeSettings) -> Iter
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(300)
 
 
 @pytest.fixture(scope="session")

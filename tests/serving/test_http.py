@@ -68,7 +68,7 @@ def test_batched_with_strangers_it_is_the_same_picture(address: str, pipeline: F
     batches = counter(address, "redif_batch_pictures_count")
 
     async def ask() -> list[Any]:
-        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=3000) as client:
             bodies = [{"class_label": c, "seed": seed, "num_inference_steps": k} for c, seed, k in wanted]
             return [answer.json() for answer in await asyncio.gather(*(client.post(PATH, json=b) for b in bodies))]
 
@@ -201,7 +201,7 @@ class Slow(FastPipeline):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         self.calls.append(len(options["seed"]))
-        assert self.go.wait(30)
+        assert self.go.wait(300)
         return super().__call__(*args, **options)
 
 
@@ -215,7 +215,7 @@ def slow(tiny_student: Path) -> Slow:
 
 
 def until(condition: Any) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -226,7 +226,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(slow: Slow) -> None:
         slow.go.clear()
         answers: list[httpx.Response] = []
         body = {"prompt": "a", "n": 3}
-        asking = threading.Thread(target=lambda: answers.append(httpx.post(address + PATH, json=body, timeout=60)))
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(address + PATH, json=body, timeout=3000)))
         asking.start()
         until(lambda: counter(address, "redif_pending_pictures") == 3)
         refused = httpx.post(address + PATH, json={"prompt": "a"})
@@ -257,7 +257,7 @@ def test_a_client_that_leaves_is_not_computed_for(slow: Slow) -> None:
             until(lambda: counter(address, "redif_pending_pictures") == 4)
         until(lambda: counter(address, "redif_pending_pictures") == 0)
         slow.go.set()
-        assert httpx.post(address + PATH, json={"prompt": "b"}, timeout=30).status_code == 200
+        assert httpx.post(address + PATH, json={"prompt": "b"}, timeout=300).status_code == 200
         assert len(slow.calls) == 2  # the one that had begun, and the last request's
         assert counter(address, "redif_cancelled_total") == 1
 
@@ -265,7 +265,7 @@ def test_a_client_that_leaves_is_not_computed_for(slow: Slow) -> None:
 def test_a_request_that_takes_too_long_is_given_up(slow: Slow) -> None:
     with running({"tiny": slow}, ServeSettings(timeout_s=0.2)) as address:
         slow.go.clear()
-        answer = httpx.post(address + PATH, json={"prompt": "a"}, timeout=30)
+        answer = httpx.post(address + PATH, json={"prompt": "a"}, timeout=300)
         slow.go.set()
         assert answer.status_code == 504
         assert answer.json()["error"]["type"] == "timeout_error"
@@ -275,9 +275,9 @@ def test_a_request_that_takes_too_long_is_given_up(slow: Slow) -> None:
 def test_what_breaks_inside_is_not_told(slow: Slow, caplog: pytest.LogCaptureFixture) -> None:
     with running({"tiny": slow}, ServeSettings()) as address:
         slow.calls = None  # type: ignore[assignment]  # every call fails from now on
-        answer = httpx.post(address + PATH, json={"prompt": "a"}, timeout=30)
+        answer = httpx.post(address + PATH, json={"prompt": "a"}, timeout=300)
         counted = httpx.get(address + "/metrics").text
-        shown = httpx.post(address + PATH, json={"prompt": "a", "stream": True, "partial_images": 1}, timeout=30)
+        shown = httpx.post(address + PATH, json={"prompt": "a", "stream": True, "partial_images": 1}, timeout=300)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the server failed; see its log"
     assert answer.headers["x-request-id"]
@@ -301,7 +301,7 @@ def test_nan_is_an_error_of_its_own_request_alone(poisoned_address: str, pipelin
     classes = [0, BAD_CLASS, 1, BAD_CLASS, 2, 4, 5, 6]
 
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=poisoned_address, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=poisoned_address, timeout=3000) as client:
             return await asyncio.gather(*(client.post(PATH, json={"class_label": c, "seed": c}) for c in classes))
 
     answers = asyncio.run(ask())
@@ -321,7 +321,7 @@ def test_nan_is_an_error_of_its_own_request_alone(poisoned_address: str, pipelin
 def test_nan_in_a_stream_is_an_error_event(poisoned_address: str, partial_images: int) -> None:
     before = counter(poisoned_address, "redif_nonfinite_total")
     body = {"class_label": BAD_CLASS, "seed": 0, "stream": True, "partial_images": partial_images}
-    text = httpx.post(poisoned_address + PATH, json=body, timeout=60).text
+    text = httpx.post(poisoned_address + PATH, json=body, timeout=3000).text
     (event,) = re.findall(r"^event: error\ndata: (.*)\n\n", text, re.MULTILINE)
     assert json.loads(event)["error"]["code"] == "non_finite_output"
     assert "completed" not in text
@@ -333,7 +333,7 @@ def test_a_stream_whose_client_leaves_is_ended(slow: Slow) -> None:
     with running({"tiny": slow}, ServeSettings()) as address:
         slow.go.clear()
         body = {"prompt": "a", "stream": True}
-        with httpx.stream("POST", address + PATH, json=body, timeout=60) as answer:
+        with httpx.stream("POST", address + PATH, json=body, timeout=3000) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             assert counter(address, "redif_pending_pictures") == 1
         until(lambda: counter(address, "redif_pending_pictures") == 0)

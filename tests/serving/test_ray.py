@@ -31,6 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PATH = "/v1/images/generations"
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600  # a busy machine is slow
+#: Ray gives up on its own processes after seconds, and kills a proxy that has not started in five.
+PATIENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(SECONDS),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(SECONDS),
+    "RAY_worker_register_timeout_seconds": str(SECONDS),
+    "RAY_gcs_server_request_timeout_seconds": str(SECONDS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +54,11 @@ def address(tiny_student: Path) -> Iterator[str]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    before = dict(os.environ)
+    os.environ.update(PATIENT)
+    patience = pytest.MonkeyPatch()
+    patience.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", SECONDS, raising=False)
+    patience.setattr("ray.serve._private.client.HTTP_PROXY_TIMEOUT", SECONDS, raising=False)
     ray.init(
         num_cpus=4,
         include_dashboard=False,
@@ -57,23 +69,36 @@ def address(tiny_student: Path) -> Iterator[str]:
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        arguments = RayArguments(student=str(tiny_student), runtime="onnxruntime", min_replicas=2, max_replicas=2)
+        arguments = RayArguments(
+            student=str(tiny_student), runtime="onnxruntime", min_replicas=2, max_replicas=2, timeout=SECONDS
+        )
         serve.run(app(arguments), name="redif")
         url = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + 120
-        while httpx.get(f"{url}/readyz").status_code != 200:
-            assert time.monotonic() < end, "the application did not become ready"
-            time.sleep(0.1)
+        until_ready(url)
         yield url
     finally:
         serve.shutdown()
         ray.shutdown()
-        if before is None:
-            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        patience.undo()
+        for name in PATIENT:
+            os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
         gone = [process for process in psutil.process_iter() if folder in " ".join(_command(process))]
         for process in gone:
             process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def until_ready(url: str) -> None:
+    """Wait until the application generates images."""
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=SECONDS).status_code == 200:
+                return
+        except httpx.TransportError:  # nobody listens yet
+            pass
+        assert time.monotonic() < end, "the application did not become ready"
+        time.sleep(0.1)
 
 
 def _command(process: Any) -> list[str]:
@@ -111,18 +136,18 @@ def replicas() -> set[int]:
 def test_it_is_the_same_server(address: str, pipe: FastPipeline) -> None:
     models = httpx.get(f"{address}/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["tiny"]
-    answer = httpx.post(address + PATH, json={"prompt": "c", "n": 3, "seed": 7}, timeout=60)
+    answer = httpx.post(address + PATH, json={"prompt": "c", "n": 3, "seed": 7}, timeout=SECONDS)
     assert answer.status_code == 200, answer.text
     wanted = pipe(["c"] * 3, seed=7, output_type="uint8").images[..., 0]
     assert np.array_equal(np.stack([decoded(entry) for entry in answer.json()["data"]]), wanted)
-    refused = httpx.post(address + PATH, json={"prompt": "zebra"}, timeout=60)
+    refused = httpx.post(address + PATH, json={"prompt": "zebra"}, timeout=SECONDS)
     assert refused.status_code == 400
     assert "is not a class of tiny" in refused.json()["error"]["message"]
 
 
 def test_it_streams(address: str, pipe: FastPipeline) -> None:
     body = {"prompt": "c", "seed": 3, "num_inference_steps": 3, "stream": True, "partial_images": 2}
-    with httpx.stream("POST", address + PATH, json=body, timeout=60) as answer:
+    with httpx.stream("POST", address + PATH, json=body, timeout=SECONDS) as answer:
         events = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
     assert events == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
 
@@ -134,7 +159,7 @@ def test_the_kill_of_a_replica_under_load_loses_nothing(address: str, pipe: Fast
     answered = threading.Semaphore(0)
 
     def ask(seed: int) -> np.ndarray:
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=SECONDS) as client:
             answer = client.post(address + PATH, json={"prompt": "d", "seed": seed})
         assert answer.status_code == 200, answer.text
         answered.release()
@@ -145,12 +170,12 @@ def test_the_kill_of_a_replica_under_load_loses_nothing(address: str, pipe: Fast
     with ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(ask, seed) for seed in seeds]
         for _ in range(40):
-            assert answered.acquire(timeout=60)
+            assert answered.acquire(timeout=SECONDS)
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
         pictures = [one.result() for one in asked]
     assert np.array_equal(np.stack(pictures), wanted)
-    end = time.monotonic() + 60
+    end = time.monotonic() + SECONDS
     while len(now := replicas()) < 2 or victim in now:  # and Ray starts another one in its place
         assert time.monotonic() < end, now
         time.sleep(0.2)

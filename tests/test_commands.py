@@ -47,7 +47,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["distill", "{teacher}", "-o", "{out}", "--group-size", "3"], "must be even"),
         (["distill", "{teacher}", "-o", "{out}", "--step-delta", "0"], "step_delta"),
         (["distill", "{teacher}", "-o", "{out}", "--guidance-scale", "-1"], "guidance_scale"),
-        (["import", "{teacher}", "-o", "{out}", "--steps", "2", "--guidance-scale", "0"], "guidance_scale"),
+        (["import", "{teacher}", "-o", "{out}", "--steps", "2", "--guidance-scale", "-1"], "guidance_scale"),
         (["distill", "{teacher}", "-o", "{out}", "--teacher-calls", "3"], "fewer than one batch"),
         (["distill", "{teacher}", "-o", "{empty}"], "exists already"),
         (["distill", "{broken}", "-o", "{out}"], "cannot be read"),

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from redif_sdk.errors import UnsupportedModel
 
-__all__ = ["LAYOUTS", "LatentDecoder", "TextEncoders", "call_network", "guidance_embedding", "is_supported"]
+__all__ = ["ENCODERS", "LAYOUTS", "LatentDecoder", "TextEncoders", "call_network", "guidance_embedding", "is_supported"]
 
 HIDDEN, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
+
+#: The text encoders that `TextEncoders` knows how to call, classes of transformers.
+ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 #: By a pipeline's class: (layout of its text encoders, names of the encoded prompts' tensors).
 LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -18,7 +18,7 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Tokenizer
 from redif_sdk.errors import InvalidRequest, ManifestError, UnsupportedModel
 
-__all__ = ["PromptTokenizer"]
+__all__ = ["PromptTokenizer", "prepared", "token_ids"]
 
 #: A server keeps this logger silent: its messages quote prompts.
 _log = logging.getLogger(__name__)
@@ -49,28 +49,49 @@ class PromptTokenizer:
         """
         arrays: dict[str, NDArray[np.int64]] = {}
         for part, backend in self._parts:
-            ids = np.full((len(prompts), part.max_length), part.pad_token_id, dtype=np.int64)
-            mask = np.zeros_like(ids)
-            for row, prompt in enumerate(prompts):
-                text = prompt.lower().strip() if part.lowercase else prompt
-                encoding = _encode(backend, text)
-                found = encoding.ids
-                ids[row, : len(found)] = found
-                mask[row, : len(found)] = 1
-                if encoding.overflowing:
-                    _warn(part, _cut(text, encoding))
-            arrays[part.input] = ids
+            rows = []
+            for prompt in prompts:
+                ids, mask, cut = token_ids(backend, part, prompt)
+                rows.append((ids, mask))
+                if cut is not None:
+                    _warn(part, cut)
+            empty = np.zeros((0, part.max_length), dtype=np.int64)
+            arrays[part.input] = np.stack([ids for ids, _ in rows]) if rows else empty
             if part.mask is not None:
-                arrays[part.mask] = mask
+                arrays[part.mask] = np.stack([mask for _, mask in rows]) if rows else empty
         return arrays
 
 
+def token_ids(
+    backend: Backend, part: Tokenizer, prompt: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], str | None]:
+    """The ids and the mask of one prompt, each int64 (max_length,), and what was cut off, if it is too long.
+
+    Raises:
+        InvalidRequest: The tokenizer cannot encode it.
+    """
+    text = prompt.lower().strip() if part.lowercase else prompt
+    encoding = _encode(backend, text)
+    ids = np.full(part.max_length, part.pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    ids[: len(encoding.ids)] = encoding.ids
+    mask[: len(encoding.ids)] = 1
+    return ids, mask, _cut(text, encoding) if encoding.overflowing else None
+
+
 def _load(student: StudentFolder, part: Tokenizer) -> Backend:
-    """The tokenizer of a file, with the manifest's length and without padding, whatever the file says of these."""
-    where = f"{part.file} in {student.path}"
-    data = student.read(part.file)
+    return prepared(student.read(part.file), part, f"{part.file} in {student.path}")
+
+
+def prepared(data: bytes | str, part: Tokenizer, where: str) -> Backend:
+    """The tokenizer of a ``tokenizer.json``, with the manifest's length and without padding, whatever the file says of
+    these.
+
+    Raises:
+        ManifestError: It is not a tokenizer; ``where`` names it.
+    """
     try:
-        backend = Backend.from_str(data.decode())
+        backend = Backend.from_str(data if isinstance(data, str) else data.decode())
         backend.no_padding()
         backend.enable_truncation(part.max_length)
     except Exception as error:  # the package has no errors of its own: all of them are plain Exceptions

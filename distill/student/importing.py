@@ -27,6 +27,7 @@ def import_pipeline(
     height: int | None = None,
     width: int | None = None,
     value_range: tuple[float, float] | None = None,
+    variant: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Any existing pipeline as a student, as it is: its weights, its guidance, and a table for each of ``steps``.
@@ -35,14 +36,15 @@ def import_pipeline(
     own scheduler where a table can say what it does (LCM, Euler, Euler ancestral, DDIM, flow matching), else DDIM with
     trailing spacing. ``guidance_scale`` replaces the pipeline's own: few-step pipelines are made for 1.
     ``value_range``: (low, high) of its images; None: diffusers' own [-1, 1], of a function the range of its outputs.
-    ``prompts``: examples of what a text-to-image pipeline can draw, for its page and its check.
+    ``prompts``: examples of what a text-to-image pipeline can draw, for its page and its check. ``variant``: of the
+    weights in a folder, such as fp16.
     """
     if not steps:
         raise InvalidRequest("no number of steps is given; name at least one, e.g. --steps 4")
     for count in steps:
         if count < 1:
             raise InvalidRequest(f"steps must be at least 1, not {count}")
-    options = {"prompts": prompts, "height": height, "width": width, "value_range": value_range}
+    options = {"prompts": prompts, "height": height, "width": width, "value_range": value_range, "variant": variant}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)

@@ -12,6 +12,7 @@ no method knows of any pipeline.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redif_sdk.artifact.records import (
-    Condition,
-    Decoder,
-    Latents,
-    Postprocess,
-    TensorSpec,
-    TextCondition,
-    TextEncoder,
-    Tokenizer,
-)
+from redif_sdk.artifact.records import Condition, Decoder, Latents, Postprocess
 from redif_sdk.distill.teachers.base import AtGuidance, Teacher, fingerprint, register, supported
+from redif_sdk.distill.teachers.components import check_pipeline
+from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.own_scheduler import noise_process, own_sampler
+from redif_sdk.distill.teachers.sizes import check_decoder, check_sizes
+from redif_sdk.distill.teachers.text import Part, text_of
+from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
-from redif_sdk.models.families import LAYOUTS, LatentDecoder, TextEncoders
+from redif_sdk.models.families import LatentDecoder
 from redif_sdk.models.prompts import Prompts
 
 __all__ = ["register", "supported"]
@@ -51,16 +48,25 @@ class _Kind:
         embedded: the network takes the guidance scale as an input where its configuration says so.
         optional: a text encoder that may be left out.
         masked: the text encoder takes a mask, and the network too; prompts are lower-cased.
+        shifted: latents are shifted before they are decoded; other pipelines ignore the autoencoder's shift_factor.
+        variance: the network may make a variance besides, of which the pipeline takes no notice.
     """
 
     network: str
-    parts: tuple[tuple[str, str, int | None], ...]
+    parts: tuple[Part, ...]
     steps: int = 50
     guidance: float = 1.0
     packed: bool = False
     embedded: float | None = None
     optional: tuple[str, ...] = ()
     masked: bool = False
+    shifted: bool = False
+    variance: bool = False
+
+    @property
+    def used(self) -> list[str]:
+        """The pipeline's parts that are used."""
+        return [self.network, "vae", "scheduler", *(name for part in self.parts for name in part[:2])]
 
 
 _CLIP = ("text_encoder", "tokenizer", None)
@@ -70,13 +76,22 @@ _KINDS = {
     "LatentConsistencyModelPipeline": _Kind("unet", (_CLIP,), 4, embedded=8.5),
     "StableDiffusionXLPipeline": _Kind("unet", (_CLIP, _CLIP_2), 50, 5.0),
     "StableDiffusion3Pipeline": _Kind(
-        "transformer", (_CLIP, _CLIP_2, ("text_encoder_3", "tokenizer_3", 256)), 28, 7.0, optional=("text_encoder_3",)
+        "transformer",
+        (_CLIP, _CLIP_2, ("text_encoder_3", "tokenizer_3", 256)),
+        28,
+        7.0,
+        optional=("text_encoder_3",),
+        shifted=True,
     ),
     "FluxPipeline": _Kind(
-        "transformer", (_CLIP, ("text_encoder_2", "tokenizer_2", 512)), 28, packed=True, embedded=3.5
+        "transformer", (_CLIP, ("text_encoder_2", "tokenizer_2", 512)), 28, packed=True, embedded=3.5, shifted=True
     ),
-    "PixArtAlphaPipeline": _Kind("transformer", (("text_encoder", "tokenizer", 120),), 20, 4.5, masked=True),
-    "PixArtSigmaPipeline": _Kind("transformer", (("text_encoder", "tokenizer", 300),), 20, 4.5, masked=True),
+    "PixArtAlphaPipeline": _Kind(
+        "transformer", (("text_encoder", "tokenizer", 120),), 20, 4.5, masked=True, variance=True
+    ),
+    "PixArtSigmaPipeline": _Kind(
+        "transformer", (("text_encoder", "tokenizer", 300),), 20, 4.5, masked=True, variance=True
+    ),
 }
 
 
@@ -109,8 +124,11 @@ def text_to_image(
         raise InvalidRequest(f"a {name} draws prompts: give those to distil it on, with --prompts FILE, one a line")
     scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     scale = int(pipeline.vae_scale_factor)
+    check_pipeline(pipeline, kind.used)
+    _check_networks(pipeline, kind.network)
     latents = _latents(pipeline, network, kind, scale, height, width)
-    encoders, described = _text(pipeline, kind)
+    decoder = _decoder(pipeline.vae, scale, shifted=kind.shifted)
+    encoders, described = text_of(pipeline, kind.parts, optional=kind.optional, masked=kind.masked)
     bank = Prompts(
         texts,
         encoders,
@@ -120,9 +138,16 @@ def text_to_image(
     tokens = latents.height * latents.width // 4
     schedule, prediction_type, shift = noise_process(scheduler_config, image_tokens=tokens)
     embedded = (kind.embedded or kind.guidance) if _embeds(network) else None
+    if embedded is None and name == "LatentConsistencyModelPipeline":
+        raise UnsupportedModel(
+            f"the network of a {name} must take the guidance scale, and time_cond_proj_dim is not set in its "
+            "config.json; load it as a StableDiffusionPipeline"
+        )
+    shape = (latents.channels, latents.height, latents.width)
+    check_sizes(network, shape, bank.shapes(), embedded=embedded, scale=scale)
+    check_decoder(pipeline.vae, shape, scale, decoder.channels)
     for part in (network, encoders, pipeline.vae):
         part.eval().requires_grad_(False)
-    decoder = _decoder(pipeline.vae, scale)
     teacher = Teacher(
         name=about.get("name", name),
         predict=_predict(network, bank, embedded, scale),
@@ -149,6 +174,9 @@ def text_to_image(
     return teacher.guided(about.get("guidance_scale", embedded if embedded is not None else kind.guidance))
 
 
+NULL_CLASS = 1000  # that DiTPipeline gives its network for guidance, however many classes there are
+
+
 @register("DiTPipeline")
 def class_to_image(
     pipeline: Any,
@@ -159,24 +187,32 @@ def class_to_image(
     num_inference_steps: int | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Teacher:
-    """DiT: a class-conditional transformer on an autoencoder's latents. The class after the last means 'no class'."""
+    """DiT: a class-conditional transformer on an autoencoder's latents. Class 1000 means 'no class', or the
+    one after the last where there are fewer."""
     about, network = dict(about or {}), pipeline.transformer
     if prompts is not None or height is not None or width is not None:
         raise InvalidRequest("a DiTPipeline draws classes at one size; it takes no prompts, height or width")
     config, scale = network.config, 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     classes = config.num_embeds_ada_norm
+    check_pipeline(pipeline, ("transformer", "vae", "scheduler"))
+    _check_networks(pipeline, "transformer")
+    _check_channels(network, pipeline.vae, config.in_channels, variance=True)
+    latents = Latents(channels=config.in_channels, height=config.sample_size, width=config.sample_size)
+    decoder = _decoder(pipeline.vae, scale, shifted=False)
+    shape = (latents.channels, latents.height, latents.width)
+    check_sizes(network, shape, {}, classes=True, scale=scale)
+    check_decoder(pipeline.vae, shape, scale, decoder.channels)
     scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     schedule, prediction_type, shift = noise_process(scheduler_config)
     for part in (network, pipeline.vae):
         part.eval().requires_grad_(False)
-    decoder = _decoder(pipeline.vae, scale)
     teacher = Teacher(
         name=about.get("name", "DiT"),
         predict=_predict(network, None, None, scale),
         schedule=schedule,
         prediction_type=prediction_type,
         shift=shift,
-        latents=Latents(channels=config.in_channels, height=config.sample_size, width=config.sample_size),
+        latents=latents,
         condition=Condition(kind="class", num_classes=classes, class_names=about.get("class_names")),
         postprocess=Postprocess(decoder=decoder),
         decode=LatentDecoder(pipeline.vae, decoder.scaling_factor, decoder.shift_factor).eval(),
@@ -188,7 +224,7 @@ def class_to_image(
         sampler=own_sampler(pipeline.scheduler),
         fingerprint=fingerprint([network], scheduler_config),
         pipeline=pipeline,
-        extra={"null_class": classes, **about},
+        extra={"null_class": min(classes, NULL_CLASS), **about},
     )
     return teacher.guided(about.get("guidance_scale", 4.0))
 
@@ -238,95 +274,61 @@ def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int |
             raise InvalidRequest(f"{axis} is {pixels}; give a multiple of {unit}")
         sides.append(default if pixels is None else pixels // scale)
     channels = network.config.in_channels // (4 if kind.packed else 1)
-    if channels != pipeline.vae.config.latent_channels:
-        raise UnsupportedModel(
-            f"the network takes {channels} channels and the autoencoder has {pipeline.vae.config.latent_channels}: "
-            "it takes more than noise and a prompt (inpainting, editing), which is not supported"
-        )
+    _check_channels(network, pipeline.vae, channels, variance=kind.variance)
     return Latents(channels=channels, height=sides[0], width=sides[1])
 
 
-def _decoder(vae: Any, scale: int) -> Decoder:
-    config = vae.config
+def _check_networks(pipeline: Any, name: str) -> None:
+    """Raise for a network or an autoencoder that is not whole, is quantised, or has an unknown setting."""
+    for part in ("vae", name):
+        network = getattr(pipeline, part)
+        if network is None:
+            raise UnsupportedModel(f"the pipeline has no {part}; load it whole")
+        check_weights(network, f"the pipeline's {part}")
+        check_config(network, part)
+    if any(getattr(block, factor, None) for block in getattr(network, "up_blocks", ()) for factor in _FREE_U):
+        raise UnsupportedModel("FreeU is on, which a saved network does not have; call disable_freeu() first")
+
+
+def _check_channels(network: Any, vae: Any, channels: int, *, variance: bool) -> None:
+    """Raise UnsupportedModel unless a network takes and makes as many channels as the autoencoder decodes."""
+    if channels != vae.config.latent_channels:
+        raise UnsupportedModel(
+            f"the network takes {channels} channels and the autoencoder has {vae.config.latent_channels}: "
+            "it takes more than noise and a prompt (inpainting, editing), which is not supported"
+        )
+    given = network.config.in_channels
+    made = network.config.get("out_channels") or given
+    if made != given and not (variance and made == 2 * given):
+        raise UnsupportedModel(
+            f"the network takes {given} channels and makes {made}, which its pipeline does not decode; use one with "
+            "out_channels equal to in_channels"
+        )
+
+
+_FREE_U = ("s1", "s2", "b1", "b2")  # attributes that enable_freeu sets, and no file holds
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+
+
+def _decoder(vae: Any, scale: int, *, shifted: bool) -> Decoder:
+    config, kind = vae.config, type(vae).__name__
+    if kind not in AUTOENCODERS:
+        raise UnsupportedModel(
+            f"the pipeline's vae is a {kind}, which is not supported; use {' or '.join(AUTOENCODERS)}"
+        )
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise UnsupportedModel("the autoencoder normalises its latents channel by channel, which is not supported")
+    factor, shift = config.get("scaling_factor"), (config.get("shift_factor") or 0.0) if shifted else 0.0
+    for name, value in (("scaling_factor", factor), ("shift_factor", shift)):
+        if not isinstance(value, int | float) or not math.isfinite(value) or (value == 0 and name == "scaling_factor"):
+            raise UnsupportedModel(
+                f"the autoencoder's {name} is {value!r:.50}; it must be a number, and no 0 to divide by"
+            )
     return Decoder(
-        class_path=f"diffusers.{type(vae).__name__}",
+        class_path=f"diffusers.{kind}",
         folder="vae",
         scale=scale,
         channels=config.out_channels,
-        scaling_factor=float(config.get("scaling_factor") or 1.0),
-        shift_factor=float(config.get("shift_factor") or 0.0),
+        scaling_factor=float(factor),
+        shift_factor=float(shift),
     )
-
-
-class _Encode:
-    """Prompts -> tensors by the pipeline's tokenizers and text encoders, as its own ``encode_prompt`` does."""
-
-    def __init__(self, pipeline: Any, tokenizers: Sequence[tuple[Any, Tokenizer]], encoders: TextEncoders) -> None:
-        self.tokenizers, self.encoder, self.encoders = tokenizers, encoders, encoders.encoders
-
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        inputs = []
-        device = next(self.encoder.parameters()).device
-        for tokenizer, spec in self.tokenizers:
-            texts = [prompt.lower().strip() if spec.lowercase else prompt for prompt in prompts]
-            found = tokenizer(
-                texts, padding="max_length", max_length=spec.max_length, truncation=True, return_tensors="pt"
-            )
-            inputs += [found.input_ids, *([found.attention_mask] if spec.mask else [])]
-        outputs = self.encoder(*(ids.to(device) for ids in inputs))
-        return dict(zip(self.encoder.names, outputs, strict=True))
-
-    def eval(self) -> _Encode:
-        self.encoder.eval()
-        return self
-
-    def requires_grad_(self, on: bool) -> _Encode:
-        self.encoder.requires_grad_(on)
-        return self
-
-
-def _text(pipeline: Any, kind: _Kind) -> tuple[_Encode, Callable[[Prompts], TextCondition]]:
-    """What encodes prompts, and what makes the manifest's description once there are prompts."""
-    encoders, specs, tokenizers, described = [], [], [], []
-    length = width = 0
-    for place, (encoder_name, tokenizer_name, longest) in enumerate(kind.parts):
-        encoder, tokenizer = getattr(pipeline, encoder_name), getattr(pipeline, tokenizer_name)
-        most = longest if longest is not None else int(tokenizer.model_max_length) if tokenizer is not None else 0
-        length += most if place != 1 else 0  # SD3: CLIP's two side by side, T5's after them
-        if encoder is None or tokenizer is None:
-            if encoder_name in kind.optional:
-                continue
-            raise UnsupportedModel(f"the pipeline has no {encoder_name} or {tokenizer_name}; load it whole")
-        suffix = f"_{place + 1}" if place else ""
-        spec = Tokenizer(
-            file=f"{tokenizer_name}/tokenizer.json",
-            input=f"input_ids{suffix}",
-            mask="attention_mask" if kind.masked else None,
-            max_length=most,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            lowercase=kind.masked,
-        )
-        encoders.append(encoder)
-        specs.append(spec)
-        tokenizers.append((tokenizer, spec))
-        described.append(TextEncoder(class_path=f"transformers.{type(encoder).__name__}", folder=encoder_name))
-    name = type(pipeline).__name__
-    if LAYOUTS[name][0] == "sd3":
-        width = pipeline.transformer.config.joint_attention_dim
-    stack = TextEncoders(encoders, name, (length, width))
-
-    def condition(prompts: Prompts) -> TextCondition:
-        tensors = [
-            TensorSpec(name=tensor, dtype="float32", shape=["batch", *shape])
-            for tensor, shape in prompts.shapes().items()
-        ]
-        return TextCondition(
-            kind="text", tokenizers=specs, encoders=described, tensors=tensors, examples=prompts.examples(EXAMPLES)
-        )
-
-    return _Encode(pipeline, tokenizers, stack), condition
-
-
-EXAMPLES = 16  # of the prompts, in the manifest: what demo and golden outputs draw

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
 from redif_sdk.distill.teachers.value_range import UNIT, InRange
+from redif_sdk.distill.teachers.weights import first_line
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
 from redif_sdk.models.prompts import Prompts
@@ -266,6 +267,7 @@ class Teacher(InRange):
         width: int | None = None,
         num_inference_steps: int | None = None,
         value_range: tuple[float, float] | None = None,
+        variant: str | None = None,
     ) -> Teacher:
         """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
         was given to :func:`register`; or any UNet2DModel with its scheduler.
@@ -278,23 +280,24 @@ class Teacher(InRange):
             height, width: of an image in pixels, where the pipeline takes several sizes; None: its own.
             num_inference_steps: of the teacher's own sampler; None: as many as usual.
             value_range: (low, high) of its images; None: what ``redif_teacher.json`` says, else diffusers' own [-1, 1].
+            variant: of the weights in a folder, such as fp16; None: the plain files, or the only variant.
 
         Raises:
-            InvalidRequest: the folder is not there, or is no diffusers folder; or prompts are missing.
+            InvalidRequest: the folder is not there, or is no diffusers folder; prompts or weights are missing.
             UnsupportedModel: a pipeline, network or scheduler that no adapter takes.
         """
         options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
         if not isinstance(source, (str, Path)):
-            return adapter_of(source)(source, **options).in_range(value_range)
+            return _adapted(source, **options).in_range(value_range)
         folder = Path(source)
         name = folders.pipeline_name(folder)
         if name in _ADAPTERS:
-            pipeline, about = folders.load_pipeline(folder)
-        elif name and not folders.holds_unet(folder):
+            pipeline, about = folders.load_pipeline(folder, variant)
+        elif name and folders.unet_files(folder) is None:
             raise _no_adapter(name)
         else:
-            pipeline, about = folders.load_unet(folder)
-        teacher = replace(adapter_of(pipeline)(pipeline, about=about, **options), folder=folder)
+            pipeline, about = folders.load_unet(folder, variant)
+        teacher = replace(_adapted(pipeline, about=about, **options), folder=folder)
         return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
 
     @classmethod
@@ -409,6 +412,20 @@ def _no_adapter(name: str) -> UnsupportedModel:
         f"no adapter takes a {name}; there are adapters for {', '.join(supported())}, and for any UNet2DModel with "
         "its scheduler. Write one of your own (docs/adapters.md), or pass the network to Teacher.from_callable"
     )
+
+
+def _adapted(pipeline: Any, **options: Any) -> Teacher:
+    """The teacher that a pipeline's adapter makes of it. A configuration that breaks the adapter is refused."""
+    adapter = adapter_of(pipeline)
+    try:
+        return adapter(pipeline, **options)
+    except (RedifError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # strange values in a configuration raise errors of any kind
+        raise UnsupportedModel(
+            f"the {type(pipeline).__name__} cannot be used as a teacher: {type(error).__name__}: {first_line(error)}; "
+            "check the configurations of its parts"
+        ) from error
 
 
 def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
+from redif_sdk.distill.teachers import components, weights
 from redif_sdk.distill.teachers.facts import read_facts
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.textfile import read_json_file
 
@@ -23,11 +21,12 @@ __all__ = [
     "SHIPPED",
     "TEACHER_FILE",
     "UNetFolder",
-    "holds_unet",
     "load_pipeline",
     "load_unet",
     "locate",
+    "part_folder",
     "pipeline_name",
+    "unet_files",
 ]
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -36,8 +35,9 @@ HUB_FILES = (
     TEACHER_FILE,
     "model_index.json",
     *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model")),  # networks, schedulers, tokenizers
+    *("config.json", "scheduler_config.json", "diffusion_pytorch_model*"),  # a UNet2DModel in the folder itself
 )
-UNET_FILE, SCHEDULER_FILE = "unet/config.json", "scheduler/scheduler_config.json"
+UNET_PARTS = ("unet", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ def pipeline_name(folder: Path) -> str:
         raise InvalidRequest(
             f"{folder} is no folder and no shipped teacher; give a diffusers folder or one of: {known}"
         )
-    index = folder / "model_index.json"
-    found = _json(index, folder) if index.is_file() else {}
-    return str(found.get("_class_name", ""))
+    return str(_index(folder).get("_class_name", ""))
 
 
 def is_unet_with_scheduler(pipeline: Any) -> bool:
@@ -87,80 +85,153 @@ def is_unet_with_scheduler(pipeline: Any) -> bool:
     return isinstance(network, UNet2DModel) and scheduler is not None
 
 
-def holds_unet(folder: Path) -> bool:
-    """Whether ``folder`` has a UNet2DModel and a scheduler, as :func:`load_unet` takes them."""
-    there = all((folder / needed).is_file() for needed in (UNET_FILE, SCHEDULER_FILE))
-    return there and _json(folder / UNET_FILE, folder).get("_class_name") == "UNet2DModel"
+def unet_files(folder: Path) -> tuple[Path, Path] | None:
+    """Where ``folder`` has a UNet2DModel's config.json and its scheduler's configuration: in ``unet/`` and
+    ``scheduler/``, or in the folder itself, as DDPMPipeline also loads them. None: it has no UNet2DModel."""
+    network = part_folder(folder, "unet") / "config.json"
+    scheduler = part_folder(folder, "scheduler") / "scheduler_config.json"
+    if not (network.is_file() and scheduler.is_file()):
+        return None
+    return (network, scheduler) if _json(network, folder).get("_class_name") == "UNet2DModel" else None
 
 
-def load_unet(folder: Path) -> tuple[UNetFolder, dict[str, Any]]:
+def load_unet(folder: Path, variant: str | None = None) -> tuple[UNetFolder, dict[str, Any]]:
     """A UNet2DModel and its scheduler's configuration, and what ``redif_teacher.json`` says.
 
+    Args:
+        variant: of the weights, such as fp16; None: the plain files, or the only variant.
+
     Raises:
-        InvalidRequest: a file is missing or cannot be read.
-        UnsupportedModel: ``unet/`` holds a network of another class.
+        InvalidRequest: a file is missing or cannot be read, or the weights are not whole.
+        UnsupportedModel: the network is of another class or quantised, or the folder has parts that are not used.
     """
     from diffusers import UNet2DModel
-    from safetensors import SafetensorError
 
-    for needed in (UNET_FILE, SCHEDULER_FILE):
-        if not (folder / needed).is_file():
-            raise InvalidRequest(f"{folder} is no teacher: {needed} is missing; give a folder saved by diffusers")
-    about, scheduler = _about(folder), _json(folder / SCHEDULER_FILE, folder)
-    class_name = _json(folder / UNET_FILE, folder).get("_class_name")
-    if class_name != "UNet2DModel":
-        raise UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
-    try:
-        network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidRequest(f"the weights in {folder}/unet cannot be read: {first}; copy the teacher again") from error
-    return UNetFolder(folder.name, network, scheduler), about
+    if (found := unet_files(folder)) is None:
+        raise _no_unet(folder)
+    network, scheduler = found
+    components.check_used(folder.name, UNET_PARTS, _parts(folder) | _other_networks(folder))
+    about, configuration = _about(folder), _json(scheduler, folder)
+    with without_bars():
+        unet = _network(UNet2DModel, network.parent, variant, folder)
+    return UNetFolder(folder.name, unet, configuration), about
 
 
-def load_pipeline(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _no_unet(folder: Path) -> InvalidRequest | UnsupportedModel:
+    for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        if not (part_folder(folder, name) / file).is_file():
+            return InvalidRequest(f"{folder} is no teacher: {name}/{file} is missing; give a folder saved by diffusers")
+    class_name = _json(part_folder(folder, "unet") / "config.json", folder).get("_class_name")
+    return UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
+
+
+def load_pipeline(folder: Path, variant: str | None = None) -> tuple[Any, dict[str, Any]]:
     """A whole pipeline from its folder, and what ``redif_teacher.json`` says. Nothing is fetched, no pickle is read.
 
+    Every network is loaded by `weights.load_network`, so its weights are whole. What a student never has, such as a
+    safety checker, is left out, whether its folder is there or not.
+
+    Args:
+        variant: of the weights, such as fp16; None: the plain files, or the only variant.
+
     Raises:
-        InvalidRequest: it cannot be loaded.
+        InvalidRequest: it cannot be loaded, or weights are not whole.
+        UnsupportedModel: a network is quantised.
     """
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
-    about = _about(folder)
-    index = _json(folder / "model_index.json", folder)
-    left_out: dict[str, Any] = dict.fromkeys(name for name, kind in index.items() if kind == [None, None])
-    try:
-        with without_bars():
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, **left_out
-            )
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidRequest(f"the pipeline in {folder} cannot be loaded: {first}; copy it again") from error
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, torch.float32)  # diffusers' own warns of what it then does not do
+    about, parts = _about(folder), _parts(folder)
+    given: dict[str, Any] = dict.fromkeys(components.left_out(folder.name, parts))
+    if "safety_checker" in given:
+        given["requires_safety_checker"] = False
+    _check_variant(folder, parts, variant)
+    with without_bars():
+        for name, part in parts.items():
+            if name not in given and (kind := components.network_class(*part)) is not None:
+                given[name] = _network(kind, part_folder(folder, name), variant, folder)
+            elif name not in given:
+                components.check_tokenizer_files(part[1], part_folder(folder, name))
+        given |= dict.fromkeys(name for name, kind in _index(folder).items() if kind == [None, None])
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
+        except (MemoryError, RedifError):
+            raise
+        except Exception as error:  # tokenizers raise plain ones
+            raise InvalidRequest(
+                f"the pipeline in {folder} cannot be loaded: {weights.first_line(error)}; copy it again"
+            ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, about
 
 
+def part_folder(folder: Path, name: str) -> Path:
+    """Where diffusers looks for a pipeline's part: a folder of its name, else the pipeline's own."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    return _json(path, folder) if path.is_file() else {}
+
+
+def _parts(folder: Path) -> dict[str, tuple[str, str]]:
+    """The parts that ``model_index.json`` names, as (library, class)."""
+    return {
+        name: (kind[0], kind[1])
+        for name, kind in _index(folder).items()
+        if isinstance(kind, list) and len(kind) == 2 and all(isinstance(one, str) for one in kind)
+    }
+
+
+def _other_networks(folder: Path) -> dict[str, tuple[str, str]]:
+    """Networks that lie beside a UNet2DModel without being named: an autoencoder, say, whose latents it draws."""
+    found = {}
+    for path in sorted(folder.glob("*/config.json")):
+        name = _json(path, folder).get("_class_name")
+        if isinstance(name, str) and name != "UNet2DModel":
+            found[path.parent.name] = ("diffusers", name)
+    return found
+
+
+def _network(kind: Any, place: Path, variant: str | None, folder: Path) -> Any:
+    """One network of ``folder``, with its configuration checked first."""
+    path = place / "config.json"
+    if not path.is_file():
+        raise InvalidRequest(f"{folder} is not whole: {path.relative_to(folder)} is missing; copy the folder again")
+    weights.refuse_quantised(_json(path, folder), str(place))
+    return weights.load_network(kind, place, variant)
+
+
+def _check_variant(folder: Path, parts: dict[str, tuple[str, str]], variant: str | None) -> None:
+    """Raise InvalidRequest where no part of a pipeline has the variant that was asked for."""
+    if variant is None:
+        return
+    places = {part_folder(folder, name) for name in parts} | {folder}
+    if not any(variant in weights.variants(place) for place in places):
+        known = sorted({str(name) for place in places for name in weights.variants(place) if name is not None})
+        raise InvalidRequest(
+            f"{folder} has no weights of the variant {variant!r}; it has {', '.join(known) or 'the plain files only'}"
+        )
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without the bars that transformers and diffusers draw while they load and save a file, and without transformers'
-    remark that torchvision is absent: it reads no image here."""
+    """Without the bars and the remarks of transformers and diffusers while they load and save a file: what matters of
+    these is raised, or logged in one line."""
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 
     before = [(log, log.is_progress_bar_enabled()) for log in (ours, theirs)]
     for log, _ in before:
         log.disable_progress_bar()
-    loud = theirs.get_verbosity()
-    theirs.set_verbosity_error()
+    loud = [(log, log.get_verbosity()) for log in (ours, theirs)]
+    for log, _ in loud:
+        log.set_verbosity(log.CRITICAL)
     try:
         yield
     finally:
-        theirs.set_verbosity(loud)
+        for log, level in loud:
+            log.set_verbosity(level)
         for log, shown in before:
             if shown:
                 log.enable_progress_bar()

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from redif_sdk.artifact.records import Condition, Latents, Postprocess
 from redif_sdk.distill.teachers.base import UNET_2D, Teacher, fingerprint, register
-from redif_sdk.distill.teachers.folders import UNetFolder
+from redif_sdk.distill.teachers.components import check_pipeline
+from redif_sdk.distill.teachers.config_keys import check_config
+from redif_sdk.distill.teachers.folders import UNET_PARTS, UNetFolder
 from redif_sdk.distill.teachers.own_scheduler import noise_process, own_sampler
+from redif_sdk.distill.teachers.sizes import check_channels, check_sizes
+from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 
@@ -43,6 +47,7 @@ def pixels(
     if isinstance(pipeline, UNetFolder):
         name, scheduler_config, sampler = pipeline.name, pipeline.scheduler, None
     else:
+        check_pipeline(pipeline, UNET_PARTS)
         scheduler = pipeline.scheduler
         name, sampler = type(pipeline).__name__, own_sampler(scheduler)
         scheduler_config = {"_class_name": type(scheduler).__name__, **scheduler.config}
@@ -58,8 +63,15 @@ def pixels(
     shuffle = about.get("pixel_shuffle", 1)
     for axis, asked in enumerate((height, width)):
         if asked is not None:
+            if asked < shuffle or asked % shuffle:
+                raise InvalidRequest(f"{'width' if axis else 'height'} is {asked}; give a multiple of {shuffle}")
             sides[axis] = asked // shuffle
+    check_weights(network, f"the unet of {name}")
+    check_config(network, "unet")
+    check_channels(config, name)
     classes = about.get("num_classes", config.num_class_embeds)
+    shape = (config.in_channels, sides[0], sides[1])
+    check_sizes(network, shape, {}, classes=bool(config.num_class_embeds), scale=shuffle)
     network = network.float().eval().requires_grad_(False)
     denoiser = Denoiser(network, diffusers_call=True)
 

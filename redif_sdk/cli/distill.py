@@ -20,6 +20,7 @@ from redif_sdk.cli.terminal import (
     Quiet,
     TeacherArgument,
     ValueRange,
+    Variant,
     Width,
     fail,
     teacher_options,
@@ -84,6 +85,7 @@ def distill_command(
     height: Height = None,
     width: Width = None,
     value_range: ValueRange = None,
+    variant: Variant = None,
     start: Start = None,
     resume: Resume = False,
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw; default: 0.")] = None,
@@ -109,7 +111,7 @@ def distill_command(
     options |= {"teacher_calls": teacher_calls, "seed": seed, "device": device, "lora_rank": lora_rank}
     settings = partial(resolve, parse_settings(assignments, options), file=config_file, name=preset)
     _check(settings(), output, resume)
-    model = Teacher.load(teacher, **teacher_options(prompts, height, width, value_range))
+    model = Teacher.load(teacher, **teacher_options(prompts, height, width, value_range, variant))
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
     config = settings(text=model.prompts is not None)  # text to image has presets of its own

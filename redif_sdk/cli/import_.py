@@ -14,6 +14,7 @@ from redif_sdk.cli.terminal import (
     Quiet,
     TeacherArgument,
     ValueRange,
+    Variant,
     Width,
     numbers,
     teacher_options,
@@ -41,6 +42,7 @@ def import_command(
     height: Height = None,
     width: Width = None,
     value_range: ValueRange = None,
+    variant: Variant = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -52,7 +54,7 @@ def import_command(
     from redif_sdk.distill.student import import_pipeline
     from redif_sdk.progress import Progress
 
-    counts, options = numbers("--steps", steps), teacher_options(prompts, height, width, value_range)
+    counts, options = numbers("--steps", steps), teacher_options(prompts, height, width, value_range, variant)
     with Progress(quiet).stage(f"importing {pipeline}"):
         manifest = import_pipeline(pipeline, output, counts, guidance_scale=guidance_scale, **options)
     write_rows(

@@ -14,6 +14,7 @@ EXTRA_OF = {
     "efficientnet_lite_pytorch": "distill",
     "peft": "distill",
     "safetensors": "distill",
+    "sentencepiece": "distill",
     "tensorboard": "distill",
     "torch": "distill,export",
     "transformers": "distill",

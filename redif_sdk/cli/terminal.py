@@ -34,6 +34,7 @@ __all__ = [
     "Threads",
     "TrainingDevice",
     "ValueRange",
+    "Variant",
     "Width",
     "console_for",
     "fail",
@@ -74,6 +75,10 @@ PromptFile = Annotated[
 ]
 Height = Annotated[int | None, typer.Option(help="Image height in pixels, if the pipeline supports several sizes.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels, if the pipeline supports several sizes.")]
+Variant = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Variant of the weights, as fp16; default: the plain files, or the only one."),
+]
 
 ValueRange = Annotated[
     tuple[float, float] | None,
@@ -118,12 +123,13 @@ def teacher_options(
     height: int | None = None,
     width: int | None = None,
     value_range: tuple[float, float] | None = None,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """The arguments of ``Teacher.load`` that were given. The prompts are read from their file."""
     from redif_sdk.models.prompts import read_prompts
 
     texts = None if prompts is None else read_prompts(prompts)
-    given = {"prompts": texts, "height": height, "width": width, "value_range": value_range}
+    given = {"prompts": texts, "height": height, "width": width, "value_range": value_range, "variant": variant}
     return {name: value for name, value in given.items() if value is not None}
 
 

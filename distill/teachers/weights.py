@@ -1,0 +1,176 @@
+"""The weights of one component from its folder: all of them, or a refusal that names the tensors.
+
+Only safetensors are read. diffusers and transformers fill a tensor that a file lacks at random, or leave it without
+values; both say so in their loading report, which is read here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+
+__all__ = ["check_weights", "find_variant", "first_line", "load_network", "refuse_quantised", "variants"]
+
+#: The names of weight files without their endings: diffusers' and transformers'.
+STEMS = ("diffusion_pytorch_model", "model")
+_SHARD = r"(?:-\d{5}-of-\d{5})?"
+_FILE = re.compile(rf"({'|'.join(STEMS)}){_SHARD}(?:\.([A-Za-z0-9_-]+?))?{_SHARD}\.safetensors")
+#: Formats that run code, or that nothing here reads.
+_OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
+#: Unexpected tensors that no forward pass reads: buffers that older releases saved.
+_NEVER_READ = re.compile(r"(^|\.)position_ids$")
+_NAMED = 6  # tensors in a message
+
+
+def find_variant(folder: Path, asked: str | None = None) -> str | None:
+    """The variant of the safetensors in ``folder``: ``asked`` where it is there, else the plain files, else the only
+    variant.
+
+    Raises:
+        InvalidRequest: there are no safetensors, or several variants and no plain files.
+    """
+    found = variants(folder)
+    if asked is not None and asked in found:
+        return asked
+    if None in found:
+        return None
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        names = ", ".join(sorted(str(name) for name in found))
+        raise InvalidRequest(f"{folder} holds the variants {names} of its weights; choose one with --variant NAME")
+    if others := sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS):
+        raise InvalidRequest(
+            f"{folder} holds {others[0]} and no safetensors, and other formats are not read since they can run code; "
+            "convert it: load the pipeline in diffusers with use_safetensors=False, then save_pretrained(FOLDER)"
+        )
+    if strange := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise InvalidRequest(
+            f"{folder} holds {strange[0]}, and diffusers reads {' or '.join(STEMS)}.safetensors; rename it"
+        )
+    raise InvalidRequest(
+        f"{folder} holds no weights (*.safetensors); copy the folder again, or convert weights of another format"
+    )
+
+
+def variants(folder: Path) -> set[str | None]:
+    """The variants of the safetensors in ``folder``; None among them: the plain files."""
+    return {match[2] for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
+
+
+def load_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
+    """The network in ``folder``, of a class of diffusers or transformers, in float32 and in evaluation mode.
+
+    Args:
+        kind: the class.
+        variant: of the weights, such as fp16; where the folder lacks it, and for None, what `find_variant` chooses.
+
+    Raises:
+        InvalidRequest: weights are missing, unexpected, of another shape, or cannot be read.
+        UnsupportedModel: the network is quantised.
+    """
+    options: dict[str, Any] = {"variant": find_variant(folder, variant)}
+    try:
+        if not kind.__module__.startswith("diffusers"):
+            _refuse_larger(kind, folder)
+            # its default is the dtype of the file; and a tensor of another shape is only named in the report
+            options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        network, report = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except (MemoryError, RedifError):
+        raise
+    except Exception as error:  # what a class makes of a strange configuration may be of any kind
+        raise InvalidRequest(
+            f"the weights in {folder} cannot be loaded: {first_line(error)}; check config.json, or copy it again"
+        ) from error
+    _check_report(report, folder, type(network).__name__)
+    check_weights(network, str(folder))
+    for module in network.modules():
+        if module.training:
+            module.training = False
+    return nn.Module.to(network, torch.float32)  # diffusers' own warns of what it then does not do
+
+
+def _refuse_larger(kind: Any, folder: Path) -> None:
+    """Raise InvalidRequest where config.json asks for far more weights than there are: transformers would make them."""
+    from safetensors import safe_open
+
+    held = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    with torch.device("meta"):
+        network = kind(kind.config_class.from_pretrained(folder))
+        wanted = sum(parameter.numel() for parameter in network.parameters())
+    if wanted > 2 * held:  # tied weights count twice before they are tied
+        raise InvalidRequest(
+            f"{folder}/config.json asks for {wanted:,} weights and the files hold {held:,}; copy the folder again"
+        )
+
+
+def _check_report(report: Mapping[str, Iterable[Any]], folder: Path, name: str) -> None:
+    """Raise InvalidRequest unless a loading report of diffusers or transformers is empty."""
+    faults = {}
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in report.get(f"{what}_keys") or ())
+        if left := [key for key in keys if not (what == "unexpected" and _NEVER_READ.search(key))]:
+            faults[what] = left
+    if faults:
+        listed = "; ".join(f"{what}: {_some(keys)}" for what, keys in faults.items())
+        raise InvalidRequest(
+            f"the weights in {folder} are not those of this config.json's {name} ({listed}); "
+            "copy them again, or rename the tensors"
+        )
+    if errors := list(report.get("error_msgs") or ()):
+        raise InvalidRequest(f"the weights in {folder} cannot be loaded: {first_line(errors[0])}; copy them again")
+
+
+def _some(keys: list[str]) -> str:
+    rest = len(keys) - _NAMED
+    return ", ".join(keys[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def check_weights(network: nn.Module, where: str) -> None:
+    """Raise for a network that is quantised, or whose tensors have no values (torch's meta device).
+
+    Raises:
+        InvalidRequest: a tensor has no values; the message names it.
+        UnsupportedModel: the network is quantised.
+    """
+    config: Any = getattr(network, "config", None)
+    refuse_quantised(config if isinstance(config, Mapping) else getattr(config, "__dict__", {}), where)
+    if getattr(network, "is_quantized", False) or getattr(network, "hf_quantizer", None) is not None:
+        raise _quantised(where)
+    empty = [name for name, tensor in network.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise InvalidRequest(f"{where} has tensors without values: {_some(sorted(empty))}; load it whole")
+    if any(not parameter.dtype.is_floating_point for parameter in network.parameters()):
+        raise _quantised(where)
+
+
+def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedModel for a configuration that names a quantiser."""
+    if config.get("quantization_config") is not None:
+        raise _quantised(where)
+
+
+def _quantised(where: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{where} is quantised, which is not supported; dequantise it first: load the unquantised weights, or call "
+        "dequantize() on the network in diffusers, and save it again"
+    )
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -95,7 +95,12 @@ class FastPipeline:
         engine_dir: str | Path | None = None,
     ) -> None:
         self._student = student
-        self._asked = {"runtime": runtime, "device": device, "precision": precision, "num_threads": num_threads}
+        self._asked: dict[str, Any] = {
+            "runtime": runtime,
+            "device": device,
+            "precision": precision,
+            "num_threads": num_threads,
+        }
         self._asked |= {"provider": provider, "engine_dir": engine_dir}
         options = RuntimeOptions(
             device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)

@@ -27,6 +27,14 @@ __all__ = ["serve_command"]
 
 LEVELS = ("debug", "info", "warning", "error")
 
+RootPath = Annotated[
+    str, typer.Option(metavar="PATH", help="Path below which a proxy publishes the server, such as /images.")
+]
+ForwardedAllowIps = Annotated[
+    str | None,
+    typer.Option(metavar="IP,...", help="Proxies whose X-Forwarded headers are believed; * = all. Default: 127.0.0.1."),
+]
+
 
 def serve_command(
     students: StudentsArgument,
@@ -47,15 +55,8 @@ def serve_command(
         list[str] | None,
         typer.Option(metavar="ORIGIN,...", help="Origins whose pages may call the server from a browser."),
     ] = None,
-    root_path: Annotated[
-        str, typer.Option(metavar="PATH", help="Path below which a proxy publishes the server, such as /images.")
-    ] = "",
-    forwarded_allow_ips: Annotated[
-        str | None,
-        typer.Option(
-            metavar="IP,...", help="Proxies whose X-Forwarded headers are believed; * = all. Default: 127.0.0.1."
-        ),
-    ] = None,
+    root_path: RootPath = "",
+    forwarded_allow_ips: ForwardedAllowIps = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     precision: Precision = "auto",

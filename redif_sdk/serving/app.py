@@ -30,7 +30,7 @@ from redif_sdk.serving.backend import Backend, ImageJob
 from redif_sdk.serving.body import BadBody, CheckedRoute, field_message, shown
 from redif_sdk.serving.encode import KeptFiles, encode
 from redif_sdk.serving.events import EventStream, gone_client, image_event
-from redif_sdk.serving.guard import Guard, RequestId, error_body
+from redif_sdk.serving.guard import Guard, Prefix, RequestId, error_body
 from redif_sdk.serving.metrics import Metrics
 from redif_sdk.serving.page import page
 from redif_sdk.serving.settings import ServeSettings
@@ -66,7 +66,6 @@ def create_app(backend: Backend, settings: ServeSettings | None = None, metrics:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        root_path=settings.root_path,
         redirect_slashes=False,  # a redirect would not know what is before the proxy
     )
     _add_errors(app)
@@ -83,6 +82,8 @@ def create_app(backend: Backend, settings: ServeSettings | None = None, metrics:
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    if settings.root_path:
+        app.add_middleware(Prefix, root_path=settings.root_path)
     return app
 
 

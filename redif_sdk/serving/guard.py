@@ -20,7 +20,7 @@ from redif_sdk.serving.admission import Keys
 from redif_sdk.serving.metrics import Metrics
 from redif_sdk.serving.settings import ServeSettings
 
-__all__ = ["Guard", "RequestId", "error_body", "route_path"]
+__all__ = ["Guard", "Prefix", "RequestId", "error_body", "route_path"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,19 @@ def route_path(scope: MutableMapping[str, Any]) -> str:
     """The path below the application's prefix (``root_path``), whether the proxy removed the prefix or not."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if path == root or path.startswith(f"{root}/") else path
+
+
+class Prefix:
+    """Tells the application the path below which a proxy publishes it, for URLs and for routing."""
+
+    def __init__(self, app: Application, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self._root_path
+        await self._app(scope, receive, send)
 
 
 class RequestId(CorrelationIdMiddleware):

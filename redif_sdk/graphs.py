@@ -40,7 +40,8 @@ _living: WeakSet[LoadedGraphs] = WeakSet()
 class LoadedGraphs:
     """A student's graphs, safe to use from several threads, and in processes that are forked afterwards.
 
-    The threads of an engine do not outlive a fork. So a child process loads its graphs again, when it first runs them.
+    The threads of an engine do not outlive a fork. So a child process loads its graphs again, when it first runs them;
+    an engine that cannot be loaded there raises RuntimeUnavailable.
 
     Args:
         student: The student's folder.
@@ -83,7 +84,7 @@ class LoadedGraphs:
             if component not in self._loaded:
                 if self._forked and self._options.device != "cpu":
                     raise RuntimeUnavailable(
-                        f"{self._options.device} cannot be used in a process that was forked from one that uses it; "
+                        f"{self._options.device} cannot be used in a process that was forked from one that used it; "
                         f'start it with multiprocessing\'s "spawn", or load the pipeline in it'
                     )
                 graph = self._graph(component)

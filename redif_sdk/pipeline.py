@@ -76,8 +76,8 @@ class PipelineOutput:
 class FastPipeline:
     """A loaded student. Thread-safe; a call keeps no state; copies share the graphs.
 
-    Other processes can use it: a forked one loads the graphs again, and it pickles by its source (the folder, or the
-    commit on the Hub) with the options it was loaded with, without a token.
+    Other processes can use it: a forked one loads the graphs again (OpenVINO and GPUs refuse, and name "spawn"), and it
+    pickles by its source (the folder, or the commit on the Hub) with the options it was loaded with, without a token.
 
     Load one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with reason and remedy, if
     the runtime, device or precision is not available; nothing else is used instead.

@@ -105,8 +105,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("runtime", RUNTIMES[1:])
+@pytest.mark.parametrize(
+    ("runtime", "method"),
+    [
+        (runtime, method)
+        for runtime in RUNTIMES[1:]
+        for method in ("fork", "spawn", "forkserver")
+        if (runtime, method) != ("openvino", "fork")
+    ],
+)
 def test_workers_of_multiprocessing_generate_the_same(
     tiny_student: Path, tmp_path: Path, runtime: str, method: str
 ) -> None:
@@ -123,6 +130,7 @@ FORK = """
 import os, sys, threading
 import numpy as np
 from redif_sdk import FastPipeline
+from redif_sdk.errors import RuntimeUnavailable
 
 asked = {"class_labels": [0, 1, 2], "seed": 1, "output_type": "uint8"}
 pipe = FastPipeline.from_pretrained(sys.argv[1], runtime=sys.argv[2], num_threads=2)
@@ -141,7 +149,10 @@ children = []
 for number in range(2):
     child = os.fork()
     if not child:
-        same = np.array_equal(pipe(**asked).images, expected)
+        try:
+            same = np.array_equal(pipe(**asked).images, expected)
+        except RuntimeUnavailable as error:
+            sys.exit(7 if "spawn" in str(error) else 3)
         same = same and np.array_equal(next(pipe.stream(class_labels=1, seed=2)), step)
         grandchild = os.fork()
         if not grandchild:
@@ -160,8 +171,9 @@ print(codes)
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_process_that_is_forked_while_threads_generate_is_safe(tiny_student: Path, runtime: str) -> None:
+    """OpenVINO's threads are not made again there: it says what to do, and does not wait for ever."""
     done = run(FORK, tiny_student, runtime)
-    assert done.stdout == "[0, 0]\n", done.stderr
+    assert done.stdout == ("[7, 7]\n" if runtime == "openvino" else "[0, 0]\n"), done.stderr
 
 
 def test_on_a_gpu_a_forked_process_is_told_what_to_do(tiny_student: Path) -> None:

@@ -9,6 +9,7 @@ Tested on processors. Intel GPUs and NPUs go through the same calls and were not
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -57,10 +58,25 @@ KEPT = 8
 
 ENGINE_ERRORS = (RuntimeError, ValueError, TypeError)
 
+_processes: set[int] = set()  # the one that made the core
+
 
 @cache
 def _core() -> Any:
+    _processes.add(os.getpid())
     return openvino.Core()
+
+
+def _check_process() -> None:
+    """Raise RuntimeUnavailable in a process that was forked from one that used OpenVINO.
+
+    Its threads are gone there, and compiling waits for them for ever, for another graph or core too (seen with 2026.4).
+    """
+    if _processes and os.getpid() not in _processes:
+        raise RuntimeUnavailable(
+            "openvino cannot be used in a process that was forked from one that used it; start it with "
+            'multiprocessing\'s "spawn", or use runtime="onnxruntime"'
+        )
 
 
 def devices() -> list[str]:
@@ -142,6 +158,7 @@ class OpenVino:
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
         """As `Runtime.load`."""
+        _check_process()
         if options.provider is not None or options.engine_dir is not None:
             raise InvalidRequest("provider and engine_dir are not supported by runtime openvino; leave them out")
         device, ours = _device(options)
@@ -171,6 +188,7 @@ class OpenVino:
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """As `Runtime.run`."""
+        _check_process()
         try:
             if self._workers is None:
                 return self._call(inputs, {})

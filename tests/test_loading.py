@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redif_sdk import hub
-from redif_sdk.distill import Teacher, import_pipeline
+from redif_sdk.distill import Teacher, import_pipeline, load_student
 from redif_sdk.distill.teachers import folders
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 
@@ -226,6 +226,14 @@ def test_a_safety_checker_is_left_out_with_one_line(
     ]
 
 
+def test_nothing_is_left_out_for_somebody_elses_adapter(copy: Callable[[str], Path]) -> None:
+    folder = copy("sd")
+    edit(folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    assert folders.load_pipeline(folder)[0].feature_extractor is None
+    with pytest.raises(InvalidRequest, match="cannot be loaded"):
+        folders.load_pipeline(folder, whole=True)
+
+
 def latent_diffusion() -> Any:
     from diffusers import LDMPipeline, VQModel
 
@@ -357,6 +365,15 @@ def test_a_tokenizer_that_deployment_would_read_otherwise_is_refused(
         load(folder)
 
 
+def test_a_token_without_an_embedding_is_refused() -> None:
+    pipeline = pipelines.stable_diffusion()
+    pipeline.tokenizer.add_tokens(["<cat>"])
+    with pytest.raises(UnsupportedModel, match=r"tokenizer has token ids up to .* embeddings"):
+        Teacher.load(pipeline, prompts=PROMPTS)
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    Teacher.load(pipeline, prompts=["a <cat>"])
+
+
 def test_a_sentencepiece_model_alone_names_the_package(
     copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +403,8 @@ def test_a_size_that_a_network_cannot_take_is_refused_with_one_that_it_can(tmp_p
     assert Teacher.load(pipeline, height=32, width=24).shape == (3, 32, 24)
     with pytest.raises(InvalidRequest, match=r"no images of 32 x 18.*--height 32 --width 24"):
         Teacher.load(pipeline, height=32, width=18)
+    import_pipeline(pipeline, tmp_path / "student", [2], height=32, width=24)
+    assert load_student(tmp_path / "student").teacher.shape == (3, 32, 24)
 
 
 def test_a_text_to_image_network_takes_every_size_that_its_pipeline_takes() -> None:

@@ -83,7 +83,8 @@ def _model_folders(manifest: Manifest) -> set[str]:
 def _as_teacher(folder: Path, manifest: Manifest) -> Teacher:
     """The student's network and what is around it, as a teacher without guidance of its own."""
     if manifest.network.pipeline is None:
-        return replace(Teacher.from_diffusers(folder), folder=None)
+        height, width = manifest.latents.height, manifest.latents.width
+        return replace(Teacher.from_diffusers(folder, height=height, width=width), folder=None)
     saving.restore_pipeline_name(folder, manifest.network.pipeline)
     height, width, _ = manifest.image_shape
     sized: dict[str, Any] = {}

@@ -138,14 +138,7 @@ def text_to_image(
     tokens = latents.height * latents.width // 4
     schedule, prediction_type, shift = noise_process(scheduler_config, image_tokens=tokens)
     embedded = (kind.embedded or kind.guidance) if _embeds(network) else None
-    if embedded is None and name == "LatentConsistencyModelPipeline":
-        raise UnsupportedModel(
-            f"the network of a {name} must take the guidance scale, and time_cond_proj_dim is not set in its "
-            "config.json; load it as a StableDiffusionPipeline"
-        )
-    shape = (latents.channels, latents.height, latents.width)
-    check_sizes(network, shape, bank.shapes(), embedded=embedded, scale=scale)
-    check_decoder(pipeline.vae, shape, scale, decoder.channels)
+    _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded)
     for part in (network, encoders, pipeline.vae):
         part.eval().requires_grad_(False)
     teacher = Teacher(
@@ -199,9 +192,7 @@ def class_to_image(
     _check_channels(network, pipeline.vae, config.in_channels, variance=True)
     latents = Latents(channels=config.in_channels, height=config.sample_size, width=config.sample_size)
     decoder = _decoder(pipeline.vae, scale, shifted=False)
-    shape = (latents.channels, latents.height, latents.width)
-    check_sizes(network, shape, {}, classes=True, scale=scale)
-    check_decoder(pipeline.vae, shape, scale, decoder.channels)
+    _check_calls(pipeline, network, latents, decoder, None, None)
     scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     schedule, prediction_type, shift = noise_process(scheduler_config)
     for part in (network, pipeline.vae):
@@ -288,6 +279,26 @@ def _check_networks(pipeline: Any, name: str) -> None:
         check_config(network, part)
     if any(getattr(block, factor, None) for block in getattr(network, "up_blocks", ()) for factor in _FREE_U):
         raise UnsupportedModel("FreeU is on, which a saved network does not have; call disable_freeu() first")
+
+
+def _check_calls(
+    pipeline: Any,
+    network: Any,
+    latents: Latents,
+    decoder: Decoder,
+    conditions: Mapping[str, Sequence[int]] | None,
+    embedded: float | None,
+) -> None:
+    """Raise unless the network and the autoencoder take these latents. ``conditions``: of prompts; None: classes."""
+    if embedded is None and type(pipeline).__name__ == "LatentConsistencyModelPipeline":
+        raise UnsupportedModel(
+            "the network of a LatentConsistencyModelPipeline must take the guidance scale, and time_cond_proj_dim is "
+            "not set in its config.json; load it as a StableDiffusionPipeline"
+        )
+    shape = (latents.channels, latents.height, latents.width)
+    classes = conditions is None
+    check_sizes(network, shape, conditions or {}, classes=classes, embedded=embedded, scale=decoder.scale)
+    check_decoder(pipeline.vae, shape, decoder.scale, decoder.channels)
 
 
 def _check_channels(network: Any, vae: Any, channels: int, *, variance: bool) -> None:

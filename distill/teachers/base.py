@@ -24,9 +24,18 @@ from torch.nn import functional as F
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
+from redif_sdk.distill.teachers.registry import (
+    Adapter,
+    adapted,
+    adapter_of,
+    has_adapter,
+    is_ours,
+    no_adapter,
+    register,
+    supported,
+)
 from redif_sdk.distill.teachers.value_range import UNIT, InRange
-from redif_sdk.distill.teachers.weights import first_line
-from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.loop import run_steps
@@ -288,16 +297,16 @@ class Teacher(InRange):
         """
         options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
         if not isinstance(source, (str, Path)):
-            return _adapted(source, **options).in_range(value_range)
+            return adapted(source, **options).in_range(value_range)
         folder = Path(source)
         name = folders.pipeline_name(folder)
-        if name in _ADAPTERS:
-            pipeline, about = folders.load_pipeline(folder, variant)
+        if has_adapter(name):
+            pipeline, about = folders.load_pipeline(folder, variant, whole=not is_ours(name))
         elif name and folders.unet_files(folder) is None:
-            raise _no_adapter(name)
+            raise no_adapter(name)
         else:
             pipeline, about = folders.load_unet(folder, variant)
-        teacher = replace(_adapted(pipeline, about=about, **options), folder=folder)
+        teacher = replace(adapted(pipeline, about=about, **options), folder=folder)
         return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
 
     @classmethod
@@ -366,66 +375,6 @@ def as_latents(teacher: Teacher) -> Teacher:
     """
     low, high = UNIT if teacher.decode is not None else teacher.postprocess.value_range
     return replace(teacher, decode=None, postprocess=Postprocess(value_range=(low, high)), clipped=False)
-
-
-Adapter = Callable[..., Teacher]
-_ADAPTERS: dict[str, Adapter] = {}
-UNET_2D = "UNet2DModel"  # the adapter of every pipeline that is this network and a scheduler
-
-
-def register(*pipelines: str) -> Callable[[Adapter], Adapter]:
-    """Make a function ``(pipeline, **options) -> Teacher`` the adapter of these classes of pipelines, by name.
-
-    ``options`` are those of :meth:`Teacher.from_diffusers`: ``prompts``, ``height``, ``width`` and
-    ``num_inference_steps``, each of them None where the caller leaves it open; and ``about``, what a folder's
-    ``redif_teacher.json`` says. The adapters of this package register themselves when it is imported.
-    """
-
-    def keep(adapter: Adapter) -> Adapter:
-        _ADAPTERS.update(dict.fromkeys(pipelines, adapter))
-        return adapter
-
-    return keep
-
-
-def supported() -> list[str]:
-    """The names of the classes of pipelines that have an adapter."""
-    return sorted(set(_ADAPTERS) - {UNET_2D})
-
-
-def adapter_of(pipeline: Any) -> Adapter:
-    """The adapter of a pipeline: its class's own, else that of UNet2DModel where it holds one and a scheduler.
-
-    Raises:
-        UnsupportedModel: no adapter takes it. The message names those that there are, and how to add one.
-    """
-    name = type(pipeline).__name__
-    if name not in _ADAPTERS and folders.is_unet_with_scheduler(pipeline):
-        name = UNET_2D
-    if name not in _ADAPTERS:
-        raise _no_adapter(name)
-    return _ADAPTERS[name]
-
-
-def _no_adapter(name: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"no adapter takes a {name}; there are adapters for {', '.join(supported())}, and for any UNet2DModel with "
-        "its scheduler. Write one of your own (docs/adapters.md), or pass the network to Teacher.from_callable"
-    )
-
-
-def _adapted(pipeline: Any, **options: Any) -> Teacher:
-    """The teacher that a pipeline's adapter makes of it. A configuration that breaks the adapter is refused."""
-    adapter = adapter_of(pipeline)
-    try:
-        return adapter(pipeline, **options)
-    except (RedifError, MemoryError, ImportError):
-        raise
-    except Exception as error:  # strange values in a configuration raise errors of any kind
-        raise UnsupportedModel(
-            f"the {type(pipeline).__name__} cannot be used as a teacher: {type(error).__name__}: {first_line(error)}; "
-            "check the configurations of its parts"
-        ) from error
 
 
 def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redif_sdk.artifact.untrusted.configs import check_config
 from redif_sdk.distill.teachers import components, weights
 from redif_sdk.distill.teachers.facts import read_facts
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
@@ -125,14 +126,15 @@ def _no_unet(folder: Path) -> InvalidRequest | UnsupportedModel:
     return UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
 
 
-def load_pipeline(folder: Path, variant: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """A whole pipeline from its folder, and what ``redif_teacher.json`` says. Nothing is fetched, no pickle is read.
+def load_pipeline(folder: Path, variant: str | None = None, *, whole: bool = False) -> tuple[Any, dict[str, Any]]:
+    """A pipeline from its folder, and what ``redif_teacher.json`` says. Nothing is fetched, no pickle is read.
 
     Every network is loaded by `weights.load_network`, so its weights are whole. What a student never has, such as a
     safety checker, is left out, whether its folder is there or not.
 
     Args:
         variant: of the weights, such as fp16; None: the plain files, or the only variant.
+        whole: leave nothing out.
 
     Raises:
         InvalidRequest: it cannot be loaded, or weights are not whole.
@@ -141,7 +143,7 @@ def load_pipeline(folder: Path, variant: str | None = None) -> tuple[Any, dict[s
     from diffusers import DiffusionPipeline
 
     about, parts = _about(folder), _parts(folder)
-    given: dict[str, Any] = dict.fromkeys(components.left_out(folder.name, parts))
+    given: dict[str, Any] = dict.fromkeys([] if whole else components.left_out(folder.name, parts))
     if "safety_checker" in given:
         given["requires_safety_checker"] = False
     _check_variant(folder, parts, variant)
@@ -198,7 +200,9 @@ def _network(kind: Any, place: Path, variant: str | None, folder: Path) -> Any:
     path = place / "config.json"
     if not path.is_file():
         raise InvalidRequest(f"{folder} is not whole: {path.relative_to(folder)} is missing; copy the folder again")
-    weights.refuse_quantised(_json(path, folder), str(place))
+    config = _json(path, folder)
+    weights.refuse_quantised(config, str(place))
+    check_config(config, str(path))
     return weights.load_network(kind, place, variant)
 
 

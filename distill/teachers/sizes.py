@@ -29,7 +29,8 @@ class _Called(nn.Module):
         self, network: nn.Module, conditions: Mapping[str, Tensor], embedded: float | None, scale: int
     ) -> None:
         super().__init__()
-        self.network, self.conditions, self.embedded, self.scale = network, conditions, embedded, scale
+        self.network = getattr(network, "_orig_mod", network)  # of torch.compile, which would compile for shapes
+        self.conditions, self.embedded, self.scale = conditions, embedded, scale
 
     def forward(self, x: Tensor, t: Tensor | None) -> Tensor:
         if t is None:
@@ -123,6 +124,8 @@ def _fault(called: _Called, shape: tuple[int, ...]) -> str | None:
 @torch.no_grad()
 def _shape(called: _Called, shape: tuple[int, ...], decode: bool = False) -> tuple[int, ...] | str | None:
     """The shape of the output without its batch axis; or what is wrong; or None where shapes alone do not tell."""
+    if hasattr(called.network, "_hf_hook"):  # offloading moves the weights at every call
+        return None
     state = {name: _empty(tensor) for name, tensor in (*called.named_parameters(), *called.named_buffers())}
     kind = next((value.dtype for value in state.values() if value.dtype.is_floating_point), torch.float32)
     x = torch.empty(2, *shape, device="meta", dtype=kind)

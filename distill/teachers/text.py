@@ -99,6 +99,7 @@ def text_of(
             pad_token_id=_pad(tokenizer, tokenizer_name),
             lowercase=masked,
         )
+        _check_vocabulary(tokenizer, tokenizer_name, encoder, encoder_name)
         _check_tokenizer(tokenizer, spec, tokenizer_name)
         encoders.append(encoder)
         specs.append(spec)
@@ -143,6 +144,16 @@ def _pad(tokenizer: Any, name: str) -> int:
     if tokenizer.pad_token_id is None:
         raise UnsupportedModel(f"the pipeline's {name} has no pad token; set pad_token in tokenizer_config.json")
     return int(tokenizer.pad_token_id)
+
+
+def _check_vocabulary(tokenizer: Any, tokenizer_name: str, encoder: Any, encoder_name: str) -> None:
+    """Raise UnsupportedModel where a token has no embedding, so that some prompts could not be encoded."""
+    there, last = encoder.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if last >= there:
+        raise UnsupportedModel(
+            f"the pipeline's {tokenizer_name} has token ids up to {last} and the {encoder_name} {there} embeddings; "
+            "use the tokenizer that belongs to it, or resize_token_embeddings"
+        )
 
 
 def _check_lengths(layout: str, specs: Sequence[Tokenizer]) -> None:

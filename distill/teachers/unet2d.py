@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from redif_sdk.artifact.records import Condition, Latents, Postprocess
-from redif_sdk.distill.teachers.base import UNET_2D, Teacher, fingerprint, register
+from redif_sdk.distill.teachers.base import Teacher, fingerprint
 from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.folders import UNET_PARTS, UNetFolder
 from redif_sdk.distill.teachers.own_scheduler import noise_process, own_sampler
+from redif_sdk.distill.teachers.registry import UNET_2D, register
 from redif_sdk.distill.teachers.sizes import check_channels, check_sizes
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -54,24 +55,10 @@ def pixels(
     if prompts is not None:
         raise InvalidRequest(f"{name} is not a text-to-image model; `prompts` is not supported")
     about, network = dict(about or {}), pipeline.unet
-    config, size = network.config, network.config.sample_size
-    if config.class_embed_type is not None:
-        raise UnsupportedModel(f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is")
-    sides = [size, size] if isinstance(size, int) else list(size or ())
-    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise UnsupportedModel(f"the network's sample_size is {size!r:.50}; it must be one number or two")
-    shuffle = about.get("pixel_shuffle", 1)
-    for axis, asked in enumerate((height, width)):
-        if asked is not None:
-            if asked < shuffle or asked % shuffle:
-                raise InvalidRequest(f"{'width' if axis else 'height'} is {asked}; give a multiple of {shuffle}")
-            sides[axis] = asked // shuffle
-    check_weights(network, f"the unet of {name}")
-    check_config(network, "unet")
-    check_channels(config, name)
+    config, shuffle = network.config, about.get("pixel_shuffle", 1)
+    sides = _sides(config, shuffle, height, width)
+    _check(network, name, sides, shuffle)
     classes = about.get("num_classes", config.num_class_embeds)
-    shape = (config.in_channels, sides[0], sides[1])
-    check_sizes(network, shape, {}, classes=bool(config.num_class_embeds), scale=shuffle)
     network = network.float().eval().requires_grad_(False)
     denoiser = Denoiser(network, diffusers_call=True)
 
@@ -101,3 +88,28 @@ def pixels(
         extra=about,
     )
     return teacher.guided(about.get("guidance_scale", 1.0))
+
+
+def _sides(config: Any, shuffle: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) of the network's input for an image of this size in pixels; None: the network's own."""
+    size = config.sample_size
+    own = [size, size] if isinstance(size, int) else list(size or ())
+    if len(own) != 2 or not all(isinstance(side, int) for side in own):
+        raise UnsupportedModel(f"the network's sample_size is {size!r:.50}; it must be one number or two")
+    for axis, asked in enumerate((height, width)):
+        if asked is not None:
+            if asked < shuffle or asked % shuffle:
+                raise InvalidRequest(f"{'width' if axis else 'height'} is {asked}; give a multiple of {shuffle}")
+            own[axis] = asked // shuffle
+    return own[0], own[1]
+
+
+def _check(network: Any, name: str, sides: tuple[int, int], shuffle: int) -> None:
+    """Raise for a network that is not whole, has a setting that is not supported, or does not take this size."""
+    config = network.config
+    if config.class_embed_type is not None:
+        raise UnsupportedModel(f"class_embed_type {config.class_embed_type!r} is not supported; only a class table is")
+    check_weights(network, f"the unet of {name}")
+    check_config(network, "unet")
+    check_channels(config, name)
+    check_sizes(network, (config.in_channels, *sides), {}, classes=bool(config.num_class_embeds), scale=shuffle)

@@ -20,6 +20,7 @@ from redif_sdk.cli.terminal import (
     Quiet,
     TrainingDevice,
     ValueRange,
+    Variant,
     console_for,
     fail,
     print_rows,
@@ -51,6 +52,7 @@ def doctor_command(
     device: TrainingDevice = "auto",
     prompts: PromptFile = None,
     value_range: ValueRange = None,
+    variant: Variant = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -64,7 +66,7 @@ def doctor_command(
     if distill is None:
         rows = examine()
     else:
-        options = teacher_options(prompts, value_range=value_range)
+        options = teacher_options(prompts, value_range=value_range, variant=variant)
         rows = _examine_teacher(distill, steps, reward, device, options, quiet)
     write_rows(json, "doctor", rows)
     print_rows(console_for(json, quiet), FINDINGS, rows)

@@ -1,4 +1,4 @@
-"""Latents to images in numpy, and arrays to PIL: the arithmetic that the fused graph does in ONNX.
+"""Images: latents to arrays in numpy, as the fused graph does it in ONNX, arrays to PIL, and the output of a call.
 
 Latents of a student with a decoder are decoded by a graph first. No file is read or written here.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,25 @@ from PIL import Image
 
 from redif_sdk.artifact.records import Postprocess
 
-__all__ = ["contact_sheet", "pixel_shuffle", "scale_and_offset", "to_pil", "to_uint8"]
+__all__ = ["PipelineOutput", "contact_sheet", "pixel_shuffle", "scale_and_offset", "to_pil", "to_uint8"]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """The result of a call.
+
+    Attributes:
+        images: a list of PIL images, or an array (B, H, W, C), depending on `output_type`.
+        seeds: (seed, image index) of each image; passed as ``seed=``, they give the same images again.
+        timings: seconds by stage: noise, text (tokens and text encoder; text-to-image students only), network, output,
+            total.
+        runtime_info: what computed the images; see `FastPipeline.runtime_info`.
+    """
+
+    images: Any
+    seeds: list[tuple[int, int]]
+    timings: dict[str, float]
+    runtime_info: dict[str, Any]
 
 
 def pixel_shuffle(x: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
-from redif_sdk.images import to_pil
+from redif_sdk.images import PipelineOutput, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
     OUTPUT_TYPES,
@@ -53,24 +53,6 @@ NOT_EXACT = '; images differ slightly from fp32: precision="exact" gives the sam
 OnStepEnd = Callable[["FastPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 _FIELDS = ("_student", "_asked", "_remote", "_tables", "_choice", "_components")
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """The result of a call.
-
-    Attributes:
-        images: a list of PIL images, or an array (B, H, W, C), depending on `output_type`.
-        seeds: (seed, image index) of each image; passed as ``seed=``, they give the same images again.
-        timings: seconds by stage: noise, text (tokens and text encoder; text-to-image students only), network, output,
-            total.
-        runtime_info: what computed the images; see `FastPipeline.runtime_info`.
-    """
-
-    images: Any
-    seeds: list[tuple[int, int]]
-    timings: dict[str, float]
-    runtime_info: dict[str, Any]
 
 
 class FastPipeline:

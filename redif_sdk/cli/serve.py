@@ -27,6 +27,10 @@ __all__ = ["serve_command"]
 
 LEVELS = ("debug", "info", "warning", "error")
 
+CorsOrigins = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ORIGIN,...", help="Origins whose pages may call the server from a browser."),
+]
 RootPath = Annotated[
     str, typer.Option(metavar="PATH", help="Path below which a proxy publishes the server, such as /images.")
 ]
@@ -51,10 +55,7 @@ def serve_command(
         Path | None,
         typer.Option(help=f"File of API keys, one a line; or set {KEYS} (comma-separated). Default: no keys."),
     ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN,...", help="Origins whose pages may call the server from a browser."),
-    ] = None,
+    cors_origin: CorsOrigins = None,
     root_path: RootPath = "",
     forwarded_allow_ips: ForwardedAllowIps = None,
     runtime: Runtime = "auto",

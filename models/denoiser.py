@@ -6,6 +6,7 @@ A condition is an index here, of a class or of a prompt; `Denoiser` turns it int
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, co
     return mixed
 
 
+def tensor_of(output: Any) -> Tensor:
+    """The tensor of a network's output: itself, its ``.sample``, or its first element."""
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = output.sample if hasattr(output, "sample") else output[0]
+    return found
+
+
 class Denoiser(nn.Module):
     """A network behind one signature: ``(x (B, C, H, W), t (B,) float32, condition (B,) int64 or None) -> f``.
 
@@ -37,7 +46,8 @@ class Denoiser(nn.Module):
 
     Args:
         network: The network.
-        diffusers_call: Whether the network is diffusers'; otherwise it is called as ``network(x, t, condition)``.
+        diffusers_call: Whether the network is diffusers'; otherwise it is called as ``network(x, t, condition)``, where
+            the condition is None, classes (B,) int64, or of prompts a dictionary of their tensors by name.
         guidance: ``f`` is the guided output, at two calls of the network.
         prompts: The condition is an index of these.
         embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
@@ -68,8 +78,8 @@ class Denoiser(nn.Module):
 
     def _call(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         if not self.diffusers_call:
-            out: Tensor = self.network(x, t, condition)
-            return out[:, : x.shape[1]]
+            given = condition if condition is None or self.prompts is None else self.prompts(condition)
+            return tensor_of(self.network(x, t, given))[:, : x.shape[1]]
         if condition is None:
             conditions = {}
         else:

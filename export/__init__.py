@@ -57,8 +57,8 @@ def export(
         sm: Compute capabilities that RTX engines are built for, 89 for 8.9.
         engine_dir: The folder of the engines; None: the cache of this machine.
         web_dir: The folder of the page; None: beside the student's folder.
-        network: Takes the place of the folder's network, for classes that are not diffusers'. It must compute what the
-            folder's weights compute.
+        network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
+            folder's weights; where the folder has none, its own are exported.
 
     Returns:
         The new manifest.

@@ -24,7 +24,7 @@ from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUn
 from redif_sdk.export import golden, samples, store
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.fuse import generator_model
-from redif_sdk.export.networks import load_decoder, load_encoders, load_network
+from redif_sdk.export.networks import given_network, load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import (
     GraphDenoiser,
     decoder_model,
@@ -67,7 +67,7 @@ def build_graphs(
     student = StudentFolder(folder)
     student.check_all()
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
-    loaded = load_network(student) if network is None else network.eval()
+    loaded = load_network(student) if network is None else given_network(student, network)
     manifest, further = _with_sizes(student.manifest, loaded, sizes)
     source = _source(student, loaded)
     with atomic_folder(student.path, overwrite=True) as new:

@@ -21,12 +21,11 @@ from safetensors.torch import load as load_safetensors
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import TextEncoder
 from redif_sdk.errors import ExportError, UnsupportedModel
+from redif_sdk.models.copies import private_copy
 from redif_sdk.models.families import LatentDecoder, TextEncoders
+from redif_sdk.models.portable import check_encoder_class, check_finite, filled
 
-__all__ = ["load_decoder", "load_encoders", "load_network"]
-
-#: The text encoders that `families.TextEncoders` knows how to call.
-ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+__all__ = ["given_network", "load_decoder", "load_encoders", "load_network"]
 
 #: What a class or its loader raises for a configuration or weights that are not its own.
 _MISFITS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
@@ -42,8 +41,21 @@ def load_network(student: StudentFolder) -> torch.nn.Module:
     """
     network = student.manifest.network
     return _diffusers(
-        student, network.class_path, network.folder, "load the network and give it as export(network=...)"
+        student, network.class_path, network.folder, "give the network in Python: export(folder, network=module)"
     )
+
+
+def given_network(student: StudentFolder, module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the caller's module in float32, in evaluation mode, with the folder's weights where it has some.
+
+    Raises:
+        InvalidRequest: They are not the module's.
+        UnsupportedModel: The module cannot be copied.
+    """
+    folder = student.manifest.network.folder
+    if not any(file.endswith(".safetensors") for file in student.files(folder)):
+        return private_copy(module, "the network").float()
+    return filled(module, _weights(student, folder), f"{student.path}/{folder}").requires_grad_(False)
 
 
 def load_decoder(student: StudentFolder) -> LatentDecoder | None:
@@ -104,6 +116,7 @@ def _diffusers(student: StudentFolder, path: str, folder: str, remedy: str) -> t
         network = _fill(kind, json.loads(student.read(f"{folder}/config.json")), weights)
     except _MISFITS as error:
         raise _misfit(student, folder, name, error) from error
+    check_finite(network, folder)
     return network.float().eval().requires_grad_(False)
 
 
@@ -148,11 +161,8 @@ def _misfit(student: StudentFolder, folder: str, name: str, error: Exception) ->
 
 
 def _encoder(student: StudentFolder, part: TextEncoder) -> torch.nn.Module:
-    module, _, name = part.class_path.rpartition(".")
-    if module.partition(".")[0] != "transformers" or name not in ENCODERS:
-        raise UnsupportedModel(
-            f"the text encoder {part.class_path} is not supported; use transformers' {', '.join(ENCODERS)}"
-        )
+    check_encoder_class(part.class_path)
+    name = part.class_path.rpartition(".")[2]
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
@@ -164,6 +174,7 @@ def _encoder(student: StudentFolder, part: TextEncoder) -> torch.nn.Module:
             encoder = _fill_transformer(getattr(transformers, name), config, weights)
     except _MISFITS as error:
         raise _misfit(student, part.folder, name, error) from error
+    check_finite(encoder, part.folder)
     return encoder.float().eval().requires_grad_(False)
 
 

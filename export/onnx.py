@@ -22,6 +22,7 @@ from redif_sdk.export.guidance import add_guidance
 from redif_sdk.export.networks import load_network
 from redif_sdk.export.precision import DTYPES, int8_model
 from redif_sdk.export.trace import trace_graph
+from redif_sdk.models.denoiser import tensor_of
 from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
 
 __all__ = [
@@ -50,6 +51,7 @@ class GraphDenoiser(torch.nn.Module):
         nulls: The null condition of guidance by name, each for one image: (1, ...).
         embedded_guidance: The guidance scale that the network takes as an input (Flux, LCM).
         scale: Pixels a latent on each side.
+        by_place: The network is called as ``network(sample, timestep, condition)`` with the one condition, or None.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class GraphDenoiser(torch.nn.Module):
         nulls: Mapping[str, Tensor] | None = None,
         embedded_guidance: float | None = None,
         scale: int = 1,
+        by_place: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
+        self.by_place = by_place
         self.channels = channels
         self.guidance = guidance
         self.dtype = dtype
@@ -89,6 +93,7 @@ class GraphDenoiser(torch.nn.Module):
             nulls=nulls,
             embedded_guidance=manifest.network.embedded_guidance,
             scale=manifest.postprocess.scale,
+            by_place=manifest.network.is_own,
         )
 
     def bare(self, network: torch.nn.Module, dtype: torch.dtype) -> GraphDenoiser:
@@ -100,6 +105,7 @@ class GraphDenoiser(torch.nn.Module):
             conditions=self.conditions,
             embedded_guidance=self.embedded_guidance,
             scale=self.scale,
+            by_place=self.by_place,
         )
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
@@ -115,13 +121,12 @@ class GraphDenoiser(torch.nn.Module):
 
     def _call(self, sample: Tensor, timestep: Tensor, given: dict[str, Tensor]) -> Tensor:
         x = sample.to(self.dtype)
+        if self.by_place:
+            return tensor_of(self.network(x, timestep, next(iter(given.values()), None)))[:, : self.channels].float()
         if is_supported(self.network):
             return call_network(self.network, x, timestep, given, self.embedded_guidance, self.scale).float()
         given = {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in given.items()}
-        output = self.network(x, timestep, **given)
-        if not isinstance(output, Tensor):
-            output = output.sample if hasattr(output, "sample") else output[0]
-        return output[:, : self.channels].float()
+        return tensor_of(self.network(x, timestep, **given))[:, : self.channels].float()
 
 
 class _InDtype(torch.nn.Module):

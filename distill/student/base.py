@@ -23,6 +23,7 @@ from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.portable import is_library_network
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.noise import noise
 from redif_sdk.sampling.table import StepTable
@@ -73,7 +74,12 @@ class Student:
     @property
     def folder(self) -> str:
         """Of the network in the student's folder."""
-        return self.teacher.network_folder or "unet"
+        return saving.OWN_FOLDER if self.is_own else self.teacher.network_folder or "unet"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the network is no class of diffusers: its folder has the weights, and the class by name only."""
+        return not is_library_network(self.inner)
 
     def use_prompts(self, prompts: Prompts | None) -> None:
         """Conditions become places among ``prompts``, a teacher's, instead of the student's own; None: no change."""
@@ -100,8 +106,7 @@ class Student:
         inner = self.inner
         if guidance is not None and teacher.prompts is not None:
             guidance = guidance.model_copy(update={"null_class": 0})  # a place among prompts that do not travel
-        package = type(inner).__module__.partition(".")[0]
-        class_path = f"diffusers.{type(inner).__name__}" if package == "diffusers" else saving.class_path(inner)
+        class_path = saving.class_path(inner) if self.is_own else f"diffusers.{type(inner).__name__}"
         return Manifest(
             name=name,
             licence=teacher.licence,
@@ -124,6 +129,7 @@ class Student:
                 guidance=guidance,
                 embedded_guidance=teacher.embedded_guidance,
                 pipeline=saving.pipeline_name(teacher, self._scheduler()),
+                call="x, t, condition" if self.is_own else "diffusers",
             ),
             metrics=self.metrics,
         )
@@ -131,19 +137,16 @@ class Student:
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
         """Write the student folder: diffusers' network and scheduler in safetensors, ``redif.json``, the card.
 
-        It appears whole or not at all. Graphs are added by ``redif_sdk.export.export``. The user's sections in the card
+        Of a network of your own, the weights are written, and its class by name. It appears whole or not at all. Graphs
+        are added by ``redif_sdk.export.export``. The user's sections in the card
         of a folder that is overwritten stay.
 
         Raises:
             InvalidRequest: the folder exists already and ``overwrite`` is off, or its card has malformed sections.
-            UnsupportedModel: the network is no diffusers model, so it cannot be saved as a diffusers folder.
+            UnsupportedModel: a network of your own in place of a pipeline's.
         """
         folder = Path(folder)
         inner = self.inner
-        if not hasattr(inner, "save_pretrained"):
-            raise UnsupportedModel(
-                f"{type(inner).__name__} has no save_pretrained; give the student as a diffusers model to save it"
-            )
         old = read_card(folder) if overwrite else None
         if old is not None and not is_generated(old):
             old = None
@@ -171,7 +174,15 @@ class Student:
         """diffusers' folder: the network and a scheduler, or the teacher's whole pipeline with these two in it."""
         scheduler = self._scheduler()
         if self.teacher.pipeline is not None:
+            if self.is_own:
+                raise UnsupportedModel(
+                    f"a {type(self.teacher.pipeline).__name__} is saved with a network of diffusers, not with a "
+                    f"{type(inner).__name__}"
+                )
             saving.write_pipeline(self.teacher, staging, {self.folder: inner, "scheduler": scheduler})
             return
-        inner.save_pretrained(staging / "unet", safe_serialization=True)
+        if self.is_own:
+            saving.write_own(inner, staging / self.folder)
+        else:
+            inner.save_pretrained(staging / self.folder, safe_serialization=True)
         scheduler.save_pretrained(staging / "scheduler")

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from safetensors.torch import load
+from torch import nn
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.distill.student.base import Student
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.errors import ManifestError, RedifError
+from redif_sdk.distill.teachers.own_scheduler import noise_process
+from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.portable import filled
 from redif_sdk.sampling.table import StepTable
 
 
-def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
+def load_student(folder: str | Path, teacher: Teacher | None = None, *, network: nn.Module | None = None) -> Student:
     """A student folder back into torch, from a checked copy of its files: what was hashed is what is read.
+
+    Args:
+        teacher: what the student is of; None: what the manifest says of it.
+        network: of a student that is a module of your own, one of that class. It is copied, and gets the folder's
+            weights.
 
     Raises:
         ManifestError, IntegrityError: the folder is no student, was altered, or holds no network that diffusers makes.
+        UnsupportedModel: its network is somebody's own, and none is given.
+        InvalidRequest: the folder's weights are not those of ``network``.
     """
     checked = StudentFolder(Path(folder))
     manifest = checked.manifest
+    if manifest.network.is_own and network is None:
+        raise UnsupportedModel(
+            f"the network of {folder} is a {manifest.network.class_path}, no class of diffusers; load it with "
+            "load_student(folder, network=module)"
+        )
     ours = _model_folders(manifest)
     others = {entry.path.partition("/")[0] for entry in manifest.files} - ours
     for part in ours - {"model_index.json"}:
@@ -33,7 +51,12 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
     with TemporaryDirectory(prefix="redif-") as copy:
         checked.copy_to(Path(copy), without=(*others, ""))
         try:
-            source = _as_teacher(Path(copy), manifest)
+            if network is not None and manifest.network.is_own:
+                source = _with_own(checked, Path(copy), network)
+            else:
+                source = _as_teacher(Path(copy), manifest)
+        except InvalidRequest:
+            raise
         except RedifError as error:
             raise ManifestError(str(error).replace(copy, str(folder))) from error
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -64,6 +87,29 @@ def load_student(folder: str | Path, teacher: Teacher | None = None) -> Student:
     )
     student.use_prompts(teacher.prompts if teacher else None)
     return student
+
+
+def _with_own(student: StudentFolder, copied: Path, network: nn.Module) -> Teacher:
+    """As :func:`_as_teacher`, of a network of somebody's own."""
+    manifest, table = student.manifest, student.manifest.tables[0]
+    files = [file for file in student.files(manifest.network.folder) if file.endswith(".safetensors")]
+    weights = {key: value for file in files for key, value in load(student.read(file)).items()}
+    own = filled(network, weights, f"{student.path}/{manifest.network.folder}")
+    config = json.loads((copied / "scheduler" / "scheduler_config.json").read_text())
+    schedule, _, shift = noise_process(config)
+    classes = manifest.classes
+    teacher = Teacher.from_callable(
+        Denoiser(own, diffusers_call=False),
+        schedule=schedule,
+        prediction_type=table.prediction_type,
+        shape=(manifest.latents.channels, manifest.latents.height, manifest.latents.width),
+        student=own,
+        num_classes=classes.num_classes if classes else None,
+        shift=shift,
+        pixel_shuffle=manifest.postprocess.pixel_shuffle,
+        name=manifest.name,
+    )
+    return replace(teacher.in_range(manifest.postprocess.value_range), scheduler_config=config)
 
 
 def _model_folders(manifest: Manifest) -> set[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from copy import copy
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from redif_sdk.artifact.manifest import Manifest
@@ -20,6 +22,7 @@ from redif_sdk.errors import UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
 __all__ = [
+    "OWN_FOLDER",
     "class_path",
     "forget_origin",
     "pipeline_name",
@@ -27,11 +30,15 @@ __all__ = [
     "restore_pipeline_name",
     "scheduler_of",
     "write_index",
+    "write_own",
     "write_pipeline",
 ]
 
 #: How the `_class_name` in a student's model_index.json begins: no class of diffusers, so DiffusionPipeline refuses it.
 REFUSAL = "RedifStudent"
+
+#: Of the weights of a network that is no class of diffusers.
+OWN_FOLDER = "network"
 
 BETAS = (
     "num_train_timesteps",
@@ -66,6 +73,12 @@ def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any]) -> Non
                 if backend is None:
                     raise UnsupportedModel(f"the pipeline's {name} is no fast tokenizer, so it has no tokenizer.json")
                 backend.save(str(folder / spec.file))
+
+
+def write_own(network: nn.Module, folder: Path) -> None:
+    """The weights of a network of somebody's own. Weights that share memory are written once."""
+    folder.mkdir()
+    save_model(network, str(folder / "model.safetensors"))
 
 
 def pipeline_name(teacher: Teacher, scheduler: Any) -> str | None:
@@ -150,6 +163,10 @@ def scheduler_of(teacher: Teacher, table: StepTable) -> Any:
     if teacher.schedule.edm is not None and teacher.scheduler_config is not None:
         kept = {key: value for key, value in teacher.scheduler_config.items() if not key.startswith("_")}
         return EDMEulerScheduler.from_config(kept)
+    if teacher.schedule.edm is not None:
+        edm = asdict(teacher.schedule.edm)
+        kind = "v_prediction" if edm.pop("v_prediction") else "epsilon"
+        return EDMEulerScheduler(**edm, num_train_timesteps=len(teacher.schedule), prediction_type=kind)
     if teacher.schedule.flow and teacher.pipeline is not None:
         # a pipeline is given the table's noise levels, which are shifted already
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=len(teacher.schedule) - 1)

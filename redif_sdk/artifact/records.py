@@ -326,7 +326,9 @@ class Network(_Part):
 
     ``guidance``: the graphs call the network twice a step and mix the outputs (an imported guided pipeline; distilled
     students need none). ``embedded_guidance``: the guidance scale that a network takes as an input (Flux, LCM).
-    ``pipeline``: the diffusers class that loads the folder, if it is more than network and scheduler.
+    ``pipeline``: the diffusers class that loads the folder, if it is more than network and scheduler. ``call``: a
+    network of diffusers is called by its family, any other as ``network(x, t, condition)``; of such a network
+    ``class_path`` is a name for people, and nothing imports it (since 1.4).
     """
 
     class_path: Text  # e.g. "diffusers.UNet2DModel"
@@ -334,11 +336,17 @@ class Network(_Part):
     guidance: Guidance | None = None
     embedded_guidance: float | None = None
     pipeline: Text | None = None  # e.g. "StableDiffusionPipeline"
+    call: Literal["diffusers", "x, t, condition"] = "diffusers"
 
     @property
     def calls_per_step(self) -> int:
         """Network calls for one image and step."""
         return calls_per_step(self.guidance)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its class is somebody's own, so that a module must be given to train or export it again."""
+        return self.call != "diffusers"
 
 
 class Graph(_Part):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.errors import UnsupportedModel
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
 
 __all__ = ["named_parts", "private_copy", "private_pipeline", "unwrapped"]
 
@@ -111,17 +111,23 @@ def named_parts(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_absent(module: nn.Module, name: str) -> None:
-    """Raise UnsupportedModel for weights that are elsewhere, are moved or cast by hooks, or are not plain numbers."""
+    """Raise for weights that are elsewhere, are moved or cast by hooks, or are not plain numbers.
+
+    Raises:
+        InvalidRequest: tensors have no values; the message names them.
+        UnsupportedModel: the network is sharded, quantised, or has hooks of diffusers.
+    """
     for key, value in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(value):
             raise UnsupportedModel(f"{name}: {key} has no shape yet; call the network once, then give it")
-        if value.is_meta:
-            raise UnsupportedModel(
-                f"{name}: {key} is on the meta device, without values: the network is offloaded, or was not loaded; "
-                "load it without device_map and without sequential or group offloading"
-            )
         if type(value).__name__ == "DTensor":
             raise UnsupportedModel(f"{name}: {key} is sharded over processes; give the whole network")
+    empty = sorted(key for key, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta)
+    if empty:
+        shown = ", ".join(empty[:6]) + (f" and {len(empty) - 6} more" if len(empty) > 6 else "")
+        raise InvalidRequest(
+            f"{name} has tensors without values: {shown}; load it whole, without device_map and without offloading"
+        )
     for key, part in module.named_modules():
         if "_diffusers_hook" in vars(part):
             raise UnsupportedModel(
@@ -130,8 +136,8 @@ def refuse_absent(module: nn.Module, name: str) -> None:
             )
     if found := _quantised(module):
         raise UnsupportedModel(
-            f"{name} is quantised ({found}), and training and export need its weights; load it without a quantiser, or "
-            "call its dequantize()"
+            f"{name} is quantised ({found}), which is not supported; dequantise it first: load the unquantised "
+            "weights, or call dequantize() on the network in diffusers"
         )
 
 

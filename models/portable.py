@@ -20,9 +20,9 @@ from torch import nn
 
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.copies import named_parts, private_copy, refuse_absent, unwrapped
+from redif_sdk.models.families import ENCODERS
 
 __all__ = [
-    "ENCODERS",
     "check_encoder_class",
     "check_finite",
     "check_library_network",
@@ -33,8 +33,6 @@ __all__ = [
     "refuse_saved_adapters",
 ]
 
-#: The text encoders that `families.TextEncoders` knows how to call.
-ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 #: Settings of a module that change its memory or speed, and not what it computes.
 _HARMLESS = {"training", "gradient_checkpointing", "is_gradient_checkpointing", "use_slicing", "use_tiling"}
 _PRIVATE = {"FreeU": ("s1", "s2", "b1", "b2")}
@@ -80,8 +78,10 @@ def check_library_network(module: nn.Module, name: str, *, loaded: bool = False)
     """
     refuse_absent(module, name)
     text = name.startswith("text_encoder")
-    if text:
-        check_encoder_class(f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}")
+    if text and type(module).__name__ not in ENCODERS:
+        raise UnsupportedModel(
+            f"the pipeline's {name} is a {type(module).__name__}, which is not supported; use {', '.join(ENCODERS)}"
+        )
     if not _library_class(module, "transformers" if text else "diffusers"):
         raise UnsupportedModel(
             f"{name} is a {type(module).__module__}.{type(module).__qualname__}, which is no class of "
@@ -207,7 +207,9 @@ def _check_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: s
     """The numbers of a module are those of a fresh one."""
     for feature, names in _PRIVATE.items():
         if any(ours.get(key) is not None and theirs.get(key) is None for key in names):
-            raise UnsupportedModel(f"{where}: {feature} is on, which a saved student would not have; switch it off")
+            raise UnsupportedModel(
+                f"{where}: {feature} is on, which a saved student would not have; call disable_freeu()"
+            )
     for key, value in ours.items():
         if key.startswith("_") or key in _HARMLESS or not isinstance(value, bool | int | float):
             continue

@@ -322,3 +322,27 @@ def tiny_sd(folder: Path) -> Path:
     about = {"name": "tiny-sd", "prompts": PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
     (folder / "redif_teacher.json").write_text(json.dumps(about))
     return folder
+
+
+def pixels(**more: Any) -> Any:
+    """A DDIMPipeline of 8 x 8 latents without classes."""
+    from diffusers import DDIMPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 8}
+    unet = UNet2DModel(**{**settings, "layers_per_block": 1, "add_attention": False, **ONE_BLOCK, **more})
+    return DDIMPipeline(unet.eval(), ddim())
+
+
+UNET_LAYERS = ["to_q", "to_k", "to_v", "conv1", "time_emb_proj"]
+
+
+def lora(network: Any, layers: list[str], name: str = "one", seed: int = 0) -> None:
+    """An active adapter that changes what the network computes."""
+    from peft import LoraConfig
+
+    network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False), name)
+    torch.manual_seed(seed)
+    for key, weight in network.named_parameters():
+        if f"lora_B.{name}" in key:
+            torch.nn.init.normal_(weight, std=0.1)

@@ -302,7 +302,7 @@ def test_a_quantised_pipeline_is_refused() -> None:
     pipeline = pixels()
     layer = pipeline.unet.time_embedding.linear_1
     layer.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UnsupportedModel, match="unet of DDIMPipeline is quantised"):
+    with pytest.raises(UnsupportedModel, match="unet is quantised"):
         Teacher.load(pipeline)
 
 

@@ -23,7 +23,8 @@ from redif_sdk.distill.methods.times import times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
 from redif_sdk.distill.student import distill, sample_pool
-from redif_sdk.distill.teachers.base import Teacher, check_deterministic
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.calling import check_deterministic
 from redif_sdk.distill.training import check as checking
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, RedifError, TrainingDiverged, UnsupportedModel

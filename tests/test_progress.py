@@ -60,3 +60,19 @@ def test_quiet_says_nothing_and_still_counts_seconds(file: io.StringIO) -> None:
         time.sleep(0.05)
     assert file.getvalue() == ""
     assert "a" in progress.seconds
+
+
+@pytest.mark.filterwarnings("ignore::redif_sdk.errors.WorseThanStart")
+def test_distil_shows_the_commands_display_unless_it_is_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    from blackbox import CONFIG, black_box
+
+    from redif_sdk.distill import distill
+
+    distill(black_box(), CONFIG)
+    shown = capsys.readouterr().err
+    assert "callable: 16 pairs (64 teacher calls), then at most 1 updates of regression on cpu" in shown
+    assert shown.index("teacher's outputs") < shown.index("regression, 1 step(s)")
+    figures: list[float] = []
+    distill(black_box(), CONFIG, on_progress=lambda done, _: figures.append(done))
+    distill(black_box(), CONFIG, progress=False)
+    assert (capsys.readouterr().err, figures) == ("", [1.0])

@@ -23,7 +23,9 @@ from redif_sdk.distill.policy import Exploration, Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, compute
 from redif_sdk.distill.rewards import Advantage, Reward, make_rewards, name_of
 from redif_sdk.distill.rewards.registry import RewardSpec
-from redif_sdk.distill.teachers.base import Teacher, check_deterministic
+from redif_sdk.distill.student.decision import check_run
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.calling import check_deterministic
 from redif_sdk.distill.teachers.denoising import clean_at
 from redif_sdk.distill.training.check import check_student
 from redif_sdk.errors import RedifError
@@ -67,6 +69,10 @@ def examine_teacher(
         ),
         _tried("deterministic", lambda: _determinism(teacher, place)),
     ]
+    if found[-1]["status"] == "ok":
+        found.append(_tried("supported", lambda: _supported(teacher, config.replaced(device=device))))
+        if found[-1]["status"] != "ok":
+            return found
     begun = time.monotonic()
     pairs = compute(teacher, IMAGES, "train", device=place).to(place)
     per_call = (time.monotonic() - begun) / (IMAGES * teacher.num_inference_steps * teacher.calls_per_step)
@@ -115,6 +121,11 @@ def _time(seconds: float) -> str:
 def _determinism(teacher: Teacher, device: torch.device) -> str:
     check_deterministic(teacher, device)
     return "one input gives one output"
+
+
+def _supported(teacher: Teacher, config: DistillConfig) -> str:
+    check_run(teacher, config)
+    return "it can be distilled, and its students saved and exported"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from redif_sdk.distill.rewards.texture import TextureReward
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
 
-__all__ = ["REWARDS", "RewardSpec", "make_rewards", "reward_names"]
+__all__ = ["FITTED", "REWARDS", "RewardSpec", "make_rewards", "reward_names", "weighted"]
 
 Factory = Callable[[Teacher, Pairs, int], Reward]
 REWARDS: dict[str, Factory] = {
@@ -29,12 +29,14 @@ REWARDS: dict[str, Factory] = {
     "mmd": MmdReward.fit,
     "distribution": lambda teacher, pairs, seed: DistributionReward(),
 }
+FITTED = ("feature", "mmd")  # to the pool, when they are made
 PRETRAINED = ("clip:", "dino:")
 
 RewardSpec = str | Reward | Sequence["str | Reward"] | Mapping["str | Reward", float]
 
 
-def _weighted(spec: RewardSpec) -> list[tuple[str | Reward, float]]:
+def weighted(spec: RewardSpec) -> list[tuple[str | Reward, float]]:
+    """Each reward of ``spec`` with its weight."""
     if isinstance(spec, Mapping):
         return [(reward, float(weight)) for reward, weight in spec.items()]
     if isinstance(spec, str):
@@ -52,7 +54,7 @@ def reward_names(spec: RewardSpec) -> list[str]:
         InvalidRequest: an unknown name, or no reward at all.
     """
     names = []
-    for reward, _ in _weighted(spec):
+    for reward, _ in weighted(spec):
         if isinstance(reward, str) and is_endpoint(reward):
             reward = EndpointReward(reward)
         if isinstance(reward, str) and reward not in REWARDS and not reward.startswith(PRETRAINED):
@@ -84,7 +86,7 @@ def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) ->
             return pretrained(reward)
         return EndpointReward(reward) if is_endpoint(reward) else REWARDS[reward](teacher, pairs, seed)
 
-    made = [(make(reward), weight) for reward, weight in _weighted(spec)]
+    made = [(make(reward), weight) for reward, weight in weighted(spec)]
     for reward, _ in made:
         if hasattr(reward, "learn") and not isinstance(reward, LearningReward):
             raise InvalidRequest(

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from redif_sdk.artifact.records import Budget, Distillation
@@ -20,16 +21,19 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods import make_method
-from redif_sdk.distill.policy import Meter
+from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.rewards import name_of, reward_names
 from redif_sdk.distill.student.base import Student
+from redif_sdk.distill.student.decision import check_run, inner_of, pool_size
 from redif_sdk.distill.student.loading import load_student
-from redif_sdk.distill.teachers.base import Teacher, check_deterministic
-from redif_sdk.distill.training.check import check_student
-from redif_sdk.distill.training.checkpoint import run_lock
-from redif_sdk.distill.training.loop import Progress, Trainer
-from redif_sdk.errors import InvalidRequest, WorseThanStart
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.training import checkpoint
+from redif_sdk.distill.training.loop import OnProgress, Trainer
+from redif_sdk.errors import WorseThanStart
+from redif_sdk.models.copies import private_copy
 from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.portable import is_library_network
+from redif_sdk.progress import Progress
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
 
@@ -47,12 +51,17 @@ def distill(
     start: str | Path | Student | None = None,
     folder: Path | None = None,
     resume: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool | Progress = True,
     pairs: pool.Pairs | None = None,
+    rebuild_pool: bool = False,
     prompts: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Student:
     """Distil a teacher into a student of ``config.num_inference_steps`` network calls.
+
+    What the caller gives is never changed: networks are copied, schedulers and tokenizers too. What cannot be
+    distilled, saved or exported is refused before the teacher is sampled.
 
     A run whose end is worse than its untrained start gives a :class:`~redif_sdk.errors.WorseThanStart` warning, and
     `Student.worse` says so; unless ``config.keep`` is "last", the student has the best weights of the run, or those of
@@ -60,11 +69,16 @@ def distill(
 
     Args:
         source: a diffusers folder, a shipped teacher's name ("fashion-mnist"), a pipeline, or a :class:`Teacher`.
-        student: a network to train in place of a copy of the teacher's (a black box has no weights).
+        student: a network to train in place of a copy of the teacher's (a black box has no weights): one of diffusers,
+            or any module that is called as ``student(x, t, condition)``.
         start: a student (or its folder) whose weights training begins with, e.g. one of other steps.
         folder: where checkpoint and log are kept; None: nowhere.
         resume: go on from ``folder``'s checkpoint.
+        on_progress: called after each update with the share of the training that is done, and figures; then nothing
+            else is shown.
+        progress: show how far the pool and the training are, on standard error as the command does; False: nothing.
         pairs: the pool, when the caller holds it already.
+        rebuild_pool: sample the teacher for every pair, whatever the bank and the cache hold.
         prompts: of a text-to-image teacher, what the student is to draw, if the teacher's folder has none.
         value_range: (low, high) of the teacher's images; None: its own, or of a function's the range of its outputs.
 
@@ -76,37 +90,56 @@ def distill(
     config = config or DistillConfig()
     draws.init_distributed()
     make_method(config.method)
-    names = [] if config.get("reward") is None else reward_names(config.get("reward"))
+    if config.get("reward") is not None:
+        reward_names(config.get("reward"))  # an unknown one is refused before anything is loaded
     options = {"prompts": prompts, "value_range": value_range}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if student is not None:
         teacher = _with_student(teacher, student)
-    with run_lock(folder):
+    display = progress if isinstance(progress, Progress) else Progress(not progress or on_progress is not None)
+    if draws.rank():
+        display = Progress(quiet=True)
+    asked = inner_of(teacher.make_student())
+    own = None if is_library_network(asked) else asked
+    if own is not None:
+        display.say(
+            f"the student is a {type(own).__name__}: its weights are saved, its class by name only; plain diffusers "
+            "cannot load it; export it with export(folder, network=module)"
+        )
+    begin = load_student(start, teacher, network=own) if isinstance(start, (str, Path)) else start
+    network = begin.network if begin else None
+    if resume:  # a checkpoint of other settings is refused here
+        checkpoint.read(folder, checkpoint.identity(config, teacher), torch.device("cpu"))
+    check_run(teacher, config, network, pairs=None if pairs is None else len(pairs))
+    with checkpoint.run_lock(folder):
         if pairs is None:
-            pairs = sample_pool(teacher, config)
-        else:
-            _check(teacher, config)
-        begin = load_student(start, teacher) if isinstance(start, (str, Path)) else start
-        network = begin.network if begin else None
-        trainer = Trainer(teacher, config, pairs, folder, start=network, on_progress=on_progress)
-        policy = trainer.run(resume)
+            pairs = _sampled(teacher, config, rebuild_pool, display)
+        with display.stage(f"{config.method}, {config.num_inference_steps} step(s)") as show:
+            trainer = Trainer(teacher, config, pairs, folder, start=network, on_progress=on_progress or show)
+            policy = trainer.run(resume)
     verdict = trainer.verdict
     assert verdict is not None
     if verdict.worse:
         warnings.warn(verdict.worse, WorseThanStart, stacklevel=2)
-    calls = len(pairs) * teacher.num_inference_steps * teacher.calls_per_step
+    return _made(trainer, policy, config, len(pairs) * teacher.num_inference_steps * teacher.calls_per_step)
+
+
+def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, calls: int) -> Student:
+    """The student of a finished run; ``calls``: of the teacher, for the pool."""
+    verdict = trainer.verdict
+    assert verdict is not None
     return Student(
         teacher=trainer.teacher,
         network=policy.network,
         tables=[policy.table],
-        name=f"{teacher.name}-{config.num_inference_steps}",
+        name=f"{trainer.teacher.name}-{config.num_inference_steps}",
         stopped=trainer.stopped,
         worse=verdict.worse,
         note=verdict.note,
         distillation=Distillation(
             method=config.method,
             estimator=config.get("estimator") if config.method == "redif" else None,
-            rewards=names,
+            rewards=[] if config.get("reward") is None else reward_names(config.get("reward")),
             seed=config.seed,
             budget=_budget(policy.meter, calls),
             versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
@@ -138,20 +171,6 @@ def _json(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else name_of(value)
 
 
-def pool_size(teacher: Teacher, config: DistillConfig) -> int:
-    """The pool that the budget of teacher calls allows."""
-    if config.teacher_calls is None:
-        return config.pool_size
-    calls = teacher.num_inference_steps * teacher.calls_per_step
-    allowed = min(config.pool_size, config.teacher_calls // calls)
-    if allowed < config.batch_size:
-        raise InvalidRequest(
-            f"{config.teacher_calls} teacher calls make {allowed} pairs at {calls} calls each, "
-            f"fewer than one batch of {config.batch_size}; allow more calls or lower batch_size"
-        )
-    return allowed
-
-
 def sample_pool(
     teacher: Teacher,
     config: DistillConfig,
@@ -159,34 +178,53 @@ def sample_pool(
     rebuild: bool = False,
     on_batch: Callable[[int], object] | None = None,
 ) -> pool.Pairs:
-    """The pairs that a run of ``config`` trains on, on its device, after a look at whether they can be paired at all.
+    """The pairs that a run of ``config`` trains on, on its device, after a look at whether that run can be made at all.
 
     Args:
         rebuild: sample the teacher for every pair, whatever the bank and the cache hold.
         on_batch: called with the number of pairs of each batch that was sampled.
 
     Raises:
-        RedifError: the teacher gives two outputs for one input.
-        UnsupportedModel: the student does.
+        RedifError: as `redif_sdk.distill.student.decision.check_run`.
     """
-    _check(teacher, config)
+    check_run(teacher, config)
+    return _pairs(teacher, config, rebuild, on_batch)
+
+
+def _pairs(
+    teacher: Teacher, config: DistillConfig, rebuild: bool, on_batch: Callable[[int], object] | None
+) -> pool.Pairs:
     size, device = pool_size(teacher, config), chosen_device(config.device)
     path = config.get("segments", 0.0) > 0
     return pool.get(teacher, size, "train", rebuild=rebuild, device=device, on_batch=on_batch, path=path)[0]
 
 
-def _check(teacher: Teacher, config: DistillConfig) -> None:
-    """Teacher and student are deterministic, on the device that will train."""
-    device = chosen_device(config.device)
-    check_deterministic(teacher, device)
-    check_student(teacher.make_student().eval().to(device), teacher, device)
+def _sampled(teacher: Teacher, config: DistillConfig, rebuild: bool, display: Progress) -> pool.Pairs:
+    """The pool, with a line that says what the run needs, and the display of its sampling."""
+    count, made = pool_size(teacher, config), 0
+    there = pool.is_there(teacher, count, "train") and not rebuild
+    calls = count * teacher.num_inference_steps * teacher.calls_per_step
+    pairs_of = f"{count} pairs ({'in the cache' if there else f'{calls:,} teacher calls'})"
+    budgets = {"updates": config.updates, "s": config.seconds, "forward-equivalents": config.forward_equivalents}
+    limits = " or ".join(f"{value:g} {unit}" for unit, value in budgets.items() if value)
+    place = chosen_device(config.device)
+    display.say(f"{teacher.name}: {pairs_of}, then at most {limits} of {config.method} on {place}")
+    with display.stage("teacher's outputs") as show:
+
+        def on_batch(size: int) -> None:
+            nonlocal made
+            made += size
+            show(made / count)
+
+        return _pairs(teacher, config, rebuild, on_batch)
 
 
 def _with_student(teacher: Teacher, student: nn.Module) -> Teacher:
     """``teacher`` with another network to train."""
+    own = private_copy(student, "the student")
     network = Denoiser(
-        student,
-        diffusers_call=type(student).__module__.startswith("diffusers."),
+        own,
+        diffusers_call=is_library_network(own),
         prompts=teacher.prompts,
         embedded_guidance=teacher.embedded_guidance,
         scale=teacher.postprocess.scale,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.pool import compute
 from redif_sdk.distill.student.base import Student
+from redif_sdk.distill.student.decision import check_teacher
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.own_scheduler import own_table
 from redif_sdk.errors import InvalidRequest
@@ -38,6 +40,12 @@ def import_pipeline(
     ``value_range``: (low, high) of its images; None: diffusers' own [-1, 1], of a function the range of its outputs.
     ``prompts``: examples of what a text-to-image pipeline can draw, for its page and its check. ``variant``: of the
     weights in a folder, such as fp16.
+
+    The pipeline itself is never changed.
+
+    Raises:
+        InvalidRequest: no steps, prompts that are missing, or a folder that exists already.
+        UnsupportedModel: what `export` would refuse, and what cannot be sampled.
     """
     if not steps:
         raise InvalidRequest("no number of steps is given; name at least one, e.g. --steps 4")
@@ -48,6 +56,7 @@ def import_pipeline(
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)
+    check_teacher(teacher, chosen_device("auto"))
     if not teacher.range_known:
         teacher = teacher.ranged_by(compute(teacher, RANGED_ON, "train").target)
     counts = list(dict.fromkeys(steps))

@@ -141,6 +141,7 @@ def text_to_image(
     _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded)
     for part in (network, encoders, pipeline.vae):
         part.eval().requires_grad_(False)
+    nn.Module.to(pipeline.vae, torch.float32)  # latents are float32; the pipeline is a copy, or its folder's own
     teacher = Teacher(
         name=about.get("name", name),
         predict=_predict(network, bank, embedded, scale),
@@ -197,6 +198,7 @@ def class_to_image(
     schedule, prediction_type, shift = noise_process(scheduler_config)
     for part in (network, pipeline.vae):
         part.eval().requires_grad_(False)
+    nn.Module.to(pipeline.vae, torch.float32)
     teacher = Teacher(
         name=about.get("name", "DiT"),
         predict=_predict(network, None, None, scale),

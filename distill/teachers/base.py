@@ -27,16 +27,18 @@ from redif_sdk.distill.teachers import folders
 from redif_sdk.distill.teachers.registry import (
     Adapter,
     adapted,
+    adapter_named,
     adapter_of,
-    has_adapter,
     is_ours,
     no_adapter,
     register,
     supported,
 )
 from redif_sdk.distill.teachers.value_range import UNIT, InRange
-from redif_sdk.errors import InvalidRequest, RedifError
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.models.copies import private_copy, private_pipeline
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
+from redif_sdk.models.portable import check_pipeline, is_library_network, refuse_saved_adapters
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
@@ -48,7 +50,6 @@ __all__ = [
     "Teacher",
     "adapter_of",
     "as_latents",
-    "check_deterministic",
     "fingerprint",
     "register",
     "supported",
@@ -293,19 +294,25 @@ class Teacher(InRange):
 
         Raises:
             InvalidRequest: the folder is not there, or is no diffusers folder; prompts or weights are missing.
-            UnsupportedModel: a pipeline, network or scheduler that no adapter takes.
+            UnsupportedModel: a pipeline, network or scheduler that no adapter takes, or a network that could not be
+                saved and exported again (`redif_sdk.models.portable`).
         """
         options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
         if not isinstance(source, (str, Path)):
-            return adapted(source, **options).in_range(value_range)
+            ours = is_ours(adapter_of(source))
+            own = private_pipeline(source)
+            check_pipeline(own, library=ours)
+            return adapted(own, **options).in_range(value_range)
         folder = Path(source)
         name = folders.pipeline_name(folder)
-        if has_adapter(name):
-            pipeline, about = folders.load_pipeline(folder, variant, whole=not is_ours(name))
+        refuse_saved_adapters(folder)
+        if adapter := adapter_named(name):
+            pipeline, about = folders.load_pipeline(folder, variant, whole=not is_ours(adapter))
         elif name and folders.unet_files(folder) is None:
             raise no_adapter(name)
         else:
             pipeline, about = folders.load_unet(folder, variant)
+        check_pipeline(pipeline, loaded=True, library=is_ours(adapter_of(pipeline)))
         teacher = replace(adapted(pipeline, about=about, **options), folder=folder)
         return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
 
@@ -343,7 +350,7 @@ class Teacher(InRange):
             guidance: classifier-free guidance; its ``null_class`` is the condition that means 'no class'.
             fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
         """
-        diffusers_call = type(student).__module__.startswith("diffusers.")
+        own = private_copy(student, "the student")
         if schedule.flow != (prediction_type == "flow"):
             raise InvalidRequest(
                 f"the prediction type {prediction_type} and this noise schedule do not belong together; "
@@ -359,7 +366,9 @@ class Teacher(InRange):
             condition=Condition(kind="class", num_classes=num_classes, class_names=None) if num_classes else None,
             postprocess=Postprocess(pixel_shuffle=pixel_shuffle),
             num_inference_steps=num_inference_steps,
-            make_student=lambda: Denoiser(copy.deepcopy(student).requires_grad_(True), diffusers_call=diffusers_call),
+            make_student=lambda: Denoiser(
+                copy.deepcopy(own).requires_grad_(True), diffusers_call=is_library_network(own)
+            ),
             network_folder="unet",
             fingerprint=fingerprint or "",
             guidance=guidance,
@@ -397,29 +406,3 @@ def fingerprint(networks: Sequence[nn.Module], scheduler_config: dict[str, Any],
             plain = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
             digest.update(key.encode() + plain.numpy().tobytes())
     return digest.hexdigest()
-
-
-def two_calls_differ(call: Callable[[], Tensor]) -> bool:
-    """Whether two calls give outputs that differ by more than rounding, as kernels of a GPU may."""
-    first, second = call(), call()
-    return not float((first - second).abs().max()) <= 1e-4 * float(first.abs().max())
-
-
-def check_deterministic(teacher: Teacher, device: torch.device | str = "cpu") -> None:
-    """A teacher whose output for one input changes cannot be paired with a student.
-
-    Args:
-        device: where it is called: the device that samples the pool.
-
-    Raises:
-        RedifError: two calls on equal inputs differ.
-    """
-    x = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    labels = teacher.labels(np.arange(2))
-    t = torch.full((2,), len(teacher.schedule) / 2, device=device)
-    condition = None if labels is None else labels.to(device)
-    if two_calls_differ(lambda: teacher(x, t, condition)):
-        raise RedifError(
-            f"the teacher {teacher.name} gives two outputs for one input; switch its dropout or noise off: "
-            "pairs need a deterministic teacher"
-        )

@@ -16,8 +16,8 @@ __all__ = [
     "UNET_2D",
     "Adapter",
     "adapted",
+    "adapter_named",
     "adapter_of",
-    "has_adapter",
     "is_ours",
     "no_adapter",
     "register",
@@ -63,14 +63,14 @@ def adapter_of(pipeline: Any) -> Adapter:
     return _ADAPTERS[name]
 
 
-def has_adapter(name: str) -> bool:
-    """Whether there is an adapter of this class's own."""
-    return name in _ADAPTERS
+def adapter_named(name: str) -> Adapter | None:
+    """The adapter of a class of pipelines, if it has one of its own."""
+    return _ADAPTERS.get(name)
 
 
-def is_ours(name: str) -> bool:
-    """Whether a class's adapter is one of this package, which knows what a pipeline's images do not need."""
-    return _ADAPTERS[name].__module__.startswith("redif_sdk.")
+def is_ours(adapter: Adapter) -> bool:
+    """Whether an adapter is one of this package, which knows what a pipeline's images do not need."""
+    return adapter.__module__.startswith("redif_sdk.")
 
 
 def no_adapter(name: str) -> UnsupportedModel:

@@ -17,12 +17,14 @@ from redif_sdk.distill.methods.registry import METHODS
 from redif_sdk.distill.methods.regression import visible_residual
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
-from redif_sdk.distill.teachers.base import Teacher, two_calls_differ
+from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.calling import CALL_ERRORS, differ
+from redif_sdk.distill.teachers.weights import first_line
 from redif_sdk.distill.training.standing import Standing, energy_errors, squared_errors
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Watch", "check", "check_student", "held_back", "kept_apart", "sampled"]
+__all__ = ["Watch", "check", "check_call", "check_student", "held_back", "kept_apart", "sampled"]
 
 CHECK_PAIRS = 192  # pool entries on which a run is watched, at most
 FEWEST = 32  # at least
@@ -32,6 +34,35 @@ HELD_BACK_FACTOR = 8  # a pool of at least so many times CHECK_PAIRS keeps them 
 
 
 @torch.no_grad()
+def check_call(network: nn.Module, teacher: Teacher, device: torch.device, calls: int = 1) -> list[Tensor]:
+    """The outputs of ``calls`` equal calls of a student's network on noise.
+
+    Raises:
+        UnsupportedModel: it cannot be called, its output has another shape than its input, or holds NaN.
+    """
+    count = min(calls, 2)
+    x = torch.randn((count, *teacher.shape), generator=torch.Generator().manual_seed(0)).to(device)
+    t, labels = torch.full((count,), len(teacher.schedule) / 2, device=device), teacher.labels(np.arange(count))
+    condition = None if labels is None else labels.to(device)
+    try:
+        outputs: list[Tensor] = [network(x, t, condition) for _ in range(calls)]
+    except torch.OutOfMemoryError:
+        raise
+    except CALL_ERRORS as error:
+        raise UnsupportedModel(
+            f"the student cannot be called with x {tuple(x.shape)}, t ({count},) and "
+            f"{'no condition' if condition is None else 'a condition'} ({first_line(error)}); a network of your own is "
+            "called as student(x, t, condition)"
+        ) from error
+    if outputs[0].shape != x.shape:
+        raise UnsupportedModel(
+            f"the student gives {tuple(outputs[0].shape)} for x {tuple(x.shape)}; its output must have the shape of x"
+        )
+    if not torch.isfinite(outputs[0]).all():
+        raise UnsupportedModel("the student gives NaN or infinite values for noise; check its weights")
+    return outputs
+
+
 def check_student(network: nn.Module, teacher: Teacher, device: torch.device) -> None:
     """In evaluation mode, in which it trains, the student must give one output for one input.
 
@@ -39,12 +70,10 @@ def check_student(network: nn.Module, teacher: Teacher, device: torch.device) ->
     neither.
 
     Raises:
-        UnsupportedModel: two calls on equal inputs differ, e.g. by dropout that evaluation mode does not switch off.
+        UnsupportedModel: as `check_call`; or two calls on equal inputs differ, e.g. by dropout that evaluation mode
+            does not switch off.
     """
-    x = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    t, labels = torch.full((2,), len(teacher.schedule) / 2, device=device), teacher.labels(np.arange(2))
-    condition = None if labels is None else labels.to(device)
-    if not two_calls_differ(lambda: network(x, t, condition)):
+    if not differ(*check_call(network, teacher, device, calls=2)):
         return
     live = [name for name, part in network.named_modules() if "Dropout" in type(part).__name__ and part.training]
     where = f" (dropout is on in {', '.join(live[:3])})" if live else ""

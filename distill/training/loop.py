@@ -38,11 +38,11 @@ from redif_sdk.distill.training.standing import Verdict
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Progress", "Trainer"]
+__all__ = ["OnProgress", "Trainer"]
 
 WARM_UP = 20  # updates in which the learning rate rises
 
-Progress = Callable[[float, dict[str, float]], object]
+OnProgress = Callable[[float, dict[str, float]], object]
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Trainer:
     folder: Path | None = None
     start: nn.Module | None = None
     start_table: StepTable | None = None
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
 
     method: Method = field(init=False)
     context: Context = field(init=False)
@@ -113,7 +113,11 @@ class Trainer:
     def _network(self) -> nn.Module:
         network = self.teacher.make_student()
         if self.start is not None:
-            network.load_state_dict(self.start.state_dict())
+            try:
+                network.load_state_dict(self.start.state_dict())
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InvalidRequest(f"the start is another network than the student ({reason})") from error
         if self.config.lora_rank:
             network = adapted(network, self.config.lora_rank, self.config.seed)
         return network.eval()  # dropout and label dropout off, in rollouts and updates alike

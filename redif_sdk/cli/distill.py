@@ -29,9 +29,7 @@ from redif_sdk.errors import InvalidRequest, WorseThanStart
 
 if TYPE_CHECKING:
     from redif_sdk.distill.config import DistillConfig
-    from redif_sdk.distill.student import Student
     from redif_sdk.distill.teachers.base import Teacher
-    from redif_sdk.progress import Progress
 
 __all__ = ["distill_command"]
 
@@ -143,10 +141,11 @@ def _dry_run(
 ) -> None:
     from redif_sdk.distill import pool
     from redif_sdk.distill.presets import as_yaml
-    from redif_sdk.distill.student import pool_size
+    from redif_sdk.distill.student import check_run, pool_size
     from redif_sdk.distill.training.estimate import estimate
     from redif_sdk.results import document, write_json
 
+    check_run(teacher, config)
     count = pool_size(teacher, config)
     there = pool.is_there(teacher, count, "train") and not rebuild_bank
     row = asdict(estimate(teacher, config, count, pool_is_there=there)) | {"output": str(output)}
@@ -174,16 +173,22 @@ def _run(
     from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.distill.compute import random as draws
     from redif_sdk.distill.presets import as_yaml
-    from redif_sdk.distill.student import training_folder
-    from redif_sdk.distill.training.checkpoint import CHECKPOINT, run_lock
+    from redif_sdk.distill.student import distill, training_folder
+    from redif_sdk.distill.training.checkpoint import CHECKPOINT
     from redif_sdk.progress import Progress
     from redif_sdk.results import document, write_json
 
-    draws.init_distributed()
-    progress = Progress(quiet or draws.rank() > 0)
-    count = _say_plan(teacher, config, rebuild_bank, progress)
-    with run_lock(training_folder(output)):
-        student = _train(teacher, config, output, start, resume, rebuild_bank, count, progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WorseThanStart)  # it is the command's last line
+        student = distill(
+            teacher,
+            config,
+            start=start,
+            folder=training_folder(output),
+            resume=resume,
+            progress=Progress(quiet),
+            rebuild_pool=rebuild_bank,
+        )
     if draws.rank():
         return
     manifest = student.save_pretrained(output)
@@ -212,48 +217,3 @@ def _run(
             typer.echo(f"note: {student.note}")
     if student.worse:
         fail(f"{output}: {student.worse}", GATE_FAILED)
-
-
-def _say_plan(teacher: Teacher, config: DistillConfig, rebuild_bank: bool, progress: Progress) -> int:
-    """Say what the run needs, in one line. Returns the number of pairs; a budget below one batch is refused."""
-    from redif_sdk.distill import pool
-    from redif_sdk.distill.compute.device import chosen_device
-    from redif_sdk.distill.student import pool_size
-
-    count, place = pool_size(teacher, config), chosen_device(config.device)
-    there = pool.is_there(teacher, count, "train") and not rebuild_bank
-    calls = count * teacher.num_inference_steps * teacher.calls_per_step
-    pairs_of = f"{count} pairs ({'in the cache' if there else f'{calls:,} teacher calls'})"
-    budgets = {"updates": config.updates, "s": config.seconds, "forward-equivalents": config.forward_equivalents}
-    limits = " or ".join(f"{value:g} {unit}" for unit, value in budgets.items() if value)
-    progress.say(f"{teacher.name}: {pairs_of}, then at most {limits} of {config.method} on {place}")
-    return count
-
-
-def _train(
-    teacher: Teacher,
-    config: DistillConfig,
-    output: Path,
-    start: Path | None,
-    resume: bool,
-    rebuild_bank: bool,
-    count: int,
-    progress: Progress,
-) -> Student:
-    """The ``count`` pairs, then the training."""
-    from redif_sdk.distill.student import distill, sample_pool, training_folder
-
-    made = 0
-    with progress.stage("teacher's outputs") as show:
-
-        def on_batch(size: int) -> None:
-            nonlocal made
-            made += size
-            show(made / count)
-
-        pairs = sample_pool(teacher, config, rebuild=rebuild_bank, on_batch=on_batch)
-    with progress.stage(f"{config.method}, {config.num_inference_steps} step(s)") as show:
-        folder = training_folder(output)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WorseThanStart)  # it is the command's last line
-            return distill(teacher, config, start=start, folder=folder, resume=resume, on_progress=show, pairs=pairs)

@@ -353,6 +353,8 @@ KINDS: dict[str, Kind] = {
 WIDER = {
     ("UNet2DModel", "num_class_embeds"): "taken: class-conditional, which DDIMPipeline is not",
     ("UNet2DModel", "out_channels"): "taken: a learned variance, which DDIMPipeline does not read",
+    ("CLIPTokenizer", "model_max_length"): "taken: the text encoder's limit where that is lower",
+    ("T5Tokenizer", "model_input_names"): "taken: the mask is asked for",
     ("UNet2DConditionModel", "sample_size"): "taken: diffusers wants multiples of 8 pixels",
 }
 

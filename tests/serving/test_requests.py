@@ -279,7 +279,7 @@ HEADERS = st.dictionaries(
 METHODS = st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
 PATHS = st.sampled_from(
     [PATH, "/v1/models", "/v1/models/tiny", "/healthz", "/readyz", "/", "/metrics", "/docs"]
-) | st.text("/v1imagesodel%.~?#é\0", max_size=12).map(lambda text: f"/{text}")
+) | st.text("/v1imagesodel%.~?#", max_size=12).map(lambda text: f"/{text}")
 
 
 @settings(max_examples=150)

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
@@ -34,7 +33,7 @@ from redif_sdk.distill.teachers.registry import (
     register,
     supported,
 )
-from redif_sdk.distill.teachers.value_range import UNIT, InRange
+from redif_sdk.distill.teachers.value_range import InRange
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.copies import private_copy, private_pipeline
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
@@ -49,13 +48,10 @@ __all__ = [
     "Sampler",
     "Teacher",
     "adapter_of",
-    "as_latents",
     "fingerprint",
     "register",
     "supported",
 ]
-
-DECODE_BATCH = 64  # latents at once
 
 MakeStudent = Callable[[], nn.Module]
 AtGuidance = Callable[[float], tuple[Predict, MakeStudent]]
@@ -229,25 +225,6 @@ class Teacher(InRange):
         states = [seen[float(t)] for t in times]
         return output, torch.stack(states, 1) if states else noise.new_empty(len(noise), 0, *noise.shape[1:])
 
-    def images(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``.
-
-        Differentiable where the latents are."""
-        if self.decode is not None:
-            decode = self.decode.to(latents.device)
-            if torch.is_grad_enabled() and latents.requires_grad:
-                images: Tensor = decode(latents)
-                return images
-            with torch.no_grad():
-                return torch.cat([decode(part) for part in latents.split(DECODE_BATCH)])
-        factor = self.postprocess.pixel_shuffle
-        return F.pixel_shuffle(latents, factor) if factor > 1 else latents
-
-    def latents_of(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`images` (a permutation)."""
-        factor = self.postprocess.pixel_shuffle
-        return F.pixel_unshuffle(images, factor) if factor > 1 else images
-
     def labels(self, index: np.ndarray) -> Tensor | None:
         """The condition of pool entry ``index``: classes or prompts in turn, so that every batch of indices is
         balanced."""
@@ -375,15 +352,6 @@ class Teacher(InRange):
             range_known=False,
         )
         return made.in_range(value_range)
-
-
-def as_latents(teacher: Teacher) -> Teacher:
-    """``teacher`` with its latents as images, undecoded and unclamped: what rewards in latents are given and fitted to.
-
-    Pixels are still mapped from their value range to [-1, 1].
-    """
-    low, high = UNIT if teacher.decode is not None else teacher.postprocess.value_range
-    return replace(teacher, decode=None, postprocess=Postprocess(value_range=(low, high)), clipped=False)
 
 
 def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: StepTable) -> Tensor:

@@ -33,6 +33,7 @@ class _Facts(BaseModel):
     num_inference_steps: Whole | None = None
     pixel_shuffle: Whole | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    value_range: tuple[float, float] | None = None
     prompts: list[Annotated[str, Field(strict=True)]] | None = None
 
 

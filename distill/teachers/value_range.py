@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from redif_sdk.artifact.records import Postprocess
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -23,6 +25,7 @@ __all__ = ["UNIT", "InRange", "checked_range", "lost_beyond", "measured_range", 
 
 UNIT = (-1.0, 1.0)
 _log = logging.getLogger(__name__)
+DECODE_BATCH = 64  # latents at once
 LOST = 2e-3  # share of the variance that a cut to [-1, 1] may cost values that are said to lie there
 CUT = 0.1  # share of the variance that is lost where a range was given, from which on it is said
 NARROW = 0.25  # values that span less than so much are not in [-1, 1], although they lie there
@@ -30,7 +33,7 @@ LEVEL, AT_ENDS = 0.05, 0.05  # values of [0, 1] end so near to 0 and 1, and so m
 
 
 class InRange:
-    """What a teacher's value range is for: a part of `redif_sdk.distill.teachers.base.Teacher`.
+    """Latents as images in a value range: a part of `redif_sdk.distill.teachers.base.Teacher`.
 
     Attributes:
         range_known: off: the range was not given, and is measured on outputs.
@@ -43,8 +46,23 @@ class InRange:
     clipped: bool
 
     def images(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range."""
-        raise NotImplementedError
+        """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``.
+
+        Differentiable where the latents are."""
+        if self.decode is not None:
+            decode = self.decode.to(latents.device)
+            if torch.is_grad_enabled() and latents.requires_grad:
+                images: Tensor = decode(latents)
+                return images
+            with torch.no_grad():
+                return torch.cat([decode(part) for part in latents.split(DECODE_BATCH)])
+        factor = self.postprocess.pixel_shuffle
+        return F.pixel_shuffle(latents, factor) if factor > 1 else latents
+
+    def latents_of(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`images` (a permutation)."""
+        factor = self.postprocess.pixel_shuffle
+        return F.pixel_unshuffle(images, factor) if factor > 1 else images
 
     def in_range(self, value_range: Sequence[float] | None) -> Self:
         """The same with images in ``value_range`` (low, high); None: as it is.
@@ -79,6 +97,16 @@ class InRange:
     def unit_images(self, latents: Tensor) -> Tensor:
         """:meth:`images`, unclamped, with the value range mapped to [-1, 1]. Differentiable where the latents are."""
         return to_unit(self.images(latents), self.postprocess.value_range)
+
+    def as_latents(self) -> Self:
+        """The same with its latents as images, undecoded and unclamped: for rewards in latents.
+
+        Pixels are still mapped from their value range to [-1, 1].
+        """
+        value_range = UNIT if self.decode is not None else self.postprocess.value_range
+        teacher: Any = self
+        changed: Self = replace(teacher, decode=None, postprocess=Postprocess(value_range=value_range), clipped=False)
+        return changed
 
     def seen(self, latents: Tensor) -> Tensor:
         """What a user sees of ``latents`` (B, C, H, W): images (B, C', H', W') in [-1, 1]."""

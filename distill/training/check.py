@@ -105,14 +105,14 @@ def check_size(context: Context) -> int:
 def kept_apart(context: Context) -> tuple[Pairs, bool, float]:
     """The pairs on which a run is watched, whether they are kept from training, and the calls that they took.
 
-    The pool's first entries, if it is large enough to keep them from training; else the teacher is sampled for up to an
-    eighth as many pairs as the pool has, of noises that are neither trained nor evaluated on. Where ``teacher_calls``
+    The pool's first entries, if it is large enough to keep them from training; else the teacher is sampled for up to a
+    quarter as many pairs as the pool has, of noises that are neither trained nor evaluated on. Where ``teacher_calls``
     does not allow these, the pool's first entries, which are trained on too.
     """
     pairs, teacher, size = context.pairs, context.teacher, check_size(context)
     if held_back(len(pairs)):
         return pairs[:size], True, 0.0
-    size = min(size, max(FEWEST // 2, len(pairs) // 8))
+    size = min(size, max(FEWEST // 4, len(pairs) // 4))
     calls, allowed = teacher.num_inference_steps * teacher.calls_per_step, context.config.teacher_calls
     if allowed is not None and allowed < (len(pairs) + size) * calls:
         return pairs[:size], False, 0.0

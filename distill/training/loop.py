@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards
-from redif_sdk.distill.teachers.base import Teacher, as_latents
+from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.check import Watch, check_student, held_back, sampled
@@ -136,7 +137,7 @@ class Trainer:
                 f"the step table {table.sampler!r} draws noise; {config.method} needs a deterministic one (eta = 0)"
             )
         in_latents = config.get("reward_space") == "latents"
-        judged = as_latents(teacher) if in_latents else teacher
+        judged = teacher.as_latents() if in_latents else teacher
         rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
         advantage = Advantage(rewards, judged.unit_images, clamped=not in_latents)
         policy = StudentPolicy(network, table, teacher.schedule, Meter(processes=draws.world()))
@@ -221,20 +222,19 @@ class Trainer:
             self.observer.prepare()
             began = time.monotonic()
             resumed = resume and self._restore()
-            log = RunLog(self.folder, self.config, self.update if resumed else None)
-            if not resumed:
-                self.method.prepare(self.context)
-            self._begin(log)
-            if not resumed:
-                self.meter.seconds = time.monotonic() - began
-            spent = self.meter.seconds if resumed else 0.0
-            began += self.follow()
-            if not resumed:
+            with closing(RunLog(self.folder, self.config, self.update if resumed else None)) as log:
+                if not resumed:
+                    self.method.prepare(self.context)
+                self._begin(log)
+                if not resumed:
+                    self.meter.seconds = time.monotonic() - began
+                spent = self.meter.seconds if resumed else 0.0
+                began += self.follow()
+                if not resumed:
+                    self.save()
+                self._train(log, began - spent)
                 self.save()
-            self._train(log, began - spent)
-            self.save()
-            self.watch.stopped = self.stopped or self._cut()
-            log.close()
+                self.watch.stopped = self.stopped or self._cut()
             student = self._end()
             student.network.cpu()  # judged, saved and exported there
             return student
@@ -317,7 +317,7 @@ class Trainer:
             return
         figures = self.observer.begin(network)
         if not self.update:
-            log.write({"update": 0, "progress": 0.0, **figures})
+            log.write({"update": 0, "progress": 0.0, **figures, **self.context.advantage.unjudged()})
 
     def _end(self) -> StudentPolicy:
         """The student of the weights that the run keeps, finished by the method, and the `verdict`."""

@@ -195,7 +195,7 @@ class Keeper:
         elif kept != self.end.update:
             note = f"the run's best check was an earlier one ({self._figures(self.best)}); {now}"
         elif self.end.further_off(self.start, self.apart):
-            note = f"the reward rose at the cost of the error to the teacher's images ({self._figures(self.start)})"
+            note = f"its images are further from the teacher's than untrained ones ({self._figures(self.start)})"
         return Verdict(checks, said, note)
 
     def record(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from redif_sdk.errors import TrainingDiverged, WorseThanStart
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
 from tests.mixture import denoiser, make_teacher
-from tests.test_value_range import gaussian
+from tests.test_other_methods import make_teacher as gaussian_teacher
 
 DESTRUCTIVE = 30.0  # a learning rate
 RUNS: dict[str, dict[str, object]] = {
@@ -42,6 +42,9 @@ RUNS: dict[str, dict[str, object]] = {
     "regression, segments": {"method": "regression", "segments": 0.5},
     "one step": {"num_inference_steps": 1},
 }
+
+
+SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_keep_last_returns_the_last_weights_and_says_so(teacher: Teacher, pairs:
 
 @pytest.mark.parametrize("method", ["redif", "regression"])
 def test_a_good_run_ends_with_its_last_weights(method: str, tmp_path: Path) -> None:
-    teacher = gaussian(0.2, 0.3)
+    teacher = gaussian_teacher()
     pairs, judged = (pool.compute(teacher, 64, "train", seed=seed) for seed in (0, 5))
     run = Trainer(teacher, config(method=method, updates=60, ema_decay=0.5, check_every=30), pairs, tmp_path)
     policy = run.run()
@@ -287,61 +290,57 @@ def test_the_command_exits_1_and_its_last_line_says_why(teacher_folder: Path, tm
     assert set(last["checks"]) == {"start", "best", "end"}
 
 
-# -- log fluxes: a range that is not [-1, 1] ---------------------------------------------------------------------------
+# -- log fluxes: a range that is not [-1, 1] --------------------------------------------------------------------------
 
-LOW, HIGH = -0.5, 9.4
-SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
+LOW, HIGH, MEAN, STD = -0.5, 9.4, 4.45, 1.5
+
+
+def levels(t: Tensor) -> tuple[Tensor, Tensor]:
+    found = (torch.from_numpy(values.copy()).float()[t.long()] for values in (SCHEDULE.alphas, SCHEDULE.sigmas))
+    alpha, sigma = (values.view(-1, 1, 1, 1) for values in found)
+    return alpha, sigma
 
 
 def score(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-    """The score of images of two levels, with a little noise: the data reach from LOW to HIGH."""
-    alphas, sigmas = (torch.from_numpy(values.copy()).float() for values in (SCHEDULE.alphas, SCHEDULE.sigmas))
-    alpha, sigma = alphas[t.long()].view(-1, 1, 1, 1), sigmas[t.long()].view(-1, 1, 1, 1)
-    modes = torch.stack([torch.full((1, 6, 6), LOW + 0.4), torch.full((1, 6, 6), HIGH - 0.4)])
-    modes[0, :, :3], modes[1, :, :3] = 2.0, 6.0
-    variance = alpha**2 * 0.1**2 + sigma**2
-    apart = x[:, None] - alpha[:, None] * modes
-    weights = (-apart.square().sum((2, 3, 4)) / (2 * variance.flatten(1))).softmax(1)
-    return -(weights[:, :, None, None, None] * apart).sum(1) / variance
+    """Of log fluxes that are N(MEAN, STD^2) at every place: they reach from LOW to HIGH."""
+    alpha, sigma = levels(t)
+    return -(x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
 
 
 class Corrected(nn.Module):
-    """The score with what is learnt beside it, which is nothing at first: a student that begins as its teacher."""
+    """The score with what is learnt of the clean image beside it, nothing at first: it begins as its teacher."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(37, 64), nn.SiLU(), nn.Linear(64, 36))
+        self.body = nn.Sequential(nn.Linear(17, 64), nn.SiLU(), nn.Linear(64, 16))
         nn.init.zeros_(self.body[2].weight)
         nn.init.zeros_(self.body[2].bias)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        learnt: Tensor = self.body(torch.cat([x.flatten(1) / 5, t[:, None] / 1000], 1)).view_as(x)
-        return score(x, t, condition) + learnt
-
-
-def flux_teacher(**more: object) -> Teacher:
-    torch.manual_seed(0)
-    return Teacher.from_callable(
-        score,
-        schedule=SCHEDULE,
-        prediction_type="score",
-        shape=(1, 6, 6),
-        student=Corrected(),
-        num_inference_steps=20,
-        **more,  # type: ignore[arg-type]
-    )
+        alpha, sigma = levels(t)
+        learnt: Tensor = self.body(torch.cat([x.flatten(1) / 3, t[:, None] / 1000], 1)).view_as(x)
+        return score(x, t, condition) + alpha / sigma**2 * learnt
 
 
 @pytest.mark.parametrize("given", [None, (LOW, HIGH)])
 def test_log_fluxes_end_better_than_untrained_ddim(given: tuple[float, float] | None) -> None:
-    teacher = flux_teacher(value_range=given)
-    pairs = pool.compute(teacher, 128, "train")
-    student = distill(teacher, config(reward="texture", updates=150, check_every=75, ema_decay=0.9), pairs=pairs)
+    torch.manual_seed(0)
+    teacher = Teacher.from_callable(
+        score,
+        schedule=SCHEDULE,
+        prediction_type="score",
+        shape=(1, 4, 4),
+        student=Corrected(),
+        num_inference_steps=20,
+        value_range=given,
+    )
+    pairs = pool.compute(teacher, 256, "train")
+    settings = config(updates=150, check_every=75, ema_decay=0.9, learning_rate=1e-2)
+    student = distill(teacher, settings, pairs=pairs)
     low, high = student.teacher.postprocess.value_range
-    assert low == pytest.approx(LOW, abs=0.3)
-    assert high == pytest.approx(HIGH, abs=0.3)
+    assert (low, high) == pytest.approx((LOW, HIGH), abs=2)
     held = pool.compute(teacher, 64, "train", seed=5)
     with torch.no_grad():
         ddim = teacher.few_steps(held.noise, None, 2)
     assert student.worse == ""
-    assert error_of(student.policy(), held) < 0.9 * float((ddim - held.target).square().mean())
+    assert error_of(student.policy(), held) < 0.8 * float((ddim - held.target).square().mean())

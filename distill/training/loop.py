@@ -225,9 +225,8 @@ class Trainer:
             with closing(RunLog(self.folder, self.config, self.update if resumed else None)) as log:
                 if not resumed:
                     self.method.prepare(self.context)
-                self._begin(log)
-                if not resumed:
                     self.meter.seconds = time.monotonic() - began
+                began += self._begin(log)
                 spent = self.meter.seconds if resumed else 0.0
                 began += self.follow()
                 if not resumed:
@@ -307,17 +306,20 @@ class Trainer:
         """How the EMA student stands (`redif_sdk.distill.training.check.check`)."""
         return self.observer.look(self.ema, self.update)[0]
 
-    def _begin(self, log: RunLog) -> None:
-        """The check of the untrained student, which a resumed run knows. Of a sharded EMA all processes call."""
+    def _begin(self, log: RunLog) -> float:
+        """The check of the untrained student, which a resumed run knows. Of a sharded EMA all processes call.
+
+        Returns the seconds that it took, which are not the budget's: a run of a few would else make no update.
+        """
+        began = time.monotonic()
         (known,) = draws.agreed(self.observer.keeper.start is not None)
-        if known:
-            return
-        network = self._network().to(self.context.device) if self.update else self._whole(self.ema)
-        if draws.rank():
-            return
-        figures = self.observer.begin(network)
-        if not self.update:
-            log.write({"update": 0, "progress": 0.0, **figures, **self.context.advantage.unjudged()})
+        if not known:
+            network = self._network().to(self.context.device) if self.update else self._whole(self.ema)
+            if not draws.rank():
+                figures = self.observer.begin(network)
+                if not self.update:
+                    log.write({"update": 0, "progress": 0.0, **figures, **self.context.advantage.unjudged()})
+        return time.monotonic() - began
 
     def _end(self) -> StudentPolicy:
         """The student of the weights that the run keeps, finished by the method, and the `verdict`."""

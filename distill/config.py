@@ -60,6 +60,9 @@ class DistillConfig(BaseModel):
         None, gt=0, description="Budget: cost of training in forward passes of the student on one image."
     )
     teacher_calls: int | None = Field(None, ge=1, description="Budget: network calls of the teacher for the pool.")
+    teacher_steps: int | None = Field(
+        None, ge=1, le=1000, description="Steps of the teacher's sampler for each of its outputs; default: its own."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random draw.")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; auto = a GPU if there is one."

@@ -78,7 +78,7 @@ def _path_file(teacher: Teacher, piece: Pairs, times: Sequence[float], cache: Pa
     if not teacher.identity or piece.index is None:
         return None
     entries = hashlib.sha256(piece.index.numpy().tobytes()).hexdigest()
-    return _file(cache, "path", f"{teacher.identity} {teacher.num_inference_steps} {piece.stream} {entries} {times} 1")
+    return _file(cache, "path", f"{teacher.identity} {teacher.num_inference_steps} {piece.stream} {entries} {times} 2")
 
 
 def _file(cache: Path, kind: str, key: str) -> Path:
@@ -115,6 +115,8 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
     latent model float16 latents."""
     if teacher.folder is None or not (teacher.folder / BANK_FILE).is_file():
         return None
+    if teacher.num_inference_steps != teacher.extra.get("num_inference_steps", teacher.num_inference_steps):
+        return None  # the bank is of the steps that the folder names
     try:
         with (teacher.folder / BANK_FILE).open("rb") as handle, np.load(handle, allow_pickle=False) as bank:
             if str(bank["fingerprint"]) != teacher.identity or len(bank[split]) < count:
@@ -132,7 +134,7 @@ def _pieces(teacher: Teacher, count: int, split: str, seed: int, cache: Path) ->
     """The files of a pool: (first entry, entries, file) each. Pools of other sizes share them."""
     pieces = [(low, min(CHUNK, count - low)) for low in range(0, count, CHUNK)]
     named = f"{teacher.identity} {teacher.num_inference_steps} {split} {seed}"
-    return [(low, size, _file(cache, "pairs", f"{named} {low} {size} 2")) for low, size in pieces]
+    return [(low, size, _file(cache, "pairs", f"{named} {low} {size} 3")) for low, size in pieces]
 
 
 def is_there(teacher: Teacher, count: int, split: str, *, seed: int = 0, cache: Path | None = None) -> bool:

@@ -159,9 +159,9 @@ class Student:
             for config in (*staging.glob("*/config.json"), staging / "scheduler/scheduler_config.json"):
                 saving.forget_origin(config)
             described = self.manifest(folder.name)
-            if self.scheduler is None:
+            if self.scheduler is None or self.teacher.pipeline is None:
                 saving.write_index(staging, described)
-                if described.network.pipeline is not None:
+                if described.network.pipeline is not None and self.scheduler is None:
                     saving.refuse_default_times(staging, described)
             manifest = write_manifest(staging, described)
             atomic_write(staging / CARD_NAME, render_over(manifest, old).encode())

@@ -6,6 +6,8 @@ commands say the same of them. Here it is called once, and a run is rehearsed wi
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
@@ -21,6 +23,8 @@ from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.models.portable import check_library_network, check_own_network, is_library_network
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["check_run", "check_teacher", "inner_of", "pool_size"]
 
@@ -71,6 +75,8 @@ def check_run(
         UnsupportedModel, InvalidRequest: the teacher, the student, the settings or the start do not allow it.
         RedifError: the teacher gives NaN, or two outputs for one input.
     """
+    if teacher.own is not None and (remark := teacher.own.remark()):
+        _log.warning("%s", remark)
     device = chosen_device(config.device)
     count = pool_size(teacher, config) if pairs is None else pairs
     if config.batch_size > count:

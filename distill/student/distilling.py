@@ -94,6 +94,8 @@ def distill(
         reward_names(config.get("reward"))  # an unknown one is refused before anything is loaded
     options = {"prompts": prompts, "value_range": value_range}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
+    if config.teacher_steps is not None:
+        teacher = teacher.at_steps(config.teacher_steps)
     if student is not None:
         teacher = _with_student(teacher, student)
     display = progress if isinstance(progress, Progress) else Progress(not progress or on_progress is not None)

@@ -130,13 +130,13 @@ def _as_teacher(folder: Path, manifest: Manifest) -> Teacher:
     """The student's network and what is around it, as a teacher without guidance of its own."""
     if manifest.network.pipeline is None:
         height, width = manifest.latents.height, manifest.latents.width
-        return replace(Teacher.from_diffusers(folder, height=height, width=width), folder=None)
+        return replace(Teacher.from_diffusers(folder, height=height, width=width, checked=False), folder=None)
     saving.restore_pipeline_name(folder, manifest.network.pipeline)
     height, width, _ = manifest.image_shape
     sized: dict[str, Any] = {}
     if manifest.text is not None:
         sized = {"prompts": manifest.text.examples, "height": height, "width": width}
-    source = Teacher.from_diffusers(folder, **sized)
+    source = Teacher.from_diffusers(folder, checked=False, **sized)
     if manifest.network.embedded_guidance is not None:
         source = source.guided(manifest.network.embedded_guidance)
     return replace(source, folder=None, guidance=None, sampler=None)

@@ -24,7 +24,8 @@ from redif_sdk.artifact.records import Condition, Decoder, Latents, Postprocess
 from redif_sdk.distill.teachers.base import AtGuidance, Teacher, fingerprint, register, supported
 from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
-from redif_sdk.distill.teachers.own_scheduler import noise_process, own_sampler
+from redif_sdk.distill.teachers.known_schedulers import full_config, noise_process, usual_steps
+from redif_sdk.distill.teachers.own_scheduler import OwnScheduler
 from redif_sdk.distill.teachers.sizes import check_decoder, check_sizes
 from redif_sdk.distill.teachers.text import Part, text_of
 from redif_sdk.distill.teachers.weights import check_weights
@@ -50,6 +51,7 @@ class _Kind:
         masked: the text encoder takes a mask, and the network too; prompts are lower-cased.
         shifted: latents are shifted before they are decoded; other pipelines ignore the autoencoder's shift_factor.
         variance: the network may make a variance besides, of which the pipeline takes no notice.
+        sized: the pipeline tells its scheduler the image's size, for a shift that depends on it.
     """
 
     network: str
@@ -62,6 +64,7 @@ class _Kind:
     masked: bool = False
     shifted: bool = False
     variance: bool = False
+    sized: bool = False
 
     @property
     def used(self) -> list[str]:
@@ -82,9 +85,16 @@ _KINDS = {
         7.0,
         optional=("text_encoder_3",),
         shifted=True,
+        sized=True,
     ),
     "FluxPipeline": _Kind(
-        "transformer", (_CLIP, ("text_encoder_2", "tokenizer_2", 512)), 28, packed=True, embedded=3.5, shifted=True
+        "transformer",
+        (_CLIP, ("text_encoder_2", "tokenizer_2", 512)),
+        28,
+        packed=True,
+        embedded=3.5,
+        shifted=True,
+        sized=True,
     ),
     "PixArtAlphaPipeline": _Kind(
         "transformer", (("text_encoder", "tokenizer", 120),), 20, 4.5, masked=True, variance=True
@@ -122,7 +132,7 @@ def text_to_image(
     texts = prompts if prompts is not None else about.get("prompts")
     if texts is None:
         raise InvalidRequest(f"a {name} draws prompts: give those to distil it on, with --prompts FILE, one a line")
-    scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+    scheduler_config = full_config(pipeline.scheduler)
     scale = int(pipeline.vae_scale_factor)
     check_pipeline(pipeline, kind.used)
     _check_networks(pipeline, kind.network)
@@ -135,8 +145,9 @@ def text_to_image(
         null_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
     )
     condition = described(bank)
-    tokens = latents.height * latents.width // 4
+    tokens = latents.height * latents.width // 4 if kind.sized else None
     schedule, prediction_type, shift = noise_process(scheduler_config, image_tokens=tokens)
+    own = OwnScheduler(pipeline.scheduler, schedule, prediction_type, flux=kind.packed, shift=shift)
     embedded = (kind.embedded or kind.guidance) if _embeds(network) else None
     _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded)
     for part in (network, encoders, pipeline.vae):
@@ -153,12 +164,14 @@ def text_to_image(
         prompts=bank,
         postprocess=Postprocess(decoder=decoder),
         decode=LatentDecoder(pipeline.vae, decoder.scaling_factor, decoder.shift_factor).eval(),
-        num_inference_steps=num_inference_steps or about.get("num_inference_steps", kind.steps),
+        num_inference_steps=num_inference_steps
+        or about.get("num_inference_steps", usual_steps(scheduler_config, kind.steps)),
         make_student=_student(network, bank, embedded, scale),
         network_folder=kind.network,
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
-        sampler=own_sampler(pipeline.scheduler, flux=kind.packed, shift=shift),
+        own=own,
+        sampler=own.sampler(),
         fingerprint=fingerprint([network, *encoders.encoders], scheduler_config, bank.digest),
         embedded_guidance=embedded,
         at_guidance=None if embedded is None else _at_guidance(network, bank, scale),
@@ -194,8 +207,9 @@ def class_to_image(
     latents = Latents(channels=config.in_channels, height=config.sample_size, width=config.sample_size)
     decoder = _decoder(pipeline.vae, scale, shifted=False)
     _check_calls(pipeline, network, latents, decoder, None, None)
-    scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+    scheduler_config = full_config(pipeline.scheduler)
     schedule, prediction_type, shift = noise_process(scheduler_config)
+    own = OwnScheduler(pipeline.scheduler, schedule, prediction_type, shift=shift)
     for part in (network, pipeline.vae):
         part.eval().requires_grad_(False)
     nn.Module.to(pipeline.vae, torch.float32)
@@ -209,12 +223,13 @@ def class_to_image(
         condition=Condition(kind="class", num_classes=classes, class_names=about.get("class_names")),
         postprocess=Postprocess(decoder=decoder),
         decode=LatentDecoder(pipeline.vae, decoder.scaling_factor, decoder.shift_factor).eval(),
-        num_inference_steps=num_inference_steps or about.get("num_inference_steps", 50),
+        num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
         make_student=_student(network, None, None, scale),
         network_folder="transformer",
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
-        sampler=own_sampler(pipeline.scheduler),
+        own=own,
+        sampler=own.sampler(),
         fingerprint=fingerprint([network], scheduler_config),
         pipeline=pipeline,
         extra={"null_class": min(classes, NULL_CLASS), **about},

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
+from redif_sdk.distill.teachers.known_schedulers import with_scheduler
+from redif_sdk.distill.teachers.own_scheduler import OwnScheduler, Sampler
 from redif_sdk.distill.teachers.registry import (
     Adapter,
     adapted,
@@ -55,8 +57,6 @@ __all__ = [
 
 MakeStudent = Callable[[], nn.Module]
 AtGuidance = Callable[[float], tuple[Predict, MakeStudent]]
-#: (predict (x, t) -> f, noise (B, C, H, W), steps) -> latents (B, C, H, W)
-Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Teacher(InRange):
     prompts: Prompts | None = None  # of a text-to-image teacher: a condition is a prompt's place among them
     decode: nn.Module | None = None  # latents -> images, where they are not pixels
     sampler: Sampler | None = None  # the pipeline's own; None: by `table`
+    own: OwnScheduler | None = None  # the pipeline's scheduler
     embedded_guidance: float | None = None  # the scale that the network takes as an input
     at_guidance: Callable[[float], tuple[Predict, MakeStudent]] | None = (
         None  # `predict`, `make_student` at another one
@@ -154,6 +155,19 @@ class Teacher(InRange):
             )
         null = {key: self.extra[key] for key in ("null_prompt", "null_zeros") if key in self.extra}
         return replace(self, guidance=Guidance(scale=scale, null_class=null_class, **null))
+
+    def at_steps(self, num_inference_steps: int) -> Teacher:
+        """This teacher with so many steps for an output, after a trial of its scheduler at these.
+
+        Raises:
+            InvalidRequest: its schedule has fewer steps.
+            UnsupportedModel: its scheduler fails at these, or asks for what its network does not tell.
+        """
+        teacher = replace(self, num_inference_steps=num_inference_steps)
+        if self.own is None:
+            teacher.table(num_inference_steps)
+            return teacher
+        return replace(teacher, schedule=self.own.checked_schedule(num_inference_steps, self.latents.channels))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
@@ -255,6 +269,8 @@ class Teacher(InRange):
         num_inference_steps: int | None = None,
         value_range: tuple[float, float] | None = None,
         variant: str | None = None,
+        scheduler: str | None = None,
+        checked: bool = True,
     ) -> Teacher:
         """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
         was given to :func:`register`; or any UNet2DModel with its scheduler.
@@ -268,30 +284,40 @@ class Teacher(InRange):
             num_inference_steps: of the teacher's own sampler; None: as many as usual.
             value_range: (low, high) of its images; None: what ``redif_teacher.json`` says, else diffusers' own [-1, 1].
             variant: of the weights in a folder, such as fp16; None: the plain files, or the only variant.
+            scheduler: the class of a scheduler to use in place of the pipeline's own, with its settings.
+            checked: try the scheduler; off for one that will not be run.
 
         Raises:
             InvalidRequest: the folder is not there, or is no diffusers folder; prompts or weights are missing.
             UnsupportedModel: a pipeline, network or scheduler that no adapter takes, or a network that could not be
                 saved and exported again (`redif_sdk.models.portable`).
         """
-        options = {"prompts": prompts, "height": height, "width": width, "num_inference_steps": num_inference_steps}
-        if not isinstance(source, (str, Path)):
-            ours = is_ours(adapter_of(source))
-            own = private_pipeline(source)
-            check_pipeline(own, library=ours)
-            return adapted(own, **options).in_range(value_range)
-        folder = Path(source)
+        options: dict[str, Any] = {"prompts": prompts, "height": height, "width": width}
+        options["num_inference_steps"] = num_inference_steps
+        folder = Path(source) if isinstance(source, (str, Path)) else None
+        if folder is None:
+            ours, pipeline, about = is_ours(adapter_of(source)), private_pipeline(source), {}
+            check_pipeline(pipeline, library=ours)
+        else:
+            pipeline, about = cls._read(folder, variant)
+            check_pipeline(pipeline, loaded=True, library=is_ours(adapter_of(pipeline)))
+            options["about"] = about
+        if scheduler is not None:
+            pipeline = with_scheduler(pipeline, scheduler)
+        teacher: Teacher = replace(adapted(pipeline, **options), folder=folder)
+        teacher = teacher.at_steps(teacher.num_inference_steps) if checked else teacher
+        return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
+
+    @staticmethod
+    def _read(folder: Path, variant: str | None) -> tuple[Any, dict[str, Any]]:
+        """The pipeline in a folder, and what the folder says about it."""
         name = folders.pipeline_name(folder)
         refuse_saved_adapters(folder)
         if adapter := adapter_named(name):
-            pipeline, about = folders.load_pipeline(folder, variant, whole=not is_ours(adapter))
-        elif name and folders.unet_files(folder) is None:
+            return folders.load_pipeline(folder, variant, whole=not is_ours(adapter))
+        if name and folders.unet_files(folder) is None:
             raise no_adapter(name)
-        else:
-            pipeline, about = folders.load_unet(folder, variant)
-        check_pipeline(pipeline, loaded=True, library=is_ours(adapter_of(pipeline)))
-        teacher = replace(adapted(pipeline, about=about, **options), folder=folder)
-        return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
+        return folders.load_unet(folder, variant)
 
     @classmethod
     def from_callable(

@@ -14,6 +14,7 @@ from typing import Any
 from redif_sdk.artifact.untrusted.configs import check_config
 from redif_sdk.distill.teachers import components, weights
 from redif_sdk.distill.teachers.facts import read_facts
+from redif_sdk.distill.teachers.known_schedulers import check_class
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.textfile import read_json_file
@@ -143,6 +144,8 @@ def load_pipeline(folder: Path, variant: str | None = None, *, whole: bool = Fal
     from diffusers import DiffusionPipeline
 
     about, parts = _about(folder), _parts(folder)
+    if "scheduler" in parts and parts["scheduler"][0] == "diffusers":
+        check_class(parts["scheduler"][1])
     given: dict[str, Any] = dict.fromkeys([] if whole else components.left_out(folder.name, parts))
     if "safety_checker" in given:
         given["requires_safety_checker"] = False

@@ -14,7 +14,8 @@ from redif_sdk.distill.teachers.base import Teacher, fingerprint
 from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.folders import UNET_PARTS, UNetFolder
-from redif_sdk.distill.teachers.own_scheduler import noise_process, own_sampler
+from redif_sdk.distill.teachers.known_schedulers import full_config, make_scheduler, noise_process, usual_steps
+from redif_sdk.distill.teachers.own_scheduler import OwnScheduler
 from redif_sdk.distill.teachers.registry import UNET_2D, register
 from redif_sdk.distill.teachers.sizes import check_channels, check_sizes
 from redif_sdk.distill.teachers.weights import check_weights
@@ -46,12 +47,13 @@ def pixels(
         UnsupportedModel: a class embedding or a sample size that is not supported.
     """
     if isinstance(pipeline, UNetFolder):
-        name, scheduler_config, sampler = pipeline.name, pipeline.scheduler, None
+        name, written = pipeline.name, pipeline.scheduler
+        scheduler = make_scheduler(written)
     else:
         check_pipeline(pipeline, UNET_PARTS)
         scheduler = pipeline.scheduler
-        name, sampler = type(pipeline).__name__, own_sampler(scheduler)
-        scheduler_config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+        name, written = type(pipeline).__name__, full_config(scheduler)
+    scheduler_config = full_config(scheduler)
     if prompts is not None:
         raise InvalidRequest(f"{name} is not a text-to-image model; `prompts` is not supported")
     about, network = dict(about or {}), pipeline.unet
@@ -68,6 +70,7 @@ def pixels(
         return out
 
     schedule, prediction_type, shift = noise_process(scheduler_config)
+    own = OwnScheduler(scheduler, schedule, prediction_type, shift=shift)
     teacher = Teacher(
         name=about.get("name", name),
         predict=predict,
@@ -79,12 +82,13 @@ def pixels(
         if classes
         else None,
         postprocess=Postprocess(pixel_shuffle=shuffle),
-        num_inference_steps=num_inference_steps or about.get("num_inference_steps", 50),
+        num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
         make_student=lambda: Denoiser(copy.deepcopy(network).requires_grad_(True), diffusers_call=True),
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
-        sampler=sampler,
-        fingerprint=fingerprint([network], scheduler_config),
+        own=own,
+        sampler=own.sampler(),
+        fingerprint=fingerprint([network], written),
         extra=about,
     )
     return teacher.guided(about.get("guidance_scale", 1.0))

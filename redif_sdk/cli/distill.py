@@ -113,6 +113,8 @@ def distill_command(
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
     config = settings(text=model.prompts is not None)  # text to image has presets of its own
+    if config.teacher_steps is not None:
+        model = model.at_steps(config.teacher_steps)
     if dry_run:
         _dry_run(model, config, output, rebuild_bank, json, quiet)
     else:

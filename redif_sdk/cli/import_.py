@@ -43,18 +43,24 @@ def import_command(
     width: Width = None,
     value_range: ValueRange = None,
     variant: Variant = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="Scheduler to use in place of the pipeline's own, e.g. DDIMScheduler."),
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Make a student from an existing pipeline as it is.
 
-    Nothing is trained, and the pipeline's own scheduler is kept. A scheduler that has no step table (PNDM,
-    DPM-Solver++(2M)) is replaced by DDIM. For LCM, Turbo, Lightning and schnell pipelines use --guidance-scale 1.
+    Nothing is trained, and the pipeline's own scheduler is kept. One that has no step table (PNDM, DPM-Solver++(2M)) is
+    refused: choose another with --scheduler. For LCM, Turbo, Lightning and schnell pipelines use --guidance-scale 1.
     """
     from redif_sdk.distill.student import import_pipeline
     from redif_sdk.progress import Progress
 
     counts, options = numbers("--steps", steps), teacher_options(prompts, height, width, value_range, variant)
+    if scheduler is not None:
+        options["scheduler"] = scheduler
     with Progress(quiet).stage(f"importing {pipeline}"):
         manifest = import_pipeline(pipeline, output, counts, guidance_scale=guidance_scale, **options)
     write_rows(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.sampling import samplers
 from redif_sdk.sampling.coefficients import to_float32, update_rows
 from redif_sdk.sampling.noise_schedule import (
@@ -26,6 +26,7 @@ from redif_sdk.sampling.noise_schedule import (
     whole_number,
 )
 from redif_sdk.sampling.samplers import TableFields
+from redif_sdk.sampling.scheduler_keys import check_keys
 
 __all__ = ["read_preconditioning", "read_scheduler"]
 
@@ -74,8 +75,8 @@ def read_scheduler(
 
     Supported:
 
-    - DDIMScheduler; DDPMScheduler and PNDMScheduler in their DDIM reading (DDPM's fixed_small is ``eta=1``)
-    - LCMScheduler, its boundary scaling included
+    - DDIMScheduler; DDPMScheduler and PNDMScheduler in their DDIM reading (DDPM's own noise is ``eta=1``)
+    - LCMScheduler, its boundary scaling included; TCDScheduler with its ``eta`` of 0
     - DPMSolverMultistepScheduler of order 1
     - EulerDiscreteScheduler, with Karras' noise levels if it has them; EulerAncestralDiscreteScheduler
     - FlowMatchEulerDiscreteScheduler
@@ -91,7 +92,7 @@ def read_scheduler(
         eta: The sampler's noise in [0, 1], for schedulers that leave it open.
 
     Raises:
-        UnsupportedModel: Another scheduler, or an unsupported option.
+        UnsupportedModel: Another scheduler, an unsupported option, or an unknown key.
         InvalidRequest: Times or a number of steps that the scheduler does not have.
     """
     name, config = _name_and_config(scheduler)
@@ -100,7 +101,15 @@ def read_scheduler(
         raise UnsupportedModel(f"scheduler {name} cannot be read as a step table; use one of {', '.join(_READERS)}")
     if (num_inference_steps is None) == (timesteps is None):
         raise InvalidRequest(f"{name} needs either num_inference_steps or timesteps; give exactly one")
-    return reader(_Wanted(name, config, num_inference_steps, timesteps, eta))
+    check_keys(name, config)
+    try:
+        return reader(_Wanted(name, config, num_inference_steps, timesteps, eta))
+    except RedifError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a value of the wrong kind
+        raise UnsupportedModel(
+            f"the configuration of {name} cannot be read: {error!s:.200}; check its values"
+        ) from error
 
 
 def _name_and_config(scheduler: Any) -> tuple[str, Mapping[str, Any]]:
@@ -130,13 +139,21 @@ def _read_ddim(wanted: _Wanted) -> TableFields:
 def _read_ddpm(wanted: _Wanted) -> TableFields:
     config = wanted.config
     schedule = NoiseSchedule.from_config(config)
+    times = wanted.timesteps
+    if times is None:
+        times = _grid(wanted, schedule, "leading").tolist()
     # DDPM's previous time is the next step's, and the last step ends at the clean image
-    return samplers.ddim(
-        schedule,
-        timesteps=_grid(wanted, schedule, "leading").tolist() if wanted.timesteps is None else wanted.timesteps,
-        prediction_type=wanted.prediction_type,
-        eta=wanted.eta,
-    )
+    fields = samplers.ddim(schedule, timesteps=times, prediction_type=wanted.prediction_type, eta=wanted.eta)
+    variance = config.get("variance_type", "fixed_small")
+    if wanted.eta != 1.0 or variance in ("fixed_small", "fixed_small_log"):
+        return fields
+    if variance != "fixed_large":
+        raise UnsupportedModel(f"{wanted.name} has variance_type={variance!r}; use fixed_small or fixed_large")
+    rows, at = fields.rows.copy(), falling_times(times, len(schedule))
+    signal = schedule.alphas[at] ** 2
+    betas = 1.0 - signal / np.append(signal[1:], 1.0)
+    rows[:, 5] = to_float32(np.where(at > 0, np.sqrt(betas), 0.0))
+    return fields._replace(rows=rows)
 
 
 def _read_lcm(wanted: _Wanted) -> TableFields:
@@ -167,6 +184,26 @@ def _read_lcm(wanted: _Wanted) -> TableFields:
     return TableFields(to_float32(rows), wanted.prediction_type, "consistency")
 
 
+def _read_tcd(wanted: _Wanted) -> TableFields:
+    if wanted.eta != 0.0:
+        raise InvalidRequest(f"eta is {wanted.eta}, but {wanted.name} has a step table at eta = 0 alone")
+    schedule = NoiseSchedule.from_config({**wanted.config, "_class_name": wanted.name})
+    if wanted.timesteps is None:
+        times = _consistency_times(wanted, len(schedule))
+    else:
+        times = falling_times(wanted.timesteps, len(schedule))
+    after = np.append(times[1:], 0)  # the last step ends at the schedule's first level
+    return samplers.table_fields(
+        t=times,
+        alphas=schedule.alphas[times],
+        sigmas=schedule.sigmas[times],
+        next_alphas=schedule.alphas[after],
+        next_sigmas=schedule.sigmas[after],
+        prediction_type=wanted.prediction_type,
+        sampler="ddim",
+    )
+
+
 def _consistency_times(wanted: _Wanted, total: int) -> NDArray[np.int64]:
     """K of the times that the consistency model was distilled at, evenly spaced by index."""
     steps = whole_number("num_inference_steps", wanted.num_inference_steps, minimum=1)
@@ -191,6 +228,7 @@ def _read_dpm_solver(wanted: _Wanted) -> TableFields:
     if algorithm not in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"):
         raise UnsupportedModel(f"{wanted.name} has algorithm_type={algorithm!r}; use dpmsolver++ or sde-dpmsolver++")
     wanted.refuse("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+    wanted.refuse("variance_type")
     schedule = _schedule_with_signal(config)
     times = wanted.timesteps
     if times is None:
@@ -352,9 +390,12 @@ def _schedule_with_signal(config: Mapping[str, Any]) -> NoiseSchedule:
 
 _READERS: dict[str, Callable[[_Wanted], TableFields]] = {
     "DDIMScheduler": _read_ddim,
+    "DDIMParallelScheduler": _read_ddim,
     "DDPMScheduler": _read_ddpm,
+    "DDPMParallelScheduler": _read_ddpm,
     "PNDMScheduler": _read_ddim,
     "LCMScheduler": _read_lcm,
+    "TCDScheduler": _read_tcd,
     "DPMSolverMultistepScheduler": _read_dpm_solver,
     "EulerDiscreteScheduler": _read_euler,
     "EulerAncestralDiscreteScheduler": _read_euler_ancestral,

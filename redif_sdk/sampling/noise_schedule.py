@@ -31,7 +31,13 @@ __all__ = [
 Floats = NDArray[np.float64]
 
 # beta_start, beta_end and beta_schedule that diffusers assumes where a configuration is silent
-_BETA_DEFAULTS: dict[str, tuple[float, float, str]] = {"LCMScheduler": (0.00085, 0.012, "scaled_linear")}
+_BETA_DEFAULTS: dict[str, tuple[float, float, str]] = {
+    "LCMScheduler": (0.00085, 0.012, "scaled_linear"),
+    "TCDScheduler": (0.00085, 0.012, "scaled_linear"),
+    "HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
+    "KDPM2DiscreteScheduler": (0.00085, 0.012, "linear"),
+    "KDPM2AncestralDiscreteScheduler": (0.00085, 0.012, "linear"),
+}
 _GENERAL_BETA_DEFAULTS = (0.0001, 0.02, "linear")
 
 

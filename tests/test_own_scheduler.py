@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from redif_sdk.cli.main import app
 from redif_sdk.distill import DistillConfig, Teacher, distill, import_pipeline, load_student, pool
+from redif_sdk.distill.teachers.known_schedulers import full_config
 from redif_sdk.distill.teachers.own_scheduler import run_table
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 
@@ -83,6 +84,15 @@ def test_a_key_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "teacher", {"_class_name": "DDIMScheduler", "predict_epsilon": False})
     with pytest.raises(UnsupportedModel, match="predict_epsilon"):
         Teacher.load(folder)
+
+
+def test_a_key_of_another_class_changes_nothing(tmp_path: Path) -> None:
+    """diffusers' PNDMScheduler does not know rescale_betas_zero_snr, and its files may have it all the same."""
+    config = {"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True}
+    teacher = Teacher.load(folder_of(tmp_path / "teacher", config))
+    assert teacher.schedule.alphas[-1] > 0
+    kept = diffusers.PNDMScheduler.from_config(config)
+    assert "rescale_betas_zero_snr" not in full_config(kept)
 
 
 def test_import_keeps_the_spacing_of_a_folder(tmp_path: Path) -> None:
@@ -208,10 +218,10 @@ def test_teacher_steps_is_a_setting(tmp_path: Path, teacher_folder: Path) -> Non
     assert "teacher_steps" in asked.stdout
 
 
-def test_a_shipped_bank_is_of_its_own_steps() -> None:
+def test_a_shipped_bank_is_of_its_own_steps(tmp_path: Path) -> None:
     teacher = Teacher.load("fashion-mnist")
     assert pool.is_there(teacher, 8, "train")
-    assert not pool.is_there(teacher.at_steps(7), 8, "train", cache=Path("/nowhere"))
+    assert not pool.is_there(teacher.at_steps(7), 8, "train", cache=tmp_path)
 
 
 def test_a_wrong_value_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -105,8 +105,13 @@ def errors_of(name: str) -> Iterator[None]:
 
 
 def full_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler object's configuration with its class's name, as its ``scheduler_config.json`` has it."""
-    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+    """A scheduler object's configuration with its class's name.
+
+    Keys of other classes, which ``from_config`` keeps and the scheduler does not read, are left out.
+    """
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    own = {key: value for key, value in scheduler.config.items() if key in taken or key.startswith("_")}
+    return {**own, "_class_name": type(scheduler).__name__}
 
 
 def make_scheduler(config: Mapping[str, Any], name: str | None = None) -> Any:

@@ -26,7 +26,7 @@ from redif_sdk.sampling.noise_schedule import (
     whole_number,
 )
 from redif_sdk.sampling.samplers import TableFields
-from redif_sdk.sampling.scheduler_keys import check_keys
+from redif_sdk.sampling.scheduler_keys import HARMLESS, READ, check_keys
 
 __all__ = ["read_preconditioning", "read_scheduler"]
 
@@ -102,8 +102,9 @@ def read_scheduler(
     if (num_inference_steps is None) == (timesteps is None):
         raise InvalidRequest(f"{name} needs either num_inference_steps or timesteps; give exactly one")
     check_keys(name, config)
+    own = {key: value for key, value in config.items() if key in READ[name] or key in HARMLESS[name]}
     try:
-        return reader(_Wanted(name, config, num_inference_steps, timesteps, eta))
+        return reader(_Wanted(name, own, num_inference_steps, timesteps, eta))
     except RedifError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a value of the wrong kind

@@ -27,7 +27,7 @@ READ: dict[str, tuple[str, ...]] = {
     "DDIMParallelScheduler": (*_BETAS, *_GRID, "set_alpha_to_one"),
     "DDPMScheduler": (*_BETAS, *_GRID, "variance_type"),
     "DDPMParallelScheduler": (*_BETAS, *_GRID, "variance_type"),
-    "PNDMScheduler": (*_BETAS, *_GRID, "set_alpha_to_one"),
+    "PNDMScheduler": (*_BETAS[:-1], *_GRID, "set_alpha_to_one"),
     "LCMScheduler": (*_BETAS, "prediction_type", "original_inference_steps", "timestep_scaling"),
     "TCDScheduler": (*_BETAS, "prediction_type", "original_inference_steps"),
     "DPMSolverMultistepScheduler": (
@@ -63,7 +63,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "TCDScheduler": (*CLIPPING, "set_alpha_to_one", "steps_offset", "timestep_spacing", "timestep_scaling"),
     # of orders above 1, of flow sigmas, or of clipping
     "DPMSolverMultistepScheduler": (
-        *CLIPPING,
+        *CLIPPING[2:],
         *("solver_type", "lower_order_final", "euler_at_final"),
         *("flow_shift", "use_dynamic_shifting", "time_shift_type"),
     ),

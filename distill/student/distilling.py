@@ -99,8 +99,7 @@ def distill(
     if student is not None:
         teacher = _with_student(teacher, student)
     display = progress if isinstance(progress, Progress) else Progress(not progress or on_progress is not None)
-    if draws.rank():
-        display = Progress(quiet=True)
+    display = Progress(quiet=True) if draws.rank() else display
     asked = inner_of(teacher.make_student())
     own = None if is_library_network(asked) else asked
     if own is not None:

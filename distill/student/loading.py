@@ -16,7 +16,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.distill.student.base import Student
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.teachers.own_scheduler import noise_process
+from redif_sdk.distill.teachers.known_schedulers import noise_process
 from redif_sdk.errors import InvalidRequest, ManifestError, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.models.portable import filled

@@ -295,8 +295,9 @@ class Teacher(InRange):
         options: dict[str, Any] = {"prompts": prompts, "height": height, "width": width}
         options["num_inference_steps"] = num_inference_steps
         folder = Path(source) if isinstance(source, (str, Path)) else None
+        about: dict[str, Any] = {}
         if folder is None:
-            ours, pipeline, about = is_ours(adapter_of(source)), private_pipeline(source), {}
+            ours, pipeline = is_ours(adapter_of(source)), private_pipeline(source)
             check_pipeline(pipeline, library=ours)
         else:
             pipeline, about = cls._read(folder, variant)

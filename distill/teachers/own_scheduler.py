@@ -169,7 +169,7 @@ class OwnScheduler:
             raise InvalidRequest(
                 f"{steps} teacher steps are asked for, but {self.name} has only {most}; use --teacher-steps {most}"
             )
-        scheduler, times = self.deterministic(), []
+        scheduler, times = self.deterministic(), list[float]()
         if scheduler is not None:
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -179,21 +179,20 @@ class OwnScheduler:
             noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
             with errors_of(self.name):
                 out = self.run(predict, noise, steps, scheduler=scheduler)
-        no_signal = discrete and self.schedule.alphas[-1] < _NO_SIGNAL and self.prediction_type == "epsilon"
-        if no_signal:
-            last = len(self.schedule) - 1
-            if not times or max(times) > last - 1:
-                raise UnsupportedModel(
-                    f"{self.name} has rescale_betas_zero_snr and visits the last time, where an epsilon network does "
-                    "not give the clean image; use timestep_spacing leading, or a v_prediction network"
-                )
-            kept = math.ceil(max(times)) + 1
-            return NoiseSchedule(self.schedule.alphas[:kept], self.schedule.sigmas[:kept])
+        cut = discrete and self.schedule.alphas[-1] < _NO_SIGNAL and self.prediction_type == "epsilon"
+        if cut and (not times or max(times) > len(self.schedule) - 2):
+            raise UnsupportedModel(
+                f"{self.name} has rescale_betas_zero_snr and visits the last time, where an epsilon network does "
+                "not give the clean image; use timestep_spacing leading, or a v_prediction network"
+            )
         if scheduler is not None and not bool(torch.isfinite(out).all()):
             raise UnsupportedModel(
                 f"{self.name} gives values that are not finite at {steps} steps; check its noise schedule and options"
             )
-        return self.schedule
+        if not cut:
+            return self.schedule
+        kept = math.ceil(max(times)) + 1
+        return NoiseSchedule(self.schedule.alphas[:kept], self.schedule.sigmas[:kept])
 
     # ------------------------------------------------------------------ import
 

@@ -445,12 +445,12 @@ def outcome(name: str, key: str, value: Any) -> str:
             options |= {"height": kind.size, "width": kind.size}
         try:
             teacher = Teacher.load(folder, **options)
+            noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
+            images = teacher.images(teacher.sample(noise, teacher.labels(np.arange(2)), STEPS))
         except RedifError:
             return "refused"
         except Exception as error:
             return f"WRONG: {type(error).__name__} escapes: {error!s:.200}"
-        noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
-        images = teacher.images(teacher.sample(noise, teacher.labels(np.arange(2)), STEPS))
         ours = ((images.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
         try:
             expected = theirs(folder, teacher, noise)

@@ -113,7 +113,7 @@ HARMLESS: dict[str, frozenset[str]] = {
         "encoder_block_out_channels force_upcast in_channels latent_magnitude latent_shift num_encoder_blocks"
     ),
     "CLIPTextConfig": _TEXT_HARMLESS,
-    "T5Config": _TEXT_HARMLESS,
+    "T5Config": _TEXT_HARMLESS | {"eos_token_id"},
 }
 
 

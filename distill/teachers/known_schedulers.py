@@ -173,6 +173,11 @@ def noise_process(
             raise UnsupportedModel(
                 f"{name} has timestep_type={scheduler_config['timestep_type']!r}, which is not supported; use discrete"
             )
+        if scheduler_config.get("use_dynamic_shifting"):
+            raise UnsupportedModel(
+                f"{name} has use_dynamic_shifting without flow sigmas, where nothing is shifted and diffusers' own "
+                "pipelines fail; set use_dynamic_shifting to false"
+            )
         return NoiseSchedule.from_config(scheduler_config), kind, 1.0
     if "FlowMatch" not in name and kind != "flow_prediction":
         raise UnsupportedModel(

@@ -17,4 +17,5 @@ CONFIG = DistillConfig.checked(**SETTINGS, method="regression")
 def black_box(student: nn.Module | None = None, **more: Any) -> Teacher:
     schedule = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
     settings = {"schedule": schedule, "prediction_type": "sample", "num_inference_steps": 4, **more}
-    return Teacher.from_callable(lambda x, t, c: x.tanh(), shape=(1, 4, 4), student=student or Tiny(), **settings)
+    network = Tiny() if student is None else student
+    return Teacher.from_callable(lambda x, t, c: x.tanh(), shape=(1, 4, 4), student=network, **settings)

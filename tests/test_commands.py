@@ -50,7 +50,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["import", "{teacher}", "-o", "{out}", "--steps", "2", "--guidance-scale", "-1"], "guidance_scale"),
         (["distill", "{teacher}", "-o", "{out}", "--teacher-calls", "3"], "fewer than one batch"),
         (["distill", "{teacher}", "-o", "{empty}"], "exists already"),
-        (["distill", "{broken}", "-o", "{out}"], "cannot be read"),
+        (["distill", "{broken}", "-o", "{out}"], "cannot be loaded"),
         (["import", "{teacher}", "-o", "{out}", "--steps", "0"], "steps must be at least 1"),
         (["import", "{empty}", "-o", "{out}", "--steps", "2"], "is no teacher"),
         (["eval", "{empty}"], "redif.json"),
@@ -106,7 +106,7 @@ def test_distil_import_and_resume_from_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, result = tmp_path / "student", tmp_path / "result.json"
-    base = ["distill", str(teacher_folder), "-o", str(out), "--steps", "2", *SMALL]
+    base = ["distill", str(teacher_folder), "-o", str(out), "--steps", "2", *SMALL, "--learning-rate", "1e-6"]
     code, errors = run([*base, "--json", str(result)], monkeypatch, capsys)
     assert (code, errors) == (0, "")
     row = json.loads(result.read_text())["rows"][0]

@@ -98,6 +98,8 @@ def test_harmless_keys_change_nothing(name: str, pipeline: str, tmp_path: Path) 
         "task_specific_params": {"a": {}},
         "auto_map": {},
         "transformers_version": "4.0.0",
+        "is_gated_act": config.get("is_gated_act"),  # derived: another one is refused
+        "dense_act_fn": config.get("dense_act_fn"),
     }
     odd: dict[str, Any] = {}
     for key in HARMLESS[name]:
@@ -114,6 +116,17 @@ def test_harmless_keys_change_nothing(name: str, pipeline: str, tmp_path: Path) 
     texts = [Teacher.load(folder, prompts=pipelines.PROMPTS) for folder in (before, after)]
     states = [text.prompts(torch.tensor([0, 1])) for text in texts if text.prompts is not None]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(("key", "value"), [("dense_act_fn", "silu"), ("is_gated_act", True)])
+def test_what_t5_derives_may_not_be_another(key: str, value: object, tmp_path: Path) -> None:
+    pipelines.pixart().save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder/config.json"
+    config = json.loads(file.read_text())
+    assert config.get(key) != value
+    file.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(RedifError, match=f"{key}=|text_encoder are not those"):
+        Teacher.load(tmp_path, prompts=pipelines.PROMPTS)
 
 
 #: Files of a text-to-image pipeline, and values that no key has.

@@ -332,7 +332,7 @@ class Wider(Tiny):
 EDM = {"schedule": NoiseSchedule.of_edm(Preconditioning()), "prediction_type": "edm"}
 LATE: dict[str, tuple[Callable[[], Teacher], dict[str, Any], str]] = {
     "pool": (black_box, {"pool_size": 8, "batch_size": 16}, "batch_size 16 is more than the pool's 8 pairs"),
-    "zero-snr": (lambda: zero_snr("epsilon"), {}, "zero"),
+    "zero-snr": (lambda: zero_snr("epsilon"), {}, "no signal at a visited time"),
     "edm": (lambda: black_box(**EDM), {"method": "consistency"}, "noise levels, not times"),
     "edm-times": (
         lambda: black_box(**EDM),

@@ -54,8 +54,8 @@ def test_what_is_given_by_hand_is_over_the_file_is_over_the_preset(tmp_path: Pat
     [
         ("- 1\n", "holds a list"),
         ("learning_rat: 1\n", "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
-        ("a: [\n", "cannot be read"),
-        ("!!python/object/apply:os.system ['true']\n", "cannot be read"),
+        ("a: [\n", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:

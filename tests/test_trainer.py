@@ -232,7 +232,7 @@ def test_a_guided_teacher_makes_two_calls_and_its_student_one(teacher_folder: Pa
     assert student.calls_per_step == 1
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("scale", [-1.0, float("nan")])
 def test_a_guidance_that_cannot_be_is_refused(teacher_folder: Path, scale: float) -> None:
     with pytest.raises(InvalidRequest, match="guidance_scale"):
         Teacher.load(teacher_folder).guided(scale)
@@ -320,7 +320,7 @@ def test_what_is_no_teacher_is_named(tmp_path: Path, teacher_folder: Path) -> No
     shutil.copytree(teacher_folder, broken)
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InvalidRequest, match="cannot be read"):
+    with pytest.raises(InvalidRequest, match="cannot be loaded"):
         Teacher.load(broken)
 
 

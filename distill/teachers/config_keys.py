@@ -154,6 +154,8 @@ def check_text_config(config: Any, where: str, layout: str) -> None:
             f"the {where} has use_attention_mask in its config.json: its pipeline masks the padding of prompts, which "
             "is not supported; use a text encoder without it"
         )
+    if kind.__name__ == "T5Config":
+        _check_activation(config, where)
     known = HONOURED[kind.__name__] | HARMLESS[kind.__name__]
     defaults = kind().to_dict()
     for key, value in config.to_dict().items():
@@ -163,6 +165,17 @@ def check_text_config(config: Any, where: str, layout: str) -> None:
             _log.warning("%s: %s does not know the key %s; it is ignored", where, kind.__name__, key)
         elif not _same(value, defaults[key]):
             raise _unknown(where, kind.__name__, key, value)
+
+
+def _check_activation(config: Any, where: str) -> None:
+    """Refuse T5's derived settings where they are not those of feed_forward_proj, which deployment goes by."""
+    derived = type(config)(feed_forward_proj=config.feed_forward_proj)
+    for key in ("dense_act_fn", "is_gated_act"):
+        if getattr(config, key) != getattr(derived, key):
+            raise UnsupportedModel(
+                f"the {where} has {key}={getattr(config, key)!r} in its config.json, beside feed_forward_proj="
+                f"{config.feed_forward_proj!r}; remove {key}"
+            )
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -130,7 +130,9 @@ def _noise() -> Tensor:
 def theirs(scheduler: Any, steps: int, seed: int | None = None) -> Tensor:
     """The loop of diffusers' pipelines, as they write it; with ``seed``, step k's noise has the seed ``seed + k``."""
     own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps)
+    with warnings.catch_warnings():  # of numpy, about diffusers
+        warnings.simplefilter("ignore")
+        own.set_timesteps(steps)
     x = _noise() * float(getattr(own, "init_noise_sigma", 1.0))
     more = {"eta": 0.0} if "eta" in inspect.signature(own.step).parameters else {}
     for k, t in enumerate(own.timesteps):

@@ -26,7 +26,7 @@ from redif_sdk.distill.evaluation.arena import Arena, evaluate_folder
 from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import consistency
 from redif_sdk.distill.rewards import fake_score
-from redif_sdk.distill.student import Student
+from redif_sdk.distill.student import Student, decision
 from redif_sdk.distill.training import estimate as estimating
 from redif_sdk.distill.training import loop as training
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
@@ -144,7 +144,7 @@ def test_examination_dry_run_and_evaluation_are_made_on_the_device(monkeypatch: 
     ours = examine_teacher(teacher, config=config, device="cpu")
     assert seen == {"cpu"}
     seen.clear()
-    for module in (examine, estimating):
+    for module in (examine, estimating, decision):
         monkeypatch.setattr(module, "chosen_device", lambda name: META)
     with simulated(monkeypatch):
         theirs = examine_teacher(teacher, config=config)

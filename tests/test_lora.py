@@ -48,10 +48,11 @@ def config(method: str = "redif", **settings: object) -> DistillConfig:
     )
 
 
+@pytest.mark.filterwarnings("ignore::redif_sdk.errors.WorseThanStart")  # four updates
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_adapters_alone_are_trained_whatever_the_method(pipeline: DDIMPipeline, method: str) -> None:
     teacher = Teacher.from_diffusers(pipeline)
-    student = distill(teacher, config(method, kl=0.1 if method == "grpo" else 0.0, warm_start=0.5))
+    student = distill(teacher, config(method, kl=0.1 if method == "grpo" else 0.0, warm_start=0.5, keep="last"))
     before = dict(teacher.make_student().named_parameters())
     after = dict(student.network.named_parameters())
     assert before.keys() == after.keys()  # merged: no adapter is left

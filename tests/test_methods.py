@@ -49,6 +49,7 @@ def teacher() -> Teacher:
         shape=SHAPE,
         student=network,
         num_inference_steps=10,
+        value_range=(-1, 1),
     )
 
 

@@ -70,7 +70,7 @@ def adapter_named(name: str) -> Adapter | None:
 
 def is_ours(adapter: Adapter) -> bool:
     """Whether an adapter is one of this package, which knows what a pipeline's images do not need."""
-    return adapter.__module__.startswith("redif_sdk.")
+    return (getattr(adapter, "__module__", None) or "").startswith("redif_sdk.")
 
 
 def no_adapter(name: str) -> UnsupportedModel:

@@ -95,7 +95,7 @@ def test_a_wrong_range_a_flat_reward_and_samples_that_are_not_finite_are_found()
         return torch.zeros(len(images))
 
     assert "every group's rewards are equal" in problems(examine_teacher(teacher(), reward=flat))["reward flat"]
-    large = replace(teacher(), predict=lambda x, t, condition: -20 * torch.ones_like(x))
+    large = replace(teacher(), range_known=True, predict=lambda x, t, condition: -20 * torch.ones_like(x))
     assert "is the value range right" in problems(examine_teacher(large, reward="pixel"))["value range"]
     broken = replace(teacher(), predict=lambda x, t, condition: x * float("inf"))
     assert "not finite" in problems(examine_teacher(broken, reward="pixel"))["samples"]

@@ -48,7 +48,6 @@ def config(method: str = "redif", **settings: object) -> DistillConfig:
     )
 
 
-@pytest.mark.filterwarnings("ignore::redif_sdk.errors.WorseThanStart")  # four updates
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_adapters_alone_are_trained_whatever_the_method(pipeline: DDIMPipeline, method: str) -> None:
     teacher = Teacher.from_diffusers(pipeline)

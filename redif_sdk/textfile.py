@@ -118,6 +118,8 @@ def _read(path: Path, what: str, limit: int) -> bytes:
             if hasattr(os, "set_blocking"):
                 os.set_blocking(file.fileno(), True)
             data = file.read(limit + 1)
+    except InvalidRequest:
+        raise  # it is a ValueError too
     except FileNotFoundError as error:
         raise InvalidRequest(f"{path} does not exist; give the file with {what}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

@@ -81,7 +81,7 @@ def test_keys_come_from_a_file(tiny_student: Path, tmp_path: Path) -> None:
         (["STUDENT", "--max-batch", "0"], "max_batch is 0"),
         (["STUDENT", "--log-level", "loud"], "--log-level is 'loud'"),
         (["STUDENT", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
-        (["STUDENT", "--api-keys-file", "/dev/null"], "holds no API key"),
+        (["STUDENT", "--api-keys-file", "/dev/null"], "redif: /dev/null is a device, not a file"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(tiny_student: Path, arguments: list[str], words: str) -> None:

@@ -6,7 +6,7 @@ builds engines of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,14 @@ def export(
     targets: Sequence[str] = ("onnx",),
     precisions: Sequence[str] = ("fp32",),
     *,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] | None = None,
     sizes: Sequence[tuple[int, int]] = (),
     runtimes: Sequence[str] | None = None,
     sm: Sequence[int] = (),
     engine_dir: str | Path | None = None,
     web_dir: str | Path | None = None,
     network: torch.nn.Module | None = None,
+    on_progress: Callable[[float | None, str], object] = lambda done, note: None,
 ) -> Manifest:
     """Compile the student in `folder`.
 
@@ -50,7 +51,8 @@ def export(
         folder: The student's folder.
         targets: Of `TARGETS`.
         precisions: Of "fp32", "fp16", "bf16", "int8". Only the network is int8; the other parts stay fp32 beside it.
-        batches: Batch sizes that the gate checks.
+        batches: Batch sizes that the gate checks; None: 1 and 8, or 1 and 2 for a network of 200 million parameters
+            or more.
         sizes: Sizes of images that the gate checks, (height, width) in pixels. An axis on which they differ from the
             student's own becomes free, in the graphs and in requests.
         runtimes: Engines that the gate checks; None: those that run on this machine.
@@ -59,6 +61,7 @@ def export(
         web_dir: The folder of the page; None: beside the student's folder.
         network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
             folder's weights; where the folder has none, its own are exported.
+        on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
         The new manifest.
@@ -85,7 +88,15 @@ def export(
             from redif_sdk.export.build import build_graphs
         except ModuleNotFoundError as error:
             raise RuntimeUnavailable(f'export needs {error.name}; pip install "redif-sdk[export]"') from error
-        build_graphs(folder, precisions, batches=batches, sizes=sizes, runtimes=runtimes, network=network)
+        build_graphs(
+            folder,
+            precisions,
+            batches=batches,
+            sizes=sizes,
+            runtimes=runtimes,
+            network=network,
+            on_progress=on_progress,
+        )
     for flavour in targets:
         if flavour in ENGINE_TARGETS:
             build_engines(folder, flavour=flavour, precisions=precisions, sm=sm, engine_dir=engine_dir)

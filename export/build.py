@@ -7,11 +7,10 @@ everything has passed; a failed export leaves it as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnx
 import torch
 
 from redif_sdk.artifact.atomic import atomic_folder
@@ -35,11 +34,14 @@ from redif_sdk.export.onnx import (
     text_encoder_model,
 )
 from redif_sdk.export.verify import absent, summary, verify
+from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.families import LatentDecoder, TextEncoders, is_supported
 from redif_sdk.runtimes import PRECISIONS
 from redif_sdk.runtimes.protocol import nvidia_driver
 
-__all__ = ["build_graphs"]
+__all__ = ["OnProgress", "build_graphs"]
+
+OnProgress = Callable[[float | None, str], object]  # the share that is done, if known, and what is done now
 
 
 class TorchStudent(NamedTuple):
@@ -55,35 +57,54 @@ def build_graphs(
     folder: str | Path,
     precisions: Sequence[str] = ("fp32",),
     *,
-    batches: Sequence[int] = golden.BATCHES,
+    batches: Sequence[int] | None = None,
     sizes: Sequence[tuple[int, int]] = (),
     runtimes: Sequence[str] | None = None,
     network: torch.nn.Module | None = None,
+    on_progress: OnProgress = lambda done, note: None,
 ) -> Manifest:
     """The ONNX part of `redif_sdk.export.export`, where the arguments are described. Returns the new manifest."""
     _check_precisions(precisions)
-    if not batches or min(batches) < 1:
+    if batches is not None and (not batches or min(batches) < 1):
         raise InvalidRequest(f"batches are {list(batches)}; give at least one, of at least 1")
     student = StudentFolder(folder)
+    on_progress(None, "checking hashes")
     student.check_all()
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
-    loaded = load_network(student) if network is None else given_network(student, network)
-    manifest, further = _with_sizes(student.manifest, loaded, sizes)
-    source = _source(student, loaded)
     with atomic_folder(student.path, overwrite=True) as new:
-        student.copy_to(new, without=(store.FOLDER, golden.FOLDER, samples.FOLDER))
-        student.keep_foreign(new)
-        entries = golden.record_golden(
-            source.denoiser, source.decoder, source.conditions, manifest, new, batches, further
-        )
-        graphs = _Graphs(source, manifest, new).write(precisions)
-        manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
-        write_manifest(new, manifest)
-        checked = _pass_gate(folder, new, graphs, runtimes)
+        manifest = _make(student, new, precisions, batches, sizes, network, on_progress)
+        on_progress(None, "checking the graphs against torch")
+        checked = _pass_gate(folder, new, manifest.graphs, runtimes)
+        on_progress(None, "drawing samples")
         samples.write_samples(new)
         manifest = write_manifest(new, manifest.model_copy(update={"verification": checked}))
         write_card(new)
         return manifest
+
+
+def _make(
+    student: StudentFolder,
+    new: Path,
+    precisions: Sequence[str],
+    batches: Sequence[int] | None,
+    sizes: Sequence[tuple[int, int]],
+    network: torch.nn.Module | None,
+    on_progress: OnProgress,
+) -> Manifest:
+    """The student in `new`, with graphs and golden files. All that torch loads for it is gone when it returns."""
+    on_progress(None, "loading the networks")
+    loaded = load_network(student) if network is None else given_network(student, network)
+    manifest, further = _with_sizes(student.manifest, loaded, sizes)
+    source = _source(student, loaded)
+    student.copy_to(new, without=(store.FOLDER, golden.FOLDER, samples.FOLDER))
+    student.keep_foreign(new)
+    on_progress(None, "recording what torch computes")
+    entries = golden.record_golden(
+        source.denoiser, source.decoder, source.conditions, manifest, new, batches or golden.batches_of(loaded), further
+    )
+    graphs = _Graphs(source, manifest, new, on_progress).write(precisions)
+    manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
+    return write_manifest(new, manifest)
 
 
 def _pass_gate(
@@ -162,8 +183,9 @@ def _another(extent: int, latents: Latents) -> int:
 class _Graphs:
     """Makes a student's graphs and writes them into `folder`. A graph that two precisions share is written once."""
 
-    def __init__(self, source: TorchStudent, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, source: TorchStudent, manifest: Manifest, folder: Path, on_progress: OnProgress) -> None:
         self._source = source
+        self._say = on_progress
         self._manifest = manifest
         self._folder = folder
         self._written: dict[tuple[str, str], Graph] = {}
@@ -176,13 +198,17 @@ class _Graphs:
         source, manifest = self._source, self._manifest
         graphs = []
         if source.encoders is not None:
+            self._say(None, f"text encoders in {precision}")
             graphs.append(self._part("text_encoder", precision, None))
+        self._say(None, f"network in {precision}")
         model = denoiser_model(source.denoiser, manifest, precision, source.conditions)
         decoder = None
         if source.decoder is not None:
+            self._say(None, f"decoder in {precision}")
             decoder = decoder_model(source.decoder, manifest, self._computed("decoder", precision))
-        fits = store.size_of(model) + (store.size_of(decoder) if decoder is not None else 0) <= store.LARGEST_FILE
+        fits = model.size + (decoder.size if decoder is not None else 0) <= store.LARGEST_FILE
         generator = generator_model(model, manifest, decoder) if fits else None
+        self._say(None, f"writing the graphs in {precision}")
         graphs.append(store.write_graph(self._folder, "denoiser", precision, model))
         if decoder is not None:
             graphs.append(self._part("decoder", precision, decoder))
@@ -190,7 +216,7 @@ class _Graphs:
             graphs.append(store.write_graph(self._folder, "generator", precision, generator))
         return graphs
 
-    def _part(self, component: str, precision: str, model: onnx.ModelProto | None) -> Graph:
+    def _part(self, component: str, precision: str, model: LazyModel | None) -> Graph:
         """The graph of the text encoders, or of the decoder (`model`), for a student in `precision`."""
         computed = self._computed(component, precision)
         if (component, computed) not in self._written:

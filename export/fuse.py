@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import ExportError
+from redif_sdk.export.weights import LazyModel
 from redif_sdk.images import scale_and_offset
 from redif_sdk.sampling.table import COLUMNS
 
@@ -44,9 +45,7 @@ class _Builder:
         return output
 
 
-def generator_model(
-    denoiser: onnx.ModelProto, manifest: Manifest, decoder: onnx.ModelProto | None = None
-) -> onnx.ModelProto:
+def generator_model(denoiser: LazyModel, manifest: Manifest, decoder: LazyModel | None = None) -> LazyModel:
     """The generator around `denoiser` (sample, timestep, conditions -> f), with `decoder` (latents -> sample) after it.
 
     Inputs: noise (N, batch, C, H, W) float32, table (K, 6) float32, init_scale () float32, and the denoiser's
@@ -78,9 +77,9 @@ def generator_model(
     outer.add("Sub", [slices, outer.constant("one", 1, np.int64)], "last_slice")
     start = outer.add("Mul", [outer.add("Gather", ["noise", zero], "noise_0", axis=0), "init_scale"], "start")
     go = outer.constant("go", True, np.bool_)
-    final = outer.add("Loop", [steps, go, start], "final", body=_body(denoiser))
+    final = outer.add("Loop", [steps, go, start], "final", body=_body(denoiser.proto))
     if decoder is not None:
-        final = _include(outer, decoder.graph, "decoder", {"latents": final})["sample"]
+        final = _include(outer, decoder.proto.graph, "decoder", {"latents": final})["sample"]
     _postprocess(outer, final, manifest)
 
     graph = helper.make_graph(
@@ -90,14 +89,21 @@ def generator_model(
         [_tensor("images", TensorProto.UINT8, ["batch", *image, channels])],
         initializer=outer.constants,
     )
-    _check_names(graph, denoiser.graph, {spec.name for spec in conditions})
-    return helper.make_model(
+    _check_names(graph, denoiser.proto.graph, {spec.name for spec in conditions})
+    proto = helper.make_model(
         graph,
-        opset_imports=_newest(denoiser, decoder).opset_import,
-        ir_version=denoiser.ir_version,
-        producer_name=denoiser.producer_name,
-        producer_version=denoiser.producer_version,
+        opset_imports=_newest(denoiser.proto, decoder and decoder.proto).opset_import,
+        ir_version=denoiser.proto.ir_version,
+        producer_name=denoiser.proto.producer_name,
+        producer_version=denoiser.proto.producer_version,
     )
+    decoded = {_part_name("decoder", name): weight for name, weight in (decoder.weights if decoder else {}).items()}
+    return LazyModel(proto, {**denoiser.weights, **decoded})
+
+
+def _part_name(part: str, name: str) -> str:
+    """The name that a value of an included graph has in the generator."""
+    return f"{_PREFIX}{part}.{name}"
 
 
 def _newest(denoiser: onnx.ModelProto, decoder: onnx.ModelProto | None) -> onnx.ModelProto:
@@ -122,7 +128,7 @@ def _include(outer: _Builder, graph: onnx.GraphProto, part: str, inputs: Mapping
     given = {"": "", **inputs}  # an optional input that is left out has no name
 
     def named(name: str) -> str:
-        return given.get(name, f"{_PREFIX}{part}.{name}")
+        return given.get(name, _part_name(part, name))
 
     for tensor in graph.initializer:
         outer.constants.append(TensorProto())

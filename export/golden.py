@@ -29,15 +29,18 @@ from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from redif_sdk.export.conditions import ExampleConditions
     from redif_sdk.export.onnx import GraphDenoiser
     from redif_sdk.models.families import LatentDecoder
 
-__all__ = ["BATCHES", "FOLDER", "Arrays", "GoldenRecord", "Size", "read_golden", "record_golden"]
+__all__ = ["BATCHES", "FOLDER", "Arrays", "GoldenRecord", "Size", "batches_of", "read_golden", "record_golden"]
 
 BATCHES = (1, 8)
+LARGE = 200_000_000  # parameters: from here on a call takes seconds, and eight images gigabytes
+BATCHES_OF_LARGE = (1, 2)
 FOLDER = "golden"
 SEED = 0
 MOST_ROWS = 4  # of a long table, so that the files stay small
@@ -46,6 +49,12 @@ Size = tuple[int, int]  # height and width of latents
 Arrays = dict[str, NDArray[Any]]
 
 # ---------------------------------------------------------------------- recording
+
+
+def batches_of(network: torch.nn.Module) -> Sequence[int]:
+    """The batches that are recorded for a network unless others are asked for."""
+    large = sum(parameter.numel() for parameter in network.parameters()) >= LARGE
+    return BATCHES_OF_LARGE if large else BATCHES
 
 
 def record_golden(

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from redif_sdk.export.guidance import add_guidance
 from redif_sdk.export.networks import load_network
 from redif_sdk.export.precision import DTYPES, int8_model
 from redif_sdk.export.trace import trace_graph
+from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.denoiser import tensor_of
 from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
 
@@ -155,7 +155,7 @@ def _check_batch(first: Tensor, *others: Tensor) -> None:
 
 def denoiser_model(
     denoiser: GraphDenoiser, manifest: Manifest, precision: str = "fp32", conditions: ExampleConditions | None = None
-) -> onnx.ModelProto:
+) -> LazyModel:
     """The denoiser's graph with a free batch axis: sample, timestep and the conditions by name -> f.
 
     Args:
@@ -169,18 +169,18 @@ def denoiser_model(
     """
     if precision == "int8":
         assert conditions is not None
-        return int8_model(denoiser_model(denoiser, manifest), manifest, conditions)
+        return LazyModel(int8_model(denoiser_model(denoiser, manifest).filled(), manifest, conditions))
     network = denoiser.bare(_in_dtype(denoiser.network, DTYPES[precision]), DTYPES[precision])
     x = _state(manifest, "sample", manifest.latents.channels)
     inputs = [x, TensorSpec(name="timestep", dtype="float32", shape=["batch"]), *manifest.condition_tensors]
     model = trace_graph(network, manifest, inputs, [x.model_copy(update={"name": "f"})], precision)
-    model.graph.name = "denoiser"
+    model.proto.graph.name = "denoiser"
     if denoiser.guidance is not None:
-        add_guidance(model, denoiser.guidance, {name: value.numpy() for name, value in denoiser.nulls.items()})
+        add_guidance(model.proto, denoiser.guidance, {name: value.numpy() for name, value in denoiser.nulls.items()})
     return model
 
 
-def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: str = "fp32") -> onnx.ModelProto:
+def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: str = "fp32") -> LazyModel:
     """The text encoders' graph with a free batch axis: token ids and masks -> encoded prompts, float32."""
     assert manifest.text is not None
     names = [
@@ -192,11 +192,11 @@ def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: st
     inputs = [TensorSpec(name=name, dtype="int64", shape=["batch", length]) for name, length in names]
     module = _InDtype(_in_dtype(encoders, DTYPES[precision]), DTYPES[precision])
     model = trace_graph(module, manifest, inputs, manifest.text.tensors, precision)
-    model.graph.name = "text_encoder"
+    model.proto.graph.name = "text_encoder"
     return model
 
 
-def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "fp32") -> onnx.ModelProto:
+def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "fp32") -> LazyModel:
     """The decoder's graph with a free batch axis: latents -> sample in the manifest's value range, both float32."""
     scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
     x = _state(manifest, "latents", manifest.latents.channels)
@@ -204,7 +204,7 @@ def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "
     outputs = [TensorSpec(name="sample", dtype="float32", shape=["batch", channels, *sides])]
     module = _InDtype(_in_dtype(decoder, DTYPES[precision]), DTYPES[precision])
     model = trace_graph(module, manifest, [x], outputs, precision)
-    model.graph.name = "decoder"
+    model.proto.graph.name = "decoder"
     return model
 
 

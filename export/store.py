@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto
 
 from redif_sdk.artifact.records import Graph, TensorSpec
+from redif_sdk.export.weights import LazyModel
 
-__all__ = ["FOLDER", "LARGEST_FILE", "size_of", "spec_of", "write_graph"]
+__all__ = ["FOLDER", "LARGEST_FILE", "spec_of", "write_graph"]
 
 FOLDER = "onnx"
 
@@ -26,48 +26,47 @@ _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto
 _WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8)
 
 
-def size_of(model: onnx.ModelProto) -> int:
-    """Bytes of the weights, which make up a large model but for a few MiB; protobuf cannot measure more than 2 GiB."""
-    return sum(
-        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in model.graph.initializer
-    )
-
-
-def write_graph(folder: Path, component: str, precision: str, model: onnx.ModelProto) -> Graph:
+def write_graph(folder: Path, component: str, precision: str, model: LazyModel) -> Graph:
     """Write a model to ``onnx/COMPONENT.PRECISION.onnx`` and describe it.
 
-    The weights of a model above `LARGEST_FILE` are moved to ``onnx/COMPONENT.PRECISION.onnx.data``: `model` loses them,
-    so that they are never in memory twice.
+    Its weights are in that file, or, where it would exceed `LARGEST_FILE`, in ``onnx/COMPONENT.PRECISION.onnx.data``.
+    They are made one at a time.
     """
     file = f"{FOLDER}/{component}.{precision}.onnx"
     (folder / FOLDER).mkdir(exist_ok=True)
     data = []
-    if size_of(model) > LARGEST_FILE:
+    if model.size > LARGEST_FILE:
         data = [f"{file}.data"]
-        _move_weights(model, folder / data[0])
-    (folder / file).write_bytes(model.SerializeToString(deterministic=True))
+        (folder / file).write_bytes(_beside(model, folder / data[0]).SerializeToString(deterministic=True))
+    else:
+        (folder / file).write_bytes(model.filled().SerializeToString(deterministic=True))
     return Graph.model_validate(
         {
             "component": component,
             "precision": precision,
             "file": file,
             "data": data,
-            "opset": next(opset.version for opset in model.opset_import if not opset.domain),
-            "inputs": [spec_of(value) for value in model.graph.input],
-            "outputs": [spec_of(value) for value in model.graph.output],
+            "opset": next(opset.version for opset in model.proto.opset_import if not opset.domain),
+            "inputs": [spec_of(value) for value in model.proto.graph.input],
+            "outputs": [spec_of(value) for value in model.proto.graph.output],
         }
     )
 
 
-def _move_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Move the weights to the file `path`; the model keeps their offsets."""
+def _beside(model: LazyModel, path: Path) -> onnx.ModelProto:
+    """The model without its weights, which are written to the file `path`."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
     with path.open("wb") as file:
-        for tensor in model.graph.initializer:
-            if tensor.data_type not in _WEIGHTS or not tensor.HasField("raw_data"):
+        for tensor, weight in LazyModel(proto, model.weights).initializers():
+            if weight is not None:
+                content = weight.content()
+            elif tensor.data_type in _WEIGHTS and tensor.HasField("raw_data"):
+                content = tensor.raw_data
+            else:
                 continue
-            content = tensor.raw_data
             if len(content) < LEAST_OUTSIDE:
+                tensor.raw_data = content
                 continue
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             places = {"location": path.name, "offset": str(file.tell()), "length": str(len(content))}
@@ -76,6 +75,7 @@ def _move_weights(model: onnx.ModelProto, path: Path) -> None:
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in places.items():
                 tensor.external_data.add(key=key, value=value)
+    return proto
 
 
 def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:

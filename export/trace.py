@@ -10,7 +10,7 @@ import json
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import TensorSpec
 from redif_sdk.errors import ExportError
 from redif_sdk.export.precision import declare_bf16
-from redif_sdk.export.store import LARGEST_FILE, size_of
+from redif_sdk.export.weights import LazyModel, lazy_model
 
 __all__ = ["OPSET", "clean_model", "trace_graph"]
 
@@ -42,50 +42,66 @@ def trace_graph(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     precision: str,
-) -> onnx.ModelProto:
-    """The optimised graph of `module`, with these inputs and outputs.
+) -> LazyModel:
+    """The optimised graph of `module`, with these inputs and outputs. Its weights are read when it is written.
 
     Raises:
         ExportError: torch's exporter failed.
     """
-    traced = _trace(module.eval(), manifest, inputs, outputs)
-    model = _slim(onnxscript.optimizer.optimize(traced))
-    clean_model(model)
+    tensors = dict(_tensors(module))
+    model = onnx.ModelProto()
+    model.CopyFrom(_trace(module.eval(), tensors, manifest, inputs, outputs))
+    if precision == "bf16":
+        declare_bf16(model)
+    lazy = lazy_model(model, {name: tensors[name] for name in _weights(tensors)})
     for field, specs in ((model.graph.input, inputs), (model.graph.output, outputs)):
         del field[:]  # a network may ignore an input, and the optimiser then drops it
         field.extend(
             onnx.helper.make_tensor_value_info(spec.name, _ONNX_DTYPES[spec.dtype], spec.shape) for spec in specs
         )
-    if model.functions:
-        raise ExportError(f"the graph of {_name(module)} has functions that were not inlined")
-    if precision == "bf16":
-        declare_bf16(model)
-    return model
+    return lazy
 
 
-#: Graphs that this process traced, without weights. Students of one teacher differ only in these, and tracing takes ten
-#: times as long as everything else.
+#: Graphs that this process traced and optimised, whose weights are inputs. Students of one teacher differ only in
+#: these, and tracing takes ten times as long as everything else.
 _traced: dict[str, onnx.ModelProto] = {}
 
 
 def _trace(
-    module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    module: torch.nn.Module,
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
 ) -> onnx.ModelProto:
-    """The graph of torch's exporter, with the module's weights as initializers under their own names."""
-    weights = {name: value.detach().cpu() for name, value in _tensors(module)}
-    key = _structure(module, weights, manifest, inputs)
-    if key is None or key not in _traced:
-        model = _torch_export(module, manifest, inputs, outputs)
-        if key is None or not _holds(model, weights):
-            return model
-        for tensor in model.graph.initializer:
-            tensor.ClearField("raw_data")
+    """The optimised graph, whose weights are inputs under their own names. It is not to be changed."""
+    key = _structure(module, tensors, manifest, inputs)
+    if key is not None and key in _traced:
+        return _traced[key]
+    program = _torch_export(module, manifest, inputs, outputs)
+    ours = _weights_as_inputs(program, _weights(tensors)) <= set(tensors)
+    model = _slim(onnxscript.optimizer.optimize(program.model_proto))
+    clean_model(model)
+    if model.functions:
+        raise ExportError(f"the graph of {_name(module)} has functions that were not inlined")
+    if key is not None and ours:
         _traced[key] = model
-    model = onnx.ModelProto()
-    model.CopyFrom(_traced[key])
-    for tensor in model.graph.initializer:
-        tensor.raw_data = _bytes(weights[tensor.name])
     return model
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that are kept out of the graph; what counts places or tokens stays, for shapes depend on it."""
+    return [name for name, value in tensors.items() if value.is_floating_point()]
+
+
+def _weights_as_inputs(program: Any, weights: Collection[str]) -> set[str]:
+    """Make inputs of a program's weights, so that its optimisers need no values; returns the other initializers."""
+    graph = program.model.graph
+    for name in [name for name in graph.initializers if name in weights]:
+        value = graph.initializers.pop(name)
+        value.shape, value.dtype, value.const_value = value.const_value.shape, value.const_value.dtype, None
+        graph.inputs.append(value)
+    return set(graph.initializers)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -94,14 +110,8 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _bytes(value: Tensor) -> bytes:
-    """A tensor as ONNX stores it; numpy has no bfloat16."""
-    plain = value.contiguous()
-    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy().tobytes()
-
-
 def _structure(
-    module: torch.nn.Module, weights: Mapping[str, Tensor], manifest: Manifest, inputs: Sequence[TensorSpec]
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest, inputs: Sequence[TensorSpec]
 ) -> str | None:
     """Everything that a traced graph depends on, except weights; None for a network without a library's config."""
     parts = [_library_part(part) for part in _networks(module)]
@@ -112,10 +122,11 @@ def _structure(
         for part in module.modules()
         if type(part).__module__.startswith("redif_sdk.")
     ]
-    shapes = {name: [str(value.dtype), *value.shape] for name, value in weights.items()}
+    shapes = {name: [str(value.dtype), *value.shape] for name, value in tensors.items()}
+    counts = {name: value.tolist() for name, value in tensors.items() if not value.is_floating_point()}
     given = [spec.model_dump(mode="json") for spec in inputs]
     return json.dumps(
-        [parts, own, shapes, given, manifest.latents.model_dump(mode="json")], sort_keys=True, default=str
+        [parts, own, shapes, counts, given, manifest.latents.model_dump(mode="json")], sort_keys=True, default=str
     )
 
 
@@ -141,14 +152,6 @@ def _library_part(network: torch.nn.Module) -> list[Any] | None:
 def _name(module: torch.nn.Module) -> str:
     """The networks of a module, as an error names them."""
     return ", ".join(type(part).__name__ for part in _networks(module))
-
-
-def _holds(model: onnx.ModelProto, weights: Mapping[str, Tensor]) -> bool:
-    """Whether every initializer is one of the weights, by name and bytes, so that other weights can replace them."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    return set(stored) <= set(weights) and all(
-        tensor.raw_data == _bytes(weights[name]) for name, tensor in stored.items()
-    )
 
 
 def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
@@ -178,7 +181,8 @@ def _free_axes(module: torch.nn.Module, manifest: Manifest, inputs: Sequence[Ten
 
 def _torch_export(
     module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
-) -> onnx.ModelProto:
+) -> Any:
+    """The exporter's program, not optimised."""
     with _quiet_exporter(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -190,14 +194,14 @@ def _torch_export(
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
                 verbose=False,
-                optimize=False,  # it is optimised with its weights in place
+                optimize=False,  # that comes when its weights are inputs
                 custom_translation_table={torch.ops.aten.squeeze.dim: _squeeze, operator.floordiv: _floor_divide},
             )
         except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
             reason = " ".join(str(error.__cause__ or error).split())[:500]
             raise ExportError(f"torch cannot export {_name(module)} to ONNX: {reason}") from error
     assert program is not None  # dynamo=True always returns the program
-    return program.model_proto
+    return program
 
 
 def _squeeze(self: Any, dim: int) -> Any:
@@ -229,15 +233,10 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Simplify the graph if onnxslim is installed: a quarter fewer nodes, the same results.
-
-    onnxslim serialises a model to one protobuf, so larger models are returned as they are.
-    """
+    """Simplify the graph if onnxslim is installed: a quarter fewer nodes, the same results."""
     try:
         import onnxslim
     except ImportError:
-        return model
-    if size_of(model) > LARGEST_FILE:
         return model
     slimmed: onnx.ModelProto = onnxslim.slim(model)
     return slimmed

@@ -141,13 +141,13 @@ def share_traces() -> None:
     def trace_file(key: object) -> Path:
         return _folder() / f"{hashlib.sha256(str(key).encode()).hexdigest()[:24]}.onnx"
 
-    def once(module: Any, manifest: Any, inputs: Any, outputs: Any) -> Any:
+    def once(module: Any, tensors: Any, manifest: Any, inputs: Any, outputs: Any) -> Any:
         """Two workers that need one trace do not make it twice."""
-        key = trace._structure(module, dict(trace._tensors(module)), manifest, inputs)
+        key = trace._structure(module, tensors, manifest, inputs)
         if key is None or key in trace._traced:
-            return trace._unshared(module, manifest, inputs, outputs)
+            return trace._unshared(module, tensors, manifest, inputs, outputs)
         with FileLock(trace_file(key).with_suffix(".lock")):
-            return trace._unshared(module, manifest, inputs, outputs)
+            return trace._unshared(module, tensors, manifest, inputs, outputs)
 
     trace._unshared, trace._trace, trace._traced = trace._trace, once, Traces()
     _trace_untraced()

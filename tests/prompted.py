@@ -29,6 +29,7 @@ from redif_sdk.artifact.records import (
     Tokenizer,
 )
 from redif_sdk.export.fuse import generator_model
+from redif_sdk.export.weights import LazyModel
 from redif_sdk.sampling.table import StepTable
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -223,7 +224,7 @@ def networks(manifest: Manifest, words: int) -> dict[Component, onnx.ModelProto]
         "text_encoder": encoder,
         "denoiser": denoiser,
         "decoder": decoder,
-        "generator": generator_model(denoiser, manifest, decoder),
+        "generator": generator_model(LazyModel(denoiser), manifest, LazyModel(decoder)).proto,
     }
 
 

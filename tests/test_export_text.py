@@ -292,7 +292,7 @@ def test_what_t5_keeps_in_float32_stays_so_beside_float16(tmp_path: Path) -> Non
     student = StudentFolder(imported(tmp_path / "pixart", pipelines.pixart()))
     encoders = load_encoders(student)
     assert encoders is not None
-    model = text_encoder_model(encoders, student.manifest, "fp16")
+    model = text_encoder_model(encoders, student.manifest, "fp16").filled()
     kinds: dict[bool, set[int]] = {True: set(), False: set()}
     for tensor in model.graph.initializer:
         if len(tensor.dims) == 2 and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16):
@@ -315,7 +315,7 @@ def test_a_guided_pipeline_has_nothing_in_its_graph(tmp_path: Path, pipeline: An
         guided = StudentFolder(folder)
         conditions = ExampleConditions(guided, load_encoders(guided))
         denoiser = GraphDenoiser.of(load_network(guided), guided.manifest, conditions)
-        model = denoiser_model(denoiser, guided.manifest, "fp32", conditions)
+        model = denoiser_model(denoiser, guided.manifest, "fp32", conditions).filled()
         graph = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     else:
         assert summary(export(folder, batches=(1, 2), sizes=SIZES).verification) == ""
@@ -601,7 +601,7 @@ def test_a_student_of_the_same_kind_is_traced_once(bare: Path, tmp_path: Path) -
     models = [denoiser_model(GraphDenoiser.of(unet, student.manifest), student.manifest) for unet in (network, other)]
     assert len(trace._traced) <= known + 1
     first, second = (
-        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]) for m in models
+        onnxruntime.InferenceSession(m.filled().SerializeToString(), providers=["CPUExecutionProvider"]) for m in models
     )
     feed = {
         "sample": np.zeros((1, 4, 8, 8), np.float32),

@@ -102,11 +102,11 @@ def compile_student(folder: Path, precisions: list[str], free: tuple[str, ...] =
         model = denoiser_model(denoiser, manifest, precision, conditions)
         decoded = decoder_model(decoder, manifest, precision) if decoder is not None else None
         if encoders is not None:
-            add_graph(folder, "text_encoder", precision, text_encoder_model(encoders, manifest, precision))
-        add_graph(folder, "denoiser", precision, model)
+            add_graph(folder, "text_encoder", precision, text_encoder_model(encoders, manifest, precision).filled())
+        add_graph(folder, "denoiser", precision, model.filled())
         if decoded is not None:
-            add_graph(folder, "decoder", precision, decoded)
-        add_graph(folder, "generator", precision, generator_model(model, manifest, decoded))
+            add_graph(folder, "decoder", precision, decoded.filled())
+        add_graph(folder, "generator", precision, generator_model(model, manifest, decoded).filled())
 
 
 def make_classes(folder: Path) -> None:

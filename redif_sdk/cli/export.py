@@ -58,7 +58,10 @@ PrecisionList = Annotated[
 ]
 Batches = Annotated[
     Strings,
-    typer.Option(metavar="N,...", help="Batch sizes to check; default: 1,8; for engines: SMALLEST,BEST,LARGEST."),
+    typer.Option(
+        metavar="N,...",
+        help="Batch sizes to check; default: 1,8, of large networks 1,2; for engines: SMALLEST,BEST,LARGEST.",
+    ),
 ]
 Sizes = Annotated[
     Strings,
@@ -109,8 +112,10 @@ class _Export:
         if self.batches and len(self.targets) > len(names):
             raise InvalidRequest("--batches means different things for onnx and for engines; export onnx first")
         precisions = self.precisions or ["fp32"]
-        with self.progress.stage(f"export to ONNX in {', '.join(precisions)}, and check against torch"):
-            manifest = export(self.folder, names, precisions, batches=self.batches or (1, 8), sizes=self.sizes)
+        with self.progress.stage(f"export to ONNX in {', '.join(precisions)}, and check against torch") as show:
+            manifest = export(
+                self.folder, names, precisions, batches=self.batches or None, sizes=self.sizes, on_progress=show
+            )
         self.rows += manifest.verification
         print_rows(self.console, PARITY, manifest.verification)
         files = ", ".join(graph.file for graph in manifest.graphs)

@@ -106,7 +106,19 @@ def test_distil_import_and_resume_from_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, result = tmp_path / "student", tmp_path / "result.json"
-    base = ["distill", str(teacher_folder), "-o", str(out), "--steps", "2", *SMALL, "--learning-rate", "1e-6", "--schedule-updates", "0"]
+    base = [
+        "distill",
+        str(teacher_folder),
+        "-o",
+        str(out),
+        "--steps",
+        "2",
+        *SMALL,
+        "--learning-rate",
+        "1e-6",
+        "--schedule-updates",
+        "0",
+    ]
     code, errors = run([*base, "--json", str(result)], monkeypatch, capsys)
     assert (code, errors) == (0, "")
     row = json.loads(result.read_text())["rows"][0]

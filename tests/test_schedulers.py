@@ -505,3 +505,9 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         StepTable.from_scheduler("scheduler_config.json", num_inference_steps=1)
     with pytest.raises(UnsupportedModel, match="HeunDiscreteScheduler"):
         StepTable.from_scheduler(HeunDiscreteScheduler(), num_inference_steps=2)
+
+
+@pytest.mark.parametrize("wrong", [{"beta_end": None}, {"beta_start": "x"}, {"trained_betas": {}}, {"beta_end": [1]}])
+def test_betas_that_are_no_numbers_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest, match="betas"):
+        NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", **wrong})

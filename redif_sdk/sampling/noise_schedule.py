@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 
 __all__ = [
     "NoiseSchedule",
@@ -132,7 +132,15 @@ class NoiseSchedule:
         """
         # float32 with a float64 accumulator, as in torch: near t = 0, sigma^2 = 1 - alphas_cumprod is a difference of
         # nearly equal numbers, where the last bit of alphas_cumprod is up to 1e-3 of sigma.
-        betas = _betas(config)
+        try:
+            betas = _betas(config)
+        except RedifError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:  # null, text, a list
+            raise InvalidRequest(
+                f"the scheduler's betas cannot be read ({error}); check beta_start, beta_end, trained_betas and "
+                f"num_train_timesteps"
+            ) from error
         if not np.all((betas >= 0.0) & (betas <= 1.0)):
             raise InvalidRequest(
                 "the scheduler's betas are not all in [0, 1]; check beta_start, beta_end, trained_betas"

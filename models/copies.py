@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line, some_of
 
 __all__ = ["named_parts", "private_copy", "private_pipeline", "unwrapped"]
 
@@ -75,7 +75,9 @@ def private_copy(module: nn.Module, name: str = "the network") -> Any:
                 memo[id(part)] = copy.deepcopy(inner, memo)
         made: nn.Module = copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise UnsupportedModel(f"{name} cannot be copied ({_first(error)}); give a plain torch module") from error
+        raise UnsupportedModel(
+            f"{name} cannot be copied ({first_line(error, 200)}); give a plain torch module"
+        ) from error
     for part in made.modules():
         if "_hf_hook" in vars(part):
             for key in _OFFLOAD:
@@ -124,9 +126,9 @@ def refuse_absent(module: nn.Module, name: str) -> None:
             raise UnsupportedModel(f"{name}: {key} is sharded over processes; give the whole network")
     empty = sorted(key for key, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta)
     if empty:
-        shown = ", ".join(empty[:6]) + (f" and {len(empty) - 6} more" if len(empty) > 6 else "")
         raise InvalidRequest(
-            f"{name} has tensors without values: {shown}; load it whole, without device_map and without offloading"
+            f"{name} has tensors without values: {some_of(empty, 6)}; load it whole, without device_map and "
+            "without offloading"
         )
     for key, part in module.named_modules():
         if "_diffusers_hook" in vars(part):
@@ -200,7 +202,7 @@ def _merged(module: nn.Module, name: str) -> nn.Module:
             plain = layer.get_base_layer()
         except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
             raise UnsupportedModel(
-                f"{name}: the adapters of {key} cannot be merged ({_first(error)}); merge them, then call "
+                f"{name}: the adapters of {key} cannot be merged ({first_line(error, 200)}); merge them, then call "
                 "unload_lora_weights()"
             ) from error
         parent, _, attribute = key.rpartition(".")
@@ -210,8 +212,3 @@ def _merged(module: nn.Module, name: str) -> nn.Module:
     if adapters:
         _log.info("%s: the adapters %s are merged into its weights", name, ", ".join(sorted(adapters)))
     return module
-
-
-def _first(error: Exception) -> str:
-    """An error's first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

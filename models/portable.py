@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line, some_of
 from redif_sdk.models.copies import named_parts, private_copy, refuse_absent, unwrapped
 from redif_sdk.models.families import ENCODERS
 
@@ -37,7 +37,6 @@ __all__ = [
 _HARMLESS = {"training", "gradient_checkpointing", "is_gradient_checkpointing", "use_slicing", "use_tiling"}
 _PRIVATE = {"FreeU": ("s1", "s2", "b1", "b2")}
 _ADAPTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector", ".base_layer.", ".lora_embedding_A.")
-LARGEST_HEADER = 100 << 20
 
 
 def is_library_network(module: nn.Module) -> bool:
@@ -131,8 +130,8 @@ def filled(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -
     ]
     if problems:
         raise InvalidRequest(
-            f"the weights in {where} are not those of a {type(made).__name__}: {_some(sorted(problems))}; give the "
-            "module that was trained"
+            f"the weights in {where} are not those of a {type(made).__name__}: {some_of(sorted(problems), 3)}; "
+            "give the module that was trained"
         )
     made.load_state_dict(weights, strict=False)
     return made
@@ -174,9 +173,9 @@ def _fresh(module: Any, name: str) -> nn.Module:
             made = type(module)(module.config)
             return made
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnsupportedModel(
-            f"{name}: its configuration makes no {type(module).__name__} ({first}); a saved student could not be loaded"
+            f"{name}: its configuration makes no {type(module).__name__} ({first_line(error, 200)}); a saved "
+            "student could not be loaded"
         ) from error
 
 
@@ -229,17 +228,13 @@ def _check_weights(
     ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], name: str, remedy: str
 ) -> None:
     if more := sorted(ours.keys() - theirs.keys()):
-        raise UnsupportedModel(f"{name} has weights that its configuration does not make: {_some(more)}; {remedy}")
+        raise UnsupportedModel(f"{name} has weights that its configuration does not make: {some_of(more, 3)}; {remedy}")
     if fewer := sorted(theirs.keys() - ours.keys()):
-        raise UnsupportedModel(f"{name} lacks weights that its configuration asks for: {_some(fewer)}; {remedy}")
+        raise UnsupportedModel(f"{name} lacks weights that its configuration asks for: {some_of(fewer, 3)}; {remedy}")
     if wrong := next((key for key in ours if ours[key] != theirs[key]), None):
         raise UnsupportedModel(
             f"{name}: {wrong} has shape {ours[wrong]}, and its configuration makes {theirs[wrong]}; {remedy}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def refuse_saved_adapters(folder: Path) -> None:
@@ -252,11 +247,10 @@ def refuse_saved_adapters(folder: Path) -> None:
             )
 
 
-def _tensor_names(path: Path) -> Iterable[str]:
+def _tensor_names(path: Path) -> list[str]:
     """The names in a safetensors file's header; none, if it cannot be read: its loader says why."""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return list(json.loads(file.read(size))) if size <= LARGEST_HEADER else []
-    except (OSError, ValueError, TypeError, RecursionError):
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
         return []

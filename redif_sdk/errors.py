@@ -36,6 +36,8 @@ __all__ = [
     "NonFiniteOutput",
     "InvalidRequest",
     "WorseThanStart",
+    "first_line",
+    "some_of",
 ]
 
 
@@ -113,3 +115,13 @@ class InvalidRequest(RedifError, ValueError):
 
 class WorseThanStart(UserWarning):
     """A distillation ended worse than its untrained start; `Student.worse` has the same sentence."""
+
+
+def first_line(error: object, most: int | None = 300) -> str:
+    """The first line of a foreign error's message, at most ``most`` characters of it, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -449,12 +449,12 @@ def outcome(name: str, key: str, value: Any) -> str:
             images = teacher.images(teacher.sample(noise, teacher.labels(np.arange(2)), STEPS))
         except RedifError:
             return "refused"
-        except Exception as error:
+        except Exception as error:  # any that is not ours is a finding
             return f"WRONG: {type(error).__name__} escapes: {error!s:.200}"
         ours = ((images.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
         try:
             expected = theirs(folder, teacher, noise)
-        except Exception as error:
+        except Exception as error:  # diffusers raises what it likes
             return "wider" if (name, key) in WIDER else f"WRONG: taken, and diffusers says {error!s:.200}"
         if ours.shape != expected.shape:
             expected = expected.reshape(ours.shape) if ours.size == expected.size else expected[..., :1]

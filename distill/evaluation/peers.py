@@ -21,7 +21,7 @@ from redif_sdk.artifact.records import Postprocess
 from redif_sdk.bench.rounds import Contender, Fresh, Generate, Prepared, Workload
 from redif_sdk.distill.compute.device import cpu_has_bf16
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.errors import RuntimeUnavailable, first_line
 from redif_sdk.images import scale_and_offset
 from redif_sdk.models.denoiser import Denoiser, guided
 from redif_sdk.runtimes import parse_device
@@ -154,8 +154,9 @@ def _checked(generate: Generate) -> Generate:
         try:
             return generate(noise, labels)
         except TorchDynamoException as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RuntimeUnavailable(f"torch.compile failed: {first}; it needs a C++ compiler") from error
+            raise RuntimeUnavailable(
+                f"torch.compile failed: {first_line(error, None)}; it needs a C++ compiler"
+            ) from error
 
     return guarded
 

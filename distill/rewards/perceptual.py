@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from redif_sdk.distill.measures.features import _efficientnet
 from redif_sdk.distill.rewards.feature import period
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, first_line
 
 LAYERS = (0, 2, 4, 10)  # blocks of EfficientNet-Lite0, at 1/2, 1/4, 1/8 and 1/16 of the size
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -88,5 +88,4 @@ def pretrained(name: str) -> EmbeddingReward:
         model = AutoModel.from_pretrained(source)
         return EmbeddingReward(model, f"dino:{Path(source).name}", IMAGENET_MEAN, IMAGENET_STD)
     except (OSError, ValueError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidRequest(f"{source} holds no model for the reward {kind}: {first}") from error
+        raise InvalidRequest(f"{source} holds no model for the reward {kind}: {first_line(error, None)}") from error

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.teachers.weights import first_line
-from redif_sdk.errors import RedifError, UnsupportedModel
+from redif_sdk.errors import RedifError, UnsupportedModel, first_line
 
 __all__ = ["CALL_ERRORS", "check_deterministic", "differ"]
 

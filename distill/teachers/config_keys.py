@@ -125,15 +125,8 @@ def check_config(network: Any, where: str) -> None:
     kind = next((base for base in type(network).__mro__ if base.__name__ in HONOURED), None)
     if kind is None:
         return
-    known = HONOURED[kind.__name__] | HARMLESS[kind.__name__]
     defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
-    for key, value in network.config.items():
-        if key.startswith("_") or key in known:
-            continue
-        if key not in defaults:
-            _log.warning("%s: %s does not know the key %s; it is ignored, as in diffusers", where, kind.__name__, key)
-        elif not _same(value, defaults[key]):
-            raise _unknown(where, kind.__name__, key, value)
+    _refuse_unknown(kind, network.config, defaults, where, "it is ignored, as in diffusers")
 
 
 def check_text_config(config: Any, where: str, layout: str) -> None:
@@ -156,13 +149,19 @@ def check_text_config(config: Any, where: str, layout: str) -> None:
         )
     if kind.__name__ == "T5Config":
         _check_activation(config, where)
+    _refuse_unknown(kind, config.to_dict(), kind().to_dict(), where, "it is ignored")
+
+
+def _refuse_unknown(
+    kind: type, config: Mapping[str, Any], defaults: Mapping[str, Any], where: str, ignored: str
+) -> None:
+    """Raise for a key in no list that is not at its class's default; a key that the class lacks is ``ignored``."""
     known = HONOURED[kind.__name__] | HARMLESS[kind.__name__]
-    defaults = kind().to_dict()
-    for key, value in config.to_dict().items():
+    for key, value in config.items():
         if key.startswith("_") or key in known:
             continue
         if key not in defaults:
-            _log.warning("%s: %s does not know the key %s; it is ignored", where, kind.__name__, key)
+            _log.warning("%s: %s does not know the key %s; %s", where, kind.__name__, key, ignored)
         elif not _same(value, defaults[key]):
             raise _unknown(where, kind.__name__, key, value)
 

@@ -15,7 +15,7 @@ from redif_sdk.artifact.untrusted.configs import check_config
 from redif_sdk.distill.teachers import components, weights
 from redif_sdk.distill.teachers.facts import read_facts
 from redif_sdk.distill.teachers.known_schedulers import check_class
-from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line
 from redif_sdk.hub import fetch, is_hub_id
 from redif_sdk.textfile import read_json_file
 
@@ -163,7 +163,7 @@ def load_pipeline(folder: Path, variant: str | None = None, *, whole: bool = Fal
             raise
         except Exception as error:  # tokenizers raise plain ones
             raise InvalidRequest(
-                f"the pipeline in {folder} cannot be loaded: {weights.first_line(error)}; copy it again"
+                f"the pipeline in {folder} cannot be loaded: {first_line(error)}; copy it again"
             ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, about

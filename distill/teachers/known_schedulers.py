@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from typing import Any
 
-from redif_sdk.errors import RedifError, UnsupportedModel
+from redif_sdk.errors import RedifError, UnsupportedModel, first_line
 from redif_sdk.sampling.from_diffusers import read_preconditioning
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
 from redif_sdk.sampling.scheduler_keys import check_keys
@@ -20,7 +20,6 @@ __all__ = [
     "KNOWN",
     "check_class",
     "errors_of",
-    "first_line",
     "full_config",
     "make_scheduler",
     "noise_process",
@@ -65,11 +64,6 @@ _FOREIGN = (
     TypeError,
     ValueError,
 )
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _known(name: str) -> None:

@@ -21,12 +21,11 @@ from torch import Tensor
 from redif_sdk.distill.teachers.known_schedulers import (
     KNOWN,
     errors_of,
-    first_line,
     full_config,
     make_scheduler,
     usual_steps,
 )
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line
 from redif_sdk.sampling.scheduler_keys import check_keys
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
 

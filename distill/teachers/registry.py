@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from redif_sdk.distill.teachers import folders
-from redif_sdk.distill.teachers.weights import first_line
-from redif_sdk.errors import RedifError, UnsupportedModel
+from redif_sdk.errors import RedifError, UnsupportedModel, first_line
 
 if TYPE_CHECKING:
     from redif_sdk.distill.teachers.base import Teacher

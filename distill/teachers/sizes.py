@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from redif_sdk.distill.teachers.weights import first_line
-from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line
 from redif_sdk.models.families import call_network
 
 __all__ = ["check_channels", "check_decoder", "check_sizes"]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line, some_of
 
-__all__ = ["check_weights", "find_variant", "first_line", "load_network", "refuse_quantised", "variants"]
+__all__ = ["check_weights", "find_variant", "load_network", "refuse_quantised", "variants"]
 
 #: The names of weight files without their endings: diffusers' and transformers'.
 STEMS = ("diffusion_pytorch_model", "model")
@@ -125,18 +125,13 @@ def _check_report(report: Mapping[str, Iterable[Any]], folder: Path, name: str) 
         if left := [key for key in keys if not (what == "unexpected" and _NEVER_READ.search(key))]:
             faults[what] = left
     if faults:
-        listed = "; ".join(f"{what}: {_some(keys)}" for what, keys in faults.items())
+        said = "; ".join(f"{what}: {some_of(keys, _NAMED)}" for what, keys in faults.items())
         raise InvalidRequest(
-            f"the weights in {folder} are not those of this config.json's {name} ({listed}); "
+            f"the weights in {folder} are not those of this config.json's {name} ({said}); "
             "copy them again, or rename the tensors"
         )
     if errors := list(report.get("error_msgs") or ()):
         raise InvalidRequest(f"the weights in {folder} cannot be loaded: {first_line(errors[0])}; copy them again")
-
-
-def _some(keys: list[str]) -> str:
-    rest = len(keys) - _NAMED
-    return ", ".join(keys[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_weights(network: nn.Module, where: str) -> None:
@@ -152,7 +147,7 @@ def check_weights(network: nn.Module, where: str) -> None:
         raise _quantised(where)
     empty = [name for name, tensor in network.state_dict().items() if tensor.is_meta]
     if empty:
-        raise InvalidRequest(f"{where} has tensors without values: {_some(sorted(empty))}; load it whole")
+        raise InvalidRequest(f"{where} has tensors without values: {some_of(sorted(empty), _NAMED)}; load it whole")
     if any(not parameter.dtype.is_floating_point for parameter in network.parameters()):
         raise _quantised(where)
 
@@ -168,9 +163,3 @@ def _quantised(where: str) -> UnsupportedModel:
         f"{where} is quantised, which is not supported; dequantise it first: load the unquantised weights, or call "
         "dequantize() on the network in diffusers, and save it again"
     )
-
-
-def first_line(error: object) -> str:
-    """The first line of an error's message, or the name of its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -19,9 +19,8 @@ from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.calling import CALL_ERRORS, differ
-from redif_sdk.distill.teachers.weights import first_line
 from redif_sdk.distill.training.standing import Standing, energy_errors, squared_errors
-from redif_sdk.errors import UnsupportedModel
+from redif_sdk.errors import UnsupportedModel, first_line
 from redif_sdk.sampling.table import StepTable
 
 __all__ = ["Watch", "check", "check_call", "check_student", "held_back", "kept_apart", "sampled"]

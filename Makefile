@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint bench-distill-smoke format schema build clean clean-venv
+.PHONY: help quickstart test test-all coverage lint bench-distill-smoke format schema build clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
-	@echo "make test        lint, then the tests, with their branch coverage"
-	@echo "make test-all    the same with the tests that take minutes, all attacks among them"
+	@echo "make test        lint, then the tests"
+	@echo "make coverage    the same, with the branch coverage of what they run"
+	@echo "make test-all    the same with the tests that take minutes, all attacks among them, and their branch coverage"
 	@echo "make lint        ruff, mypy and import-linter"
 	@echo "make bench-distill-smoke  the whole comparison of methods at a toy budget"
 	@echo "make format      let ruff rewrite the sources"
@@ -32,22 +33,28 @@ quickstart: $(READY)
 	$(BIN)/redif quickstart --output build/quickstart
 
 # All parts run, whatever one of them says. The attacks fork and ring alarms, in a process of their own, while the linters
-# have the other core; then the other tests have a process for each core. Coverage is of both: the last part prints it.
+# have the other core; then the other tests have a process for each core. Coverage is of both, and the last part prints
+# it; measuring costs a third to two thirds of the time, so make test leaves it out.
+# Further arguments for pytest, such as --cpu-durations 50.
+PYTEST_ARGS ?=
 PARALLEL := -n auto --dist worksteal --max-worker-restart 0 --ignore tests/attacks
 COVER := --cov --cov-report=
 
 test: $(READY)
-	@$(call run_tests,)
+	@$(call run_tests,,)
+
+coverage: $(READY)
+	@$(call run_tests,$(COVER),--cov-append)
 
 test-all: $(READY)
-	@$(call run_tests,-m "slow or not slow")
+	@$(call run_tests,-m "slow or not slow" $(COVER),--cov-append)
 
 define run_tests
 	failed=0; mkdir -p build; \
 	$(MAKE) --no-print-directory lint >build/lint.log 2>&1 & lint=$$!; \
-	$(BIN)/python -m pytest $(1) $(COVER) tests/attacks || failed=1; \
+	$(BIN)/python -m pytest $(1) tests/attacks || failed=1; \
 	wait $$lint || failed=1; cat build/lint.log; \
-	$(BIN)/python -m pytest $(1) $(COVER) --cov-append $(PARALLEL) || failed=1; \
+	$(BIN)/python -m pytest $(1) $(2) $(PARALLEL) $(PYTEST_ARGS) || failed=1; \
 	exit $$failed
 endef
 

@@ -19,11 +19,11 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, Latents
 from redif_sdk.card.render import read_card, write_card
 from redif_sdk.card.sections import user_sections
-from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable
+from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable, UnsupportedModel
 from redif_sdk.export import golden, samples, store
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.fuse import generator_model
-from redif_sdk.export.networks import given_network, load_decoder, load_encoders, load_network
+from redif_sdk.export.networks import given_network, is_large, load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import (
     GraphDenoiser,
     decoder_model,
@@ -40,6 +40,10 @@ from redif_sdk.runtimes import PRECISIONS
 from redif_sdk.runtimes.protocol import nvidia_driver
 
 __all__ = ["OnProgress", "build_graphs"]
+
+BATCHES = (1, 8)
+BATCHES_OF_LARGE = (2, 1)
+SMALL = 16  # latents on a side
 
 OnProgress = Callable[[float | None, str], object]  # the share that is done, if known, and what is done now
 
@@ -92,16 +96,16 @@ def _make(
     on_progress: OnProgress,
 ) -> Manifest:
     """The student in `new`, with graphs and golden files. All that torch loads for it is gone when it returns."""
-    on_progress(None, "loading the networks")
-    loaded = load_network(student) if network is None else given_network(student, network)
-    manifest, further = _with_sizes(student.manifest, loaded, sizes)
-    source = _source(student, loaded)
+    on_progress(None, "copying the student")
     student.copy_to(new, without=(store.FOLDER, golden.FOLDER, samples.FOLDER))
     student.keep_foreign(new)
+    on_progress(None, "loading the networks")
+    loaded = load_network(student, new) if network is None else given_network(student, network)
+    manifest, recorded = _with_sizes(student.manifest, loaded, sizes)
+    shapes = _shapes(recorded, batches, large=is_large(loaded))
+    source = _source(student, loaded, new)
     on_progress(None, "recording what torch computes")
-    entries = golden.record_golden(
-        source.denoiser, source.decoder, source.conditions, manifest, new, batches or golden.batches_of(loaded), further
-    )
+    entries = golden.record_golden(source.denoiser, source.decoder, source.conditions, manifest, new, shapes)
     graphs = _Graphs(source, manifest, new, on_progress).write(precisions)
     manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
     return write_manifest(new, manifest)
@@ -140,27 +144,43 @@ def _check_precisions(asked: Sequence[str]) -> None:
         raise InvalidRequest(f"precisions are {list(asked)}; give each once, at least one of {', '.join(PRECISIONS)}")
 
 
-def _source(student: StudentFolder, network: torch.nn.Module) -> TorchStudent:
-    """The student's parts in torch, from its checked bytes."""
-    encoders = load_encoders(student)
+def _shapes(
+    sizes: Sequence[golden.Size], batches: Sequence[int] | None, *, large: bool
+) -> list[tuple[golden.Size, int]]:
+    """(size, batch) of each golden file: every pair; of a large network two batches, in turn over the sizes."""
+    if batches is None and large:
+        count = max(len(sizes), len(BATCHES_OF_LARGE))
+        return [(sizes[place % len(sizes)], BATCHES_OF_LARGE[place % len(BATCHES_OF_LARGE)]) for place in range(count)]
+    return [(size, batch) for size in sizes for batch in batches or BATCHES]
+
+
+def _source(student: StudentFolder, network: torch.nn.Module, checked: Path) -> TorchStudent:
+    """The student's parts in torch, from its checked copy."""
+    encoders = load_encoders(student, checked)
     conditions = ExampleConditions(student, encoders)
     denoiser = GraphDenoiser.of(network, student.manifest, conditions)
-    return TorchStudent(denoiser, encoders, load_decoder(student), conditions)
+    return TorchStudent(denoiser, encoders, load_decoder(student, checked), conditions)
 
 
 def _with_sizes(
     manifest: Manifest, network: torch.nn.Module, sizes: Sequence[tuple[int, int]]
 ) -> tuple[Manifest, list[golden.Size]]:
-    """The manifest with the axes free that `sizes` (pixels) vary, and the further sizes of latents to record."""
+    """The manifest with the axes free that `sizes` (pixels) vary, and the sizes of latents to record.
+
+    Of a large network that takes several sizes both axes are free, and small sizes stand for the student's own, at
+    which every check would take minutes and gigabytes.
+    """
     scale = manifest.postprocess.scale
     own = manifest.latents
+    small = [] if sizes or not is_large(network) else _small_sizes(own, network)
+    sizes = sizes or [(height * scale, width * scale) for height, width in small]
     axes = [
         axis
         for index, axis in enumerate(("height", "width"))
         if axis in own.dynamic or any(size[index] != getattr(own, axis) * scale for size in sizes)
     ]
     if not axes:
-        return manifest, []
+        return manifest, [(own.height, own.width)]
     known = own.multiple > 1 and not is_supported(network)  # for a network of another library, the manifest says it
     multiple = own.multiple if known else math.lcm(own.multiple, size_multiple(network))
     free = {"dynamic": axes, "multiple": multiple, "largest": largest_extent(network) or own.largest}
@@ -169,7 +189,18 @@ def _with_sizes(
     if not further:  # an axis is free, and no size to check was given
         height, width = (_another(latents.height, latents), _another(latents.width, latents))
         further = [(height if "height" in axes else own.height, width if "width" in axes else own.width)]
-    return manifest.model_copy(update={"latents": latents}), further
+    recorded = further if is_large(network) else [(own.height, own.width), *further]
+    return manifest.model_copy(update={"latents": latents}), recorded
+
+
+def _small_sizes(latents: Latents, network: torch.nn.Module) -> list[golden.Size]:
+    """Two sizes of latents that are quickly checked, one of them not square; none, if the network takes one only."""
+    try:
+        unit = math.lcm(latents.multiple, size_multiple(network))
+    except UnsupportedModel:
+        return []
+    least = max(unit, -(-SMALL // unit) * unit)
+    return [size for size in ((least, least), (least, least + unit)) if size != (latents.height, latents.width)]
 
 
 def _another(extent: int, latents: Latents) -> int:

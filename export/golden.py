@@ -29,18 +29,14 @@ from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from redif_sdk.export.conditions import ExampleConditions
     from redif_sdk.export.onnx import GraphDenoiser
     from redif_sdk.models.families import LatentDecoder
 
-__all__ = ["BATCHES", "FOLDER", "Arrays", "GoldenRecord", "Size", "batches_of", "read_golden", "record_golden"]
+__all__ = ["FOLDER", "Arrays", "GoldenRecord", "Size", "read_golden", "record_golden"]
 
-BATCHES = (1, 8)
-LARGE = 200_000_000  # parameters: from here on a call takes seconds, and eight images gigabytes
-BATCHES_OF_LARGE = (1, 2)
 FOLDER = "golden"
 SEED = 0
 MOST_ROWS = 4  # of a long table, so that the files stay small
@@ -51,22 +47,15 @@ Arrays = dict[str, NDArray[Any]]
 # ---------------------------------------------------------------------- recording
 
 
-def batches_of(network: torch.nn.Module) -> Sequence[int]:
-    """The batches that are recorded for a network unless others are asked for."""
-    large = sum(parameter.numel() for parameter in network.parameters()) >= LARGE
-    return BATCHES_OF_LARGE if large else BATCHES
-
-
 def record_golden(
     denoiser: GraphDenoiser,
     decoder: LatentDecoder | None,
     conditions: ExampleConditions,
     manifest: Manifest,
     folder: Path,
-    batches: Sequence[int] = BATCHES,
-    sizes: Sequence[Size] = (),
+    shapes: Sequence[tuple[Size, int]],
 ) -> list[Golden]:
-    """Write a golden file for each table, batch and size into `folder`.
+    """Write a golden file for each table and shape into `folder`.
 
     Args:
         denoiser: The network in float32.
@@ -74,8 +63,7 @@ def record_golden(
         conditions: What the recorded images are conditioned on.
         manifest: The student's manifest.
         folder: The student's folder; the files go into its subfolder `FOLDER`.
-        batches: Batch sizes to record.
-        sizes: Sizes of latents to record besides the student's own.
+        shapes: What to record: (height and width of latents, batch).
 
     Returns:
         The manifest's entries of the files.
@@ -85,17 +73,16 @@ def record_golden(
     entries = []
     for steps in manifest.supported_steps:
         first = 0
-        for size in dict.fromkeys((own, *sizes)):
-            for batch in batches:
-                place = "" if size == own else f"-{size[0]}x{size[1]}"
-                file = f"{FOLDER}/steps-{steps}-batch-{batch}{place}.npz"
-                indices = range(first, first + batch)
-                arrays = _asked(conditions, manifest, indices)
-                arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
-                np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type]
-                other = {} if size == own else {"height": size[0], "width": size[1]}
-                entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
-                first += batch
+        for size, batch in dict.fromkeys(shapes):
+            place = "" if size == own else f"-{size[0]}x{size[1]}"
+            file = f"{FOLDER}/steps-{steps}-batch-{batch}{place}.npz"
+            indices = range(first, first + batch)
+            arrays = _asked(conditions, manifest, indices)
+            arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
+            np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type]
+            other = {} if size == own else {"height": size[0], "width": size[1]}
+            entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
+            first += batch
     return entries
 
 

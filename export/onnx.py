@@ -6,7 +6,6 @@ torch's exporter, `fuse.py` adds the sampling loop, `store.py` writes files.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from redif_sdk.export.trace import trace_graph
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.denoiser import tensor_of
 from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
+from redif_sdk.models.hollow import hollow
 
 __all__ = [
     "GraphDenoiser",
@@ -231,21 +231,12 @@ def _state(manifest: Manifest, name: str, channels: int) -> TensorSpec:
 
 
 def _in_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of the module with its weights in `dtype`, made without a second copy in float32; for float32 itself.
+    """The module in `dtype`, to be traced: its weights are read when the graph is written.
 
     Weights that transformers keeps in float32 beside float16 (T5's ``wo``, which overflows) stay in float32.
     """
-    if dtype == torch.float32:
-        return module
-    in_float32 = set(_kept_in_float32(module)) if dtype == torch.float16 else set()
-    memo: dict[int, Any] = {}
-    for name, parameter in module.named_parameters():
-        value = parameter.detach()
-        kept = not value.is_floating_point() or name in in_float32
-        memo[id(parameter)] = torch.nn.Parameter(value if kept else value.to(dtype), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
-    return copy.deepcopy(module, memo)
+    in_float32 = set(_kept_in_float32(module)) if dtype == torch.float16 else ()
+    return hollow(module, dtype, in_float32=in_float32)
 
 
 def _kept_in_float32(module: torch.nn.Module) -> Iterator[str]:

@@ -30,21 +30,22 @@ def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) 
     """Return a sheet of images of seed 0, none selected.
 
     Its columns are the first ten classes, the first eight example prompts of the manifest, or eight columns without a
-    condition. It has four rows, or one row of four columns for large images. Images keep their own pixels; small ones
+    condition. It has four rows, or one row of four columns for large images, or one image of a large network. Images
+    keep their own pixels; small ones
     are enlarged by an integer factor. One row of images is in memory at a time.
     """
     manifest = pipeline.manifest
     large = max(manifest.image_shape[:2]) >= LARGE
-    columns = LARGE_COLUMNS if large else COLUMNS
+    columns = 1 if manifest.is_large else LARGE_COLUMNS if large else COLUMNS
     asked: dict[str, Any] = {}
     if manifest.classes is not None:
-        columns = min(manifest.classes.num_classes, LARGE_COLUMNS if large else MOST_CLASSES)
+        columns = min(manifest.classes.num_classes, columns if large or manifest.is_large else MOST_CLASSES)
         asked = {"class_labels": list(range(columns))}
     elif manifest.text is not None:
         asked = {"prompt": shown_prompts(manifest)}
         columns = len(asked["prompt"])
     images: list[Image.Image] = []
-    for row in range(1 if large else ROWS):
+    for row in range(1 if large or manifest.is_large else ROWS):
         out = pipeline(
             **asked,
             num_images_per_prompt=1 if asked else columns,
@@ -69,7 +70,7 @@ def write_samples(folder: str | Path) -> list[str]:
         return []
     (Path(folder) / FOLDER).mkdir(exist_ok=True)
     written = []
-    for count in pipeline.manifest.supported_steps[:MOST_TABLES]:
+    for count in pipeline.manifest.supported_steps[: 1 if pipeline.manifest.is_large else MOST_TABLES]:
         buffer = io.BytesIO()
         sample_grid(pipeline, count).save(buffer, format="PNG", optimize=True)
         written.append(f"{FOLDER}/steps-{count}.png")

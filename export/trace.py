@@ -32,6 +32,9 @@ __all__ = ["OPSET", "clean_model", "trace_graph"]
 OPSET = 20
 
 _EXAMPLE_BATCH = 2  # torch.export would take 1 for a constant
+#: For the exporter alone; graphs take any batch. diffusers' upsampling has a branch for 64 images and more, on which
+#: the exporter would stumble, and begin anew.
+_LARGEST_BATCH = 63
 _ONNX_DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 _TORCH_DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
@@ -170,7 +173,7 @@ def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor,
 def _free_axes(module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Any, ...]:
     """torch.export's description of the free axes, in the structure of the arguments of the module's ``forward``."""
     multiple = manifest.latents.multiple
-    axes: dict[str, Any] = {"batch": torch.export.Dim("batch")}
+    axes: dict[str, Any] = {"batch": torch.export.Dim("batch", max=_LARGEST_BATCH)}
     for axis in manifest.latents.dynamic:
         axes[axis] = torch.export.Dim(axis) if multiple == 1 else multiple * torch.export.Dim(f"{axis}_steps")
     free = [{index: axes[side] for index, side in enumerate(spec.shape) if isinstance(side, str)} for spec in inputs]

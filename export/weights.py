@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from redif_sdk.models.hollow import stored
+
 __all__ = ["LazyModel", "Weight", "lazy_model"]
 
 #: What is left in the graph, though it depends on weights alone.
@@ -28,7 +30,7 @@ class Weight:
     """The value of an initializer: a tensor of the module, or what `fold` computes of several.
 
     Attributes:
-        tensors: The module's tensors by their names in the graph, none of them copied.
+        tensors: The module's tensors by their names in the graph. Hollow ones are read and cast when they are needed.
         fold: Computes the value, its only output, from these; None: it is the only tensor.
     """
 
@@ -221,8 +223,8 @@ _ONNX_TYPES = {
 
 
 def _bytes(value: Tensor) -> bytes:
-    """A tensor as ONNX stores it; numpy has no bfloat16."""
-    plain = value.detach().cpu().contiguous()
+    """A tensor as ONNX stores it, read here if it is hollow; numpy has no bfloat16."""
+    plain = stored(value).detach().to("cpu", value.dtype).contiguous()
     return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy().tobytes()
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line, some_of
 
-__all__ = ["named_parts", "private_copy", "private_pipeline", "unwrapped"]
+__all__ = ["adapted_layers", "merged", "named_parts", "private_copy", "private_pipeline", "unwrapped"]
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def private_copy(module: nn.Module, name: str = "the network") -> Any:
         if "_hf_hook" in vars(part):
             for key in _OFFLOAD:
                 vars(part).pop(key, None)
-    return _merged(made, name).eval().requires_grad_(False)
+    return merged(made, name).eval().requires_grad_(False)
 
 
 def private_pipeline(pipeline: Any) -> Any:
@@ -174,7 +174,7 @@ def _is_offloaded(part: nn.Module) -> bool:
     return type(vars(part).get("_hf_hook")).__module__.startswith("accelerate.")
 
 
-def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
+def adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
     """peft's layers by name."""
     return [
         (key, part)
@@ -185,13 +185,13 @@ def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _own_weights(module: nn.Module) -> set[int]:
     """The weights that adapters will be merged into, which must not share the caller's memory."""
-    return {id(weight) for _, layer in _adapted(module) for weight in layer.get_base_layer().parameters()}
+    return {id(weight) for _, layer in adapted_layers(module) for weight in layer.get_base_layer().parameters()}
 
 
-def _merged(module: nn.Module, name: str) -> nn.Module:
+def merged(module: nn.Module, name: str) -> nn.Module:
     """``module`` with peft's layers replaced by plain ones that compute the same. It is changed."""
     adapters: set[str] = set()
-    for key, layer in _adapted(module):
+    for key, layer in adapted_layers(module):
         try:
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()

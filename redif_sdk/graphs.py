@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Component, Graph
-from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.inputs import Conditions
 from redif_sdk.runtimes import Runtime, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
+from redif_sdk.sampling.tiles import LEAST_TILE, decode_in_tiles
 
 if TYPE_CHECKING:
     from redif_sdk.tokenizer import PromptTokenizer
@@ -118,16 +119,38 @@ class LoadedGraphs:
         arrays = self["text_encoder"].run(self._tokenizer(list(places)))
         return {spec.name: arrays[spec.name][rows] for spec in self._student.manifest.condition_tensors}
 
-    def images(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def images(self, latents: NDArray[np.float32], decode_tile: int | None = None) -> NDArray[np.uint8]:
         """Latents float32 (B, C, H, W) to images uint8 (B, H', W', C'), by the decoder where there is one.
 
         Raises NonFiniteOutput.
         """
         postprocess = self._student.manifest.postprocess
         if postprocess.decoder is not None:
-            latents = self["decoder"].run({"latents": latents})["sample"]
+            latents = decode_in_tiles(self._decode, latents, decode_tile or max(latents.shape[2:]))
         require_finite(latents)
         return to_uint8(latents, postprocess)
+
+    def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self["decoder"].run({"latents": latents})["sample"]
+
+    def check_tile(self, decode_tile: int | None) -> None:
+        """Raise InvalidRequest for a tile that the decoder does not take."""
+        if decode_tile is None:
+            return
+        manifest = self._student.manifest
+        if manifest.postprocess.decoder is None:
+            raise InvalidRequest(f"decode_tile is not supported: {manifest.name} has no decoder")
+        if len(manifest.latents.dynamic) < 2:
+            raise InvalidRequest(
+                f"decode_tile is not supported: the decoder of {manifest.name} takes one size; run redif export "
+                "--sizes with sizes that differ on both axes"
+            )
+        unit = max(LEAST_TILE, manifest.latents.multiple)
+        if type(decode_tile) is not int or decode_tile < unit or decode_tile % manifest.latents.multiple:
+            raise InvalidRequest(
+                f"decode_tile is {decode_tile}; give the side of a tile in latents, at least {unit} and a multiple of "
+                f"{manifest.latents.multiple}"
+            )
 
     def _needed(self, *, stepped: bool) -> Iterator[Component]:
         """The graphs that a call needs, step by step (`stepped`) or with the fused graph."""

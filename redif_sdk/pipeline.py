@@ -212,6 +212,7 @@ class FastPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
         output_type: str = "pil",
+        decode_tile: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
     ) -> PipelineOutput:
         """Generate images.
@@ -230,6 +231,7 @@ class FastPipeline:
             negative_prompt: not supported; refused.
             guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
             output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
+            decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
                 return {"latents": other} to continue from those.
 
@@ -241,6 +243,7 @@ class FastPipeline:
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         check_guidance(self.manifest, guidance_scale, negative_prompt)
+        self._components.check_tile(decode_tile)
         asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, height, width)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
@@ -248,7 +251,7 @@ class FastPipeline:
         ready = time.perf_counter()
         conditions = self._conditions(request)
         encoded = time.perf_counter()
-        images = self._images(noise, conditions, request.table, callback_on_step_end)
+        images = self._images(noise, conditions, request.table, callback_on_step_end, decode_tile)
         done = time.perf_counter()
         result: Any = images
         if output_type == "pil":
@@ -258,7 +261,7 @@ class FastPipeline:
         end = time.perf_counter()
         text = {} if self.manifest.text is None else {"text": encoded - ready}
         timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
-        used = self._components.generator if callback_on_step_end is None else None
+        used = self._components.generator if callback_on_step_end is None and decode_tile is None else None
         info = self._info(used or self._components["denoiser"])
         return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
 
@@ -326,11 +329,12 @@ class FastPipeline:
         conditions: Conditions,
         table: StepTable,
         callback: OnStepEnd | None = None,
+        decode_tile: int | None = None,
     ) -> NDArray[np.uint8]:
-        """Images from the fused graph; step by step for a callback, or where there is no fused graph."""
+        """Images from the fused graph; step by step for a callback or tiles, or where there is no fused graph."""
         generator = self._components.generator
-        if generator is None or callback is not None:
-            return self._stepped(noise, conditions, table, callback)
+        if generator is None or callback is not None or decode_tile is not None:
+            return self._stepped(noise, conditions, table, callback, decode_tile)
         inputs: dict[str, NDArray[Any]] = {"noise": noise, "table": table.rows, "init_scale": table.scale}
         outputs = generator.run(inputs | conditions)
         images = outputs["images"]
@@ -344,7 +348,12 @@ class FastPipeline:
         return images
 
     def _stepped(
-        self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable, callback: OnStepEnd | None = None
+        self,
+        noise: NDArray[np.float32],
+        conditions: Conditions,
+        table: StepTable,
+        callback: OnStepEnd | None = None,
+        decode_tile: int | None = None,
     ) -> NDArray[np.uint8]:
         """Images from single steps, each shown to `callback`."""
         x = noise[0]
@@ -352,7 +361,7 @@ class FastPipeline:
             returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
             if returned is not None and "latents" in returned:
                 x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-        return self._components.images(x)
+        return self._components.images(x, decode_tile)
 
     def _steps(
         self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable

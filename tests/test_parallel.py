@@ -41,7 +41,7 @@ SHARDED = ("regression", "redif", "redif, pathwise", "dmd2", "draft")
 
 
 def settings_of(name: str, **more: object) -> DistillConfig:
-    settings = {"num_inference_steps": 2, "updates": 8, "warm_start": 0.25, "schedule_updates": 2, "group_size": 4}
+    settings = {"num_inference_steps": 2, "updates": 4, "warm_start": 0.25, "schedule_updates": 2, "group_size": 4}
     settings |= {"batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.01, **RUNS[name]}
     return DistillConfig.checked(**applicable(settings), **more)
 

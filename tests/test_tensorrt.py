@@ -117,14 +117,22 @@ def make_free(folder: Path) -> None:
     compile_student(build_student(folder, classes=None, channels_out=8, **MINI), ["fp32"])
 
 
-def make_text(folder: Path) -> None:
+def make_text_in_fp16(folder: Path) -> None:
+    make_text(folder, "fp16")
+
+
+def make_text_in_fp32(folder: Path) -> None:
+    make_text(folder, "fp32")
+
+
+def make_text(folder: Path, precision: str) -> None:
     """Guided and free as a student of test_export_text.py is, whose traces it shares."""
     import pipelines
 
     from redif_sdk.distill import import_pipeline
 
     import_pipeline(pipelines.stable_diffusion(), folder, steps=[2], prompts=pipelines.PROMPTS, guidance_scale=4.0)
-    compile_student(folder, ["fp32", "fp16"], free=("height", "width"))
+    compile_student(folder, [precision], free=("height", "width"))
 
 
 @pytest.fixture(scope="session")
@@ -140,9 +148,12 @@ def free_student() -> Path:
 
 
 @pytest.fixture(scope="session")
-def text_student() -> Path:
-    """A student of the shape of Stable Diffusion, guided and of free sizes, in fp32 and fp16. Read only."""
-    return made("sd-engines", make_text)
+def text_students() -> dict[str, Callable[[], Path]]:
+    """By precision: makes a student of the shape of Stable Diffusion, guided and of free sizes. Read only."""
+    return {
+        "fp16": lambda: made("sd-engines", make_text_in_fp16),
+        "fp32": lambda: made("sd-engines-fp32", make_text_in_fp32),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -206,8 +217,11 @@ def test_every_precision_builds(
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_every_part_of_a_text_to_image_student_builds(text_student: Path, engines: Path, precision: str) -> None:
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
+def test_every_part_of_a_text_to_image_student_builds(
+    text_students: dict[str, Callable[[], Path]], engines: Path, precision: str
+) -> None:
+    text_student = text_students[precision]()
     sizes = ((16, 16), (24, 16), (32, 16))
     rows = build_engines(
         text_student, precisions=[precision], sm=[89], engine_dir=engines, batches=(1, 2, 4), sizes=sizes

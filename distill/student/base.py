@@ -23,6 +23,7 @@ from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.hollow import original
 from redif_sdk.models.portable import is_library_network
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.noise import noise
@@ -69,7 +70,7 @@ class Student:
     @property
     def inner(self) -> Any:
         """The network itself, without the signature that the distiller wraps around it."""
-        return self.network.network if isinstance(self.network, Denoiser) else self.network
+        return original(self.network.network if isinstance(self.network, Denoiser) else self.network)
 
     @property
     def folder(self) -> str:

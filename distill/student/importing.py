@@ -16,6 +16,7 @@ from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.pool import compute
 from redif_sdk.distill.student.base import Student
 from redif_sdk.distill.student.decision import check_teacher
+from redif_sdk.distill.teachers.adding_lora import Lora
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.own_scheduler import own_table, run_table
 from redif_sdk.errors import InvalidRequest
@@ -24,6 +25,14 @@ from redif_sdk.sampling.noise import noise
 from redif_sdk.sampling.table import StepTable
 
 _log = logging.getLogger(__name__)
+
+#: What a text-to-image student is checked with and shows where no prompts are given.
+EXAMPLES = (
+    "a photograph of a red fox in the snow",
+    "a lighthouse on a cliff at sunset, oil painting",
+    "a bowl of oranges on a wooden table",
+    "a small robot reading a book in a garden",
+)
 
 SAMPLE = 4  # images on which the effect of clipping is measured
 
@@ -42,24 +51,27 @@ def import_pipeline(
     value_range: tuple[float, float] | None = None,
     variant: str | None = None,
     scheduler: str | None = None,
+    loras: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Any existing pipeline as a student, as it is: its weights, its guidance, and a table for each of ``steps``.
 
-    Nothing is trained; a guided pipeline still makes two network calls a step. The tables are those of the pipeline's
-    own scheduler, which the student keeps. Clipping is no part of a table: where it is switched on, a warning says how
-    far images differ without it. The pipeline itself is never changed.
+    Nothing is trained, and the weights keep their dtype: those of a folder are copied from file to file, so that the
+    memory of the largest layer is enough. A guided pipeline still makes two network calls a step. The tables are those
+    of the pipeline's own scheduler, which the student keeps. Clipping is no part of a table: where it is switched on, a
+    warning says how far images differ without it. The pipeline itself is never changed.
 
     Args:
         guidance_scale: in place of the pipeline's own: few-step pipelines are made for 1.
-        prompts: examples of what a text-to-image pipeline can draw, for its page and its check.
+        prompts: examples of what a text-to-image pipeline can draw, for its page and its check; None: `EXAMPLES`.
         value_range: (low, high) of its images; None: diffusers' own [-1, 1], of a function the range of its outputs.
         variant: of the weights in a folder, such as fp16.
         scheduler: the class of a scheduler to use in place of the pipeline's own, with its settings: for pipelines
             whose own is not a step table (PNDM, DPM-Solver++(2M), UniPC).
+        loras: safetensors files of LoRAs to merge into the weights, as ``FILE`` or ``FILE:SCALE``.
 
     Raises:
-        InvalidRequest: no steps, or a number of them that the scheduler does not have; prompts that are missing, or a
+        InvalidRequest: no steps, a number of them that the scheduler does not have, a LoRA that does not fit, or a
             folder that exists already.
         UnsupportedModel: what `export` would refuse, what cannot be sampled, or a scheduler that is not a step table.
     """
@@ -70,8 +82,15 @@ def import_pipeline(
             raise InvalidRequest(f"steps must be at least 1, not {count}")
     if scheduler is not None and isinstance(source, Teacher):
         raise InvalidRequest("scheduler replaces that of a pipeline; load the teacher with it: Teacher.from_diffusers")
-    options: dict[str, Any] = {"prompts": prompts, "height": height, "width": width, "value_range": value_range}
-    options |= {"variant": variant, "scheduler": scheduler}
+    options: dict[str, Any] = {
+        "prompts": prompts,
+        "examples": EXAMPLES,
+        "height": height,
+        "width": width,
+        "value_range": value_range,
+    }
+    options |= {"variant": variant, "scheduler": scheduler, "mapped": isinstance(source, str | Path) or None}
+    options |= {"loras": [Lora.parsed(text) for text in loras] or None}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)

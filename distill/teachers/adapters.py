@@ -32,6 +32,7 @@ from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.models.families import LatentDecoder
+from redif_sdk.models.hollow import computing, is_streamed
 from redif_sdk.models.prompts import Prompts
 
 __all__ = ["register", "supported"]
@@ -150,9 +151,9 @@ def text_to_image(
     own = OwnScheduler(pipeline.scheduler, schedule, prediction_type, flux=kind.packed, shift=shift)
     embedded = (kind.embedded or kind.guidance) if _embeds(network) else None
     _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded)
+    network = computing(network)
     for part in (network, encoders, pipeline.vae):
         part.eval().requires_grad_(False)
-    nn.Module.to(pipeline.vae, torch.float32)  # latents are float32; the pipeline is a copy, or its folder's own
     teacher = Teacher(
         name=about.get("name", name),
         predict=_predict(network, bank, embedded, scale),
@@ -163,7 +164,7 @@ def text_to_image(
         condition=condition,
         prompts=bank,
         postprocess=Postprocess(decoder=decoder),
-        decode=LatentDecoder(pipeline.vae, decoder.scaling_factor, decoder.shift_factor).eval(),
+        decode=_latent_decoder(pipeline.vae, decoder),
         num_inference_steps=num_inference_steps
         or about.get("num_inference_steps", usual_steps(scheduler_config, kind.steps)),
         make_student=_student(network, bank, embedded, scale),
@@ -210,9 +211,9 @@ def class_to_image(
     scheduler_config = full_config(pipeline.scheduler)
     schedule, prediction_type, shift = noise_process(scheduler_config)
     own = OwnScheduler(pipeline.scheduler, schedule, prediction_type, shift=shift)
+    network = computing(network)
     for part in (network, pipeline.vae):
         part.eval().requires_grad_(False)
-    nn.Module.to(pipeline.vae, torch.float32)
     teacher = Teacher(
         name=about.get("name", "DiT"),
         predict=_predict(network, None, None, scale),
@@ -222,7 +223,7 @@ def class_to_image(
         latents=latents,
         condition=Condition(kind="class", num_classes=classes, class_names=about.get("class_names")),
         postprocess=Postprocess(decoder=decoder),
-        decode=LatentDecoder(pipeline.vae, decoder.scaling_factor, decoder.shift_factor).eval(),
+        decode=_latent_decoder(pipeline.vae, decoder),
         num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
         make_student=_student(network, None, None, scale),
         network_folder="transformer",
@@ -235,6 +236,14 @@ def class_to_image(
         extra={"null_class": min(classes, NULL_CLASS), **about},
     )
     return teacher.guided(about.get("guidance_scale", 4.0))
+
+
+def _latent_decoder(vae: nn.Module, decoder: Decoder) -> LatentDecoder:
+    """The autoencoder as latents in float32 need it; the pipeline is a copy, or its folder's own."""
+    called = computing(vae)
+    if called is vae:
+        nn.Module.to(vae, torch.float32)
+    return LatentDecoder(called, decoder.scaling_factor, decoder.shift_factor).eval()
 
 
 def _predict(
@@ -254,7 +263,7 @@ def _predict(
 
 def _student(network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int) -> Callable[[], Denoiser]:
     def make() -> Denoiser:
-        own = copy.deepcopy(network).float().requires_grad_(True)
+        own = network if is_streamed(network) else copy.deepcopy(network).float().requires_grad_(True)
         return Denoiser(own, diffusers_call=True, prompts=prompts, embedded_guidance=embedded, scale=scale)
 
     return make

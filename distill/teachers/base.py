@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
+from redif_sdk.distill.teachers.adding_lora import Lora, merge_loras
 from redif_sdk.distill.teachers.known_schedulers import with_scheduler
 from redif_sdk.distill.teachers.own_scheduler import OwnScheduler, Sampler
 from redif_sdk.distill.teachers.registry import (
@@ -39,6 +40,7 @@ from redif_sdk.distill.teachers.value_range import InRange
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.copies import private_copy, private_pipeline
 from redif_sdk.models.denoiser import Denoiser, Predict, guided
+from redif_sdk.models.hollow import stored
 from redif_sdk.models.portable import check_pipeline, is_library_network, refuse_saved_adapters
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.loop import run_steps
@@ -264,12 +266,15 @@ class Teacher(InRange):
         source: Any,
         *,
         prompts: Sequence[str] | None = None,
+        examples: Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         value_range: tuple[float, float] | None = None,
         variant: str | None = None,
         scheduler: str | None = None,
+        loras: Sequence[Lora] = (),
+        mapped: bool = False,
         checked: bool = True,
     ) -> Teacher:
         """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
@@ -280,11 +285,15 @@ class Teacher(InRange):
 
         Args:
             prompts: of a text-to-image pipeline, what the student is to draw.
+            examples: prompts for a text-to-image pipeline that is not trained on any, where none are given.
             height, width: of an image in pixels, where the pipeline takes several sizes; None: its own.
             num_inference_steps: of the teacher's own sampler; None: as many as usual.
             value_range: (low, high) of its images; None: what ``redif_teacher.json`` says, else diffusers' own [-1, 1].
             variant: of the weights in a folder, such as fp16; None: the plain files, or the only variant.
             scheduler: the class of a scheduler to use in place of the pipeline's own, with its settings.
+            loras: LoRAs to merge into the pipeline's weights.
+            mapped: leave the weights of a folder in its files, in the dtype that they have there. Each layer's are
+                read and cast when it is called: for a teacher that is not trained from, of any size.
             checked: try the scheduler; off for one that will not be run.
 
         Raises:
@@ -300,9 +309,12 @@ class Teacher(InRange):
             ours, pipeline = is_ours(adapter_of(source)), private_pipeline(source)
             check_pipeline(pipeline, library=ours)
         else:
-            pipeline, about = cls._read(folder, variant)
+            pipeline, about = cls._read(folder, variant, mapped)
             check_pipeline(pipeline, loaded=True, library=is_ours(adapter_of(pipeline)))
-            options["about"] = about
+        if examples is not None:
+            about = {"prompts": list(examples), **about}
+        options["about"] = about
+        merge_loras(pipeline, loras)
         if scheduler is not None:
             pipeline = with_scheduler(pipeline, scheduler)
         teacher: Teacher = replace(adapted(pipeline, **options), folder=folder)
@@ -310,15 +322,16 @@ class Teacher(InRange):
         return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
 
     @staticmethod
-    def _read(folder: Path, variant: str | None) -> tuple[Any, dict[str, Any]]:
+    def _read(folder: Path, variant: str | None, mapped: bool) -> tuple[Any, dict[str, Any]]:
         """The pipeline in a folder, and what the folder says about it."""
         name = folders.pipeline_name(folder)
         refuse_saved_adapters(folder)
         if adapter := adapter_named(name):
-            return folders.load_pipeline(folder, variant, whole=not is_ours(adapter))
+            ours = is_ours(adapter)
+            return folders.load_pipeline(folder, variant, whole=not ours, mapped=mapped and ours)
         if name and folders.unet_files(folder) is None:
             raise no_adapter(name)
-        return folders.load_unet(folder, variant)
+        return folders.load_unet(folder, variant, mapped=mapped)
 
     @classmethod
     def from_callable(
@@ -396,8 +409,10 @@ def fingerprint(networks: Sequence[nn.Module], scheduler_config: dict[str, Any],
     for fact in more:
         digest.update(fact.encode())
     for network in networks:
-        for key, value in sorted(network.state_dict().items()):
-            plain = value.detach().cpu().contiguous()
-            plain = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
-            digest.update(key.encode() + plain.numpy().tobytes())
+        kept = network.state_dict(keep_vars=True)  # detached, a hollow tensor forgets what it stands for
+        for key, value in sorted(kept.items()):
+            plain = stored(value).detach().cpu().contiguous()
+            plain = plain.float() if plain.is_floating_point() else plain  # the same for a file in half precision
+            digest.update(key.encode())
+            digest.update(plain.numpy().data)
     return digest.hexdigest()

@@ -97,11 +97,12 @@ def unet_files(folder: Path) -> tuple[Path, Path] | None:
     return (network, scheduler) if _json(network, folder).get("_class_name") == "UNet2DModel" else None
 
 
-def load_unet(folder: Path, variant: str | None = None) -> tuple[UNetFolder, dict[str, Any]]:
+def load_unet(folder: Path, variant: str | None = None, *, mapped: bool = False) -> tuple[UNetFolder, dict[str, Any]]:
     """A UNet2DModel and its scheduler's configuration, and what ``redif_teacher.json`` says.
 
     Args:
         variant: of the weights, such as fp16; None: the plain files, or the only variant.
+        mapped: as for `weights.load_network`.
 
     Raises:
         InvalidRequest: a file is missing or cannot be read, or the weights are not whole.
@@ -115,7 +116,7 @@ def load_unet(folder: Path, variant: str | None = None) -> tuple[UNetFolder, dic
     components.check_used(folder.name, UNET_PARTS, _parts(folder) | _other_networks(folder))
     about, configuration = _about(folder), _json(scheduler, folder)
     with without_bars():
-        unet = _network(UNet2DModel, network.parent, variant, folder)
+        unet = _network(UNet2DModel, network.parent, variant, folder, mapped)
     return UNetFolder(folder.name, unet, configuration), about
 
 
@@ -127,7 +128,9 @@ def _no_unet(folder: Path) -> InvalidRequest | UnsupportedModel:
     return UnsupportedModel(f"{folder}/unet is a {class_name}; this adapter takes UNet2DModel")
 
 
-def load_pipeline(folder: Path, variant: str | None = None, *, whole: bool = False) -> tuple[Any, dict[str, Any]]:
+def load_pipeline(
+    folder: Path, variant: str | None = None, *, whole: bool = False, mapped: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """A pipeline from its folder, and what ``redif_teacher.json`` says. Nothing is fetched, no pickle is read.
 
     Every network is loaded by `weights.load_network`, so its weights are whole. What a student never has, such as a
@@ -136,6 +139,7 @@ def load_pipeline(folder: Path, variant: str | None = None, *, whole: bool = Fal
     Args:
         variant: of the weights, such as fp16; None: the plain files, or the only variant.
         whole: leave nothing out.
+        mapped: as for `weights.load_network`.
 
     Raises:
         InvalidRequest: it cannot be loaded, or weights are not whole.
@@ -153,7 +157,7 @@ def load_pipeline(folder: Path, variant: str | None = None, *, whole: bool = Fal
     with without_bars():
         for name, part in parts.items():
             if name not in given and (kind := components.network_class(*part)) is not None:
-                given[name] = _network(kind, part_folder(folder, name), variant, folder)
+                given[name] = _network(kind, part_folder(folder, name), variant, folder, mapped)
             elif name not in given:
                 components.check_tokenizer_files(part[1], part_folder(folder, name))
         given |= dict.fromkeys(name for name, kind in _index(folder).items() if kind == [None, None])
@@ -198,7 +202,7 @@ def _other_networks(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _network(kind: Any, place: Path, variant: str | None, folder: Path) -> Any:
+def _network(kind: Any, place: Path, variant: str | None, folder: Path, mapped: bool) -> Any:
     """One network of ``folder``, with its configuration checked first."""
     path = place / "config.json"
     if not path.is_file():
@@ -206,7 +210,7 @@ def _network(kind: Any, place: Path, variant: str | None, folder: Path) -> Any:
     config = _json(path, folder)
     weights.refuse_quantised(config, str(place))
     check_config(config, str(path))
-    return weights.load_network(kind, place, variant)
+    return weights.load_network(kind, place, variant, mapped=mapped)
 
 
 def _check_variant(folder: Path, parts: dict[str, tuple[str, str]], variant: str | None) -> None:

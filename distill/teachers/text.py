@@ -16,6 +16,7 @@ from redif_sdk.distill.teachers.config_keys import check_text_config
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.models.families import ENCODERS, LAYOUTS, TextEncoders
+from redif_sdk.models.hollow import computing
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.tokenizer import prepared, token_ids
 
@@ -101,7 +102,7 @@ def text_of(
         )
         _check_vocabulary(tokenizer, tokenizer_name, encoder, encoder_name)
         _check_tokenizer(tokenizer, spec, tokenizer_name)
-        encoders.append(encoder)
+        encoders.append(computing(encoder))
         specs.append(spec)
         tokenizers.append((tokenizer, spec))
         described.append(TextEncoder(class_path=f"transformers.{type(encoder).__name__}", folder=encoder_name))

@@ -21,6 +21,7 @@ from redif_sdk.distill.teachers.sizes import check_channels, check_sizes
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.hollow import computing, is_streamed
 
 __all__ = ["pixels"]
 
@@ -61,7 +62,8 @@ def pixels(
     sides = _sides(config, shuffle, height, width)
     _check(network, name, sides, shuffle)
     classes = about.get("num_classes", config.num_class_embeds)
-    network = network.float().eval().requires_grad_(False)
+    network = computing(network)
+    network = (network if is_streamed(network) else network.float()).eval().requires_grad_(False)
     denoiser = Denoiser(network, diffusers_call=True)
 
     @torch.no_grad()
@@ -83,7 +85,9 @@ def pixels(
         else None,
         postprocess=Postprocess(pixel_shuffle=shuffle),
         num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
-        make_student=lambda: Denoiser(copy.deepcopy(network).requires_grad_(True), diffusers_call=True),
+        make_student=lambda: Denoiser(
+            network if is_streamed(network) else copy.deepcopy(network).requires_grad_(True), diffusers_call=True
+        ),
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
         own=own,

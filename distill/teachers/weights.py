@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line, some_of
+from redif_sdk.models.hollow import as_stored, keep_mapped
 
 __all__ = ["check_weights", "find_variant", "load_network", "refuse_quantised", "variants"]
 
@@ -28,6 +30,7 @@ _OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
 #: Unexpected tensors that no forward pass reads: buffers that older releases saved.
 _NEVER_READ = re.compile(r"(^|\.)position_ids$")
 _NAMED = 6  # tensors in a message
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def find_variant(folder: Path, asked: str | None = None) -> str | None:
@@ -66,26 +69,31 @@ def variants(folder: Path) -> set[str | None]:
     return {match[2] for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
 
 
-def load_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
+def load_network(kind: Any, folder: Path, variant: str | None = None, *, mapped: bool = False) -> Any:
     """The network in ``folder``, of a class of diffusers or transformers, in float32 and in evaluation mode.
 
     Args:
         kind: the class.
         variant: of the weights, such as fp16; where the folder lacks it, and for None, what `find_variant` chooses.
+        mapped: leave the weights in the folder's files, in the dtype that they have there (see `models.hollow`).
 
     Raises:
         InvalidRequest: weights are missing, unexpected, of another shape, or cannot be read.
         UnsupportedModel: the network is quantised.
     """
     options: dict[str, Any] = {"variant": find_variant(folder, variant)}
+    dtype = stored_dtype(folder, options["variant"]) if mapped else torch.float32
     try:
-        if not kind.__module__.startswith("diffusers"):
+        if kind.__module__.startswith("diffusers"):
+            options |= {"torch_dtype": dtype} if mapped else {}
+        else:
             _refuse_larger(kind, folder)
             # its default is the dtype of the file; and a tensor of another shape is only named in the report
-            options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-        network, report = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-        )
+            options |= {"dtype": dtype, "ignore_mismatched_sizes": True}
+        with as_stored(kind) if mapped else nullcontext():
+            network, report = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            )
     except (MemoryError, RedifError):
         raise
     except Exception as error:  # what a class makes of a strange configuration may be of any kind
@@ -97,7 +105,22 @@ def load_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
     for module in network.modules():
         if module.training:
             module.training = False
+    if mapped:
+        return keep_mapped(network)
     return nn.Module.to(network, torch.float32)  # diffusers' own warns of what it then does not do
+
+
+def stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
+    """The dtype of all floating-point weights of a variant in ``folder``; float32, if they have several."""
+    from safetensors import safe_open
+
+    found: set[torch.dtype] = set()
+    for path in folder.iterdir():
+        if (match := _FILE.fullmatch(path.name)) and match[2] == variant:
+            with safe_open(path, framework="pt") as file:
+                kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                found |= {_FLOATS[kind] for kind in kinds & _FLOATS.keys()}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def _refuse_larger(kind: Any, folder: Path) -> None:

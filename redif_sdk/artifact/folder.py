@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -20,6 +22,7 @@ from redif_sdk.artifact.paths import (
     hash_file,
     list_files,
     locate,
+    map_checked,
     read_checked,
     read_start,
     shown,
@@ -31,6 +34,8 @@ from redif_sdk.artifact.untrusted.safetensors import safetensors_header, safeten
 from redif_sdk.errors import IntegrityError, ManifestError
 
 __all__ = ["StudentFolder", "write_manifest"]
+
+_Content = TypeVar("_Content", bytes, memoryview)
 
 MANIFEST_LIMIT = 4 << 20  # bytes; ours have some ten thousand
 TOKENIZER = "tokenizer.json"  # by this name `contents.check` knows what to look for
@@ -135,6 +140,14 @@ class StudentFolder:
         data = [self._entry(path) for path in graph.data]
         return self._model(graph), {PurePosixPath(entry.path).name: self._bytes(entry) for entry in data}
 
+    def map_graph(self, graph: Graph) -> tuple[bytes, dict[str, memoryview]]:
+        """As `read_graph`, with the data files mapped (`paths.map_checked`)."""
+        data = [self._entry(path) for path in graph.data]
+        return self._model(graph), {PurePosixPath(entry.path).name: self._mapped(entry) for entry in data}
+
+    def _mapped(self, entry: FileEntry) -> memoryview:
+        return self._repaired(entry, partial(map_checked, self.path, entry.path, size=entry.bytes, sha256=entry.sha256))
+
     def _model(self, graph: Graph) -> bytes:
         """The bytes of a graph without its data files, hashed and checked."""
         model = self._bytes(self._entry(graph.file))
@@ -154,13 +167,18 @@ class StudentFolder:
             raise IntegrityError(
                 f"{entry.path} in {self.path} has {entry.bytes} bytes; at most {limit} of such a file are read"
             )
+        read = partial(read_checked, self.path, entry.path, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+        return self._repaired(entry, read)
+
+    def _repaired(self, entry: FileEntry, read: Callable[[], _Content]) -> _Content:
+        """What `read` returns; once more after a repair where the file is not what the manifest lists."""
         try:
-            return read_checked(self.path, entry.path, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+            return read()
         except IntegrityError:
             if self._repair is None:
                 raise
         self._repair(entry.path)
-        return read_checked(self.path, entry.path, limit=entry.bytes, size=entry.bytes, sha256=entry.sha256)
+        return read()
 
     def sha256(self, relative: str) -> str:
         """The SHA-256 of a listed file, by the manifest. Raises IntegrityError if it is not listed."""

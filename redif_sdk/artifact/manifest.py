@@ -39,6 +39,8 @@ CARD_NAME = "README.md"
 CARD_LIMIT = 1 << 20  # bytes of it that are read
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
+LARGE_NETWORK = 400_000_000  # bytes: 200 million parameters in half precision
+
 #: Bounds of what a reader allocates, in values: the latents of one image, its noise over all steps, and the noise of
 #: all golden files together.
 LARGEST_LATENTS = 1 << 26
@@ -138,6 +140,12 @@ class Manifest(BaseModel):
         if self._parsed is None or self._parsed[0] is not self.step_tables:  # a copy may have been given others
             self._parsed = self.step_tables, [StepTable.from_dict(table) for table in self.step_tables]
         return self._parsed[1]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the network's weights have `LARGE_NETWORK` bytes, so that an image takes seconds and gigabytes."""
+        place = f"{self.network.folder}/"
+        return sum(entry.bytes for entry in self.files if entry.path.startswith(place)) >= LARGE_NETWORK
 
     @property
     def supported_steps(self) -> list[int]:

@@ -1,11 +1,13 @@
 """Paths and files that may not be trusted: safe names, and reads that are checked.
 
-A file's bytes are hashed and returned from one read, so that nothing can change between the check and the use.
+A file's bytes are hashed and returned from one read, so that nothing can change between the check and the use. Weights
+of gigabytes are mapped instead (`map_checked`): whoever may write to the folder could change them after the check.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import re
 import stat
@@ -25,6 +27,7 @@ __all__ = [
     "is_clutter",
     "list_files",
     "locate",
+    "map_checked",
     "read_checked",
     "read_start",
     "shown",
@@ -233,6 +236,34 @@ def read_checked(root: Path, relative: str, *, limit: int, size: int | None = No
             f"{relative} in {root} was altered: its SHA-256 is not the manifest's; fetch or export it again"
         )
     return data
+
+
+def map_checked(root: Path, relative: str, *, size: int, sha256: str) -> memoryview:
+    """The bytes of a large file, mapped read-only and hashed where they lie: its pages are shared, not copied.
+
+    The mapping holds the file that was checked, even if another one is put in its place. It does not hold the bytes of
+    a file that is written to in place: keep a student's folder from others' writing, as a Hub cache is kept.
+
+    Args:
+        root: The folder.
+        relative: The file's path in it.
+        size: The expected number of bytes, more than 0.
+        sha256: The expected hash.
+
+    Raises:
+        IntegrityError: The file is missing or altered; the message names it.
+    """
+    with os.fdopen(_open_regular(root, relative), "rb") as file:
+        if os.fstat(file.fileno()).st_size != size:
+            raise IntegrityError(
+                f"{relative} in {root} was altered: it should have {size} bytes; fetch or export it again"
+            )
+        view = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    if hashlib.sha256(view).hexdigest() != sha256:
+        raise IntegrityError(
+            f"{relative} in {root} was altered: its SHA-256 is not the manifest's; fetch or export it again"
+        )
+    return view
 
 
 def read_start(root: Path, relative: str, size: int) -> bytes:

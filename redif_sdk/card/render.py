@@ -135,7 +135,8 @@ def _facts(manifest: Manifest, repo_id: str | None) -> dict[str, Any]:
 def shown_prompts(manifest: Manifest) -> list[str]:
     """Return the prompts of a text-to-image student's sample images, one per column."""
     large = max(manifest.image_shape[:2]) >= LARGE
-    return manifest.text.examples[: LARGE_COLUMNS if large else MOST_PROMPTS] if manifest.text else []
+    most = 1 if manifest.is_large else LARGE_COLUMNS if large else MOST_PROMPTS
+    return manifest.text.examples[:most] if manifest.text else []
 
 
 def render_over(manifest: Manifest, old: str | None, *, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:

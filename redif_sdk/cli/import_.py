@@ -25,7 +25,10 @@ __all__ = ["import_command"]
 
 Prompts = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Text-to-image: example prompts for the golden files and the card, one a line."),
+    typer.Option(
+        metavar="FILE",
+        help="Text-to-image: example prompts for the check and the card, one a line; default: four of ours.",
+    ),
 ]
 
 
@@ -47,6 +50,10 @@ def import_command(
         str | None,
         typer.Option(metavar="CLASS", help="Scheduler to use in place of the pipeline's own, e.g. DDIMScheduler."),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="LoRA (safetensors) to merge into the weights; may be repeated."),
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -62,7 +69,7 @@ def import_command(
     if scheduler is not None:
         options["scheduler"] = scheduler
     with Progress(quiet).stage(f"importing {pipeline}"):
-        manifest = import_pipeline(pipeline, output, counts, guidance_scale=guidance_scale, **options)
+        manifest = import_pipeline(pipeline, output, counts, guidance_scale=guidance_scale, loras=lora or (), **options)
     write_rows(
         json, "import", [{"output": str(output), "num_inference_steps": count} for count in manifest.supported_steps]
     )

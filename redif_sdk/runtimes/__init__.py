@@ -92,6 +92,13 @@ AUTO = (
     Choice("openvino", "fp32", "the next fastest in fp32"),
 )
 
+#: The same for large networks (`Manifest.is_large`), on which ONNX Runtime is slower than torch and OpenVINO faster.
+AUTO_LARGE = (
+    AUTO[0],
+    Choice("openvino", "fp32", "the fastest in fp32 for a large network"),
+    Choice("onnxruntime", "fp32", "the next fastest in fp32"),
+)
+
 #: OpenVINO computes a whole graph in bfloat16 or fp16, with the sampler's arithmetic, which must stay fp32. There it
 #: runs the denoiser only, and the sampling loop runs in numpy.
 _LOOP_IN_NUMPY = {("openvino", "bf16"), ("openvino", "fp16")}
@@ -172,15 +179,15 @@ def candidates(manifest: Manifest, runtime: str = "auto", precision: str = "auto
         )
     if runtime != "auto":
         resolve(runtime)
-    found = [choice for choice in _ordered(present) if _fits(choice, manifest, runtime, precision)]
+    found = [choice for choice in _ordered(present, manifest) if _fits(choice, manifest, runtime, precision)]
     if not found:
         raise RuntimeUnavailable(NO_ENGINE)
     return found
 
 
-def _ordered(present: Sequence[str]) -> Iterator[Choice]:
-    """`AUTO`, then every other pair of engine and precision, fp32 first."""
-    yield from AUTO
+def _ordered(present: Sequence[str], manifest: Manifest) -> Iterator[Choice]:
+    """`AUTO` or `AUTO_LARGE`, then every other pair of engine and precision, fp32 first."""
+    yield from AUTO_LARGE if manifest.is_large else AUTO
     known = {(choice.runtime, choice.precision) for choice in AUTO}
     for precision in sorted(present, key=PRECISIONS.index):
         for runtime in RUNTIMES:

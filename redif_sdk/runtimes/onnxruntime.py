@@ -1,7 +1,8 @@
 """ONNX Runtime: on the CPU, on NVIDIA GPUs (CUDA, TensorRT), DirectML, CoreML, and by plugin providers.
 
 By default ONNX Runtime falls back to the CPU and only logs it. Here the chosen provider runs every node, or
-RuntimeUnavailable gives the reason. Graphs and their data files are passed as checked bytes, never as paths.
+RuntimeUnavailable gives the reason. Graphs and their data files are passed as checked bytes, never as
+paths. Data files are mapped, and ONNX Runtime keeps a copy of its own.
 """
 
 from __future__ import annotations
@@ -212,9 +213,11 @@ class OnnxRuntime:
     threads of its own, made when it is first needed, for the pieces of a batch (`cores.py`).
     """
 
-    def __init__(self, model: bytes, data: Mapping[str, bytes], place: Place, info: RuntimeInfo, graph: Graph) -> None:
+    def __init__(
+        self, model: bytes, data: Mapping[str, memoryview], place: Place, info: RuntimeInfo, graph: Graph
+    ) -> None:
         self._model: bytes | None = model
-        self._data: Mapping[str, bytes] | None = data
+        self._data: Mapping[str, memoryview] | None = data
         self._assigned = place
         self._batches = Batches(graph)
         self._outputs = [output.name for output in graph.outputs]
@@ -236,7 +239,7 @@ class OnnxRuntime:
         place = _place(options, f"redif-{student.sha256(graph.file)[:16]}-levels", graph.precision)
         if graph.precision == "bf16" and place.provider == CPU:
             raise RuntimeUnavailable('onnxruntime has no bf16 arithmetic on the CPU; use precision="fp32"')
-        model, data = student.read_graph(graph)
+        model, data = student.map_graph(graph)
         model, graph = with_levels(model, graph)
         info = RuntimeInfo(
             runtime="onnxruntime",
@@ -258,7 +261,7 @@ class OnnxRuntime:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         if self._data:
-            # The graph names its data files relative to itself; the engine takes them from these bytes, not from disk.
+            # The graph names its data files relative to itself; the engine takes them from these checked bytes.
             blobs = list(self._data.values())
             options.add_external_initializers_from_files_in_memory(list(self._data), blobs, [len(b) for b in blobs])
         return _session(self._model, self._assigned, options)

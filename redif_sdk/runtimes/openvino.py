@@ -53,8 +53,10 @@ del _first
 
 #: Graph precision -> the precision that OpenVINO is told to compute in, and what a device must be capable of for it.
 HINTS = {"fp32": ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
-#: Compiled graphs kept at a time; the least recently used one goes.
+#: Compiled graphs kept at a time; the least recently used one goes. Each has the weights in a layout of its own.
 KEPT = 8
+#: A graph of more bytes is compiled for one set of shapes at a time, and not kept in the cache folder.
+LARGE = 1 << 30
 
 ENGINE_ERRORS = (RuntimeError, ValueError, TypeError)
 
@@ -142,15 +144,18 @@ class _Shape:
 class OpenVino:
     """A graph in OpenVINO. `run` may be called from several threads."""
 
-    def __init__(self, model: Any, device: str, info: RuntimeInfo, graph: Graph, options: RuntimeOptions) -> None:
+    def __init__(
+        self, model: Any, device: str, info: RuntimeInfo, graph: Graph, options: RuntimeOptions, *, large: bool = False
+    ) -> None:
         self._model = model
         self._device = device
         self._outputs = [output.name for output in graph.outputs]
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[graph.precision][0]}
-        if (folder := writable_cache("openvino", options.cache_dir)) is not None:
+        self._kept = 1 if large else KEPT
+        if not large and (folder := writable_cache("openvino", options.cache_dir)) is not None:
             self._settings["CACHE_DIR"] = str(folder)
         self._batches = Batches(graph)
-        self._workers = Workers(info.num_threads) if info.num_threads is not None else None
+        self._workers = Workers(info.num_threads) if info.num_threads is not None and not large else None
         self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
         self._lock = Lock()
         self.info = info
@@ -164,14 +169,11 @@ class OpenVino:
         device, ours = _device(options)
         if reason := refusal(graph.precision, device):
             raise RuntimeUnavailable(f"runtime openvino cannot compute in {graph.precision}: {reason}")
-        if graph.data:
-            raise RuntimeUnavailable(
-                f"{graph.file} has more than 2 GiB of weights in a separate file, which openvino would read unchecked; "
-                f'use runtime="onnxruntime"'
-            )
-        data, graph = with_levels(student.read_graph(graph)[0], graph)
+        data, weights = student.map_graph(graph)
+        data, graph = with_levels(data, graph)
         try:
-            model = _core().read_model(data)
+            # OpenVINO maps weights in a file beside the graph by itself, and by its path. They were hashed just now.
+            model = _core().read_model(str(student.path / graph.file) if weights else data)
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(f"openvino cannot read {graph.file}: {_line(error)}") from error
         info = RuntimeInfo(
@@ -184,14 +186,15 @@ class OpenVino:
             file=graph.file,
             num_threads=(options.num_threads or cores()) if device == "CPU" else None,
         )
-        return cls(model, device, info, graph, options)
+        large = len(data) + sum(map(len, weights.values())) > LARGE
+        return cls(model, device, info, graph, options, large=large)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """As `Runtime.run`."""
         _check_process()
         try:
             if self._workers is None:
-                return self._call(inputs, {})
+                return self._on_all_threads(inputs) if self.info.num_threads is not None else self._call(inputs, {})
             return self._workers.run(self._batches, inputs, self._on_all_threads, self._on_one_thread)
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(
@@ -216,13 +219,13 @@ class OpenVino:
         key = (*sorted((name, value.shape) for name, value in feed.items()), *threads)
         with self._lock:
             if key not in self._shapes:
+                while len(self._shapes) >= self._kept:
+                    self._shapes.popitem(last=False)
                 model = self._model.clone()
                 model.reshape({name: list(value.shape) for name, value in feed.items()})
                 compiled = _core().compile_model(model, self._device, self._settings | threads)
                 self._check_precision(compiled)
                 self._shapes[key] = _Shape(compiled)
-                if len(self._shapes) > KEPT:
-                    self._shapes.popitem(last=False)
             self._shapes.move_to_end(key)
             return self._shapes[key]
 

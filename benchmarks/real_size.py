@@ -1,0 +1,170 @@
+"""Models of real size through the whole chain: import, export and gate, one image, each in a process of its own.
+
+    python -m benchmarks.real_size sd15 --work build/real --json docs/results/real-size-sd15.json
+
+Weights are random (`real_shapes.py`). Each row has the seconds, the peak memory and the size on disk. ``--rounds N``
+draws the image N times with each contender, in turn. Nothing else may run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_shapes import SHAPES, make
+from redif_sdk.results import document, write_json
+
+STEPS = 4
+REDIF = (sys.executable, "-c", "from redif_sdk.cli.main import main; main()")
+
+#: Draws one image as diffusers does, and prints the seconds of the second call.
+DIFFUSERS = """
+import sys, time, torch
+from diffusers import DiffusionPipeline
+folder, steps, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+pipeline.set_progress_bar_config(disable=True)
+for _ in range(2):
+    began = time.perf_counter()
+    pipeline("a cat", num_inference_steps=steps, guidance_scale=1.0, height=side, width=side, output_type="np")
+    print(time.perf_counter() - began, flush=True)
+"""
+
+#: The same with a student on one engine.
+STUDENT = """
+import sys, time
+from redif_sdk import FastPipeline
+folder, steps, side, runtime = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+pipeline = FastPipeline.from_pretrained(folder, runtime=runtime)
+for _ in range(2):
+    began = time.perf_counter()
+    pipeline("a cat", num_inference_steps=steps, height=side, width=side, seed=0)
+    print(time.perf_counter() - began, flush=True)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=[*SHAPES])
+    parser.add_argument("--work", type=Path, default=Path("build/real"))
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--side", type=int, default=512, help="pixels of the image")
+    parser.add_argument("--rounds", type=int, default=3, help="images with each contender; 0: none")
+    parser.add_argument("--keep", action="store_true", help="take the pipeline and the student that are there")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = chain(arguments.shape, arguments.work, arguments.precision, arguments.keep)
+    if arguments.rounds:
+        rows += images(arguments.shape, arguments.work, arguments.side, arguments.rounds)
+    if arguments.json is not None:
+        write_json(arguments.json, document("real_size", rows))
+
+
+def chain(shape: str, work: Path, precision: str, keep: bool) -> list[dict[str, Any]]:
+    """Import and export."""
+    source, student = work / shape, work / f"{shape}-student"
+    if not source.is_dir():
+        make(shape, source)
+    if keep and student.is_dir():
+        return []
+    shutil.rmtree(student, ignore_errors=True)
+    options = ["-o", str(student), "--steps", str(STEPS), "--guidance-scale", "1"]
+    rows = [_measured("import", shape, [*REDIF, "import", str(source), *options])]
+    rows[-1] |= {"source_bytes": _size(source), "bytes": _size(student)}
+    rows += [_measured("export", shape, [*REDIF, "export", str(student), "--precision", precision])]
+    rows[-1] |= {"precision": precision, "bytes": _size(student / "onnx")}
+    for row in rows:
+        _print(row)
+    return rows
+
+
+def images(shape: str, work: Path, side: int, rounds: int) -> list[dict[str, Any]]:
+    """One image with each contender, in turn."""
+    student = str(work / f"{shape}-student")
+    given = [str(STEPS), str(side)]
+    commands = {
+        "diffusers": [sys.executable, "-c", DIFFUSERS, str(work / shape), *given],
+        "onnxruntime": [sys.executable, "-c", STUDENT, student, *given, "onnxruntime"],
+        "openvino": [sys.executable, "-c", STUDENT, student, *given, "openvino"],
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            found[name].append(_measured(name, shape, command))
+            _print(found[name][-1])
+    return [_median(name, shape, runs) for name, runs in found.items()]
+
+
+def _median(name: str, shape: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    figures = ("seconds", "first_image", "second_image", "peak_rss", "peak_anonymous")
+    return {"what": name, "shape": shape, "rounds": len(runs)} | {
+        figure: statistics.median(run[figure] for run in runs) for figure in figures
+    }
+
+
+def _measured(what: str, shape: str, command: Sequence[str]) -> dict[str, Any]:
+    """Run a command; its wall seconds, and the peaks of its resident and of its anonymous memory in bytes."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    anonymous = _Anonymous(process.pid)
+    output = process.communicate()[0]
+    seconds = time.perf_counter() - began
+    peaks = anonymous.stop()
+    if process.returncode:
+        raise SystemExit(f"{what} of {shape} failed with exit code {process.returncode}")
+    lines = output.split()
+    drawn = (
+        {"first_image": float(lines[0]), "second_image": float(lines[1])} if what not in ("import", "export") else {}
+    )
+    return {"what": what, "shape": shape, "seconds": seconds, **peaks, **drawn}
+
+
+class _Anonymous:
+    """Watches the memory of a process, ten times a second."""
+
+    def __init__(self, pid: int) -> None:
+        self._status = Path(f"/proc/{pid}/status")
+        self._peaks = {"peak_rss": 0, "peak_anonymous": 0}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            try:
+                lines = dict(line.split(":", 1) for line in self._status.read_text().splitlines())
+            except OSError:
+                return
+            for peak, field in (("peak_rss", "VmHWM"), ("peak_anonymous", "RssAnon")):
+                if field in lines:
+                    self._peaks[peak] = max(self._peaks[peak], 1024 * int(lines[field].split()[0]))
+
+    def stop(self) -> dict[str, int]:
+        self._done.set()
+        self._thread.join()
+        return self._peaks
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _print(row: dict[str, Any]) -> None:
+    memory = f"{row['peak_rss'] / 2**30:.2f} GiB resident, {row['peak_anonymous'] / 2**30:.2f} anonymous"
+    size = f", {row['bytes'] / 1e9:.2f} GB" if "bytes" in row else ""
+    image = f", second image {row['second_image']:.1f} s" if "second_image" in row else ""
+    print(f"{row['what']:12} {row['shape']}: {row['seconds']:.1f} s, {memory}{size}{image}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

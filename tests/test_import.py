@@ -1,0 +1,243 @@
+"""Importing a folder: files are moved, not models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from redif_sdk.cli.main import app
+from redif_sdk.distill import Teacher, import_pipeline
+from redif_sdk.distill.student.importing import EXAMPLES
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.export import export
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a component's folder."""
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def same_weights(ours: Path, theirs: Path) -> bool:
+    first, second = tensors(ours), tensors(theirs)
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Stable Diffusion in half precision, in plain files."""
+    pipelines.stable_diffusion(pipelines.ddim()).to(torch.float16).save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
+
+
+def test_weights_keep_their_dtype(saved: Path, tmp_path: Path) -> None:
+    manifest = import_pipeline(saved, tmp_path / "student", [2], guidance_scale=1.0)
+    for part in ("unet", "vae", "text_encoder"):
+        assert same_weights(tmp_path / "student" / part, saved / part), part
+    assert manifest.text is not None
+    assert manifest.text.examples == list(EXAMPLES)
+
+
+def test_shards_and_variants_are_read(tmp_path: Path) -> None:
+    half = pipelines.stable_diffusion(pipelines.ddim()).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="40KB")
+    assert len(list((tmp_path / "half/unet").glob("*.safetensors"))) > 1
+    import_pipeline(tmp_path / "half", tmp_path / "student", [2], guidance_scale=1.0)
+    assert same_weights(tmp_path / "student/unet", tmp_path / "half/unet")
+
+
+def test_a_student_in_half_precision_is_exported_as_one_in_float32(saved: Path, tmp_path: Path) -> None:
+    import_pipeline(saved, tmp_path / "half-student", [2], guidance_scale=1.0)
+    pipelines.stable_diffusion(pipelines.ddim()).to(torch.float16).to(torch.float32).save_pretrained(tmp_path / "full")
+    import_pipeline(tmp_path / "full", tmp_path / "full-student", [2], guidance_scale=1.0)
+    graphs = []
+    for name in ("half-student", "full-student"):
+        export(tmp_path / name)
+        graphs.append({path.name: path.read_bytes() for path in (tmp_path / name / "onnx").iterdir()})
+    assert graphs[0] == graphs[1]
+    teachers = [
+        json.loads((tmp_path / f"{name}-student/redif.json").read_text())["teacher"] for name in ("half", "full")
+    ]
+    loaded = Teacher.load(tmp_path / "full", prompts=EXAMPLES)
+    assert teachers[0]["hash"] == teachers[1]["hash"] == loaded.fingerprint  # one teacher, whatever its files are in
+
+
+# ---------------------------------------------------------------------- LoRA
+
+
+def with_lora(pipeline: Any, folder: Path, *, conv: bool = False) -> Path:
+    """A LoRA of rank 2 with random weights, as diffusers saves one; its alpha is not its rank."""
+    from peft import LoraConfig
+
+    targets = ["to_q", "to_k", "to_out.0", *(["conv1"] if conv else [])]
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    # without the configuration, as most published files are: then alpha is the rank, as diffusers has it
+    (path,) = folder.glob("*.safetensors")
+    save_file(load_file(path), folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def fused(loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
+    """The UNet's weights as diffusers fuses LoRAs into them."""
+    pipeline = pipelines.stable_diffusion(pipelines.ddim())
+    for path, scale in loras:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        pipeline.fuse_lora(lora_scale=scale)
+        pipeline.unload_lora_weights()
+    return dict(pipeline.unet.state_dict())
+
+
+def close(ours: Path, theirs: dict[str, torch.Tensor]) -> bool:
+    found = load_file(ours)
+    return found.keys() == theirs.keys() and all(
+        torch.allclose(found[name], theirs[name], rtol=1e-5, atol=1e-6) for name in found
+    )
+
+
+def kohya(path: Path) -> Path:
+    """The same LoRA under kohya's names, with an alpha of its own for each layer."""
+    renamed = {}
+    for name, value in load_file(path).items():
+        layer, _, part = name.removeprefix("unet.").partition(".lora_")
+        stem = f"lora_unet_{layer.replace('.', '_')}"
+        renamed[f"{stem}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = value
+        renamed[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(renamed, path.with_name("kohya.safetensors"))
+    return path.with_name("kohya.safetensors")
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    pipelines.stable_diffusion(pipelines.ddim()).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
+def test_a_lora_is_merged_as_diffusers_merges_it(plain: Path, tmp_path: Path, names: str) -> None:
+    path = with_lora(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "lora", conv=names == "diffusers")
+    path = kohya(path) if names == "kohya" else path
+    before = tensors(plain / "unet")
+    import_pipeline(plain, tmp_path / "student", [2], guidance_scale=1.0, loras=[f"{path}:0.5"])
+    assert close(tmp_path / "student" / UNET, fused([(path, 0.5)]))
+    assert not close(tmp_path / "student" / UNET, before)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(plain / "unet").items())
+
+
+def test_two_loras_of_the_command_line_are_added(plain: Path, tmp_path: Path) -> None:
+    first = with_lora(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "a")
+    second = with_lora(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "b", conv=True)
+    options = ["-o", str(tmp_path / "student"), "--steps", "2", "--lora", str(first), "--lora", f"{second}:-2"]
+    ran = CliRunner().invoke(app, ["import", str(plain), *options])
+    assert ran.exit_code == 0, ran.output
+    assert close(tmp_path / "student" / UNET, fused([(first, 1.0), (second, -2.0)]))
+
+
+def test_a_lora_that_would_be_used_in_part_or_not_at_all_is_refused(plain: Path, tmp_path: Path) -> None:
+    path = with_lora(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "lora")
+    held = load_file(path)
+    name = next(name for name in held if "lora_A" in name)
+    layer = name.partition(".lora_A")[0]
+    stray = {
+        f"unet.no_such_block.to_q{key.removeprefix(layer)}": held[key].clone() for key in held if key.startswith(layer)
+    }
+    save_file(held | stray, tmp_path / "stray.safetensors")
+    save_file({"x.weight": torch.zeros(2)}, tmp_path / "none.safetensors")
+    (tmp_path / "lora.bin").write_bytes(b"\x80\x04.")
+    for given, said in (
+        ("stray.safetensors", "stray"),
+        ("none.safetensors", "holds no LoRA"),
+        ("lora.bin", "no safetensors file"),
+        ("absent.safetensors", "there is no LoRA"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            import_pipeline(plain, tmp_path / "student", [2], guidance_scale=1.0, loras=[str(tmp_path / given)])
+        assert not (tmp_path / "student").exists()
+
+
+def test_a_pipeline_that_takes_no_lora_says_so(teacher_folder: Path, tmp_path: Path) -> None:
+    path = with_lora(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "lora")
+    with pytest.raises(UnsupportedModel, match="takes no LoRA"):
+        import_pipeline(teacher_folder, tmp_path / "student", [2], loras=[str(path)])
+
+
+# ---------------------------------------------------------------------- memory
+
+#: Imports and exports a folder, and prints by how many MiB its own memory grew at most, without that of the engines.
+WATCH = """
+import sys, threading, pathlib
+import torch, diffusers, transformers, onnx, onnxscript, onnxslim
+from diffusers import DDIMPipeline, UNet2DModel
+import redif_sdk.export.build as build, redif_sdk.export.networks as networks, redif_sdk.export.store as store
+from redif_sdk.distill import Teacher, import_pipeline
+networks.LARGE, store.LARGEST_FILE = 1_000_000, 1 << 20
+source, student = sys.argv[1:]
+
+def anonymous():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+peak, done = [0], threading.Event()
+def watch():
+    while not done.wait(0.02):
+        peak[0] = max(peak[0], anonymous())
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+import_pipeline(source, student, [1])
+print("import", (peak[0] - before) >> 10)
+passed, build._pass_gate = build._pass_gate, lambda *given: print("export", (peak[0] - before) >> 10) or passed(*given)
+build.build_graphs(student, ["fp32"], runtimes=["onnxruntime"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's account of memory")
+def test_weights_are_streamed_through_import_and_export(tmp_path: Path) -> None:
+    """136 MB of weights in half precision, 272 in float32: they are in no memory of ours before an engine has them."""
+    from diffusers import DDIMPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(512, 512),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+    ).half()
+    size = 4 * sum(value.numel() for value in unet.parameters()) >> 20  # MiB in float32
+    assert size > 250, size
+    DDIMPipeline(unet, pipelines.ddim()).save_pretrained(tmp_path / "wide")
+    del unet
+    command = [sys.executable, "-c", WATCH, str(tmp_path / "wide"), str(tmp_path / "student")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    growth = {line.split()[0]: int(line.split()[1]) for line in ran.stdout.splitlines()}
+    assert growth["import"] < size / 3, growth
+    assert growth["export"] < 0.75 * size, growth
+    assert (tmp_path / "student/onnx/denoiser.fp32.onnx.data").stat().st_size > 0.9 * (size << 20)
+    with safe_open(tmp_path / "student" / UNET, framework="pt") as file:
+        assert file.get_tensor("conv_in.weight").dtype == torch.float16

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 __all__ = ["as_stored", "computing", "hollow", "is_streamed", "keep_mapped", "original", "stored", "streamed"]
 
-
 _ORIGINAL, _MAPPED = "_redif_original", "_redif_mapped"
 
 
@@ -35,13 +34,11 @@ def hollow(module: nn.Module, dtype: torch.dtype | None = None, *, in_float32: C
             memo[id(parameter)] = _stand_in(nn.Parameter(_empty(parameter, chosen), requires_grad=False), parameter)
     for buffer in module.buffers():
         memo[id(buffer)] = _stand_in(_empty(buffer, dtype), buffer) if buffer.is_floating_point() else buffer
-    given = vars(module).pop(_ORIGINAL, None)
-    try:
-        made = copy.deepcopy(module, memo)
-    finally:
-        if given is not None:
-            vars(module)[_ORIGINAL] = given
+    # what a streamed part was made of is not copied
+    memo |= {id(vars(part)[_ORIGINAL]): None for part in module.modules() if is_streamed(part)}
+    made = copy.deepcopy(module, memo)
     for part in made.modules():
+        vars(part).pop(_ORIGINAL, None)
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Read | _Forget)]:
                 del hooks[key]
@@ -84,7 +81,7 @@ def as_stored(kind: Any) -> Iterator[None]:
 
 def is_streamed(module: nn.Module) -> bool:
     """Whether a module was made by :func:`streamed`."""
-    return _ORIGINAL in vars(module)
+    return vars(module).get(_ORIGINAL) is not None
 
 
 def original(module: nn.Module) -> nn.Module:

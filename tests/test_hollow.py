@@ -61,6 +61,20 @@ def test_hollow_copies_have_no_values_and_know_where_these_are() -> None:
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in made.modules())
 
 
+def test_what_a_streamed_part_was_made_of_is_not_copied() -> None:
+    class Refusing(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, object]) -> nn.Linear:
+            raise AssertionError("its weights would be copied")
+
+    inner = nn.Linear(3, 3)
+    outer = nn.Sequential(streamed(inner))
+    vars(outer[0])["_redif_original"] = (Refusing(3, 3),)
+    made = hollow(outer)
+    assert not is_streamed(made[0])
+    assert is_streamed(outer[0])
+    assert stored(made[0].weight) is inner.weight
+
+
 def test_integer_buffers_keep_their_values() -> None:
     encoder = pipelines.clip(pipelines.clip_tokenizer())
     made = hollow(encoder)

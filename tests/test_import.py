@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pipelines
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from redif_sdk import FastPipeline
 from redif_sdk.cli.main import app
 from redif_sdk.distill import Teacher, import_pipeline
 from redif_sdk.distill.student.importing import EXAMPLES
@@ -181,6 +183,59 @@ def test_a_pipeline_that_takes_no_lora_says_so(teacher_folder: Path, tmp_path: P
     path = with_lora(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "lora")
     with pytest.raises(UnsupportedModel, match="takes no LoRA"):
         import_pipeline(teacher_folder, tmp_path / "student", [2], loras=[str(path)])
+
+
+# ---------------------------------------------------------------------- another decoder
+
+
+def tiny_decoder(channels: int = 4, blocks: int = 2) -> Any:
+    """TAESD's class, two pixels a latent for two blocks."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * blocks,
+        decoder_block_out_channels=(8,) * blocks,
+        num_encoder_blocks=(1,) * blocks,
+        num_decoder_blocks=(1,) * blocks,
+        latent_channels=channels,
+    )
+
+
+def test_a_tiny_decoder_takes_the_place_of_the_pipelines_own(plain: Path, tmp_path: Path) -> None:
+    tiny_decoder().half().save_pretrained(tmp_path / "taesd")
+    student = tmp_path / "student"
+    options = ["-o", str(student), "--steps", "2", "--guidance-scale", "1", "--decoder", str(tmp_path / "taesd")]
+    ran = CliRunner().invoke(app, ["import", str(plain), *options])
+    assert ran.exit_code == 0, ran.output
+    assert same_weights(student / "vae", tmp_path / "taesd")
+    pipe = pipelines.stable_diffusion(pipelines.ddim())
+    pipe.vae = tiny_decoder().half().float()
+    manifest = export(student, runtimes=["onnxruntime"])
+    assert manifest.postprocess.decoder is not None
+    assert manifest.postprocess.decoder.class_path == "diffusers.AutoencoderTiny"
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = FastPipeline.from_pretrained(student, runtime="onnxruntime")("a", latents=latents.numpy(), output_type="np")
+    theirs = pipe(
+        "a", latents=latents, num_inference_steps=2, guidance_scale=1.0, output_type="np", height=16, width=16
+    )
+    assert np.abs(ours.images - theirs.images).max() < 2 / 255
+
+
+def test_a_decoder_that_does_not_fit_is_refused(plain: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    tiny_decoder(blocks=3).save_pretrained(tmp_path / "larger")  # four pixels a latent
+    tiny_decoder(channels=8).save_pretrained(tmp_path / "deeper")
+    for given, kind, said in (
+        (tmp_path / "larger", UnsupportedModel, "makes images of"),
+        (tmp_path / "deeper", UnsupportedModel, "channels"),
+        (plain / "unet", UnsupportedModel, "is a UNet2DConditionModel; use"),
+        (tmp_path / "absent", InvalidRequest, "config.json is missing"),
+    ):
+        with pytest.raises(kind, match=said):
+            import_pipeline(plain, tmp_path / "student", [2], guidance_scale=1.0, decoder=given)
+        assert not (tmp_path / "student").exists()
+    with pytest.raises(UnsupportedModel, match="has no autoencoder"):
+        import_pipeline(teacher_folder, tmp_path / "student", [2], decoder=tmp_path / "larger")
 
 
 # ---------------------------------------------------------------------- memory

@@ -16,8 +16,8 @@ from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.pool import compute
 from redif_sdk.distill.student.base import Student
 from redif_sdk.distill.student.decision import check_teacher
-from redif_sdk.distill.teachers.adding_lora import Lora
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.changes import Lora
 from redif_sdk.distill.teachers.own_scheduler import own_table, run_table
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.denoiser import Denoiser
@@ -52,6 +52,7 @@ def import_pipeline(
     variant: str | None = None,
     scheduler: str | None = None,
     loras: Sequence[str] = (),
+    decoder: str | Path | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Any existing pipeline as a student, as it is: its weights, its guidance, and a table for each of ``steps``.
@@ -69,6 +70,8 @@ def import_pipeline(
         scheduler: the class of a scheduler to use in place of the pipeline's own, with its settings: for pipelines
             whose own is not a step table (PNDM, DPM-Solver++(2M), UniPC).
         loras: safetensors files of LoRAs to merge into the weights, as ``FILE`` or ``FILE:SCALE``.
+        decoder: the folder or Hub id of an autoencoder to decode with in place of the pipeline's own: an
+            ``AutoencoderTiny`` (TAESD) costs a tenth, and somewhat of the detail.
 
     Raises:
         InvalidRequest: no steps, a number of them that the scheduler does not have, a LoRA that does not fit, or a
@@ -90,7 +93,7 @@ def import_pipeline(
         "value_range": value_range,
     }
     options |= {"variant": variant, "scheduler": scheduler, "mapped": isinstance(source, str | Path) or None}
-    options |= {"loras": [Lora.parsed(text) for text in loras] or None}
+    options |= {"loras": [Lora.parsed(text) for text in loras] or None, "decoder": decoder}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)

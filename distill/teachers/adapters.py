@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from redif_sdk.artifact.records import Condition, Decoder, Latents, Postprocess
 from redif_sdk.distill.teachers.base import AtGuidance, Teacher, fingerprint, register, supported
+from redif_sdk.distill.teachers.changes import AUTOENCODERS
 from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.known_schedulers import full_config, noise_process, usual_steps
@@ -344,7 +345,6 @@ def _check_channels(network: Any, vae: Any, channels: int, *, variance: bool) ->
 
 
 _FREE_U = ("s1", "s2", "b1", "b2")  # attributes that enable_freeu sets, and no file holds
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
 def _decoder(vae: Any, scale: int, *, shifted: bool) -> Decoder:

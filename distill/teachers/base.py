@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
 from redif_sdk.distill.teachers import folders
-from redif_sdk.distill.teachers.adding_lora import Lora, merge_loras
+from redif_sdk.distill.teachers.changes import Lora, merge_loras, with_decoder
 from redif_sdk.distill.teachers.known_schedulers import with_scheduler
 from redif_sdk.distill.teachers.own_scheduler import OwnScheduler, Sampler
 from redif_sdk.distill.teachers.registry import (
@@ -274,6 +274,7 @@ class Teacher(InRange):
         variant: str | None = None,
         scheduler: str | None = None,
         loras: Sequence[Lora] = (),
+        decoder: str | Path | None = None,
         mapped: bool = False,
         checked: bool = True,
     ) -> Teacher:
@@ -292,6 +293,7 @@ class Teacher(InRange):
             variant: of the weights in a folder, such as fp16; None: the plain files, or the only variant.
             scheduler: the class of a scheduler to use in place of the pipeline's own, with its settings.
             loras: LoRAs to merge into the pipeline's weights.
+            decoder: the folder or Hub id of an autoencoder to use in place of the pipeline's own, such as TAESD.
             mapped: leave the weights of a folder in its files, in the dtype that they have there. Each layer's are
                 read and cast when it is called: for a teacher that is not trained from, of any size.
             checked: try the scheduler; off for one that will not be run.
@@ -315,6 +317,8 @@ class Teacher(InRange):
             about = {"prompts": list(examples), **about}
         options["about"] = about
         merge_loras(pipeline, loras)
+        if decoder is not None:
+            with_decoder(pipeline, decoder, mapped=mapped and folder is not None)
         if scheduler is not None:
             pipeline = with_scheduler(pipeline, scheduler)
         teacher: Teacher = replace(adapted(pipeline, **options), folder=folder)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "SHIPPED",
     "TEACHER_FILE",
     "UNetFolder",
+    "load_autoencoder",
     "load_pipeline",
     "load_unet",
     "locate",
@@ -171,6 +172,30 @@ def load_pipeline(
             ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, about
+
+
+def load_autoencoder(source: str | Path, kinds: Sequence[str], *, mapped: bool = False) -> Any:
+    """The autoencoder in a folder, or of a Hub id, that saved it alone; TAESD is one.
+
+    Args:
+        source: the folder or the id.
+        kinds: the classes that are taken.
+        mapped: as for `weights.load_network`.
+
+    Raises:
+        InvalidRequest: it is not there, or its weights are not whole.
+        UnsupportedModel: it is of another class.
+    """
+    folder = Path(source)
+    if not folder.exists() and is_hub_id(str(source)):
+        folder = fetch(str(source), HUB_FILES)
+    if not (folder / "config.json").is_file():
+        raise InvalidRequest(f"{source} is no decoder: config.json is missing; give the folder of an autoencoder")
+    name = _json(folder / "config.json", folder).get("_class_name")
+    if name not in kinds:
+        raise UnsupportedModel(f"the decoder in {source} is a {name}; use {' or '.join(kinds)}")
+    with without_bars():
+        return _network(components.network_class("diffusers", str(name)), folder, None, folder, mapped)
 
 
 def part_folder(folder: Path, name: str) -> Path:

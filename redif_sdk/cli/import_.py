@@ -54,6 +54,10 @@ def import_command(
         list[str] | None,
         typer.Option(metavar="FILE[:SCALE]", help="LoRA (safetensors) to merge into the weights; may be repeated."),
     ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Autoencoder to decode with in place of the pipeline's own, e.g. TAESD."),
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -69,7 +73,15 @@ def import_command(
     if scheduler is not None:
         options["scheduler"] = scheduler
     with Progress(quiet).stage(f"importing {pipeline}"):
-        manifest = import_pipeline(pipeline, output, counts, guidance_scale=guidance_scale, loras=lora or (), **options)
+        manifest = import_pipeline(
+            pipeline,
+            output,
+            counts,
+            guidance_scale=guidance_scale,
+            loras=lora or (),
+            decoder=decoder,
+            **options,
+        )
     write_rows(
         json, "import", [{"output": str(output), "num_inference_steps": count} for count in manifest.supported_steps]
     )

@@ -1,6 +1,6 @@
-"""LoRA files merged into a pipeline's weights, as `fuse_lora` of diffusers merges them.
+"""What is changed in a pipeline on the way in: LoRA files merged into its weights, another decoder.
 
-diffusers reads the file, with all the key names that it knows: its own and peft's, kohya's, those of LCM-LoRA,
+diffusers reads LoRA files, with all the key names that it knows: its own and peft's, kohya's, those of LCM-LoRA,
 Hyper-SD, Lightning and DMD2. A file that it would use in part is refused.
 """
 
@@ -15,11 +15,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from redif_sdk.distill.teachers.folders import without_bars
+from redif_sdk.distill.teachers.folders import load_autoencoder, without_bars
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line
 from redif_sdk.models.copies import adapted_layers, merged, named_parts
 
-__all__ = ["Lora", "merge_loras"]
+__all__ = ["Lora", "merge_loras", "with_decoder"]
+
+#: Autoencoders whose decoder a student may have.
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 _NAME = "redif"  # of the adapter, until it is merged
 
@@ -82,6 +85,18 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
         pipeline.set_adapters([_NAME], [lora.scale])
         for name, part in named_parts(pipeline):
             merged(part, name)
+
+
+def with_decoder(pipeline: Any, source: str | Path, *, mapped: bool = False) -> None:
+    """Put the autoencoder of a folder in the place of a pipeline's own.
+
+    Raises:
+        InvalidRequest: it is not there, or its weights are not whole.
+        UnsupportedModel: the pipeline has none, or it is of another class than `AUTOENCODERS`.
+    """
+    if getattr(pipeline, "vae", None) is None:
+        raise UnsupportedModel(f"a {type(pipeline).__name__} has no autoencoder that another could replace")
+    pipeline.register_modules(vae=load_autoencoder(source, AUTOENCODERS, mapped=mapped))
 
 
 def _layers(lora: Lora) -> int:

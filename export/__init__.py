@@ -37,6 +37,7 @@ def export(
     engine_dir: str | Path | None = None,
     web_dir: str | Path | None = None,
     network: torch.nn.Module | None = None,
+    max_memory: int | None = None,
     on_progress: Callable[[float | None, str], object] = lambda done, note: None,
 ) -> Manifest:
     """Compile the student in `folder`.
@@ -61,6 +62,7 @@ def export(
         web_dir: The folder of the page; None: beside the student's folder.
         network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
             folder's weights; where the folder has none, its own are exported.
+        max_memory: Bytes of memory that may be used; what would take more is refused. None: what is free.
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
@@ -69,7 +71,7 @@ def export(
     Raises:
         IntegrityError: The folder was altered, or holds files that its manifest does not list.
         UnsupportedModel: A network is not supported.
-        ExportError: A network cannot be compiled.
+        ExportError: A network cannot be compiled, or takes more memory or disk than there is.
         ParityError: A graph does not compute what torch computes.
         RuntimeUnavailable: A package or an engine is missing.
         OSError: The disk is full.
@@ -95,6 +97,7 @@ def export(
             sizes=sizes,
             runtimes=runtimes,
             network=network,
+            max_memory=max_memory,
             on_progress=on_progress,
         )
     for flavour in targets:

@@ -23,6 +23,7 @@ from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUn
 from redif_sdk.export import golden, samples, store
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.fuse import generator_model
+from redif_sdk.export.needs import check_fits
 from redif_sdk.export.networks import given_network, is_large, load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import (
     GraphDenoiser,
@@ -65,6 +66,7 @@ def build_graphs(
     sizes: Sequence[tuple[int, int]] = (),
     runtimes: Sequence[str] | None = None,
     network: torch.nn.Module | None = None,
+    max_memory: int | None = None,
     on_progress: OnProgress = lambda done, note: None,
 ) -> Manifest:
     """The ONNX part of `redif_sdk.export.export`, where the arguments are described. Returns the new manifest."""
@@ -72,6 +74,8 @@ def build_graphs(
     if batches is not None and (not batches or min(batches) < 1):
         raise InvalidRequest(f"batches are {list(batches)}; give at least one, of at least 1")
     student = StudentFolder(folder)
+    needs = check_fits(student, precisions, max_memory)
+    on_progress(None, f"about {needs.memory / 2**30:.1f} GiB of memory, {needs.disk / 1e9:.1f} GB of disk")
     on_progress(None, "checking hashes")
     student.check_all()
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work

@@ -214,13 +214,22 @@ class StudentFolder:
             else:
                 self._check_large(entry)
 
+    def tensors(self, relative: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """(dtype, shape) of every tensor of a listed safetensors file by name, from its header, which is checked.
+
+        Raises:
+            IntegrityError: The file is missing, or its header is not valid.
+        """
+        entry = self._entry(relative)
+        where = f"{entry.path} in {self.path}"
+        size = safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
+        header = read_start(self.path, entry.path, 8 + size)[8:]
+        return safetensors_header(header, entry.bytes - 8 - size, where)
+
     def _check_header(self, entry: FileEntry) -> None:
         """Check the header of a safetensors file before all of it is read."""
         if entry.path.endswith(".safetensors"):
-            where = f"{entry.path} in {self.path}"
-            size = safetensors_header_size(read_start(self.path, entry.path, 8), entry.bytes, where)
-            header = read_start(self.path, entry.path, 8 + size)[8:]
-            safetensors_header(header, entry.bytes - 8 - size, where)
+            self.tensors(entry.path)
 
     def _check_large(self, entry: FileEntry) -> None:
         """Check the hash of a large file piece by piece."""

@@ -12,6 +12,7 @@ from redif_sdk.cli.terminal import (
     Json,
     Quiet,
     StudentFolderArgument,
+    bytes_of,
     console_for,
     listed,
     numbers,
@@ -89,6 +90,10 @@ Strip = Annotated[
 ]
 WebDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Web: output folder; default: the student's, + -web.")]
 WebEngine = Annotated[Strings, typer.Option(metavar="NAME,...", help="Web: wasm, webgpu; default: both.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="ONNX: memory that may be used, as in 8GiB; default: what is free."),
+]
 TimingCache = Annotated[bool, typer.Option(help="TensorRT engines: keep the measured timings for later builds.")]
 
 
@@ -103,6 +108,7 @@ class _Export:
     precisions: list[str]
     batches: list[int]
     sizes: list[tuple[int, int]]
+    max_memory: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def graphs(self, names: list[str]) -> None:
@@ -114,7 +120,13 @@ class _Export:
         precisions = self.precisions or ["fp32"]
         with self.progress.stage(f"export to ONNX in {', '.join(precisions)}, and check against torch") as show:
             manifest = export(
-                self.folder, names, precisions, batches=self.batches or None, sizes=self.sizes, on_progress=show
+                self.folder,
+                names,
+                precisions,
+                batches=self.batches or None,
+                sizes=self.sizes,
+                max_memory=self.max_memory,
+                on_progress=show,
             )
         self.rows += manifest.verification
         print_rows(self.console, PARITY, manifest.verification)
@@ -176,6 +188,7 @@ def export_command(
     web_dir: WebDir = None,
     web_engine: WebEngine = None,
     timing_cache: TimingCache = True,
+    max_memory: MaxMemory = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -195,6 +208,7 @@ def export_command(
             raise InvalidRequest(f"{option} needs --target web")
     console, sides = console_for(json, quiet), sizes_of(sizes)
     run = _Export(folder, console, Progress(quiet), targets, precisions, numbers("--batches", batches), sides)
+    run.max_memory = bytes_of("--max-memory", max_memory)
     if graphs := [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]:
         run.graphs(graphs)
     options = {

@@ -36,6 +36,7 @@ __all__ = [
     "ValueRange",
     "Variant",
     "Width",
+    "bytes_of",
     "console_for",
     "fail",
     "listed",
@@ -105,6 +106,16 @@ def numbers(option: str, values: Sequence[str] | None) -> list[int]:
         if not re.fullmatch(r"[+-]?\d+", part):
             raise InvalidRequest(f"{option} is {part!r}; give whole numbers with commas between, as in 1,8")
     return [int(part) for part in parts]
+
+
+def bytes_of(option: str, value: str | None) -> int | None:
+    """The bytes of a size such as ``8GiB`` or ``500 MB``; None for None."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise InvalidRequest(f"{option} is {value!r}; give a size, as in 8GiB or 500MB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 
 def sizes_of(values: Sequence[str] | None) -> list[tuple[int, int]]:

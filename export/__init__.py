@@ -62,7 +62,7 @@ def export(
         web_dir: The folder of the page; None: beside the student's folder.
         network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
             folder's weights; where the folder has none, its own are exported.
-        max_memory: Bytes of memory that may be used; what would take more is refused. None: what is free.
+        max_memory: Bytes of memory that may be used, beyond which it is refused; None: what is free.
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
@@ -76,11 +76,7 @@ def export(
         RuntimeUnavailable: A package or an engine is missing.
         OSError: The disk is full.
     """
-    for target in targets:
-        if target not in TARGETS:
-            raise InvalidRequest(f"target {target!r} is unknown; use {', '.join(TARGETS)}")
-    if not targets:
-        raise InvalidRequest(f"no target was given; use {', '.join(TARGETS)}")
+    _check_targets(targets)
     if PAGE_TARGET in targets:
         from redif_sdk.export.web import check_supported
 
@@ -106,6 +102,14 @@ def export(
     if PAGE_TARGET in targets:
         build_page(folder, web_dir, precision=precisions[0] if precisions else "fp32")
     return StudentFolder(folder).manifest
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    for target in targets:
+        if target not in TARGETS:
+            raise InvalidRequest(f"target {target!r} is unknown; use {', '.join(TARGETS)}")
+    if not targets:
+        raise InvalidRequest(f"no target was given; use {', '.join(TARGETS)}")
 
 
 def build_engines(folder: str | Path, **settings: Any) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def record_golden(
             indices = range(first, first + batch)
             arrays = _asked(conditions, manifest, indices)
             arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
-            np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type] # numpy: one of these may be allow_pickle
             other = {} if size == own else {"height": size[0], "width": size[1]}
             entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
             first += batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,11 @@ _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8 is made of the fp
 
 
 class Needs(NamedTuple):
-    """Bytes of memory at the peak, and of disk beside the student that is there."""
+    """Bytes of memory at the peak, of disk beside the student that is there, and of the weights in float32."""
 
     memory: int
     disk: int
+    weights: int
 
 
 def needs_of(student: StudentFolder, precisions: Sequence[str]) -> Needs:
@@ -48,7 +49,8 @@ def needs_of(student: StudentFolder, precisions: Sequence[str]) -> Needs:
     counts = [sum(_elements(student, folder) for folder in folders) for folders in together]
     widest = max(_WIDTHS[precision] for precision in precisions)
     graphs = sum(counts) * sum(_WIDTHS[precision] for precision in precisions)
-    return Needs(int(LIBRARIES + ENGINE * widest * max(counts)), graphs + sum(entry.bytes for entry in manifest.files))
+    disk = graphs + sum(entry.bytes for entry in manifest.files)
+    return Needs(int(LIBRARIES + ENGINE * widest * max(counts)), disk, 4 * sum(counts))
 
 
 def check_fits(student: StudentFolder, precisions: Sequence[str], max_memory: int | None = None) -> Needs:
@@ -63,8 +65,7 @@ def check_fits(student: StudentFolder, precisions: Sequence[str], max_memory: in
         ExportError: It does not fit; the message has the numbers.
     """
     found = needs_of(student, precisions)
-    weights = sum(_elements(student, folder) for folder in {Path(file).parent.as_posix() for file in _files(student)})
-    if weights * 4 < SMALL:
+    if found.weights < SMALL:
         return found
     limit = free_memory() if max_memory is None else max_memory
     if limit is not None and found.memory > limit:
@@ -94,10 +95,6 @@ def free_memory() -> int | None:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         found.append(max(0, limit - used))
     return min(found, default=None)
-
-
-def _files(student: StudentFolder) -> Iterable[str]:
-    return (entry.path for entry in student.manifest.files if entry.path.endswith(".safetensors"))
 
 
 def _elements(student: StudentFolder, folder: str) -> int:

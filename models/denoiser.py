@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from redif_sdk.artifact.records import Guidance
 from redif_sdk.models.families import call_network
+from redif_sdk.models.hollow import original
 from redif_sdk.models.prompts import Prompts
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -85,3 +86,8 @@ class Denoiser(nn.Module):
         else:
             conditions = {"class_labels": condition} if self.prompts is None else self.prompts(condition)
         return call_network(self.network, x, t, conditions, self.embedded_guidance, self.scale)
+
+
+def inner_of(network: nn.Module) -> nn.Module:
+    """The network itself, without the signature that is wrapped around it, and as it was before it was streamed."""
+    return original(network.network if isinstance(network, Denoiser) else network)

@@ -7,14 +7,25 @@ megabytes, and whatever computes with a weight that was not read gives NaN, not 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_stored", "computing", "hollow", "is_streamed", "keep_mapped", "original", "stored", "streamed"]
+__all__ = [
+    "as_stored",
+    "computing",
+    "hollow",
+    "is_streamed",
+    "keep_mapped",
+    "original",
+    "stored",
+    "streamed",
+    "to_train",
+]
 
 _ORIGINAL, _MAPPED = "_redif_original", "_redif_mapped"
 
@@ -40,7 +51,7 @@ def hollow(module: nn.Module, dtype: torch.dtype | None = None, *, in_float32: C
     for part in made.modules():
         vars(part).pop(_ORIGINAL, None)
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Read | _Forget)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Fill)]:
                 del hooks[key]
     return made
 
@@ -62,8 +73,8 @@ def streamed(module: nn.Module) -> nn.Module:
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         kept = {name: tensor for name, tensor in own if hasattr(tensor, "stored")}
         if kept:
-            part.register_forward_pre_hook(_Read(kept), prepend=True)
-            part.register_forward_hook(_Forget(kept), always_call=True)
+            part.register_forward_pre_hook(_Fill(kept, read=True), prepend=True)
+            part.register_forward_hook(_Fill(kept, read=False), always_call=True)
     vars(made)[_ORIGINAL] = (module,)  # in a tuple, so that it is no part of the module
     return made
 
@@ -101,6 +112,11 @@ def computing(module: nn.Module) -> nn.Module:
     return streamed(module) if vars(module).get(_MAPPED) else module
 
 
+def to_train(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` in float32 that can be trained; a streamed one is itself, and is not trained."""
+    return module if is_streamed(module) else copy.deepcopy(module).float().requires_grad_(True)
+
+
 def _empty(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.full((), torch.nan, dtype=dtype or tensor.dtype, device=tensor.device).expand(tensor.shape)
 
@@ -110,29 +126,16 @@ def _stand_in(made: Any, tensor: Tensor) -> Any:
     return made
 
 
-class _Read:
-    """A hook that puts the weights into a layer."""
+@dataclass(frozen=True, eq=False)
+class _Fill:
+    """A hook that puts a layer's weights into it, or their hollow stand-ins."""
 
-    def __init__(self, kept: dict[str, Tensor]) -> None:
-        self._kept = kept
+    kept: dict[str, Tensor]  # the stand-ins by name
+    read: bool
 
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
-        _set(module, self._kept, lambda tensor: stored(tensor).to(torch.float32))
-
-
-class _Forget:
-    """A hook that takes them out again."""
-
-    def __init__(self, kept: dict[str, Tensor]) -> None:
-        self._kept = kept
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        _set(module, self._kept, lambda tensor: tensor)
-
-
-def _set(module: nn.Module, kept: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> None:
-    for name, tensor in kept.items():
-        holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-        made = value(tensor)
-        is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter)
-        holder[name] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+    def __call__(self, module: nn.Module, *given: Any) -> None:
+        for name, tensor in self.kept.items():
+            holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            value = stored(tensor).to(torch.float32) if self.read else tensor
+            is_parameter = holder is module._parameters and not isinstance(value, nn.Parameter)
+            holder[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value

@@ -84,7 +84,7 @@ def test_an_image_in_tiles_is_close_to_the_whole_one(student: FastPipeline) -> N
 def test_wrong_tiles_are_refused(student: FastPipeline, tiny_student: Path) -> None:
     for tile in (0, 3, -8, True, 2.5):
         with pytest.raises(InvalidRequest, match="decode_tile"):
-            student("red heart", decode_tile=tile)  # type: ignore[arg-type]
+            student("red heart", decode_tile=tile)  # type: ignore[arg-type] # wrong on purpose
     with pytest.raises(InvalidRequest, match="no decoder"):
         FastPipeline.from_pretrained(tiny_student)(class_labels=1, decode_tile=16)
 

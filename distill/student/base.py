@@ -22,8 +22,7 @@ from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import RedifError, UnsupportedModel
-from redif_sdk.models.denoiser import Denoiser
-from redif_sdk.models.hollow import original
+from redif_sdk.models.denoiser import Denoiser, inner_of
 from redif_sdk.models.portable import is_library_network
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.noise import noise
@@ -70,7 +69,7 @@ class Student:
     @property
     def inner(self) -> Any:
         """The network itself, without the signature that the distiller wraps around it."""
-        return original(self.network.network if isinstance(self.network, Denoiser) else self.network)
+        return inner_of(self.network)
 
     @property
     def folder(self) -> str:

@@ -21,21 +21,15 @@ from redif_sdk.distill.teachers.calling import check_deterministic
 from redif_sdk.distill.training.check import check_call, check_student
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.models.denoiser import Denoiser
-from redif_sdk.models.hollow import original
+from redif_sdk.models.denoiser import inner_of
 from redif_sdk.models.portable import check_library_network, check_own_network, is_library_network
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["check_run", "check_teacher", "inner_of", "pool_size"]
+__all__ = ["check_run", "check_teacher", "pool_size"]
 
 #: Methods that compare outputs at times of a noise schedule, which EDM's networks are not fed.
 _BY_TIMES = ("consistency", "progressive", "dmd2")
-
-
-def inner_of(network: nn.Module) -> nn.Module:
-    """The network itself, without the signature that is wrapped around it."""
-    return original(network.network if isinstance(network, Denoiser) else network)
 
 
 def check_teacher(teacher: Teacher, device: torch.device | str = "cpu") -> nn.Module:

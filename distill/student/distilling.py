@@ -24,14 +24,14 @@ from redif_sdk.distill.methods import make_method
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.rewards import name_of, reward_names
 from redif_sdk.distill.student.base import Student
-from redif_sdk.distill.student.decision import check_run, inner_of, pool_size
+from redif_sdk.distill.student.decision import check_run, pool_size
 from redif_sdk.distill.student.loading import load_student
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.loop import OnProgress, Trainer
 from redif_sdk.errors import WorseThanStart
 from redif_sdk.models.copies import private_copy
-from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.denoiser import Denoiser, inner_of
 from redif_sdk.models.portable import is_library_network
 from redif_sdk.progress import Progress
 

@@ -91,9 +91,12 @@ def import_pipeline(
         "height": height,
         "width": width,
         "value_range": value_range,
+        "variant": variant,
+        "scheduler": scheduler,
+        "loras": [Lora.parsed(text) for text in loras],
+        "decoder": decoder,
+        "mapped": isinstance(source, str | Path),
     }
-    options |= {"variant": variant, "scheduler": scheduler, "mapped": isinstance(source, str | Path) or None}
-    options |= {"loras": [Lora.parsed(text) for text in loras] or None, "decoder": decoder}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)

@@ -11,7 +11,6 @@ no method knows of any pipeline.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.models.families import LatentDecoder
-from redif_sdk.models.hollow import computing, is_streamed
+from redif_sdk.models.hollow import computing, to_train
 from redif_sdk.models.prompts import Prompts
 
 __all__ = ["register", "supported"]
@@ -264,8 +263,9 @@ def _predict(
 
 def _student(network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int) -> Callable[[], Denoiser]:
     def make() -> Denoiser:
-        own = network if is_streamed(network) else copy.deepcopy(network).float().requires_grad_(True)
-        return Denoiser(own, diffusers_call=True, prompts=prompts, embedded_guidance=embedded, scale=scale)
+        return Denoiser(
+            to_train(network), diffusers_call=True, prompts=prompts, embedded_guidance=embedded, scale=scale
+        )
 
     return make
 

@@ -313,9 +313,10 @@ class Teacher(InRange):
         else:
             pipeline, about = cls._read(folder, variant, mapped)
             check_pipeline(pipeline, loaded=True, library=is_ours(adapter_of(pipeline)))
-        if examples is not None:
+        if examples is not None and is_ours(adapter_of(pipeline)):
             about = {"prompts": list(examples), **about}
-        options["about"] = about
+        if folder is not None or about:
+            options["about"] = about
         merge_loras(pipeline, loras)
         if decoder is not None:
             with_decoder(pipeline, decoder, mapped=mapped and folder is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from redif_sdk.distill.teachers.sizes import check_channels, check_sizes
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
-from redif_sdk.models.hollow import computing, is_streamed
+from redif_sdk.models.hollow import computing, is_streamed, to_train
 
 __all__ = ["pixels"]
 
@@ -85,9 +84,7 @@ def pixels(
         else None,
         postprocess=Postprocess(pixel_shuffle=shuffle),
         num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
-        make_student=lambda: Denoiser(
-            network if is_streamed(network) else copy.deepcopy(network).requires_grad_(True), diffusers_call=True
-        ),
+        make_student=lambda: Denoiser(to_train(network), diffusers_call=True),
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
         own=own,

@@ -1,7 +1,7 @@
 """Paths and files that may not be trusted: safe names, and reads that are checked.
 
 A file's bytes are hashed and returned from one read, so that nothing can change between the check and the use. Weights
-of gigabytes are mapped instead (`map_checked`): whoever may write to the folder could change them after the check.
+of gigabytes are mapped instead (`map_checked`): a process that writes to the folder could change them after the check.
 """
 
 from __future__ import annotations
@@ -230,12 +230,14 @@ def read_checked(root: Path, relative: str, *, limit: int, size: int | None = No
             f"{relative} in {root} has more than {limit} bytes, the limit of such a file; do not use it"
         )
     if size is not None and len(data) != size:
-        raise IntegrityError(f"{relative} in {root} was altered: it should have {size} bytes; fetch or export it again")
+        raise _altered(root, relative, f"it should have {size} bytes")
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise IntegrityError(
-            f"{relative} in {root} was altered: its SHA-256 is not the manifest's; fetch or export it again"
-        )
+        raise _altered(root, relative, "its SHA-256 is not the manifest's")
     return data
+
+
+def _altered(root: Path, relative: str, why: str) -> IntegrityError:
+    return IntegrityError(f"{relative} in {root} was altered: {why}; fetch or export it again")
 
 
 def map_checked(root: Path, relative: str, *, size: int, sha256: str) -> memoryview:
@@ -255,14 +257,10 @@ def map_checked(root: Path, relative: str, *, size: int, sha256: str) -> memoryv
     """
     with os.fdopen(_open_regular(root, relative), "rb") as file:
         if os.fstat(file.fileno()).st_size != size:
-            raise IntegrityError(
-                f"{relative} in {root} was altered: it should have {size} bytes; fetch or export it again"
-            )
+            raise _altered(root, relative, f"it should have {size} bytes")
         view = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
     if hashlib.sha256(view).hexdigest() != sha256:
-        raise IntegrityError(
-            f"{relative} in {root} was altered: its SHA-256 is not the manifest's; fetch or export it again"
-        )
+        raise _altered(root, relative, "its SHA-256 is not the manifest's")
     return view
 
 

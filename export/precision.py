@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import ExportError
 from redif_sdk.export.conditions import ExampleConditions
-from redif_sdk.export.store import LARGEST_FILE
+from redif_sdk.export.store import LARGEST_PROTOBUF
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
@@ -98,7 +98,7 @@ def int8_model(fp32: onnx.ModelProto, manifest: Manifest, conditions: ExampleCon
             f"{manifest.name} has {len(convolutions)} convolutions, and int8 quantises all but the first and the last: "
             f"there is nothing to gain; leave int8 out"
         )
-    if LazyModel(fp32).size > LARGEST_FILE:
+    if LazyModel(fp32).size > LARGEST_PROTOBUF:
         raise ExportError(
             f"the network of {manifest.name} is above 2 GiB, for which int8 is not supported; leave int8 out"
         )

@@ -1,4 +1,4 @@
-"""Writes ONNX models to disk: one file, and one more for the weights where they exceed protobuf's 2 GiB."""
+"""Writes ONNX models to disk: one file, and one more for the weights where these are large."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from onnx import TensorProto
 from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.export.weights import LazyModel
 
-__all__ = ["FOLDER", "LARGEST_FILE", "spec_of", "write_graph"]
+__all__ = ["FOLDER", "LARGEST_FILE", "LARGEST_PROTOBUF", "spec_of", "write_graph"]
 
 FOLDER = "onnx"
 
-#: A protobuf is limited to 2 GiB; a larger graph has its weights in a file beside it. A larger generator is not made,
-#: since ONNX Runtime cannot read the weights of a loop's body from memory. Pipelines then step the denoiser.
-LARGEST_FILE = (1 << 31) - (1 << 24)
+#: A graph with more bytes of weights has them in a file beside it, which engines map, and which is written tensor by
+#: tensor. A larger generator is not made: it would hold the weights once more, and pipelines step the denoiser as fast.
+LARGEST_FILE = 1 << 28
+#: The limit of a protobuf, 2 GiB, with room for what is not weights.
+LARGEST_PROTOBUF = (1 << 31) - (1 << 24)
 
 #: Tensors of at least so many bytes go into the file beside the graph; smaller ones may be shapes, which readers need.
 LEAST_OUTSIDE = 1024

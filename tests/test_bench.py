@@ -380,6 +380,7 @@ def test_the_command(redif_bench: Callable[..., Any], tiny_student: Path, tmp_pa
     assert "over its engine" in result.output
 
 
+@pytest.mark.slow
 def test_torch_and_diffusers_compute_the_same_pictures(tiny_student: Path) -> None:
     names = ("fastpipeline", "torch-eager", "diffusers-eager")
     request = BenchSettings(

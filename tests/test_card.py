@@ -742,6 +742,7 @@ def test_the_command_writes_and_checks(
     assert redif("card", folder.parent, monkeypatch=monkeypatch) == 2
 
 
+@pytest.mark.slow
 def test_measuring_writes_only_when_asked(
     tiny_student: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_where_a_curve_reaches_a_level() -> None:
 
 
 @pytest.mark.skipif(not data_is_here(), reason="the data set fashion-mnist is not installed")
+@pytest.mark.slow
 def test_two_methods_at_a_toy_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `test_the_whole_benchmark_at_a_toy_budget` does for all methods, in the time of every change."""
     monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))

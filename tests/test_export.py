@@ -15,13 +15,22 @@ import onnx
 import pytest
 import torch
 from conftest import SMALL, build_student
+from test_pipeline import hub_cache
 
 from redif_sdk import FastPipeline, StepTable
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.paths import list_files
+from redif_sdk.artifact.paths import MappedFile, list_files
 from redif_sdk.artifact.records import Latents, Network, Postprocess
-from redif_sdk.errors import ExportError, IntegrityError, InvalidRequest, ManifestError, ParityError, UnsupportedModel
+from redif_sdk.errors import (
+    ExportError,
+    IntegrityError,
+    InvalidRequest,
+    ManifestError,
+    ParityError,
+    RuntimeUnavailable,
+    UnsupportedModel,
+)
 from redif_sdk.export import build, export, store, trace, verify
 from redif_sdk.export.onnx import GraphDenoiser
 from redif_sdk.export.verify import THRESHOLDS, Threshold, summary
@@ -190,11 +199,43 @@ def test_weights_that_fit_in_no_protobuf_lie_beside_the_graph(tmp_path: Path, mo
     assert (folder / "onnx/denoiser.fp32.onnx.data").stat().st_size >= 12 * 12 * 9 * 4
     images = FastPipeline.from_pretrained(folder, num_threads=1)(seed=0, output_type="uint8").images
     assert images.std() > 0
+    linked = hub_cache(folder, tmp_path / "hub")
+    for engine in ("onnxruntime", "openvino"):
+        again = FastPipeline.from_pretrained(linked, runtime=engine)(seed=0, output_type="uint8").images
+        assert np.abs(again.astype(int) - images).max() <= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "hardlink_to", lambda self, target: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only"))
+        )
+        with pytest.raises(RuntimeUnavailable, match=r'hard link .* Read-only; .* use runtime="onnxruntime"'):
+            FastPipeline.from_pretrained(linked, runtime="openvino")
     data = bytearray((folder / "onnx/denoiser.fp32.onnx.data").read_bytes())
     data[100] ^= 1
     (folder / "onnx/denoiser.fp32.onnx.data").write_bytes(data)
     with pytest.raises(IntegrityError, match=r"denoiser\.fp32\.onnx\.data"):
         FastPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_weights_that_change_while_an_engine_reads_them_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Engines open the file themselves, after it was hashed."""
+    monkeypatch.setattr(store, "LARGEST_FILE", 0)
+    folder = custom_student(tmp_path / "large")
+    export(folder, network=Convolution())
+    weights = folder / "onnx/denoiser.fp32.onnx.data"
+    hashed = MappedFile.__init__
+
+    def then_replaced(self: MappedFile, *given: Any, **more: Any) -> None:
+        hashed(self, *given, **more)
+        other = tmp_path / "other"
+        other.write_bytes(bytes(weights.stat().st_size))
+        other.replace(weights)
+
+    monkeypatch.setattr(MappedFile, "__init__", then_replaced)
+    with pytest.raises(IntegrityError, match=r"denoiser\.fp32\.onnx\.data .* was replaced or written to"):
+        FastPipeline.from_pretrained(folder, runtime=engine)
 
 
 # ---------------------------------------------------------------- refusals, each of which leaves the folder as it was
@@ -346,6 +387,7 @@ def test_golden_files_that_cannot_be_used(tiny_student: Path, copy_of: Copy) -> 
         verify(folder)
 
 
+@pytest.mark.slow
 def test_a_second_network_of_the_same_kind_is_traced_once_and_exported_alike(tmp_path: Path, monkeypatch: Any) -> None:
     """Tracing is reused with other weights in place; the graph is the one that a fresh trace would give."""
     folders = [build_student(tmp_path / f"seed-{seed}", seed=seed, **SMALL) for seed in (1, 2)]

@@ -126,6 +126,7 @@ def test_our_own_graphs_are_taken(student: str, request: pytest.FixtureRequest) 
         check_graph((folder.path / graph.file).read_bytes(), graph, {}, graph.file)
 
 
+@pytest.mark.slow
 def test_attention_is_taken(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     student = StudentFolder(build_student(tmp_path / "attention", **blocks))

@@ -25,7 +25,7 @@ def mini_sd() -> Teacher:
     return Teacher.load("mini-sd")
 
 
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_they_are_nearer_to_the_teacher_than_ddim_at_twice_the_steps(mini_sd: Teacher, steps: int) -> None:
     pairs, _ = pool.get(mini_sd, JUDGED, "held_out")
     student = shipped_student(mini_sd, steps)

@@ -217,7 +217,8 @@ def test_every_precision_builds(
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_part_of_a_text_to_image_student_builds(
     text_students: dict[str, Callable[[], Path]], engines: Path, precision: str
 ) -> None:

@@ -10,7 +10,9 @@ import pipelines
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_once import made
 from numpy.typing import NDArray
+from test_export_text import export_sd
 
 from redif_sdk import FastPipeline
 from redif_sdk.distill import import_pipeline
@@ -63,12 +65,9 @@ def test_where_tiles_differ_they_fade_into_each_other() -> None:
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> FastPipeline:
+def student() -> FastPipeline:
     """Stable Diffusion's parts, two pixels a latent, free sizes."""
-    folder = tmp_path_factory.mktemp("tiles") / "student"
-    import_pipeline(pipelines.stable_diffusion(pipelines.ddim()), folder, [2], guidance_scale=1.0)
-    export(folder, sizes=[(16, 16), (48, 40)], runtimes=["onnxruntime"])
-    return FastPipeline.from_pretrained(folder, runtime="onnxruntime")
+    return FastPipeline.from_pretrained(made("sd", export_sd), runtime="onnxruntime", precision="fp32")
 
 
 def test_an_image_in_tiles_is_close_to_the_whole_one(student: FastPipeline) -> None:

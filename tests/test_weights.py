@@ -74,7 +74,9 @@ def test_what_would_be_larger_than_its_weights_stays_in_the_graph() -> None:
     np.testing.assert_allclose(run(lazy.filled(), x=x), expected.numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(narrow, marks=pytest.mark.slow) for narrow in ("fp16", "bf16"))]
+)
 def test_a_denoiser_s_graph_holds_no_weights(tmp_path: Path, precision: str) -> None:
     student = StudentFolder(build_student(tmp_path / "tiny"))
     network = load_network(student)

@@ -17,12 +17,12 @@ from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.artifact.manifest import CARD_LIMIT, CARD_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
 from redif_sdk.artifact.paths import (
     FOREIGN_FOLDERS,
+    MappedFile,
     check_kind,
     check_pickle,
     hash_file,
     list_files,
     locate,
-    map_checked,
     read_checked,
     read_start,
     shown,
@@ -35,7 +35,7 @@ from redif_sdk.errors import IntegrityError, ManifestError
 
 __all__ = ["StudentFolder", "write_manifest"]
 
-_Content = TypeVar("_Content", bytes, memoryview)
+_Content = TypeVar("_Content", bytes, MappedFile)
 
 MANIFEST_LIMIT = 4 << 20  # bytes; ours have some ten thousand
 TOKENIZER = "tokenizer.json"  # by this name `contents.check` knows what to look for
@@ -140,13 +140,13 @@ class StudentFolder:
         data = [self._entry(path) for path in graph.data]
         return self._model(graph), {PurePosixPath(entry.path).name: self._bytes(entry) for entry in data}
 
-    def map_graph(self, graph: Graph) -> tuple[bytes, dict[str, memoryview]]:
-        """As `read_graph`, with the data files mapped (`paths.map_checked`)."""
+    def map_graph(self, graph: Graph) -> tuple[bytes, dict[str, MappedFile]]:
+        """As `read_graph`, with the data files mapped (`paths.MappedFile`)."""
         data = [self._entry(path) for path in graph.data]
         return self._model(graph), {PurePosixPath(entry.path).name: self._mapped(entry) for entry in data}
 
-    def _mapped(self, entry: FileEntry) -> memoryview:
-        return self._repaired(entry, partial(map_checked, self.path, entry.path, size=entry.bytes, sha256=entry.sha256))
+    def _mapped(self, entry: FileEntry) -> MappedFile:
+        return self._repaired(entry, partial(MappedFile, self.path, entry.path, size=entry.bytes, sha256=entry.sha256))
 
     def _model(self, graph: Graph) -> bytes:
         """The bytes of a graph without its data files, hashed and checked."""

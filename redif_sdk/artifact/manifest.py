@@ -39,8 +39,6 @@ CARD_NAME = "README.md"
 CARD_LIMIT = 1 << 20  # bytes of it that are read
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
-LARGE_NETWORK = 400_000_000  # bytes: 200 million parameters in half precision
-
 #: Bounds of what a reader allocates, in values: the latents of one image, its noise over all steps, and the noise of
 #: all golden files together.
 LARGEST_LATENTS = 1 << 26
@@ -143,9 +141,8 @@ class Manifest(BaseModel):
 
     @property
     def is_large(self) -> bool:
-        """Whether the network's weights have `LARGE_NETWORK` bytes, so that an image takes seconds and gigabytes."""
-        place = f"{self.network.folder}/"
-        return sum(entry.bytes for entry in self.files if entry.path.startswith(place)) >= LARGE_NETWORK
+        """Whether the network's weights lie beside its graphs, being large: an image takes seconds."""
+        return any(graph.data for graph in self.graphs if graph.component == "denoiser")
 
     @property
     def supported_steps(self) -> list[int]:

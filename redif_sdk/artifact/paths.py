@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from redif_sdk.errors import IntegrityError, ManifestError
@@ -19,15 +20,16 @@ __all__ = [
     "MOST_FILES",
     "ORIGIN",
     "PICKLE_SUFFIXES",
+    "MappedFile",
     "check_kind",
     "check_name",
     "check_pickle",
     "check_relative",
+    "folder_of",
     "hash_file",
     "is_clutter",
     "list_files",
     "locate",
-    "map_checked",
     "read_checked",
     "read_start",
     "shown",
@@ -64,6 +66,7 @@ ORIGIN = ".cache/huggingface/redif-origin.json"
 MOST_FILES = 10_000
 
 _CHUNK = 1 << 20
+_IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")  # of a file that nobody has touched
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,127}")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _DEEPEST = 8
@@ -240,11 +243,11 @@ def _altered(root: Path, relative: str, why: str) -> IntegrityError:
     return IntegrityError(f"{relative} in {root} was altered: {why}; fetch or export it again")
 
 
-def map_checked(root: Path, relative: str, *, size: int, sha256: str) -> memoryview:
-    """The bytes of a large file, mapped read-only and hashed where they lie: its pages are shared, not copied.
+class MappedFile:
+    """A large file, mapped read-only and hashed where it lies: its pages are the system's, not copied into memory.
 
-    The mapping holds the file that was checked, even if another one is put in its place. It does not hold the bytes of
-    a file that is written to in place: keep a student's folder from others' writing, as a Hub cache is kept.
+    `view` holds the file that was checked, even if another one is put in its place. It does not hold the bytes of a
+    file that is written to in place: keep a student's folder from others' writing, as a Hub cache is kept.
 
     Args:
         root: The folder.
@@ -255,13 +258,44 @@ def map_checked(root: Path, relative: str, *, size: int, sha256: str) -> memoryv
     Raises:
         IntegrityError: The file is missing or altered; the message names it.
     """
-    with os.fdopen(_open_regular(root, relative), "rb") as file:
-        if os.fstat(file.fileno()).st_size != size:
-            raise _altered(root, relative, f"it should have {size} bytes")
-        view = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
-    if hashlib.sha256(view).hexdigest() != sha256:
-        raise _altered(root, relative, "its SHA-256 is not the manifest's")
-    return view
+
+    def __init__(self, root: Path, relative: str, *, size: int, sha256: str) -> None:
+        self._root, self._relative = root, relative
+        with os.fdopen(_open_regular(root, relative), "rb") as file:
+            self._found = os.fstat(file.fileno())
+            if self._found.st_size != size:
+                raise _altered(root, relative, f"it should have {size} bytes")
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        self.view = memoryview(pages)
+        digest = hashlib.sha256()
+        for start in range(0, size, _CHUNK):
+            piece = self.view[start : start + _CHUNK]
+            digest.update(piece)
+            if hasattr(pages, "madvise"):  # not on Windows; the pages stay in the system's cache
+                pages.madvise(mmap.MADV_DONTNEED, start, len(piece))
+        if digest.hexdigest() != sha256:
+            raise _altered(root, relative, "its SHA-256 is not the manifest's")
+
+    @property
+    def path(self) -> Path:
+        """The file itself, links followed."""
+        return locate(self._root, self._relative)
+
+    def check_same(self) -> None:
+        """Raise IntegrityError unless `path` is still the file that was hashed, and was not written to since.
+
+        For engines that open the file themselves: call this when they have.
+        """
+        found = self.path.stat()
+        if any(getattr(found, field) != getattr(self._found, field) for field in _IDENTITY):
+            raise _altered(self._root, self._relative, "it was replaced or written to while it was read")
+
+
+def folder_of(files: Mapping[str, MappedFile]) -> Path | None:
+    """The folder in which all these files lie under their names, links followed; None: in a Hub cache, say."""
+    paths = [file.path for file in files.values()]
+    folders = {path.parent for path in paths}
+    return folders.pop() if [path.name for path in paths] == list(files) and len(folders) == 1 else None
 
 
 def read_start(root: Path, relative: str, size: int) -> bytes:

@@ -1,8 +1,9 @@
 """ONNX Runtime: on the CPU, on NVIDIA GPUs (CUDA, TensorRT), DirectML, CoreML, and by plugin providers.
 
 By default ONNX Runtime falls back to the CPU and only logs it. Here the chosen provider runs every node, or
-RuntimeUnavailable gives the reason. Graphs and their data files are passed as checked bytes, never as
-paths. Data files are mapped, and ONNX Runtime keeps a copy of its own.
+RuntimeUnavailable gives the reason. Graphs are passed as checked bytes. Weights beside a graph are mapped by ONNX
+Runtime itself, from files that are checked before and are the same afterwards; on the CPU it computes from these pages
+and keeps no copy.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.paths import MappedFile, folder_of
 from redif_sdk.artifact.records import Graph
 from redif_sdk.cache import writable_cache
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
@@ -55,6 +57,8 @@ PROVIDERS = {
     "CoreMLExecutionProvider": ("coreml", "on a Mac, pip install onnxruntime"),
 }
 
+NO_DATA: Mapping[str, MappedFile] = {}
+
 # Its errors share no base class but Exception.
 ENGINE_ERRORS: tuple[type[Exception], ...] = (
     *(value for value in vars(_state).values() if isinstance(value, type) and issubclass(value, Exception)),
@@ -70,8 +74,10 @@ PROBE = (
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 
-#: A graph of more bytes is loaded once, in one session for batches and single images alike.
-HELD_TWICE = 1 << 30
+#: Weights that are laid out anew would be copied, all of them. Large networks are as fast from the mapped file:
+#: docs/performance.md, "Real sizes".
+_MAPPED = {"session.disable_prepacking": "1"}
+_FOLDER_OF_DATA = "session.model_external_initializers_file_folder_path"
 
 
 def available() -> list[str]:
@@ -206,30 +212,42 @@ def usable(provider: str, index: int = 0) -> str | None:
     return None
 
 
+def _take_weights(options: Any, data: Mapping[str, MappedFile], *, on_cpu: bool) -> None:
+    """Let a session take its weights from checked files, which its graph names relative to itself."""
+    if on_cpu:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        for key, value in _MAPPED.items():
+            options.add_session_config_entry(key, value)
+    if (folder := folder_of(data)) is not None:
+        options.add_session_config_entry(_FOLDER_OF_DATA, str(folder))
+    else:  # links into a cache, which ONNX Runtime does not follow: it copies them from memory
+        views = [file.view for file in data.values()]
+        options.add_external_initializers_from_files_in_memory(list(data), views, [len(view) for view in views])
+
+
 class OnnxRuntime:
     """A graph in ONNX Runtime. `run` may be called from several threads.
 
     On the CPU there are two sessions: one whose threads share every operation, for single images, and one without
-    threads of its own, made when it is first needed, for the pieces of a batch (`cores.py`).
+    threads of its own, made when it is first needed, for the pieces of a batch (`cores.py`). A graph whose weights lie
+    beside it has the first one only.
     """
 
     def __init__(
-        self, model: bytes, data: Mapping[str, memoryview], place: Place, info: RuntimeInfo, graph: Graph
+        self, model: bytes, data: Mapping[str, MappedFile], place: Place, info: RuntimeInfo, graph: Graph
     ) -> None:
         self._model: bytes | None = model
-        self._data: Mapping[str, memoryview] | None = data
         self._assigned = place
         self._batches = Batches(graph)
         self._outputs = [output.name for output in graph.outputs]
         self._lock = Lock()
         self.info = info
         on_cpu = place.provider == CPU
-        twice = len(model) + sum(map(len, data.values())) <= HELD_TWICE
         threads = info.num_threads if on_cpu and info.num_threads is not None else 1
-        self._workers = Workers(threads) if twice and threads > 1 else None
-        self._shared_session = self._new_session(info.num_threads)
+        self._workers = Workers(threads) if threads > 1 and not data else None
+        self._shared_session = self._new_session(info.num_threads, data)
         if self._workers is None:
-            self._model = self._data = None
+            self._model = None
 
     @classmethod
     def load(cls, student: StudentFolder, graph: Graph, options: RuntimeOptions) -> Self:
@@ -253,24 +271,24 @@ class OnnxRuntime:
         )
         return cls(model, data, place, info, graph)
 
-    def _new_session(self, num_threads: int | None) -> Any:
+    def _new_session(self, num_threads: int | None, data: Mapping[str, MappedFile] = NO_DATA) -> Any:
         assert self._model is not None
-        assert self._data is not None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
-        if self._data:
-            # The graph names its data files relative to itself; the engine takes them from these checked bytes.
-            blobs = list(self._data.values())
-            options.add_external_initializers_from_files_in_memory(list(self._data), blobs, [len(b) for b in blobs])
-        return _session(self._model, self._assigned, options)
+        if data:
+            _take_weights(options, data, on_cpu=self._assigned.provider == CPU)
+        session = _session(self._model, self._assigned, options)
+        for file in data.values():
+            file.check_same()
+        return session
 
     @cached_property
     def _single_session(self) -> Any:
         """The session for pieces, each computed by the calling thread."""
         session = self._new_session(1)
-        self._model = self._data = None  # the bytes are not needed again
+        self._model = None  # the bytes are not needed again
         return session
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

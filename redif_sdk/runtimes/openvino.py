@@ -10,10 +10,13 @@ Tested on processors. Intel GPUs and NPUs go through the same calls and were not
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
@@ -21,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.paths import MappedFile, folder_of
 from redif_sdk.artifact.records import Graph
 from redif_sdk.cache import writable_cache
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
@@ -53,10 +57,9 @@ del _first
 
 #: Graph precision -> the precision that OpenVINO is told to compute in, and what a device must be capable of for it.
 HINTS = {"fp32": ("f32", "FP32"), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
-#: Compiled graphs kept at a time; the least recently used one goes. Each has the weights in a layout of its own.
+#: Compiled graphs kept at a time; the least recently used one goes. Each has the weights in a layout of its own, so of
+#: a graph whose weights lie beside it one is kept, and none in the cache folder.
 KEPT = 8
-#: A graph of more bytes is compiled for one set of shapes at a time, and not kept in the cache folder.
-LARGE = 1 << 30
 
 ENGINE_ERRORS = (RuntimeError, ValueError, TypeError)
 
@@ -172,8 +175,7 @@ class OpenVino:
         data, weights = student.map_graph(graph)
         data, graph = with_levels(data, graph)
         try:
-            # OpenVINO maps weights in a file beside the graph by itself, and by its path. They were hashed just now.
-            model = _core().read_model(str(student.path / graph.file) if weights else data)
+            model = _with_weights(student.path / graph.file, weights) if weights else _core().read_model(data)
         except ENGINE_ERRORS as error:
             raise RuntimeUnavailable(f"openvino cannot read {graph.file}: {_line(error)}") from error
         info = RuntimeInfo(
@@ -186,8 +188,7 @@ class OpenVino:
             file=graph.file,
             num_threads=(options.num_threads or cores()) if device == "CPU" else None,
         )
-        large = len(data) + sum(map(len, weights.values())) > LARGE
-        return cls(model, device, info, graph, options, large=large)
+        return cls(model, device, info, graph, options, large=bool(weights))
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """As `Runtime.run`."""
@@ -236,6 +237,33 @@ class OpenVino:
             raise RuntimeUnavailable(
                 f"openvino took {took} in place of {asked} for {self.info.file}; use another precision"
             )
+
+
+def _with_weights(path: Path, data: Mapping[str, MappedFile]) -> Any:
+    """The graph at `path` with its weights, which OpenVINO maps by itself, from files beside it that are no links.
+
+    In a Hub cache they are links; then graph and weights are put into a folder that is gone when they are read.
+
+    Raises:
+        RuntimeUnavailable: That cannot be done without copying the weights.
+    """
+    if folder_of(data) is not None:
+        found = _core().read_model(str(path))
+    else:
+        target = next(iter(data.values())).path
+        try:
+            with tempfile.TemporaryDirectory(prefix=".redif-", dir=target.parent) as folder:
+                for name, file in data.items():
+                    Path(folder, name).hardlink_to(file.path)
+                found = _core().read_model(shutil.copy(path, Path(folder, path.name)))
+        except OSError as error:
+            raise RuntimeUnavailable(
+                f"openvino needs a hard link to the weights in {target}, and none can be made there: "
+                f'{error.strerror}; let that folder be written to, or use runtime="onnxruntime"'
+            ) from error
+    for file in data.values():
+        file.check_same()
+    return found
 
 
 def _line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Paths and files that may not be trusted: safe names, and reads that are checked.
 
 A file's bytes are hashed and returned from one read, so that nothing can change between the check and the use. Weights
-of gigabytes are mapped instead (`map_checked`): a process that writes to the folder could change them after the check.
+of gigabytes are mapped instead (`MappedFile`): a process that writes to the folder could change them after the check.
 """
 
 from __future__ import annotations

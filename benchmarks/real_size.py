@@ -9,6 +9,7 @@ draws the image N times with each contender, in turn. Nothing else may run on th
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -43,8 +44,8 @@ for _ in range(2):
 STUDENT = """
 import sys, time
 from redif_sdk import FastPipeline
-folder, steps, side, runtime = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-pipeline = FastPipeline.from_pretrained(folder, runtime=runtime)
+folder, steps, side, runtime, precision = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+pipeline = FastPipeline.from_pretrained(folder, runtime=runtime, precision=precision)
 for _ in range(2):
     began = time.perf_counter()
     pipeline("a cat", num_inference_steps=steps, height=side, width=side, seed=0)
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=[*SHAPES])
     parser.add_argument("--work", type=Path, default=Path("build/real"))
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--precision", default="fp32", help="comma-separated; each is exported, and draws images")
     parser.add_argument("--side", type=int, default=512, help="pixels of the image")
     parser.add_argument("--rounds", type=int, default=3, help="images with each contender; 0: none")
     parser.add_argument("--keep", action="store_true", help="take the pipeline and the student that are there")
@@ -64,7 +65,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = chain(arguments.shape, arguments.work, arguments.precision, arguments.keep)
     if arguments.rounds:
-        rows += images(arguments.shape, arguments.work, arguments.side, arguments.rounds)
+        precisions = arguments.precision.split(",")
+        rows += images(arguments.shape, arguments.work, arguments.side, arguments.rounds, precisions)
     if arguments.json is not None:
         write_json(arguments.json, document("real_size", rows))
 
@@ -81,21 +83,19 @@ def chain(shape: str, work: Path, precision: str, keep: bool) -> list[dict[str, 
     rows = [_measured("import", shape, [*REDIF, "import", str(source), *options])]
     rows[-1] |= {"source_bytes": _size(source), "bytes": _size(student)}
     rows += [_measured("export", shape, [*REDIF, "export", str(student), "--precision", precision])]
-    rows[-1] |= {"precision": precision, "bytes": _size(student / "onnx")}
+    rows[-1] |= {"precision": precision, "bytes": _size(student / "onnx"), "graphs": _sizes(student / "onnx")}
     for row in rows:
         _print(row)
     return rows
 
 
-def images(shape: str, work: Path, side: int, rounds: int) -> list[dict[str, Any]]:
+def images(shape: str, work: Path, side: int, rounds: int, precisions: Sequence[str]) -> list[dict[str, Any]]:
     """One image with each contender, in turn."""
     student = str(work / f"{shape}-student")
     given = [str(STEPS), str(side)]
-    commands = {
-        "diffusers": [sys.executable, "-c", DIFFUSERS, str(work / shape), *given],
-        "onnxruntime": [sys.executable, "-c", STUDENT, student, *given, "onnxruntime"],
-        "openvino": [sys.executable, "-c", STUDENT, student, *given, "openvino"],
-    }
+    commands = {"diffusers": [sys.executable, "-c", DIFFUSERS, str(work / shape), *given]}
+    for engine, precision in itertools.product(("onnxruntime", "openvino"), precisions):
+        commands[f"{engine} {precision}"] = [sys.executable, "-c", STUDENT, student, *given, engine, precision]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -158,11 +158,20 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each graph, its weights included."""
+    found: dict[str, int] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name.partition(".onnx")[0]
+        found[name] = found.get(name, 0) + path.stat().st_size
+    return found
+
+
 def _print(row: dict[str, Any]) -> None:
     memory = f"{row['peak_rss'] / 2**30:.2f} GiB resident, {row['peak_anonymous'] / 2**30:.2f} anonymous"
     size = f", {row['bytes'] / 1e9:.2f} GB" if "bytes" in row else ""
     image = f", second image {row['second_image']:.1f} s" if "second_image" in row else ""
-    print(f"{row['what']:12} {row['shape']}: {row['seconds']:.1f} s, {memory}{size}{image}", flush=True)
+    print(f"{row['what']:18} {row['shape']}: {row['seconds']:.1f} s, {memory}{size}{image}", flush=True)
 
 
 if __name__ == "__main__":

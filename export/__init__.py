@@ -51,7 +51,8 @@ def export(
     Args:
         folder: The student's folder.
         targets: Of `TARGETS`.
-        precisions: Of "fp32", "fp16", "bf16", "int8". Only the network is int8; the other parts stay fp32 beside it.
+        precisions: Of "fp32", "fp16", "bf16", "int8", "int8wo", "int4wo". Only the network is int8, the other parts
+            stay fp32 beside it; only the network's weights are int4, those of the other parts int8.
         batches: Batch sizes that the gate checks; None: 1 and 8, or 1 and 2 for a network of 200 million parameters
             or more.
         sizes: Sizes of images that the gate checks, (height, width) in pixels. An axis on which they differ from the

@@ -21,7 +21,8 @@ ENGINE = 2.4
 #: Bytes of weights below which nothing is reckoned: such a network fits wherever torch does.
 SMALL = 200_000_000
 
-_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # int8 is made of the fp32 graph
+#: Bytes of a weight; int8 is made of the fp32 graph.
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "int8wo": 1.1, "int4wo": 0.7}
 
 
 class Needs(NamedTuple):
@@ -50,7 +51,7 @@ def needs_of(student: StudentFolder, precisions: Sequence[str]) -> Needs:
     widest = max(_WIDTHS[precision] for precision in precisions)
     graphs = sum(counts) * sum(_WIDTHS[precision] for precision in precisions)
     disk = graphs + sum(entry.bytes for entry in manifest.files)
-    return Needs(int(LIBRARIES + ENGINE * widest * max(counts)), disk, 4 * sum(counts))
+    return Needs(int(LIBRARIES + ENGINE * widest * max(counts)), int(disk), 4 * sum(counts))
 
 
 def check_fits(student: StudentFolder, precisions: Sequence[str], max_memory: int | None = None) -> Needs:

@@ -20,6 +20,7 @@ from redif_sdk.export.guidance import add_guidance
 from redif_sdk.export.networks import load_network
 from redif_sdk.export.precision import DTYPES, int8_model
 from redif_sdk.export.trace import trace_graph
+from redif_sdk.export.weight_only import WEIGHT_ONLY, weight_only
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.denoiser import tensor_of
 from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
@@ -161,7 +162,7 @@ def denoiser_model(
     Args:
         denoiser: The denoiser in float32.
         manifest: The student's manifest.
-        precision: "fp32", "fp16", "bf16" or "int8". Floating-point inputs and f are float32 in each.
+        precision: Of `PRECISIONS`. Floating-point inputs and f are float32 in each.
         conditions: Conditions of the images on which int8 is calibrated; required for int8.
 
     Raises:
@@ -170,6 +171,8 @@ def denoiser_model(
     if precision == "int8":
         assert conditions is not None
         return LazyModel(int8_model(denoiser_model(denoiser, manifest).filled(), manifest, conditions))
+    if precision in WEIGHT_ONLY:
+        return weight_only(denoiser_model(denoiser, manifest), precision)
     network = denoiser.bare(_in_dtype(denoiser.network, DTYPES[precision]), DTYPES[precision])
     x = _state(manifest, "sample", manifest.latents.channels)
     inputs = [x, TensorSpec(name="timestep", dtype="float32", shape=["batch"]), *manifest.condition_tensors]
@@ -182,6 +185,8 @@ def denoiser_model(
 
 def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: str = "fp32") -> LazyModel:
     """The text encoders' graph with a free batch axis: token ids and masks -> encoded prompts, float32."""
+    if precision in WEIGHT_ONLY:
+        return weight_only(text_encoder_model(encoders, manifest), precision)
     assert manifest.text is not None
     names = [
         (name, part.max_length)
@@ -198,6 +203,8 @@ def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: st
 
 def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "fp32") -> LazyModel:
     """The decoder's graph with a free batch axis: latents -> sample in the manifest's value range, both float32."""
+    if precision in WEIGHT_ONLY:
+        return weight_only(decoder_model(decoder, manifest), precision)
     scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
     x = _state(manifest, "latents", manifest.latents.channels)
     sides = [f"image_{side}" if isinstance(side, str) else side * scale for side in x.shape[2:]]
@@ -211,12 +218,15 @@ def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "
 def part_precision(component: str, precision: str, manifest: Manifest, decoder: LatentDecoder | None = None) -> str:
     """The precision of a component in a student of `precision`.
 
-    Only the denoiser is int8; beside it, text encoders and decoder stay fp32. SDXL's decoder stays fp32 in fp16
+    Only the denoiser is int8; beside it, text encoders and decoder stay fp32. Only the denoiser's weights are int4;
+    theirs are int8. SDXL's decoder stays fp32 in fp16
     students too, where it overflows unless its configuration says otherwise (``force_upcast``, which diffusers reads
     in SDXL's pipelines only).
     """
     if component == "denoiser":
         return precision
+    if precision in WEIGHT_ONLY:
+        return "int8wo"
     xl = (manifest.network.pipeline or "").startswith("StableDiffusionXL")
     config: Any = getattr(decoder.autoencoder, "config", {}) if decoder is not None else {}
     overflows = component == "decoder" and xl and bool(config.get("force_upcast"))

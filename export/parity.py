@@ -52,6 +52,8 @@ THRESHOLDS: Mapping[str, tuple[Threshold, Threshold]] = {
     "fp16": (Threshold("relative_rmse", 1e-2), Threshold("psnr", 45)),
     "bf16": (Threshold("relative_rmse", 1e-1), Threshold("psnr", 30)),
     "int8": (Threshold("relative_rmse", 2e-1), Threshold("psnr", 30)),
+    "int8wo": (Threshold("relative_rmse", 1e-1), Threshold("psnr", 30)),
+    "int4wo": (Threshold("relative_rmse", 3e-1), Threshold("psnr", 20)),
 }
 EXACT = Threshold("max_abs", 0)
 

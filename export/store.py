@@ -25,7 +25,7 @@ LEAST_OUTSIDE = 1024
 ALIGNMENT = 64
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"}
-_WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8)
+_WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT4)
 
 
 def write_graph(folder: Path, component: str, precision: str, model: LazyModel) -> Graph:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import onnx
 import torch
@@ -17,12 +18,20 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from redif_sdk.artifact.untrusted.protobuf import BITS
 from redif_sdk.models.hollow import stored
 
-__all__ = ["LazyModel", "Weight", "lazy_model"]
+__all__ = ["Content", "LazyModel", "Weight", "lazy_model"]
 
 #: What is left in the graph, though it depends on weights alone.
 _KEPT = frozenset({"Loop", "If", "Scan", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"})
+
+
+class Content(Protocol):
+    """What makes the value of an initializer."""
+
+    def content(self) -> bytes:
+        """The value as ONNX stores it: little-endian, row after row."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,13 @@ class LazyModel:
     """
 
     proto: onnx.ModelProto
-    weights: Mapping[str, Weight] = field(default_factory=dict)
+    weights: Mapping[str, Content] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Bytes of all initializers."""
         return sum(
-            math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            math.prod(tensor.dims) * BITS.get(tensor.data_type, 0) // 8  # strings have none
             for tensor in _initializers(self.proto.graph)
         )
 
@@ -76,7 +85,7 @@ class LazyModel:
                 tensor.raw_data = self.weights[tensor.name].content()
         return model
 
-    def initializers(self) -> Iterator[tuple[onnx.TensorProto, Weight | None]]:
+    def initializers(self) -> Iterator[tuple[onnx.TensorProto, Content | None]]:
         """Every initializer of the model and of its subgraphs, with what makes its data; None: it has them."""
         for tensor in _initializers(self.proto.graph):
             yield tensor, self.weights.get(tensor.name)

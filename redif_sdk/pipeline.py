@@ -114,9 +114,9 @@ class FastPipeline:
             source: folder, or id on the Hub.
             runtime: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto", the fastest installed one.
             device: "auto", "cpu", "cuda[:N]", "dml[:N]", "coreml", "gpu[:N]" or "npu".
-            precision: "fp32", "fp16", "bf16", "int8"; "auto": bf16 where the processor has it and the student's bf16
-                graph passed its gate, else fp32; "exact": fp32 arithmetic throughout (no TF32 or bf16), so that a seed
-                gives the same image, within one level of 255, on every runtime and device.
+            precision: "fp32", "fp16", "bf16", "int8", "int8wo" or "int4wo"; "auto": bf16 where the processor has it
+                and the student's bf16 graph passed its gate, else fp32; "exact": fp32 arithmetic throughout (no TF32 or
+                bf16), so that a seed gives the same image, within one level of 255, on every runtime and device.
             num_threads: CPU threads; None for all cores that the process may use.
             provider: an execution provider of ONNX Runtime, or the package of a plugin provider.
             engine_dir: folder of TensorRT engines, instead of the cache.

@@ -67,7 +67,7 @@ Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_check_
 Positive = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8wo", "int4wo"]
 Component = Literal["text_encoder", "denoiser", "decoder", "generator"]
 
 

@@ -92,7 +92,7 @@ REFERENCES = ("torch-eager", "diffusers-eager", "onnxruntime", "openvino", "fast
 
 #: Pictures of the same noise agree within this many levels of 255 in fp32, and by at least this PSNR in dB otherwise.
 LEVELS = 2
-PSNR = {"fp16": 45.0, "bf16": 30.0, "int8": 30.0}
+PSNR = {"fp16": 45.0, "bf16": 30.0, "int8": 30.0, "int8wo": 30.0, "int4wo": 20.0}
 
 
 @dataclass(frozen=True)

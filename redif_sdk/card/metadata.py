@@ -147,7 +147,7 @@ def front_matter(
         ours["base_model"] = manifest.teacher.id
         if manifest.distillation is not None:
             ours["base_model_relation"] = "finetune"
-        elif any(graph.precision == "int8" for graph in manifest.graphs):
+        elif any(graph.precision.startswith("int") for graph in manifest.graphs):
             ours["base_model_relation"] = "quantized"  # unset otherwise: the Hub knows no relation for a conversion
     results = [result for row in own_rows(manifest) for result in _results(manifest, row)]
     if results:

@@ -77,6 +77,8 @@ PROBE = (
 #: Weights that are laid out anew would be copied, all of them. Large networks are as fast from the mapped file:
 #: docs/performance.md, "Real sizes".
 _MAPPED = {"session.disable_prepacking": "1"}
+#: Beside integer weights ONNX Runtime would round activations to integers too (relative error .02); 1 is float32.
+_FLOAT_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
 _FOLDER_OF_DATA = "session.model_external_initializers_file_folder_path"
 
 
@@ -132,7 +134,7 @@ def _place(options: RuntimeOptions, prefix: str, precision: str = "fp32") -> Pla
 
 def _openvino_precision(place: str, precision: str) -> dict[str, str]:
     """OpenVINO computes in the fastest precision, not in the graph's, unless the hint is set."""
-    hint = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
+    hint = {"fp16": "f16", "bf16": "bf16"}.get(precision, "f32")
     return {"load_config": json.dumps({place.upper(): {"INFERENCE_PRECISION_HINT": hint}})}
 
 
@@ -275,6 +277,7 @@ class OnnxRuntime:
         assert self._model is not None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised
+        options.add_session_config_entry(*_FLOAT_ACTIVATIONS)
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         if data:

@@ -37,7 +37,7 @@ from redif_sdk.export.onnx import (
 from redif_sdk.export.verify import absent, summary, verify
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.families import LatentDecoder, TextEncoders, is_supported
-from redif_sdk.runtimes import PRECISIONS
+from redif_sdk.runtimes import PRECISIONS, runnable
 from redif_sdk.runtimes.protocol import nvidia_driver
 
 __all__ = ["OnProgress", "build_graphs"]
@@ -74,7 +74,9 @@ def build_graphs(
     if batches is not None and (not batches or min(batches) < 1):
         raise InvalidRequest(f"batches are {list(batches)}; give at least one, of at least 1")
     student = StudentFolder(folder)
-    needs = check_fits(student, precisions, max_memory)
+    needs, engines = check_fits(student, precisions, max_memory, runtimes)
+    if runtimes is None and (left := [engine for engine in runnable() if engine not in engines]):
+        on_progress(None, f"{', '.join(left)} would not fit into memory, and is not checked")
     on_progress(None, f"about {needs.memory / 2**30:.1f} GiB of memory, {needs.disk / 1e9:.1f} GB of disk")
     on_progress(None, "checking hashes")
     student.check_all()
@@ -82,7 +84,7 @@ def build_graphs(
     with atomic_folder(student.path, overwrite=True) as new:
         manifest = _make(student, new, precisions, batches, sizes, network, on_progress)
         on_progress(None, "checking the graphs against torch")
-        checked = _pass_gate(folder, new, manifest.graphs, runtimes)
+        checked = _pass_gate(folder, new, manifest.graphs, engines)
         on_progress(None, "drawing samples")
         samples.write_samples(new)
         manifest = write_manifest(new, manifest.model_copy(update={"verification": checked}))
@@ -115,9 +117,7 @@ def _make(
     return write_manifest(new, manifest)
 
 
-def _pass_gate(
-    folder: str | Path, new: Path, graphs: Sequence[Graph], runtimes: Sequence[str] | None
-) -> list[dict[str, Any]]:
+def _pass_gate(folder: str | Path, new: Path, graphs: Sequence[Graph], engines: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of the parity gate, all of them passed.
 
     Raises:
@@ -125,7 +125,7 @@ def _pass_gate(
         ExportError: ONNX Runtime does not run a graph on a processor (it has kernels for all precisions but bf16).
         RuntimeUnavailable: No engine of this machine can check a graph.
     """
-    rows = verify(new, runtimes)
+    rows = verify(new, engines)
     if failed := summary(rows):
         raise ParityError(f"the graphs of {folder} do not compute what torch computes: {failed}")
     missed = [row for row in rows if row["reason"] and row["runtime"] == "onnxruntime" and row["precision"] != "bf16"]

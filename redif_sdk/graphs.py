@@ -23,7 +23,7 @@ from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.inputs import Conditions
-from redif_sdk.runtimes import Runtime, RuntimeOptions
+from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
 from redif_sdk.sampling.tiles import LEAST_TILE, decode_in_tiles
 
@@ -48,6 +48,7 @@ class LoadedGraphs:
         student: The student's folder.
         first: A graph that is loaded already; the others use its engine, precision and device.
         options: How `first` was loaded.
+        low_memory: A graph is freed after its use, and loaded again when a call needs it.
 
     Raises:
         RuntimeUnavailable: A graph that every call needs is missing.
@@ -55,12 +56,16 @@ class LoadedGraphs:
         ManifestError: A tokenizer's file is not a tokenizer.
     """
 
-    def __init__(self, student: StudentFolder, first: Runtime, options: RuntimeOptions) -> None:
+    def __init__(
+        self, student: StudentFolder, first: Runtime, options: RuntimeOptions, *, low_memory: bool = False
+    ) -> None:
         self._student = student
+        self._low_memory = low_memory
         self._info = first.info
         self._options = replace(options, device=first.info.device)
         self._lock = Lock()
         self._loaded: dict[str, Runtime] = {first.info.component: first}
+        self._infos: dict[str, RuntimeInfo] = {first.info.component: first.info}
         self._fused = first.info.component == "generator"
         self._forked = False
         _living.add(self)
@@ -89,8 +94,20 @@ class LoadedGraphs:
                         f'start it with multiprocessing\'s "spawn", or load the pipeline in it'
                     )
                 graph = self._graph(component)
-                self._loaded[component] = runtimes.load(self._info.runtime, self._student, graph, self._options)
+                loaded = runtimes.load(self._info.runtime, self._student, graph, self._options)
+                self._loaded[component], self._infos[component] = loaded, loaded.info
             return self._loaded[component]
+
+    def info(self, *, stepped: bool = False) -> RuntimeInfo:
+        """What computes images: the fused graph, or the denoiser (`stepped`, or where there is no fused graph)."""
+        component: Component = "generator" if self._fused and not stepped else "denoiser"
+        return self._infos[component] if component in self._infos else self[component].info
+
+    def _done(self, component: Component) -> None:
+        """Free a graph after its use, where memory is to be low. Whoever still runs it keeps it."""
+        if self._low_memory:
+            with self._lock:
+                self._loaded.pop(component, None)
 
     def replaced(self, component: Component, runtime: Runtime) -> LoadedGraphs:
         """A copy that uses `runtime` for one component."""
@@ -107,8 +124,8 @@ class LoadedGraphs:
         self._lock, self._loaded, self._forked = Lock(), {}, True
 
     def prepare_steps(self) -> None:
-        """Load the graphs that sampling step by step needs."""
-        for component in self._needed(stepped=True):
+        """Load the graphs that sampling step by step needs, unless memory is to be low."""
+        for component in () if self._low_memory else self._needed(stepped=True):
             self[component]
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
@@ -117,6 +134,7 @@ class LoadedGraphs:
         places: dict[str, int] = {}
         rows = [places.setdefault(prompt, len(places)) for prompt in prompts]
         arrays = self["text_encoder"].run(self._tokenizer(list(places)))
+        self._done("text_encoder")
         return {spec.name: arrays[spec.name][rows] for spec in self._student.manifest.condition_tensors}
 
     def images(self, latents: NDArray[np.float32], decode_tile: int | None = None) -> NDArray[np.uint8]:
@@ -126,7 +144,9 @@ class LoadedGraphs:
         """
         postprocess = self._student.manifest.postprocess
         if postprocess.decoder is not None:
+            self._done("denoiser")
             latents = decode_in_tiles(self._decode, latents, decode_tile or max(latents.shape[2:]))
+            self._done("decoder")
         require_finite(latents)
         return to_uint8(latents, postprocess)
 

@@ -39,7 +39,7 @@ from redif_sdk.inputs import (
     check_noise,
     check_request,
 )
-from redif_sdk.runtimes import Runtime, RuntimeOptions
+from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import LEVELS, require_finite
 from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
@@ -75,6 +75,7 @@ class FastPipeline:
         num_threads: int | None = None,
         provider: str | None = None,
         engine_dir: str | Path | None = None,
+        low_memory: bool = False,
     ) -> None:
         self._student = student
         self._asked: dict[str, Any] = {
@@ -83,14 +84,14 @@ class FastPipeline:
             "precision": precision,
             "num_threads": num_threads,
         }
-        self._asked |= {"provider": provider, "engine_dir": engine_dir}
+        self._asked |= {"provider": provider, "engine_dir": engine_dir, "low_memory": low_memory}
         options = RuntimeOptions(
             device, num_threads, provider, engine_dir=None if engine_dir is None else Path(engine_dir)
         )
         self._remote: hub.Remote | None = None  # source of the files that were not downloaded
         self._tables: dict[int | None, StepTable] = {t.num_inference_steps: t for t in student.manifest.tables}
         engine, self._choice = runtimes.choose(student, "generator", runtime, precision, options)
-        self._components = LoadedGraphs(student, engine, options)
+        self._components = LoadedGraphs(student, engine, options, low_memory=low_memory)
 
     @classmethod
     def from_pretrained(
@@ -103,6 +104,7 @@ class FastPipeline:
         num_threads: int | None = None,
         provider: str | None = None,
         engine_dir: str | Path | None = None,
+        low_memory: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -120,6 +122,7 @@ class FastPipeline:
             num_threads: CPU threads; None for all cores that the process may use.
             provider: an execution provider of ONNX Runtime, or the package of a plugin provider.
             engine_dir: folder of TensorRT engines, instead of the cache.
+            low_memory: free text encoder, network and decoder after their use; each call loads and checks them again.
             revision: branch, tag or commit on the Hub; `token`, `cache_dir`, `local_files_only` are the Hub's too.
 
         Returns:
@@ -135,6 +138,7 @@ class FastPipeline:
             "num_threads": num_threads,
             "provider": provider,
             "engine_dir": engine_dir,
+            "low_memory": low_memory,
         }
         if Path(source).is_dir():
             hub.check_local(
@@ -189,11 +193,11 @@ class FastPipeline:
         `exact` is True for fp32 arithmetic throughout: all exact pipelines give the same image for a seed, within one
         level of 255. `choice` says why this runtime and precision were chosen.
         """
-        return self._info(self._components.generator or self._components["denoiser"])
+        return self._info(self._components.info())
 
-    def _info(self, engine: Runtime) -> dict[str, Any]:
-        exact = runtimes.is_exact(engine.info)
-        return asdict(engine.info) | {"exact": exact, "choice": self._choice.reason + ("" if exact else NOT_EXACT)}
+    def _info(self, info: RuntimeInfo) -> dict[str, Any]:
+        exact = runtimes.is_exact(info)
+        return asdict(info) | {"exact": exact, "choice": self._choice.reason + ("" if exact else NOT_EXACT)}
 
     def __call__(
         self,
@@ -261,8 +265,8 @@ class FastPipeline:
         end = time.perf_counter()
         text = {} if self.manifest.text is None else {"text": encoded - ready}
         timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
-        used = self._components.generator if callback_on_step_end is None and decode_tile is None else None
-        info = self._info(used or self._components["denoiser"])
+        stepped = callback_on_step_end is not None or decode_tile is not None
+        info = self._info(self._components.info(stepped=stepped))
         return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
 
     def stream(

@@ -13,6 +13,7 @@ from redif_sdk.cli.main import app
 from redif_sdk.cli.terminal import bytes_of
 from redif_sdk.errors import ExportError, InvalidRequest
 from redif_sdk.export import export, needs
+from redif_sdk.export.build import build_graphs
 
 GIB = 1 << 30
 
@@ -28,9 +29,10 @@ def test_memory_and_disk_follow_the_weights_and_the_precision(student: Path) -> 
     folder = StudentFolder(student)
     weights = sum(entry.bytes for entry in folder.manifest.files if entry.path.endswith(".safetensors"))
     for precisions, width in ((["fp32"], 1.0), (["fp16"], 0.5), (["fp16", "fp32"], 1.0)):
-        found = needs.needs_of(folder, precisions)
-        assert found.memory - needs.LIBRARIES == pytest.approx(needs.ENGINE * width * weights, rel=0.02)
-    both = needs.needs_of(folder, ["fp16", "fp32"])
+        for engine, peak in (("onnxruntime", 1.1), ("openvino", 2.2), ("tensorrt", 2.4)):
+            found = needs.needs_of(folder, precisions, engine)
+            assert found.memory - needs.LIBRARIES == pytest.approx(peak * width * weights, rel=0.02)
+    both = needs.needs_of(folder, ["fp16", "fp32"], "onnxruntime")
     assert both.disk == pytest.approx(2.5 * weights, rel=0.05)
 
 
@@ -43,13 +45,30 @@ def test_what_does_not_fit_is_refused_before_any_work(
     assert "takes about 1." in str(ran.exception)
     assert "0.1 GiB may be used" in str(ran.exception)
     monkeypatch.setattr(needs, "free_memory", lambda: GIB)
-    with pytest.raises(ExportError, match=r"1\.0 GiB are free; use a machine with more; --precision fp16 needs half"):
+    with pytest.raises(
+        ExportError, match=r"1\.0 GiB are free; use a machine with more; --precision int8wo needs a quarter"
+    ):
         export(student)
     monkeypatch.setattr(needs, "free_memory", lambda: None)  # a system that does not tell
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ExportError, match=r"0\.0 GB of its disk are free; make room"):
         export(student)
     assert sorted(path.name for path in student.rglob("*")) == before
+
+
+def test_an_engine_that_does_not_fit_is_left_out_unless_it_was_asked_for(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needs, "LIBRARIES", 0)
+    weights = needs.needs_of(StudentFolder(student), ["fp32"], "onnxruntime").weights
+    said: list[str] = []
+    manifest = build_graphs(
+        student, ["fp32"], batches=(1,), max_memory=2 * weights, on_progress=lambda done, note: said.append(note)
+    )
+    assert said[0] == "openvino would not fit into memory, and is not checked"
+    assert {row["runtime"] for row in manifest.verification} == {"numpy", "onnxruntime"}
+    with pytest.raises(ExportError, match=r"0\.0 GiB may be used"):
+        build_graphs(student, ["fp32"], runtimes=["onnxruntime", "openvino"], max_memory=2 * weights)
 
 
 def test_small_students_are_not_reckoned(tmp_path: Path) -> None:

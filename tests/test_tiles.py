@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +94,17 @@ def test_a_decoder_of_one_size_takes_no_tiles(tmp_path: Path) -> None:
     export(tmp_path / "student", runtimes=["onnxruntime"])
     with pytest.raises(InvalidRequest, match="--sizes"):
         FastPipeline.from_pretrained(tmp_path / "student")("red heart", decode_tile=4)
+
+
+def test_low_memory_keeps_no_graph_and_gives_the_same_image(student: FastPipeline) -> None:
+    frugal = FastPipeline.from_pretrained(
+        made("sd", export_sd), runtime="onnxruntime", precision="fp32", low_memory=True
+    )
+    asked = {"seed": 3, "output_type": "uint8", "decode_tile": 8}
+    for _ in range(2):  # the second time they are loaded again
+        out = frugal("red heart", **asked)
+        assert np.array_equal(out.images, student("red heart", **asked).images)
+        assert {"text_encoder", "denoiser", "decoder"}.isdisjoint(frugal._components._loaded)
+        assert out.runtime_info["component"] == "denoiser"
+    assert [image.size for image in frugal.stream("red heart", seed=3)]
+    assert pickle.loads(pickle.dumps(frugal))._components._low_memory

@@ -55,7 +55,10 @@ Strings = list[str] | None
 Target = Annotated[Strings, typer.Option(metavar="NAME,...", help="onnx, tensorrt-rtx, tensorrt, web; default: onnx.")]
 PrecisionList = Annotated[
     Strings,
-    typer.Option(metavar="NAME,...", help="fp32, fp16, bf16, int8, int8wo, int4wo; default: fp32; for engines: every exported one."),
+    typer.Option(
+        metavar="NAME,...",
+        help="fp32, fp16, bf16, int8, int8wo, int4wo; default: fp32; for engines: every exported one.",
+    ),
 ]
 Batches = Annotated[
     Strings,

@@ -57,6 +57,7 @@ def generate_command(
     provider: Provider = None,
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of TensorRT engines; default: the cache.")] = None,
     threads: Threads = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep one graph in memory at a time.")] = False,
     revision: StudentRevision = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -76,6 +77,7 @@ def generate_command(
         num_threads=threads,
         provider=provider,
         engine_dir=engine_dir,
+        low_memory=low_memory,
         revision=revision,
     )
     out = pipe(

@@ -59,7 +59,9 @@ Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")]
-Precision = Annotated[str, typer.Option(help="auto, exact (fp32 on any device), fp32, fp16, bf16, int8, int8wo or int4wo.")]
+Precision = Annotated[
+    str, typer.Option(help="auto, exact (fp32 on any device), fp32, fp16, bf16, int8, int8wo or int4wo.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")]
 StudentRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a student on the Hub.")]
 

@@ -49,9 +49,11 @@ def weight_only(model: LazyModel, precision: str) -> LazyModel:
     found = [node for node in graph.node if _inputs_axis(node) is not None and node.input[1] in model.weights]
     outer = [node for node in found if node.op_type == "Conv"] or found
     kept = {node.input[1] for node in (outer[0], outer[-1])} if outer else set()
-    users = {name for node in graph.node for place, name in enumerate(node.input) if node not in found or place != 1}
+    users = {
+        name for node in graph.node for place, name in enumerate(node.input) if place != 1 or _inputs_axis(node) is None
+    }
     weights: dict[str, Content] = dict(model.weights)
-    made: dict[str, list[onnx.NodeProto]] = {}
+    made: dict[str, onnx.NodeProto] = {}
     for node in found:
         name, axis = node.input[1], _inputs_axis(node)
         assert axis is not None
@@ -61,7 +63,7 @@ def weight_only(model: LazyModel, precision: str) -> LazyModel:
         if name not in made:
             quantised = _Quantised(weights.pop(name), shape, axis, bits if bits == 8 or not shape[axis] % BLOCK else 8)
             made[name] = quantised.put_into(graph, sizes[name], weights)
-    nodes = [*(node for nodes in made.values() for node in nodes), *graph.node]
+    nodes = [*made.values(), *graph.node]
     graph.ClearField("node")
     graph.node.extend(nodes)
     for opset in model.proto.opset_import:
@@ -98,9 +100,7 @@ class _Quantised:
         self.bits = bits
         self._left: dict[str, bytes] = {}
 
-    def put_into(
-        self, graph: onnx.GraphProto, tensor: onnx.TensorProto, weights: dict[str, Content]
-    ) -> list[onnx.NodeProto]:
+    def put_into(self, graph: onnx.GraphProto, tensor: onnx.TensorProto, weights: dict[str, Content]) -> onnx.NodeProto:
         """Describe both tensors in `graph` in place of `tensor`; returns the node that gives its name back."""
         name = tensor.name
         integers, scales = f"{name}_int{self.bits}", f"{name}_scale"
@@ -114,11 +114,9 @@ class _Quantised:
         tensor.name, tensor.data_type = integers, _TYPES[self.bits]
         graph.initializer.append(TensorProto(name=scales, data_type=TensorProto.FLOAT, dims=described))
         weights |= {integers: _Part(self.part, "integers"), scales: _Part(self.part, "scales")}
-        return [
-            helper.make_node(
-                "DequantizeLinear", [integers, scales], [name], name=f"{name}/DequantizeLinear", **attributes
-            )
-        ]
+        return helper.make_node(
+            "DequantizeLinear", [integers, scales], [name], name=f"{name}/DequantizeLinear", **attributes
+        )
 
     def part(self, which: str) -> bytes:
         """The integers or the scales. Both are held from the first call to the second, and made anew for a third."""

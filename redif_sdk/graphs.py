@@ -104,7 +104,7 @@ class LoadedGraphs:
         return self._infos[component] if component in self._infos else self[component].info
 
     def _done(self, component: Component) -> None:
-        """Free a graph after its use, where memory is to be low. Whoever still runs it keeps it."""
+        """With `low_memory`, forget a graph after its use. It is freed when no thread runs it any more."""
         if self._low_memory:
             with self._lock:
                 self._loaded.pop(component, None)

@@ -241,8 +241,30 @@ def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
         import onnxslim
     except ImportError:
         return model
-    slimmed: onnx.ModelProto = onnxslim.slim(model)
+    with _names_first():
+        slimmed: onnx.ModelProto = onnxslim.slim(model)
     return slimmed
+
+
+@contextmanager
+def _names_first() -> Iterator[None]:
+    """Let onnxslim compare two tensors by their names before all else that they have, which changes no answer.
+
+    It looks for each of a graph's inputs, here its weights, among all tensors: 73 s in place of 15 for the 686 of
+    Stable Diffusion 1.5.
+    """
+    from onnxslim.third_party.onnx_graphsurgeon import Variable
+
+    compared = Variable.__eq__
+
+    def equal(self: Any, other: object) -> bool:
+        return self is other or (self.name == getattr(other, "name", None) and compared(self, other))
+
+    Variable.__eq__ = equal
+    try:
+        yield
+    finally:
+        Variable.__eq__ = compared
 
 
 def clean_model(model: onnx.ModelProto) -> onnx.ModelProto:

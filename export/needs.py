@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.errors import ExportError
+from redif_sdk.memory import free_memory, gib
 from redif_sdk.runtimes import runnable
 
-__all__ = ["Needs", "check_fits", "free_memory", "needs_of"]
+__all__ = ["Needs", "check_fits", "needs_of"]
 
 #: Bytes that torch, diffusers, onnx and the engines take without any weights.
 LIBRARIES = 1_200_000_000
@@ -90,8 +89,8 @@ def check_fits(
         lacking = least if engines is None else most
         narrower = "; --precision int8wo needs a quarter" if min(_WIDTHS[one] for one in precisions) > 2 else ""
         raise ExportError(
-            f"exporting {student.path} in {', '.join(precisions)} takes about {_gib(lacking.memory)} of memory, and "
-            f"{_gib(limit)} {'may be used' if max_memory is not None else 'are free'}; use a machine with more"
+            f"exporting {student.path} in {', '.join(precisions)} takes about {gib(lacking.memory)} of memory, and "
+            f"{gib(limit)} {'may be used' if max_memory is not None else 'are free'}; use a machine with more"
             f"{narrower}"
         )
     free = shutil.disk_usage(student.path).free
@@ -103,24 +102,7 @@ def check_fits(
     return max((needs[engine] for engine in fitting), key=lambda one: one.memory), fitting
 
 
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping, within the limits of a container; None: not known on this system."""
-    found: list[int] = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(max(0, limit - used))
-    return min(found, default=None)
-
-
 def _elements(student: StudentFolder, folder: str) -> int:
     """Numbers in the safetensors files of a folder, by their headers."""
     files = (file for file in student.files(folder) if file.endswith(".safetensors"))
     return sum(math.prod(shape) for file in files for _, shape in student.tensors(file).values())
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -13,14 +13,12 @@ import itertools
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import measured
 from benchmarks.real_shapes import SHAPES, make
 from redif_sdk.results import document, write_json
 
@@ -112,46 +110,13 @@ def _median(name: str, shape: str, runs: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _measured(what: str, shape: str, command: Sequence[str]) -> dict[str, Any]:
-    """Run a command; its wall seconds, and the peaks of its resident and of its anonymous memory in bytes."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    anonymous = _Anonymous(process.pid)
-    output = process.communicate()[0]
-    seconds = time.perf_counter() - began
-    peaks = anonymous.stop()
-    if process.returncode:
-        raise SystemExit(f"{what} of {shape} failed with exit code {process.returncode}")
-    lines = output.split()
+    """A row of a command that ran; of two images it printed the seconds."""
+    row = measured(command)
+    lines = row.output.split()
     drawn = (
         {"first_image": float(lines[0]), "second_image": float(lines[1])} if what not in ("import", "export") else {}
     )
-    return {"what": what, "shape": shape, "seconds": seconds, **peaks, **drawn}
-
-
-class _Anonymous:
-    """Watches the memory of a process, ten times a second."""
-
-    def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
-        self._peaks = {"peak_rss": 0, "peak_anonymous": 0}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.1):
-            try:
-                lines = dict(line.split(":", 1) for line in self._status.read_text().splitlines())
-            except OSError:
-                return
-            for peak, field in (("peak_rss", "VmHWM"), ("peak_anonymous", "RssAnon")):
-                if field in lines:
-                    self._peaks[peak] = max(self._peaks[peak], 1024 * int(lines[field].split()[0]))
-
-    def stop(self) -> dict[str, int]:
-        self._done.set()
-        self._thread.join()
-        return self._peaks
+    return {"what": what, "shape": shape, **row, **drawn}
 
 
 def _size(folder: Path) -> int:

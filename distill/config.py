@@ -74,7 +74,20 @@ class DistillConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the weights' moving average, per update.")
-    lora_rank: int = Field(0, ge=0, description="Rank of low-rank adapters (peft) to train; 0 = train all weights.")
+    lora_rank: int | None = Field(
+        None,
+        ge=0,
+        description="Rank of low-rank adapters (peft) to train; 0 = train all weights; default: by the network's size.",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="In which networks compute while training; auto = bf16 where the hardware has it."
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=0, description="Images that networks take at once; 0 = all of a batch; default: by the network's size."
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="Compute activations again instead of keeping them; default: by the network's size."
+    )
     shard: bool = Field(False, description="Several processes: each keeps a part of the weights (FSDP2).")
 
     checkpoint_seconds: float = Field(30.0, ge=0, description="Seconds between checkpoints.")

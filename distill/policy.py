@@ -60,7 +60,8 @@ _COUNTERS = ("teacher_calls", "student_calls", "gradient_samples", "auxiliary_ca
 class StudentPolicy:
     """A network, called as ``(x, t, condition) -> f``, and a step table; ``schedule`` is where its times live.
 
-    ``exact``: in float32, as it is exported and served. Training computes in bfloat16 where that is faster.
+    ``exact``: in float32, as it is exported and served. Training computes in ``precision``: "auto" is bfloat16 where
+    the hardware has it.
     """
 
     network: nn.Module
@@ -68,6 +69,7 @@ class StudentPolicy:
     schedule: NoiseSchedule | None = None
     meter: Meter = field(default_factory=Meter)
     exact: bool = False
+    precision: str = "auto"
 
     @property
     def num_inference_steps(self) -> int:
@@ -86,7 +88,7 @@ class StudentPolicy:
         else:
             self.meter.student_calls += len(x)
         t = torch.full((len(x),), float(self.table.timesteps[k]), device=x.device)
-        with nullcontext() if self.exact else autocast(x.device.type):
+        with nullcontext() if self.exact else autocast(x.device.type, self.precision):
             f = self.network(x, t, condition)
         mean: Tensor = self.table.clean(k, x, f.float())
         return mean
@@ -96,7 +98,7 @@ class StudentPolicy:
         table = torch.from_numpy(self.table.rows.copy()).to(x.device)[rows]
         t, p, q, r, s = (column.view(-1, 1, 1, 1) for column in table.T[:5])
         self.meter.gradient_samples += len(x)
-        with nullcontext() if self.exact else autocast(x.device.type):
+        with nullcontext() if self.exact else autocast(x.device.type, self.precision):
             f = self.network(x, t.flatten(), condition)
         return r * (p * x + q * f.float()) + s * x
 

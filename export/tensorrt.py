@@ -24,6 +24,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Graph, TensorSpec
 from redif_sdk.errors import ExportError, InvalidRequest, RuntimeUnavailable
 from redif_sdk.export.tensorrt_graph import refuse_opset, refuse_rtx
+from redif_sdk.runtimes import loops_in_numpy
 from redif_sdk.runtimes.protocol import RuntimeOptions
 from redif_sdk.runtimes.tensorrt.cache import (
     FLAVOURS,
@@ -108,7 +109,7 @@ def build_engines(
     settings = _settings(flavour, level, workspace_mb, hardware_compatibility, strip_weights)
     options = RuntimeOptions(engine_dir=None if engine_dir is None else Path(engine_dir))
     student = StudentFolder(folder)
-    graphs = _graphs(student, components, precisions)
+    graphs = _graphs(student, components, precisions, flavour)
     axes = _axes(student.manifest, batches, sizes, max_steps)
     engines = EngineCache(options)
     trt = library(flavour)
@@ -172,8 +173,13 @@ def _settings(
         raise InvalidRequest(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
 
 
-def _graphs(student: StudentFolder, components: Sequence[str] | None, precisions: Sequence[str] | None) -> list[Graph]:
-    """The graphs of these components and precisions. Raises InvalidRequest for one that is not there."""
+def _graphs(
+    student: StudentFolder, components: Sequence[str] | None, precisions: Sequence[str] | None, flavour: str
+) -> list[Graph]:
+    """The graphs of these components and precisions; of None, of all that the flavour runs.
+
+    Raises InvalidRequest for one that is not there.
+    """
     present = student.manifest.graphs
     if not present:
         raise InvalidRequest(f"{student.path} has no graphs to build engines of; run redif export {student.path}")
@@ -190,7 +196,9 @@ def _graphs(student: StudentFolder, components: Sequence[str] | None, precisions
     chosen = [
         graph
         for graph in present
-        if graph.component in (components or [graph.component]) and graph.precision in (precisions or [graph.precision])
+        if graph.component in (components or [graph.component])
+        and graph.precision in (precisions or [graph.precision])
+        and (components or graph.component != "generator" or not loops_in_numpy(flavour, graph.precision))
     ]
     if not chosen:
         raise InvalidRequest(f"{student.path} has no {', '.join(components or ())} in {', '.join(precisions or ())}")

@@ -51,6 +51,10 @@ def refuse_rtx(model: onnx.ModelProto, file: str, targets: Sequence[int]) -> Non
             )
         elif turing and TensorProto.BFLOAT16 in types:
             reason = f"computes in bf16 and sm {_TURING} cannot; use --precision fp16, or leave that target out"
+        elif node.op_type == "DequantizeLinear" and _blocked_inside(node, values):
+            reason = "rounds the weights of a convolution in blocks of channels, which it cannot read; use int8wo"
+        elif node.op_type == "Loop" and _holds_rounded_weights(node):
+            reason = "is a loop around weights that are rounded, on which its compiler fails; name --component denoiser"
         elif node.op_type == "Attention" and TensorProto.FLOAT in types:
             reason = "is attention in fp32, for which there is no kernel; export it at opset 20, which decomposes it"
         elif node.op_type == "Attention" and _head(node, values) < _LEAST_HEAD:
@@ -71,6 +75,20 @@ def _walk(graph: onnx.GraphProto, outer: Mapping[str, Any]) -> Iterator[tuple[on
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 yield from _walk(inner, values)
+
+
+def _blocked_inside(node: onnx.NodeProto, values: Mapping[str, Any]) -> bool:
+    """Whether blocks lie along an axis before the last two."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    rank = len(values[node.input[0]].shape.dim) if node.input[0] in values else 0
+    return attributes.get("block_size", 0) > 0 and attributes.get("axis", 1) % max(rank, 1) < rank - 2
+
+
+def _holds_rounded_weights(node: onnx.NodeProto) -> bool:
+    """Whether in the body of a loop weights alone are rounded, not activations."""
+    (body,) = (attribute.g for attribute in node.attribute if attribute.name == "body")
+    kinds = {inner.op_type for inner in body.node}
+    return "DequantizeLinear" in kinds and "QuantizeLinear" not in kinds
 
 
 def _head(node: onnx.NodeProto, values: Mapping[str, Any]) -> float:

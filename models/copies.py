@@ -16,7 +16,7 @@ from torch import nn
 
 from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line, some_of
 
-__all__ = ["adapted_layers", "merged", "named_parts", "private_copy", "private_pipeline", "unwrapped"]
+__all__ = ["adapted_layers", "merged", "named_parts", "private_copy", "private_pipeline", "sharing", "unwrapped"]
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +83,12 @@ def private_copy(module: nn.Module, name: str = "the network") -> Any:
             for key in _OFFLOAD:
                 vars(part).pop(key, None)
     return merged(made, name).eval().requires_grad_(False)
+
+
+def sharing(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` that shares the weights that are not trained, and owns those that are."""
+    memo: dict[int, Any] = {id(weight): weight for weight in module.parameters() if not weight.requires_grad}
+    return copy.deepcopy(module, memo)
 
 
 def private_pipeline(pipeline: Any) -> Any:

@@ -5,15 +5,19 @@ A condition is an index here, of a class or of a prompt; `Denoiser` turns it int
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from redif_sdk.artifact.records import Guidance
+from redif_sdk.models.copies import sharing
 from redif_sdk.models.families import call_network
-from redif_sdk.models.hollow import original
+from redif_sdk.models.hollow import is_streamed, original, to_train
 from redif_sdk.models.prompts import Prompts
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -30,6 +34,15 @@ def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, co
     asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
     mixed: Tensor = guidance.mix(asked, unasked)
     return mixed
+
+
+def in_micro_batches(predict: Predict, size: int, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    """The output (B, C, H, W) of ``predict``, called on at most ``size`` images at once; 0: on all of them."""
+    if not size or len(x) <= size:
+        return predict(x, t, condition)
+    conditions: Iterable[Tensor | None] = [None] * len(x) if condition is None else condition.split(size)
+    parts = zip(x.split(size), t.split(size), conditions, strict=condition is not None)
+    return torch.cat([predict(*part) for part in parts])
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -53,6 +66,10 @@ class Denoiser(nn.Module):
         prompts: The condition is an index of these.
         embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
         scale: Pixels a latent on each side.
+
+    Attributes:
+        micro_batch: The images that the network takes at once; 0: all of them.
+        recompute: Activations are not kept for the backward pass, but computed again.
     """
 
     def __init__(
@@ -72,10 +89,19 @@ class Denoiser(nn.Module):
         self.prompts = prompts
         self.embedded_guidance = embedded_guidance
         self.scale = scale
+        self.micro_batch = 0
+        self.recompute = False
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """f (B, C, H, W), guided if there is guidance."""
-        return guided(self._call, self.guidance, x, t, condition)
+        return in_micro_batches(self._part, self.micro_batch, x, t, condition)
+
+    def _part(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """f of one micro-batch."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return guided(self._call, self.guidance, x, t, condition)
+        f: Tensor = checkpoint(guided, self._call, self.guidance, x, t, condition, use_reentrant=False)
+        return f
 
     def _call(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         if not self.diffusers_call:
@@ -85,7 +111,37 @@ class Denoiser(nn.Module):
             conditions = {}
         else:
             conditions = {"class_labels": condition} if self.prompts is None else self.prompts(condition)
-        return call_network(self.network, x, t, conditions, self.embedded_guidance, self.scale)
+        with self._half(x):
+            return call_network(self.network, x, t, conditions, self.embedded_guidance, self.scale)
+
+    def _half(self, x: Tensor) -> AbstractContextManager[object]:
+        """Of frozen weights in half precision under float32 latents: autocast to their dtype."""
+        dtype = next(self.network.parameters()).dtype
+        if dtype == x.dtype or dtype not in (torch.float16, torch.bfloat16):
+            return nullcontext()
+        return torch.autocast(x.device.type, dtype)
+
+
+@dataclass(frozen=True)
+class StudentOf:
+    """Makes students of a network of diffusers.
+
+    Attributes:
+        network: The teacher's own.
+        options: Those of `Denoiser`.
+    """
+
+    network: nn.Module
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Denoiser:
+        """A student whose weights are copies in float32, to be trained."""
+        return Denoiser(to_train(self.network), diffusers_call=True, **self.options)
+
+    def frozen(self) -> Denoiser:
+        """A student with the network's own weights, which are not to be changed: adapters may be put beside them."""
+        shared = self.network if is_streamed(self.network) else sharing(self.network.requires_grad_(False))
+        return Denoiser(shared, diffusers_call=True, **self.options)
 
 
 def inner_of(network: nn.Module) -> nn.Module:

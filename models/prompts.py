@@ -126,6 +126,12 @@ class Prompts:
         self._learn(torch.tensor([self.null]))
         return {name: tuple(rows.shape[1:]) for name, rows in self._rows.items()}
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one encoded prompt."""
+        self.shapes()
+        return sum(rows[0].nbytes for rows in self._rows.values())
+
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
         """The tensors (B, ...) of an index (B,) int64 by name, on the index's device."""
         if not self._all_known:  # once all are known, a GPU need not wait for its indices

@@ -93,7 +93,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ordinary = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: ordinary(*a, **{**k, "fused": None, "foreach": False}))
     for module in (policy, fake_score, consistency):
-        monkeypatch.setattr(module, "autocast", lambda kind: nullcontext())
+        monkeypatch.setattr(module, "autocast", lambda kind, precision="auto": nullcontext())
     with Simulated():
         yield
 
@@ -144,7 +144,7 @@ def test_examination_dry_run_and_evaluation_are_made_on_the_device(monkeypatch: 
     ours = examine_teacher(teacher, config=config, device="cpu")
     assert seen == {"cpu"}
     seen.clear()
-    for module in (examine, estimating, decision):
+    for module in (examine, decision):
         monkeypatch.setattr(module, "chosen_device", lambda name: META)
     with simulated(monkeypatch):
         theirs = examine_teacher(teacher, config=config)

@@ -25,6 +25,7 @@ from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_p
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import applicable
 from redif_sdk.distill.student import pool_size, recorded, training_folder
+from redif_sdk.distill.teachers.large import sized
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
 
@@ -131,7 +132,7 @@ def test_a_student_is_saved_and_loaded_whole(teacher_folder: Path, tmp_path: Pat
     assert manifest.distillation.budget.updates == 3
     assert manifest.distillation.estimator == config().get("estimator") == "same-state"
     recorded = manifest.distillation.configuration
-    wanted = config().settings()
+    wanted = sized(config(), student.teacher)[0].settings()
     assert {name: recorded[name] for name in wanted if name != "reward"} == {
         k: wanted[k] for k in wanted if k != "reward"
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.errors import ExportError
 from redif_sdk.export import export, store
 from redif_sdk.export.verify import summary
 from redif_sdk.export.weight_only import BLOCK, WEIGHT_ONLY, weight_only
@@ -162,3 +164,17 @@ def test_integers_lie_beside_large_graphs(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     pipe = FastPipeline.from_pretrained(folder)  # the gate chose what may run without being asked
     assert pipe.runtime_info["precision"] == "int8wo"
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def test_tensorrt_rtx_builds_int8_without_the_loop_and_refuses_int4(student: Path, tmp_path: Path) -> None:
+    from redif_sdk.export.tensorrt import build_engines
+
+    rows = build_engines(student, precisions=["int8wo"], sm=[89], engine_dir=tmp_path)
+    assert [row["component"] for row in rows] == ["denoiser"]
+    for precision, component, message in (
+        ("int8wo", "generator", r"Loop\) is a loop around weights that are rounded"),
+        ("int4wo", "denoiser", r"DequantizeLinear\) rounds .* in blocks of channels, .* use int8wo"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            build_engines(student, precisions=[precision], components=[component], sm=[89], engine_dir=tmp_path)

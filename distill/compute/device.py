@@ -33,9 +33,16 @@ def cpu_has_bf16() -> bool:
     return said == "1"
 
 
-def autocast(device: str = "cpu") -> AbstractContextManager[object]:
-    """bfloat16 autocast where the hardware has it, else nothing."""
-    if device != "cpu" or cpu_has_bf16():
+def has_bf16(device: str) -> bool:
+    """Whether a kind of device, cpu or cuda, computes in bfloat16 itself."""
+    if device == "cpu":
+        return cpu_has_bf16()
+    return device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(device: str = "cpu", precision: str = "auto") -> AbstractContextManager[object]:
+    """bfloat16 autocast for bf16, and for auto where the hardware has it; else nothing."""
+    if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return torch.autocast(device, torch.bfloat16)
     return nullcontext()
 

@@ -61,7 +61,7 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def local(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def local(parameters: Iterable[Tensor]) -> list[Tensor]:
     """What this process keeps of each parameter."""
     return [p.data.to_local() if isinstance(p.data, DTensor) else p.data for p in parameters]
 

@@ -7,7 +7,6 @@ outputs; the teacher steps with DDIM on its own grid, its guidance included.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
+from redif_sdk.distill.compute.lora import apart, load_trained, trained, twin
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import error
@@ -48,7 +48,7 @@ class Consistency(Method):
             times = [round(float(t)) for t in policy.table.timesteps]
             kind = context.teacher.prediction_type
             policy.table = StepTable.consistency(context.teacher.schedule, times, prediction_type=kind)
-        self.target = copy.deepcopy(policy.network).requires_grad_(False)
+        self.target = twin(policy.network)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """d(f_theta(x_n+1, t_n+1), f_theta-(x^_n, t_n)), x^_n one DDIM step of the teacher from x_n+1 (eq. 13); at the
@@ -56,9 +56,8 @@ class Consistency(Method):
         teacher, meter = context.teacher, context.policy.meter
         huber = context.config.options_as(ConsistencyOptions).huber
         assert self.target is not None
-        torch._foreach_lerp_(
-            list(self.target.parameters()), [p.data for p in context.policy.network.parameters()], 1 - EMA
-        )
+        slow, fast = apart(self.target, context.policy.network)
+        torch._foreach_lerp_(slow, [weight.data for weight in fast], 1 - EMA)
         fine = teacher.table(teacher.num_inference_steps)
         times = torch.tensor([round(float(t)) for t in fine.timesteps]).to(context.device)
         row = draws.integers(0, len(times), len(batch), generator, times.device)
@@ -80,15 +79,15 @@ class Consistency(Method):
         yield error(residual, huber), {"mse": residual.detach().pow(2).mean().item()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target": None if self.target is None else self.target.state_dict()}
+        return {"target": None if self.target is None else trained(self.target)}
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
         if state["target"] is not None:
-            self.target = copy.deepcopy(context.policy.network).requires_grad_(False)
-            self.target.load_state_dict(state["target"])
+            self.target = twin(context.policy.network)
+            load_trained(self.target, state["target"])
 
 
 def _clean(network: nn.Module, context: Context, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
-    with autocast(x.device.type):
+    with autocast(x.device.type, context.config.precision):
         f = network(x, t.float(), condition)
     return clean_at(context.teacher, t, x, f.float())

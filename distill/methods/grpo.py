@@ -8,13 +8,13 @@ deterministic, is MixGRPO's (Li et al. 2025). The clip is given as `clip_mean_sh
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from redif_sdk.distill.compute.lora import load_trained, trained, twin
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.methods.protocol import Loss, Method
@@ -36,7 +36,7 @@ class Grpo(Method):
     def prepare(self, context: Context) -> None:
         """The reference of the KL is the student as it begins."""
         if context.config.options_as(GrpoOptions).kl:
-            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+            self.reference = twin(context.policy.network)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """PPO's clipped surrogate over the rows of a window whose place the update's generator draws."""
@@ -49,9 +49,9 @@ class Grpo(Method):
         yield from groups.losses(batch, generator, check=check)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": None if self.reference is None else self.reference.state_dict()}
+        return {"reference": None if self.reference is None else trained(self.reference)}
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
         if state["reference"] is not None:
-            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
-            self.reference.load_state_dict(state["reference"])
+            self.reference = twin(context.policy.network)
+            load_trained(self.reference, state["reference"])

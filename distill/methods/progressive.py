@@ -6,18 +6,18 @@ the next stage's teacher. The stages share the budget equally. Clean data are th
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.lora import load_trained, trained, twin
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss, Method
-from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.denoising import levels
 from redif_sdk.sampling.loop import run_steps
@@ -50,9 +50,9 @@ class Progressive(Method):
         stage = min(int(progress * len(stages)), len(stages) - 1)
         if stage != self.stage:
             self.stage = stage
-            self.parent = copy.deepcopy(context.policy.network).requires_grad_(False) if stage else None
+            self.parent = twin(context.policy.network) if stage else None
         steps = stages[stage]
-        student = StudentPolicy(context.policy.network, context.teacher.table(steps), meter=context.policy.meter)
+        student = replace(context.policy, table=context.teacher.table(steps))
         fine = context.teacher.table(2 * steps)
         k = int(torch.randint(0, steps, (), generator=generator))
         alpha, sigma = _level(student.table, k, context)
@@ -72,7 +72,7 @@ class Progressive(Method):
         """(k, x, condition) -> x0 of the stage's teacher at row k of the table of 2n rows; calls are counted."""
         meter = context.policy.meter
         if self.parent is not None:
-            policy = StudentPolicy(self.parent, fine, meter=meter)
+            policy = replace(context.policy, network=self.parent, table=fine)
             return torch.no_grad()(policy.estimate)
 
         def estimate(k: int, x: Tensor, condition: Tensor | None) -> Tensor:
@@ -84,13 +84,13 @@ class Progressive(Method):
         return estimate
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage, "parent": None if self.parent is None else self.parent.state_dict()}
+        return {"stage": self.stage, "parent": None if self.parent is None else trained(self.parent)}
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
         self.stage = state["stage"]
         if state["parent"] is not None:
-            self.parent = copy.deepcopy(context.policy.network).requires_grad_(False)
-            self.parent.load_state_dict(state["parent"])
+            self.parent = twin(context.policy.network)
+            load_trained(self.parent, state["parent"])
 
 
 def two_steps(

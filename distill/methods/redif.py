@@ -7,13 +7,13 @@ the table's output gain may be learnt too (``calibration``): averages over what 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from redif_sdk.distill.compute.lora import load_trained, trained, twin
 from redif_sdk.distill.compute.parallel import is_sharded
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGroups
@@ -112,7 +112,7 @@ class ReDiF(Method):
             self.exploration = Exploration.white(elements, context.device)
         if isinstance(options, TrajectoryOptions):
             if options.kl:
-                self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
+                self.reference = twin(context.policy.network)
         elif options.dmd_weight:
             self.fake = FakeScore.make(context)
 
@@ -120,7 +120,7 @@ class ReDiF(Method):
         explored, reference = self.exploration, self.reference
         return {
             "exploration": None if explored is None else (explored.basis, explored.scales, explored.tau),
-            "reference": None if reference is None else reference.state_dict(),
+            "reference": None if reference is None else trained(reference),
             "fake": None if self.fake is None else self.fake.state_dict(),
         }
 
@@ -129,8 +129,8 @@ class ReDiF(Method):
             basis, scales, tau = state["exploration"]
             self.exploration = Exploration(basis, scales, tau)
         if state["reference"] is not None:
-            self.reference = copy.deepcopy(context.policy.network).requires_grad_(False)
-            self.reference.load_state_dict(state["reference"])
+            self.reference = twin(context.policy.network)
+            load_trained(self.reference, state["reference"])
         if state["fake"] is not None:
             self.fake = FakeScore.make(context)
             self.fake.load_state_dict(state["fake"])

@@ -14,36 +14,41 @@ from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
+from redif_sdk.distill.compute.lora import load_trained, trained
+from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.options import FakeScoreOptions
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.denoising import clean_at, levels, noised
+from redif_sdk.distill.teachers.large import to_train
 
 
 @dataclass
 class FakeScore:
-    """From the teacher's own weights, with an optimiser of its own. Every network call goes to ``meter``."""
+    """From the teacher's own weights, with an optimiser of its own. Every network call goes to ``meter``.
+
+    Attributes:
+        config: of the run: its learning rate; the rank of adapters, where the student is trained by these; precision.
+    """
 
     teacher: Teacher
     meter: Meter
-    learning_rate: float
-    grad_clip: float
+    config: DistillConfig
     device: torch.device
     network: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.network = self.teacher.make_student().to(self.device).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.learning_rate, betas=(0.0, 0.999), weight_decay=0.0
-        )
+        self.network = to_train(self.teacher, self.config).to(self.device).eval()
+        rate = self.config.options_as(FakeScoreOptions).fake_learning_rate
+        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.0, 0.999), weight_decay=0.0)
 
     @classmethod
     def make(cls, context: RewardContext) -> FakeScore:
         """With the settings of a run."""
-        rate = context.config.options_as(FakeScoreOptions).fake_learning_rate
-        return cls(context.teacher, context.meter, rate, context.config.grad_clip, context.device)
+        return cls(context.teacher, context.meter, context.config, context.device)
 
     def learn(self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator) -> float:
         """One update: denoise the student's ``outputs`` (B, C, H, W), |x0 - x|^2 weighted by min(SNR, 5)."""
@@ -57,7 +62,7 @@ class FakeScore:
             self.optimizer.zero_grad()
             loss.backward()
         draws.average_gradients(self.network.parameters())
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
         self.optimizer.step()
         return loss.item()
 
@@ -83,13 +88,13 @@ class FakeScore:
         return along, sum(learnt) / updates
 
     def _clean(self, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
-        with autocast(x.device.type):
+        with autocast(x.device.type, self.config.precision):
             f = self.network(x, t.float(), condition)
         return clean_at(self.teacher, t, x, f.float())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fake": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"fake": trained(self.network), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["fake"])
+        load_trained(self.network, state["fake"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -18,6 +18,7 @@ from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.registry import FITTED, weighted
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.calling import check_deterministic
+from redif_sdk.distill.teachers.large import check_memory
 from redif_sdk.distill.training.check import check_call, check_student
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -41,7 +42,7 @@ def check_teacher(teacher: Teacher, device: torch.device | str = "cpu") -> nn.Mo
     Raises:
         UnsupportedModel: it could not be exported, cannot be called, or gives NaN.
     """
-    network = teacher.make_student().eval()
+    network = teacher.frozen_student().eval()
     inner = inner_of(network)
     if is_library_network(inner):
         check_library_network(inner, teacher.network_folder or "the student")
@@ -86,6 +87,7 @@ def check_run(
     if config.get("segments"):
         times = on_grid([float(t) for t in table.timesteps], teacher.grid())
         table_at(teacher.schedule, times, teacher.prediction_type)
+    check_memory(config, teacher)
     network = check_teacher(teacher, device)
     check_deterministic(teacher, device)
     check_student(network, teacher, device)

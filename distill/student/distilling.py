@@ -27,6 +27,7 @@ from redif_sdk.distill.student.base import Student
 from redif_sdk.distill.student.decision import check_run, pool_size
 from redif_sdk.distill.student.loading import load_student
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.large import half_of, sized
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.loop import OnProgress, Trainer
 from redif_sdk.errors import WorseThanStart
@@ -92,15 +93,14 @@ def distill(
     make_method(config.method)
     if config.get("reward") is not None:
         reward_names(config.get("reward"))  # an unknown one is refused before anything is loaded
-    options = {"prompts": prompts, "value_range": value_range}
+    options = {"prompts": prompts, "value_range": value_range, "half": half_of(config)}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if config.teacher_steps is not None:
         teacher = teacher.at_steps(config.teacher_steps)
-    if student is not None:
-        teacher = _with_student(teacher, student)
+    config, teacher = sized(config, teacher if student is None else _with_student(teacher, student))
     display = progress if isinstance(progress, Progress) else Progress(not progress or on_progress is not None)
     display = Progress(quiet=True) if draws.rank() else display
-    asked = inner_of(teacher.make_student())
+    asked = inner_of(teacher.frozen_student())
     own = None if is_library_network(asked) else asked
     if own is not None:
         display.say(
@@ -188,6 +188,7 @@ def sample_pool(
     Raises:
         RedifError: as `redif_sdk.distill.student.decision.check_run`.
     """
+    config, teacher = sized(config, teacher)
     check_run(teacher, config)
     return _pairs(teacher, config, rebuild, on_batch)
 

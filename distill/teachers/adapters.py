@@ -30,9 +30,9 @@ from redif_sdk.distill.teachers.sizes import check_decoder, check_sizes
 from redif_sdk.distill.teachers.text import Part, text_of
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.models.denoiser import Denoiser
+from redif_sdk.models.denoiser import Denoiser, StudentOf
 from redif_sdk.models.families import LatentDecoder
-from redif_sdk.models.hollow import computing, to_train
+from redif_sdk.models.hollow import computing
 from redif_sdk.models.prompts import Prompts
 
 __all__ = ["register", "supported"]
@@ -167,7 +167,7 @@ def text_to_image(
         decode=_latent_decoder(pipeline.vae, decoder),
         num_inference_steps=num_inference_steps
         or about.get("num_inference_steps", usual_steps(scheduler_config, kind.steps)),
-        make_student=_student(network, bank, embedded, scale),
+        make_student=_students(network, bank, embedded, scale),
         network_folder=kind.network,
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
@@ -225,7 +225,7 @@ def class_to_image(
         postprocess=Postprocess(decoder=decoder),
         decode=_latent_decoder(pipeline.vae, decoder),
         num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
-        make_student=_student(network, None, None, scale),
+        make_student=_students(network, None, None, scale),
         network_folder="transformer",
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
@@ -261,18 +261,13 @@ def _predict(
     return predict
 
 
-def _student(network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int) -> Callable[[], Denoiser]:
-    def make() -> Denoiser:
-        return Denoiser(
-            to_train(network), diffusers_call=True, prompts=prompts, embedded_guidance=embedded, scale=scale
-        )
-
-    return make
+def _students(network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int) -> StudentOf:
+    return StudentOf(network, {"prompts": prompts, "embedded_guidance": embedded, "scale": scale})
 
 
 def _at_guidance(network: nn.Module, prompts: Prompts | None, scale: int) -> AtGuidance:
     """Of a network that takes the guidance scale as an input: `predict` and `make_student` at a scale."""
-    return lambda told: (_predict(network, prompts, told, scale), _student(network, prompts, told, scale))
+    return lambda told: (_predict(network, prompts, told, scale), _students(network, prompts, told, scale))
 
 
 def _embeds(network: Any) -> bool:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from redif_sdk.distill.teachers.registry import (
 from redif_sdk.distill.teachers.value_range import InRange
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.copies import private_copy, private_pipeline
-from redif_sdk.models.denoiser import Denoiser, Predict, guided
+from redif_sdk.models.denoiser import Denoiser, Predict, guided, in_micro_batches
 from redif_sdk.models.hollow import stored
 from redif_sdk.models.portable import check_pipeline, is_library_network, refuse_saved_adapters
 from redif_sdk.models.prompts import Prompts
@@ -99,6 +100,7 @@ class Teacher(InRange):
     pipeline: Any = None  # diffusers' own, whose other parts a student is saved with
     range_known: bool = True  # off: the value range is measured on outputs (`ranged_by`)
     clipped: bool = True  # off: what it makes has no range that is seen, as latents that are rewarded undecoded
+    micro_batch: int = 0  # images that its network and its decoder take at once; 0: as many as there are
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -174,7 +176,12 @@ class Teacher(InRange):
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """The teacher's output f (B, C, H, W), guided where it has guidance. Arguments as for ``predict``."""
-        return guided(self.predict, self.guidance, x, t, condition)
+        return in_micro_batches(partial(guided, self.predict, self.guidance), self.micro_batch, x, t, condition)
+
+    def frozen_student(self) -> nn.Module:
+        """A student's network that is not to be changed, with the teacher's own weights where it has any to share."""
+        network: nn.Module = getattr(self.make_student, "frozen", self.make_student)()
+        return network.requires_grad_(False)
 
     def table(self, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
         """DDIM with trailing spacing: the untrained student, and the sampler of a teacher without one of its own. For
@@ -276,6 +283,7 @@ class Teacher(InRange):
         loras: Sequence[Lora] = (),
         decoder: str | Path | None = None,
         mapped: bool = False,
+        half: torch.dtype | None = None,
         checked: bool = True,
     ) -> Teacher:
         """From a pipeline of diffusers, or its folder: Stable Diffusion, SDXL, SD3, Flux, PixArt, DiT and what
@@ -296,6 +304,8 @@ class Teacher(InRange):
             decoder: the folder or Hub id of an autoencoder to use in place of the pipeline's own, such as TAESD.
             mapped: leave the weights of a folder in its files, in the dtype that they have there. Each layer's are
                 read and cast when it is called: for a teacher that is not trained from, of any size.
+            half: hold a folder's network of more than `weights.LARGE` weights in this dtype: for a teacher whose
+                weights are not trained. None: in float32.
             checked: try the scheduler; off for one that will not be run.
 
         Raises:
@@ -311,7 +321,7 @@ class Teacher(InRange):
             ours, pipeline = is_ours(adapter_of(source)), private_pipeline(source)
             check_pipeline(pipeline, library=ours)
         else:
-            pipeline, about = cls._read(folder, variant, mapped)
+            pipeline, about = cls._read(folder, variant, mapped, half)
             check_pipeline(pipeline, loaded=True, library=is_ours(adapter_of(pipeline)))
         if examples is not None and is_ours(adapter_of(pipeline)):
             about = {"prompts": list(examples), **about}
@@ -327,16 +337,16 @@ class Teacher(InRange):
         return teacher.in_range(value_range if value_range is not None else about.get("value_range"))
 
     @staticmethod
-    def _read(folder: Path, variant: str | None, mapped: bool) -> tuple[Any, dict[str, Any]]:
+    def _read(folder: Path, variant: str | None, mapped: bool, half: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
         """The pipeline in a folder, and what the folder says about it."""
         name = folders.pipeline_name(folder)
         refuse_saved_adapters(folder)
         if adapter := adapter_named(name):
             ours = is_ours(adapter)
-            return folders.load_pipeline(folder, variant, whole=not ours, mapped=mapped and ours)
+            return folders.load_pipeline(folder, variant, whole=not ours, mapped=mapped and ours, half=half)
         if name and folders.unet_files(folder) is None:
             raise no_adapter(name)
-        return folders.load_unet(folder, variant, mapped=mapped)
+        return folders.load_unet(folder, variant, mapped=mapped, half=half)
 
     @classmethod
     def from_callable(

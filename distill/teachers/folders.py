@@ -98,12 +98,14 @@ def unet_files(folder: Path) -> tuple[Path, Path] | None:
     return (network, scheduler) if _json(network, folder).get("_class_name") == "UNet2DModel" else None
 
 
-def load_unet(folder: Path, variant: str | None = None, *, mapped: bool = False) -> tuple[UNetFolder, dict[str, Any]]:
+def load_unet(
+    folder: Path, variant: str | None = None, *, mapped: bool = False, half: Any = None
+) -> tuple[UNetFolder, dict[str, Any]]:
     """A UNet2DModel and its scheduler's configuration, and what ``redif_teacher.json`` says.
 
     Args:
         variant: of the weights, such as fp16; None: the plain files, or the only variant.
-        mapped: as for `weights.load_network`.
+        mapped, half: as for `weights.load_network`.
 
     Raises:
         InvalidRequest: a file is missing or cannot be read, or the weights are not whole.
@@ -117,7 +119,7 @@ def load_unet(folder: Path, variant: str | None = None, *, mapped: bool = False)
     components.check_used(folder.name, UNET_PARTS, _parts(folder) | _other_networks(folder))
     about, configuration = _about(folder), _json(scheduler, folder)
     with without_bars():
-        unet = _network(UNet2DModel, network.parent, variant, folder, mapped)
+        unet = _network(UNet2DModel, network.parent, variant, folder, mapped=mapped, half=half)
     return UNetFolder(folder.name, unet, configuration), about
 
 
@@ -130,7 +132,7 @@ def _no_unet(folder: Path) -> InvalidRequest | UnsupportedModel:
 
 
 def load_pipeline(
-    folder: Path, variant: str | None = None, *, whole: bool = False, mapped: bool = False
+    folder: Path, variant: str | None = None, *, whole: bool = False, mapped: bool = False, half: Any = None
 ) -> tuple[Any, dict[str, Any]]:
     """A pipeline from its folder, and what ``redif_teacher.json`` says. Nothing is fetched, no pickle is read.
 
@@ -140,7 +142,7 @@ def load_pipeline(
     Args:
         variant: of the weights, such as fp16; None: the plain files, or the only variant.
         whole: leave nothing out.
-        mapped: as for `weights.load_network`.
+        mapped, half: as for `weights.load_network`.
 
     Raises:
         InvalidRequest: it cannot be loaded, or weights are not whole.
@@ -158,7 +160,7 @@ def load_pipeline(
     with without_bars():
         for name, part in parts.items():
             if name not in given and (kind := components.network_class(*part)) is not None:
-                given[name] = _network(kind, part_folder(folder, name), variant, folder, mapped)
+                given[name] = _network(kind, part_folder(folder, name), variant, folder, mapped=mapped, half=half)
             elif name not in given:
                 components.check_tokenizer_files(part[1], part_folder(folder, name))
         given |= dict.fromkeys(name for name, kind in _index(folder).items() if kind == [None, None])
@@ -195,7 +197,7 @@ def load_autoencoder(source: str | Path, kinds: Sequence[str], *, mapped: bool =
     if name not in kinds:
         raise UnsupportedModel(f"the decoder in {source} is a {name}; use {' or '.join(kinds)}")
     with without_bars():
-        return _network(components.network_class("diffusers", str(name)), folder, None, folder, mapped)
+        return _network(components.network_class("diffusers", str(name)), folder, None, folder, mapped=mapped)
 
 
 def part_folder(folder: Path, name: str) -> Path:
@@ -227,15 +229,15 @@ def _other_networks(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _network(kind: Any, place: Path, variant: str | None, folder: Path, mapped: bool) -> Any:
-    """One network of ``folder``, with its configuration checked first."""
+def _network(kind: Any, place: Path, variant: str | None, folder: Path, **options: Any) -> Any:
+    """One network of ``folder``, with its configuration checked first. ``options``: of `weights.load_network`."""
     path = place / "config.json"
     if not path.is_file():
         raise InvalidRequest(f"{folder} is not whole: {path.relative_to(folder)} is missing; copy the folder again")
     config = _json(path, folder)
     weights.refuse_quantised(config, str(place))
     check_config(config, str(path))
-    return weights.load_network(kind, place, variant, mapped=mapped)
+    return weights.load_network(kind, place, variant, **options)
 
 
 def _check_variant(folder: Path, parts: dict[str, tuple[str, str]], variant: str | None) -> None:

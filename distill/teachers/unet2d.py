@@ -19,8 +19,8 @@ from redif_sdk.distill.teachers.registry import UNET_2D, register
 from redif_sdk.distill.teachers.sizes import check_channels, check_sizes
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.models.denoiser import Denoiser
-from redif_sdk.models.hollow import computing, is_streamed, to_train
+from redif_sdk.models.denoiser import Denoiser, StudentOf
+from redif_sdk.models.hollow import computing, is_streamed
 
 __all__ = ["pixels"]
 
@@ -84,7 +84,7 @@ def pixels(
         else None,
         postprocess=Postprocess(pixel_shuffle=shuffle),
         num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
-        make_student=lambda: Denoiser(to_train(network), diffusers_call=True),
+        make_student=StudentOf(network),
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
         own=own,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from redif_sdk.artifact.records import Postprocess
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -38,12 +39,15 @@ class InRange:
     Attributes:
         range_known: off: the range was not given, and is measured on outputs.
         clipped: off: what it makes has no range that is seen, as latents that are rewarded undecoded.
+        micro_batch: latents that are decoded at once; 0: with a gradient all, without one `DECODE_BATCH`. Of micro
+            batches the activations are not kept for the backward pass, but computed again.
     """
 
     postprocess: Postprocess
     decode: nn.Module | None
     range_known: bool
     clipped: bool
+    micro_batch: int
 
     def images(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, C', H', W'), unclamped, in the value range of ``postprocess``.
@@ -52,10 +56,13 @@ class InRange:
         if self.decode is not None:
             decode = self.decode.to(latents.device)
             if torch.is_grad_enabled() and latents.requires_grad:
-                images: Tensor = decode(latents)
-                return images
+                if not self.micro_batch:
+                    images: Tensor = decode(latents)
+                    return images
+                parts = latents.split(self.micro_batch)
+                return torch.cat([checkpoint(decode, part, use_reentrant=False) for part in parts])
             with torch.no_grad():
-                return torch.cat([decode(part) for part in latents.split(DECODE_BATCH)])
+                return torch.cat([decode(part) for part in latents.split(self.micro_batch or DECODE_BATCH)])
         factor = self.postprocess.pixel_shuffle
         return F.pixel_shuffle(latents, factor) if factor > 1 else latents
 

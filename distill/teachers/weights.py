@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line, some_of
 from redif_sdk.models.hollow import as_stored, keep_mapped
 
-__all__ = ["check_weights", "find_variant", "load_network", "refuse_quantised", "variants"]
+__all__ = ["LARGE", "check_weights", "find_variant", "load_network", "refuse_quantised", "variants"]
 
 #: The names of weight files without their endings: diffusers' and transformers'.
 STEMS = ("diffusion_pytorch_model", "model")
@@ -30,6 +30,8 @@ _OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
 #: Unexpected tensors that no forward pass reads: buffers that older releases saved.
 _NEVER_READ = re.compile(r"(^|\.)position_ids$")
 _NAMED = 6  # tensors in a message
+#: Weights above which a network is trained by adapters, and a text encoder stays in its files.
+LARGE = 400_000_000
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -69,25 +71,35 @@ def variants(folder: Path) -> set[str | None]:
     return {match[2] for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
 
 
-def load_network(kind: Any, folder: Path, variant: str | None = None, *, mapped: bool = False) -> Any:
+def load_network(
+    kind: Any, folder: Path, variant: str | None = None, *, mapped: bool = False, half: torch.dtype | None = None
+) -> Any:
     """The network in ``folder``, of a class of diffusers or transformers, in float32 and in evaluation mode.
+
+    A text encoder of more than `LARGE` weights is ``mapped`` in any case.
 
     Args:
         kind: the class.
         variant: of the weights, such as fp16; where the folder lacks it, and for None, what `find_variant` chooses.
         mapped: leave the weights in the folder's files, in the dtype that they have there (see `models.hollow`).
+        half: the dtype of a network of diffusers of more than `LARGE` weights; None: float32.
 
     Raises:
         InvalidRequest: weights are missing, unexpected, of another shape, or cannot be read.
         UnsupportedModel: the network is quantised.
     """
     options: dict[str, Any] = {"variant": find_variant(folder, variant)}
-    dtype = stored_dtype(folder, options["variant"]) if mapped else torch.float32
+    ours = kind.__module__.startswith("diffusers")
     try:
-        if kind.__module__.startswith("diffusers"):
-            options |= {"torch_dtype": dtype} if mapped else {}
+        held = _held(folder, options["variant"])
+        large = held > LARGE
+        mapped = mapped or (large and not ours)
+        loaded = half if large and half is not None and ours else torch.float32
+        dtype = stored_dtype(folder, options["variant"]) if mapped else loaded
+        if ours:
+            options |= {"torch_dtype": dtype}
         else:
-            _refuse_larger(kind, folder)
+            _refuse_larger(kind, folder, held)
             # its default is the dtype of the file; and a tensor of another shape is only named in the report
             options |= {"dtype": dtype, "ignore_mismatched_sizes": True}
         with as_stored(kind) if mapped else nullcontext():
@@ -107,30 +119,34 @@ def load_network(kind: Any, folder: Path, variant: str | None = None, *, mapped:
             module.training = False
     if mapped:
         return keep_mapped(network)
-    return nn.Module.to(network, torch.float32)  # diffusers' own warns of what it then does not do
+    return nn.Module.to(network, loaded)  # diffusers' own warns of what it then does not do
 
 
 def stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
     """The dtype of all floating-point weights of a variant in ``folder``; float32, if they have several."""
-    from safetensors import safe_open
-
-    found: set[torch.dtype] = set()
-    for path in folder.iterdir():
-        if (match := _FILE.fullmatch(path.name)) and match[2] == variant:
-            with safe_open(path, framework="pt") as file:
-                kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-                found |= {_FLOATS[kind] for kind in kinds & _FLOATS.keys()}
+    found = {_FLOATS[kind] for kind, _ in _headers(folder, variant) if kind in _FLOATS}
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _refuse_larger(kind: Any, folder: Path) -> None:
-    """Raise InvalidRequest where config.json asks for far more weights than there are: transformers would make them."""
+def _held(folder: Path, variant: str | None) -> int:
+    """The number of weights of a variant in ``folder``."""
+    return sum(math.prod(shape) for _, shape in _headers(folder, variant))
+
+
+def _headers(folder: Path, variant: str | None) -> Iterator[tuple[str, Sequence[int]]]:
+    """The dtype, as safetensors call it, and the shape of every tensor of a variant in ``folder``."""
     from safetensors import safe_open
 
-    held = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    for path in folder.iterdir():
+        if (match := _FILE.fullmatch(path.name)) and match[2] == variant:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    yield tensor.get_dtype(), tensor.get_shape()
+
+
+def _refuse_larger(kind: Any, folder: Path, held: int) -> None:
+    """Raise InvalidRequest where config.json asks for far more weights than are held: transformers would make them."""
     with torch.device("meta"):
         network = kind(kind.config_class.from_pretrained(folder))
         wanted = sum(parameter.numel() for parameter in network.parameters())

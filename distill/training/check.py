@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from redif_sdk.distill.context import Context
 from redif_sdk.distill.measures.distances import precision_recall
 from redif_sdk.distill.methods.registry import METHODS
 from redif_sdk.distill.methods.regression import visible_residual
-from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.calling import CALL_ERRORS, differ
@@ -101,6 +101,18 @@ def check_size(context: Context) -> int:
     return min(CHECK_PAIRS, max(FEWEST, int(SHARE * training / (checks * pair))))
 
 
+def checked_pairs(context: Context, pool: int) -> tuple[int, bool]:
+    """On how many pairs a run on a ``pool`` of so many is watched, and whether the teacher is sampled for them."""
+    size = check_size(context)
+    if held_back(pool):
+        return size, False
+    apart = min(size, max(FEWEST // 4, pool // 4))
+    calls, allowed = context.teacher.num_inference_steps * context.teacher.calls_per_step, context.config.teacher_calls
+    if allowed is not None and allowed < (pool + apart) * calls:
+        return min(size, pool), False
+    return apart, True
+
+
 def kept_apart(context: Context) -> tuple[Pairs, bool, float]:
     """The pairs on which a run is watched, whether they are kept from training, and the calls that they took.
 
@@ -108,14 +120,11 @@ def kept_apart(context: Context) -> tuple[Pairs, bool, float]:
     quarter as many pairs as the pool has, of noises that are neither trained nor evaluated on. Where ``teacher_calls``
     does not allow these, the pool's first entries, which are trained on too.
     """
-    pairs, teacher, size = context.pairs, context.teacher, check_size(context)
-    if held_back(len(pairs)):
-        return pairs[:size], True, 0.0
-    size = min(size, max(FEWEST // 4, len(pairs) // 4))
-    calls, allowed = teacher.num_inference_steps * teacher.calls_per_step, context.config.teacher_calls
-    if allowed is not None and allowed < (len(pairs) + size) * calls:
-        return pairs[:size], False, 0.0
-    made, spent = pool.get(teacher, size, "train", seed=CHECK_SEED, device=context.device)
+    pairs = context.pairs
+    size, sampled = checked_pairs(context, len(pairs))
+    if not sampled:
+        return pairs[:size], held_back(len(pairs)) > 0, 0.0
+    made, spent = pool.get(context.teacher, size, "train", seed=CHECK_SEED, device=context.device)
     return made.to(context.device), True, float(spent)
 
 
@@ -124,7 +133,7 @@ def sampled(
     context: Context, network: nn.Module, pairs: Pairs, table: StepTable | None = None
 ) -> tuple[Tensor, Tensor]:
     """The latents (N, C, H, W) of ``network`` on ``pairs``, and the teacher's. ``table``: None: the policy's."""
-    policy = StudentPolicy(network, table or context.policy.table, context.teacher.schedule)
+    policy = replace(context.policy, network=network, table=table or context.policy.table, meter=Meter())
     slices = policy.table.noise_slices
     return policy.sample(pairs.slices(slices) if slices > 1 else pairs.noise, pairs.condition), pairs.target
 

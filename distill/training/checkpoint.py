@@ -6,7 +6,6 @@ run that was killed and resumed gives the same bits as one that was not (budget 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.artifact.atomic import atomic_file
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.lora import load_trained, trained
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.value_range import UNIT
@@ -29,7 +29,7 @@ __all__ = ["CHECKPOINT", "identity", "read", "restore_weights", "run_lock", "sav
 
 CHECKPOINT, LOCK = "checkpoint.pt", "run.lock"
 #: What may differ between a run and the one that resumes it; a reward is compared by what it is called.
-FREE = {"checkpoint_seconds", "reward", "tracker", "device", "keep"}
+FREE = {"checkpoint_seconds", "reward", "tracker", "device", "keep", "micro_batch_size", "gradient_checkpointing"}
 
 
 @contextmanager
@@ -60,9 +60,8 @@ def run_lock(folder: Path | None) -> Iterator[None]:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """``torch.save``, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    atomic_write(path, buffer.getvalue())
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def identity(config: DistillConfig, teacher: Teacher) -> str:
@@ -82,9 +81,9 @@ def identity(config: DistillConfig, teacher: Teacher) -> str:
 def weights_of(
     network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
 ) -> dict[str, Any]:
-    """The whole state of what is trained. Where it is sharded every process must call."""
+    """The whole state of what is trained: of adapters, they alone. Where it is sharded every process must call."""
     if not sharded:
-        return {"network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        return {"network": trained(network), "ema": trained(ema), "optimizer": optimizer.state_dict()}
     return {
         "network": sharding.weights(network),
         "ema": sharding.weights(ema),
@@ -97,8 +96,8 @@ def restore_weights(
 ) -> None:
     """Take :func:`weights_of` back, in place."""
     if not sharded:
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
+        load_trained(network, state["network"])
+        load_trained(ema, state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         return
     sharding.restore(network, state["network"])

@@ -1,83 +1,164 @@
-"""What a run would cost, before it is started: a few updates are made on throw-away weights, and nothing is written."""
+"""What a run would cost, before it is started: a few updates are made on throw-away weights, and nothing is written.
+
+The pairs of these updates are noise: the teacher is called twice, to time a call, and is not sampled.
+"""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from redif_sdk.distill import pool
-from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.pool.pairs import batch_of, pairs_of, pool_noise
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.large import sized
+from redif_sdk.distill.training.check import checked_pairs
 from redif_sdk.distill.training.loop import Trainer
 
-POINTS = (0.0, 0.5, 0.99)  # of the run: its phases cost differently
+POINTS = 3  # of the run at which an update is timed: its phases cost differently
+SLOW = 5.0  # seconds of an update that is not made a second time
+PAIRS = 8  # at least, that are made up; also the prompts that are encoded to time it
+ENDED = 0.99  # of the run: its last update
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Seconds and mebibytes on this machine, as it is now.
 
-    ``pool_seconds`` is 0 where the pool is at hand already. ``forward_equivalents`` is of the training alone.
+    Attributes:
+        pool_seconds: to sample the pairs, and encode their prompts; 0 where the pool is at hand already.
+        check_seconds: for all checks, with the pairs that are sampled for these.
+        forward_equivalents: of the training alone.
+        peak_memory_mb: of the GPU that trains, else of the process.
     """
 
     pool_pairs: int
     pool_seconds: float
     updates: int | None
     training_seconds: float
+    check_seconds: float
     forward_equivalents: float
     peak_memory_mb: float
 
 
 def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is_there: bool) -> Estimate:
-    """Time one batch of the teacher, and an update in every phase, on the device of the settings.
+    """Time calls of the teacher, an update in every phase and a check, on the device of the settings.
 
     ``config.seconds`` is believed as it stands.
     """
-    small = max(config.batch_size, 8)
-    began = time.monotonic()
-    device = chosen_device(config.device)
-    pairs = pool.compute(teacher, small, "train", seed=config.seed, device=device)
-    pool_seconds = 0.0 if pool_is_there else (time.monotonic() - began) * pool_size / small
+    config, teacher = sized(config, teacher)
+    encoding = _encoding_seconds(teacher, pool_size)
     alone = {"schedule_updates": 0} if config.get("schedule_updates") else {}
-    trial = config.replaced(early_stop=0, tracker=None, **alone)
-    trainer = Trainer(teacher, trial, pairs)
+    pairs = _made_up(teacher, max(config.batch_size, PAIRS))
+    trainer = Trainer(teacher, config.replaced(early_stop=0, tracker=None, **alone), pairs)
     trainer.method.prepare(trainer.context)
     if config.get("segments"):
-        trainer.pairs = replace(trainer.pairs, index=None)  # entries that are not named are not kept on disk
-        pool_seconds = max(pool_seconds, trainer.follow() * pool_size / small)
-    spent, seconds = [], []
-    for progress in POINTS:
-        trainer.step(progress)  # the first of a phase makes its networks
-        meter = replace(trainer.meter)
-        began = time.monotonic()
-        trainer.step(progress)
-        seconds.append(time.monotonic() - began)
-        spent.append(trainer.meter.forward_equivalents - meter.forward_equivalents)
-    each, cost = sum(seconds) / len(seconds), sum(spent) / len(spent)
+        trainer.move_to_path()
+        states = trainer.pairs.noise[:, None].expand(-1, config.num_inference_steps, -1, -1, -1)
+        trainer.pairs = trainer.context.pairs = replace(trainer.pairs, states=states)
+    pair = _pair_seconds(teacher, trainer.pairs)
+    pool_seconds = encoding + (0.0 if pool_is_there and not config.get("segments") else pair * pool_size)
+    each, cost = _update(trainer, config.updates)
     updates = config.updates
     if updates is None and config.forward_equivalents:
-        updates = round(config.forward_equivalents / cost)
-    training = each * updates if updates else float("inf")
+        updates = max(1, round(config.forward_equivalents / cost))
+    training = each * updates if updates else math.inf
     if config.seconds and config.seconds < training:
         training, updates = config.seconds, None
+    done = training / each if updates is None else updates
+    checked, sampled = checked_pairs(trainer.context, pool_size)
+    checks = 2 + done // config.check_every
     return Estimate(
         pool_pairs=pool_size,
         pool_seconds=round(pool_seconds, 3),
         updates=updates,
         training_seconds=round(training, 1),
-        forward_equivalents=round(cost * (training / each if updates is None else updates)),
-        peak_memory_mb=round(_peak_memory(device), 1),
+        check_seconds=round(checks * _check_seconds(trainer, checked) + (checked * pair if sampled else 0.0), 1),
+        forward_equivalents=round(cost * done),
+        peak_memory_mb=round(_peak_memory(trainer, pool_size) / 2**20, 1),
     )
 
 
-def _peak_memory(device: torch.device) -> float:
-    """The most that this process has held so far, in MiB: of the GPU that trains, else of the machine."""
+def _made_up(teacher: Teacher, count: int) -> Pairs:
+    """Pairs whose outputs are noise within the value range; the range itself is not measured on them."""
+    low, high = teacher.postprocess.value_range
+    noise = pool_noise(teacher.shape, count, "train")
+    target = noise if teacher.decode is not None else (low + high) / 2 + (high - low) / 2 * noise.tanh()
+    return replace(pairs_of(teacher, target, "train", 0), index=None)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
+
+
+def _encoding_seconds(teacher: Teacher, pool_size: int) -> float:
+    if teacher.prompts is None:
+        return 0.0
+    prompts, tried = teacher.prompts, min(PAIRS, len(teacher.prompts))
+    return _timed(lambda: prompts(torch.arange(tried))) * min(len(prompts), pool_size) / tried
+
+
+@torch.no_grad()
+def _pair_seconds(teacher: Teacher, pairs: Pairs) -> float:
+    """Seconds of the teacher for one pair, by its second call on as many noises as it is given at once."""
+    size = min(len(pairs), teacher.micro_batch or batch_of(pairs.noise.device))
+    part = pairs[:size]
+    t = torch.full((size,), len(teacher.schedule) / 2, device=part.noise.device)
+    first, second = (_timed(lambda: teacher(part.noise, t, part.condition).cpu()) for _ in range(2))
+    return min(first, second) * teacher.num_inference_steps / size
+
+
+def _update(trainer: Trainer, updates: int | None) -> tuple[float, float]:
+    """The seconds and the forward-equivalents of an update, on average over the run."""
+    points = [place / updates for place in range(updates)] if updates and updates < POINTS else [0.0, 0.5, ENDED]
+    seconds: list[float] = []
+    spent: list[float] = []
+    for point in points:
+        for again in (False, True):
+            before = replace(trainer.meter)
+            took = _timed(lambda point=point: trainer.step(point))  # type: ignore[misc]
+            if not again and took > SLOW and seconds:
+                break
+        seconds.append(took)
+        spent.append(trainer.meter.forward_equivalents - before.forward_equivalents)
+    return float(np.mean(seconds)), float(np.mean(spent))
+
+
+def _check_seconds(trainer: Trainer, count: int) -> float:
+    """Seconds of a check on ``count`` pairs."""
+    observer = trainer.observer
+    observer.pairs = trainer.pairs[: min(count, PAIRS)]
+    return _timed(lambda: observer.look(trainer.ema, 0)) * count / len(observer.pairs)
+
+
+def _peak_memory(trainer: Trainer, pool_size: int) -> float:
+    """The most bytes that a run holds: what this process has held so far, or what it holds when the run ends."""
+    device = trainer.context.device
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held / (2**20 if sys.platform == "darwin" else 2**10)
+        return float(torch.cuda.max_memory_allocated(device))
+    prompts = trainer.teacher.prompts
+    encoded = 0 if prompts is None else prompts.row_bytes * max(0, min(len(prompts), pool_size) - PAIRS)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    network = sum(weight.numel() for weight in trainer.context.policy.network.parameters())
+    merged = 4 * network if trainer.config.lora_rank else 0
+    return encoded + max(held, _resident() + merged)
+
+
+def _resident() -> int:
+    """Bytes that this process holds now; 0 where the system does not tell."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+    return 0

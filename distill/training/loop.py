@@ -21,7 +21,7 @@ from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.compute.device import chosen_device
-from redif_sdk.distill.compute.lora import adapted, merged
+from redif_sdk.distill.compute.lora import apart, load_trained, merged, twin
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods import Method, make_method
@@ -30,6 +30,7 @@ from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.large import sized, to_train
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.check import Watch, check_student, held_back, sampled
@@ -77,7 +78,7 @@ class Trainer:
     _reserved: float = field(init=False, default=0.0)  # forward-equivalents that the method spends at the end
 
     def __post_init__(self) -> None:
-        config = self.config
+        self.config, self.teacher = config, _ = sized(self.config, self.teacher)
         draws.init_distributed()
         draws.share(config.batch_size)
         if config.batch_size > len(self.pairs):
@@ -87,8 +88,8 @@ class Trainer:
         self.pairs = self.pairs.to(device)
         self.teacher = self.teacher.ranged_by(self.pairs.target)
         say_what_is_cut(self.teacher, self.pairs.target)
-        network, self.ema = (self._network().to(device) for _ in range(2))
-        self.ema.requires_grad_(False)
+        network = self._network().to(device)
+        self.ema = twin(network)
         check_student(network, self.teacher, device)
         self.context = self._context(network)
         self.observer = Observer(self.context, self.method)
@@ -112,15 +113,11 @@ class Trainer:
         )
 
     def _network(self) -> nn.Module:
-        network = self.teacher.make_student()
-        if self.start is not None:
-            try:
-                network.load_state_dict(self.start.state_dict())
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InvalidRequest(f"the start is another network than the student ({reason})") from error
-        if self.config.lora_rank:
-            network = adapted(network, self.config.lora_rank, self.config.seed)
+        try:
+            network = to_train(self.teacher, self.config, self.start)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InvalidRequest(f"the start is another network than the student ({reason})") from error
         return network.eval()  # dropout and label dropout off, in rollouts and updates alike
 
     def _context(self, network: nn.Module) -> Context:
@@ -140,7 +137,8 @@ class Trainer:
         judged = teacher.as_latents() if in_latents else teacher
         rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
         advantage = Advantage(rewards, judged.unit_images, clamped=not in_latents)
-        policy = StudentPolicy(network, table, teacher.schedule, Meter(processes=draws.world()))
+        meter = Meter(processes=draws.world())
+        policy = StudentPolicy(network, table, teacher.schedule, meter, precision=config.precision)
         bounds = None if teacher.decode is not None else teacher.postprocess.value_range
         context = Context(policy, teacher, self.pairs, advantage, config, bounds)
         first = self.pairs[:1]
@@ -284,7 +282,8 @@ class Trainer:
             self.optimizer.step()
             figures = draws.averaged(figures) | {"loss": value, "grad_norm": norm.item()}
         decay = min(config.ema_decay, (1 + self.update) / (10 + self.update))
-        torch._foreach_lerp_(sharding.local(self.ema.parameters()), sharding.local(network.parameters()), 1 - decay)
+        slow, fast = (sharding.local(weights) for weights in apart(self.ema, network))
+        torch._foreach_lerp_(slow, fast, 1 - decay)
         self.update += 1
         self.meter.updates = self.update
         return figures
@@ -294,13 +293,18 @@ class Trainer:
         states there. Returns the seconds it took, which like the pool's own are not the budget's."""
         if not self.config.get("segments"):
             return 0.0
-        began, policy = time.monotonic(), self.context.policy
+        began = time.monotonic()
+        self.pairs = self.context.pairs = with_states(self.teacher, self.pairs, self.move_to_path())
+        return time.monotonic() - began
+
+    def move_to_path(self) -> list[float]:
+        """The table's times move to the nearest of the teacher's own path; returns them."""
+        policy = self.context.policy
         if policy.table.stochastic:
             raise UnsupportedModel("segments need a deterministic step table (eta = 0); set segments to 0")
         times = on_grid([float(t) for t in policy.table.timesteps], self.teacher.grid())
         policy.table = table_at(self.teacher.schedule, times, self.teacher.prediction_type)
-        self.pairs = self.context.pairs = with_states(self.teacher, self.pairs, times)
-        return time.monotonic() - began
+        return times
 
     def check(self) -> dict[str, float]:
         """How the EMA student stands (`redif_sdk.distill.training.check.check`)."""
@@ -332,7 +336,7 @@ class Trainer:
         if table is not None:
             whole = self._network().to(self.context.device).requires_grad_(False)
             if weights is not None:
-                whole.load_state_dict(weights)
+                load_trained(whole, weights)
         table = table or self.context.policy.table
         student = StudentPolicy(merged(whole), table, self.teacher.schedule, self.meter, exact=True)
         if kept:  # an untrained student stays as it is

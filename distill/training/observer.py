@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.lora import trained
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods import Method
 from redif_sdk.distill.policy import StudentPolicy
@@ -65,7 +66,7 @@ class Observer:
     def note(self, network: nn.Module, update: int) -> dict[str, float]:
         """Look at the student, and remember it if it is the best so far; figures for the log."""
         figures, standing = self.look(network, update)
-        self.keeper.look(standing, network.state_dict, self.context.policy.table.to_dict())
+        self.keeper.look(standing, lambda: trained(network), self.context.policy.table.to_dict())
         return figures | {"error": standing.error}
 
     def chosen(self, update: int) -> tuple[int, dict[str, Any] | None, StepTable | None]:

@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from redif_sdk.artifact.paths import is_clutter
 from redif_sdk.errors import InvalidRequest
 
-__all__ = ["REPLACEABLE", "atomic_folder", "atomic_write"]
+__all__ = ["REPLACEABLE", "atomic_file", "atomic_folder", "atomic_write"]
 
 #: A folder is replaced only if it holds one of these files, so that a mistyped path deletes no other folder.
 REPLACEABLE = ("redif.json", "model_index.json")
@@ -20,10 +21,17 @@ REPLACEABLE = ("redif.json", "model_index.json")
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` to `path` at once: the old file or the whole new one is there, also after an OSError."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside `path` to write into; it replaces `path` at the end, or is removed on an error."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -104,17 +104,20 @@ def distill_command(
     """
     from redif_sdk.distill.presets import resolve
     from redif_sdk.distill.teachers.base import Teacher
+    from redif_sdk.distill.teachers.large import half_of, sized
 
     options = {"num_inference_steps": steps, "method": method, "reward": reward, "updates": updates, "seconds": seconds}
     options |= {"teacher_calls": teacher_calls, "seed": seed, "device": device, "lora_rank": lora_rank}
     settings = partial(resolve, parse_settings(assignments, options), file=config_file, name=preset)
     _check(settings(), output, resume)
-    model = Teacher.load(teacher, **teacher_options(prompts, height, width, value_range, variant))
+    given = teacher_options(prompts, height, width, value_range, variant)
+    model = Teacher.load(teacher, **given, half=half_of(settings()))
     if guidance_scale is not None:
         model = model.guided(guidance_scale)
     config = settings(text=model.prompts is not None)  # text to image has presets of its own
     if config.teacher_steps is not None:
         model = model.at_steps(config.teacher_steps)
+    config, model = sized(config, model)
     if dry_run:
         _dry_run(model, config, output, rebuild_bank, json, quiet)
     else:

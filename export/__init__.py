@@ -37,6 +37,7 @@ def export(
     engine_dir: str | Path | None = None,
     web_dir: str | Path | None = None,
     network: torch.nn.Module | None = None,
+    decoder: str | Path | None = None,
     max_memory: int | None = None,
     on_progress: Callable[[float | None, str], object] = lambda done, note: None,
 ) -> Manifest:
@@ -63,6 +64,9 @@ def export(
         web_dir: The folder of the page; None: beside the student's folder.
         network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
             folder's weights; where the folder has none, its own are exported.
+        decoder: An autoencoder to decode with from now on, in place of the student's own: the folder of an
+            ``AutoencoderTiny`` (TAESD) or ``AutoencoderKL``, or a Hub id. How far its images are from the former ones
+            is added to the figures.
         max_memory: Bytes of memory that may be used, beyond which it is refused; None: what is free.
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
@@ -82,6 +86,8 @@ def export(
         from redif_sdk.export.web import check_supported
 
         check_supported(StudentFolder(folder))  # before minutes are spent on graphs
+    if decoder is not None and "onnx" not in targets:
+        raise InvalidRequest("another decoder needs new graphs; add the target onnx")
     if "onnx" in targets:
         try:
             from redif_sdk.export.build import build_graphs
@@ -94,6 +100,7 @@ def export(
             sizes=sizes,
             runtimes=runtimes,
             network=network,
+            decoder=decoder,
             max_memory=max_memory,
             on_progress=on_progress,
         )

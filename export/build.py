@@ -22,6 +22,7 @@ from redif_sdk.card.sections import user_sections
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable, UnsupportedModel
 from redif_sdk.export import golden, samples, store
 from redif_sdk.export.conditions import ExampleConditions
+from redif_sdk.export.decoder import compared, replace_decoder
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.needs import check_fits
 from redif_sdk.export.networks import given_network, is_large, load_decoder, load_encoders, load_network
@@ -66,6 +67,7 @@ def build_graphs(
     sizes: Sequence[tuple[int, int]] = (),
     runtimes: Sequence[str] | None = None,
     network: torch.nn.Module | None = None,
+    decoder: str | Path | None = None,
     max_memory: int | None = None,
     on_progress: OnProgress = lambda done, note: None,
 ) -> Manifest:
@@ -82,7 +84,7 @@ def build_graphs(
     student.check_all()
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
     with atomic_folder(student.path, overwrite=True) as new:
-        manifest = _make(student, new, precisions, batches, sizes, network, on_progress)
+        manifest = _make(student, new, precisions, batches, sizes, network, decoder, on_progress)
         on_progress(None, "checking the graphs against torch")
         checked = _pass_gate(folder, new, manifest.graphs, engines)
         on_progress(None, "drawing samples")
@@ -99,12 +101,17 @@ def _make(
     batches: Sequence[int] | None,
     sizes: Sequence[tuple[int, int]],
     network: torch.nn.Module | None,
+    decoder: str | Path | None,
     on_progress: OnProgress,
 ) -> Manifest:
     """The student in `new`, with graphs and golden files. All that torch loads for it is gone when it returns."""
     on_progress(None, "copying the student")
     student.copy_to(new, without=(store.FOLDER, golden.FOLDER, samples.FOLDER))
     student.keep_foreign(new)
+    former = student
+    if decoder is not None:
+        replace_decoder(student, new, decoder)
+        student = StudentFolder(new)
     on_progress(None, "loading the networks")
     loaded = load_network(student, new) if network is None else given_network(student, network)
     manifest, recorded = _with_sizes(student.manifest, loaded, sizes)
@@ -114,7 +121,13 @@ def _make(
     entries = golden.record_golden(source.denoiser, source.decoder, source.conditions, manifest, new, shapes)
     graphs = _Graphs(source, manifest, new, on_progress).write(precisions)
     manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
-    return write_manifest(new, manifest)
+    manifest = write_manifest(new, manifest)
+    if decoder is None:
+        return manifest
+    on_progress(None, "comparing the decoders")
+    kept = [row for row in manifest.metrics if "decoder" not in row]
+    row = compared(former, StudentFolder(new))
+    return write_manifest(new, manifest.model_copy(update={"metrics": [*kept, row]}))
 
 
 def _pass_gate(folder: str | Path, new: Path, graphs: Sequence[Graph], engines: Sequence[str]) -> list[dict[str, Any]]:

@@ -15,12 +15,24 @@ from torch import Tensor, nn
 
 from redif_sdk.errors import UnsupportedModel
 
-__all__ = ["ENCODERS", "LAYOUTS", "LatentDecoder", "TextEncoders", "call_network", "guidance_embedding", "is_supported"]
+__all__ = [
+    "AUTOENCODERS",
+    "ENCODERS",
+    "LAYOUTS",
+    "LatentDecoder",
+    "TextEncoders",
+    "call_network",
+    "guidance_embedding",
+    "is_supported",
+]
 
 HIDDEN, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
 
 #: The text encoders that `TextEncoders` knows how to call, classes of transformers.
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+
+#: Autoencoders whose decoder a student may have, classes of diffusers.
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 #: By a pipeline's class: (layout of its text encoders, names of the encoded prompts' tensors).
 LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.cli.main import app
-from redif_sdk.distill import Teacher, import_pipeline
+from redif_sdk.distill import Teacher, import_pipeline, load_student
 from redif_sdk.distill.student.importing import EXAMPLES
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.export import export
@@ -220,6 +221,38 @@ def test_a_tiny_decoder_takes_the_place_of_the_pipelines_own(plain: Path, tmp_pa
         "a", latents=latents, num_inference_steps=2, guidance_scale=1.0, output_type="np", height=16, width=16
     )
     assert np.abs(ours.images - theirs.images).max() < 2 / 255
+
+
+def test_an_export_puts_another_decoder_in_place_and_says_how_far_its_images_are(plain: Path, tmp_path: Path) -> None:
+    tiny_decoder().half().save_pretrained(tmp_path / "taesd", variant="fp16")
+    for name, given in (("one", {"decoder": tmp_path / "taesd"}), ("two", {})):
+        import_pipeline(plain, tmp_path / name, [2], guidance_scale=1.0, **given)
+    other = str(tmp_path / "taesd")
+    ran = CliRunner().invoke(app, ["export", str(tmp_path / "two"), "--decoder", other])
+    assert ran.exit_code == 0, ran.output
+    assert "diffusers.AutoencoderTiny: " in ran.output
+    assert "dB to diffusers.AutoencoderKL" in ran.output
+    export(tmp_path / "one", runtimes=["onnxruntime"])
+    ours, theirs = (
+        FastPipeline.from_pretrained(tmp_path / name, runtime="onnxruntime")("a", seed=0, output_type="np").images
+        for name in ("two", "one")
+    )
+    assert np.array_equal(ours, theirs)
+    manifest = StudentFolder(tmp_path / "two").manifest
+    assert manifest.postprocess == StudentFolder(tmp_path / "one").manifest.postprocess
+    (row,) = [row for row in manifest.metrics if "decoder" in row]
+    assert row["num_samples"] == 9
+    assert 0 < row["psnr"] < 40
+    assert "put in place of `diffusers.AutoencoderKL`" in (tmp_path / "two/README.md").read_text()
+    again = load_student(tmp_path / "two")
+    assert type(again.teacher.pipeline.vae).__name__ == "AutoencoderTiny"
+    tiny_decoder(blocks=3).save_pretrained(tmp_path / "larger")
+    before = (tmp_path / "two/redif.json").read_bytes()
+    with pytest.raises(InvalidRequest, match="has 4 pixels a latent on each side, and two 2"):
+        export(tmp_path / "two", decoder=tmp_path / "larger")
+    assert (tmp_path / "two/redif.json").read_bytes() == before
+    with pytest.raises(InvalidRequest, match="needs new graphs"):
+        export(tmp_path / "two", targets=["tensorrt-rtx"], decoder=other)
 
 
 def test_a_decoder_that_does_not_fit_is_refused(plain: Path, teacher_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from redif_sdk.artifact.records import Condition, Decoder, Latents, Postprocess
 from redif_sdk.distill.teachers.base import AtGuidance, Teacher, fingerprint, register, supported
-from redif_sdk.distill.teachers.changes import AUTOENCODERS
 from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.known_schedulers import full_config, noise_process, usual_steps
@@ -31,7 +30,7 @@ from redif_sdk.distill.teachers.text import Part, text_of
 from redif_sdk.distill.teachers.weights import check_weights
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser, StudentOf
-from redif_sdk.models.families import LatentDecoder
+from redif_sdk.models.families import AUTOENCODERS, LatentDecoder
 from redif_sdk.models.hollow import computing
 from redif_sdk.models.prompts import Prompts
 

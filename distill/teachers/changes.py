@@ -18,11 +18,9 @@ from safetensors import SafetensorError, safe_open
 from redif_sdk.distill.teachers.folders import load_autoencoder, without_bars
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line
 from redif_sdk.models.copies import adapted_layers, merged, named_parts
+from redif_sdk.models.families import AUTOENCODERS
 
 __all__ = ["Lora", "merge_loras", "with_decoder"]
-
-#: Autoencoders whose decoder a student may have.
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 _NAME = "redif"  # of the adapter, until it is merged
 

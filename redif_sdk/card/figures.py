@@ -16,7 +16,8 @@ MOST = 100  # rows of a table, names of a list: a stranger's manifest may hold m
 #: The columns of the quality table after the name: (key of a row, digits).
 _QUALITY = (
     *(("num_inference_steps", 0), ("network_calls", 0), ("fd_teacher", 2), ("fd_teacher_gain", 2)),
-    *(("fd_teacher_std", 2), ("fd_real", 2), ("mse", 4), ("precision", 2), ("recall", 2)),
+    *(("fd_teacher_std", 2), ("fd_real", 2), ("mse", 4), ("precision", 2), ("recall", 2), ("grid", 1)),
+    ("fine_energy", 2),
 )
 _SAMPLE = re.compile(r"samples/(?:steps-(\d+)|[A-Za-z0-9._-]+)\.png")
 
@@ -131,4 +132,19 @@ def unmeasured(manifest: Manifest) -> dict[str, Any]:
         "precisions": [precision for precision in precisions if precision not in checked],
         "where": [*dict.fromkeys(f"{row.get('runtime')} ({row.get('device')})" for row in real)][:MOST],
         "emulated": len(real) < len(rows),
+        "decoder": _decoder(manifest),
+    }
+
+
+def _decoder(manifest: Manifest) -> dict[str, str] | None:
+    """How far the images are from those of the decoder that was there before; None if it was not replaced."""
+    rows = [row for row in manifest.metrics if "decoder" in row and "in_place_of" in row]
+    if not rows:
+        return None
+    psnr = number(rows[-1], "psnr")
+    return {
+        "kind": str(rows[-1]["decoder"]),
+        "former": str(rows[-1]["in_place_of"]),
+        "samples": _figure(rows[-1], "num_samples", 0),
+        "distance": "the same" if psnr is None else f"{psnr:.1f} dB from its images",
     }

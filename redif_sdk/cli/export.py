@@ -97,6 +97,10 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="ONNX: memory that may be used, as in 8GiB; default: what is free."),
 ]
+DecoderFolder = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="ONNX: autoencoder to decode with in place of the student's own, e.g. TAESD."),
+]
 TimingCache = Annotated[bool, typer.Option(help="TensorRT engines: keep the measured timings for later builds.")]
 
 
@@ -112,6 +116,7 @@ class _Export:
     batches: list[int]
     sizes: list[tuple[int, int]]
     max_memory: int | None = None
+    decoder: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def graphs(self, names: list[str]) -> None:
@@ -128,11 +133,16 @@ class _Export:
                 precisions,
                 batches=self.batches or None,
                 sizes=self.sizes,
+                decoder=self.decoder,
                 max_memory=self.max_memory,
                 on_progress=show,
             )
         self.rows += manifest.verification
         print_rows(self.console, PARITY, manifest.verification)
+        for row in manifest.metrics if self.decoder is not None else ():
+            if "decoder" in row:
+                psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+                self.console.print(f"{row['decoder']}: {psnr} to {row['in_place_of']}, {row['num_samples']} images")
         files = ", ".join(graph.file for graph in manifest.graphs)
         self.console.print(f"{self.folder}: {files}", soft_wrap=True)
 
@@ -192,6 +202,7 @@ def export_command(
     web_engine: WebEngine = None,
     timing_cache: TimingCache = True,
     max_memory: MaxMemory = None,
+    decoder: DecoderFolder = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -206,12 +217,14 @@ def export_command(
     targets, precisions = listed(target) or ["onnx"], listed(precision)
     if PAGE_TARGET in targets and len(precisions) > 1 and set(targets) <= {PAGE_TARGET}:
         raise InvalidRequest(f"a page has one precision; {', '.join(precisions)} were given")
+    if decoder is not None and "onnx" not in targets:
+        raise InvalidRequest("--decoder needs new graphs; add --target onnx")
     for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine)):
         if given and PAGE_TARGET not in targets:
             raise InvalidRequest(f"{option} needs --target web")
     console, sides = console_for(json, quiet), sizes_of(sizes)
     run = _Export(folder, console, Progress(quiet), targets, precisions, numbers("--batches", batches), sides)
-    run.max_memory = bytes_of("--max-memory", max_memory)
+    run.max_memory, run.decoder = bytes_of("--max-memory", max_memory), decoder
     if graphs := [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]:
         run.graphs(graphs)
     options = {

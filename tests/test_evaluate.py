@@ -16,6 +16,7 @@ from redif_sdk.distill.measures.distances import (
     std_match,
 )
 from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.spectrum import Spectrum
 
 
 def draw(count: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -82,3 +83,30 @@ def test_the_judge_sees_the_256_levels_of_a_file() -> None:
     levels = ((image + 1) * 127.5).round() / 127.5 - 1
     assert torch.equal(features, embed(levels))
     assert torch.equal(embed(3 * image), embed((3 * image).clamp(-1, 1)))
+
+
+# ---------------------------------------------------------------------- patterns
+
+
+def test_a_lattice_is_a_peak_and_noise_has_none() -> None:
+    noise = 0.3 * torch.randn(400, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    plain = Spectrum.of(noise)
+    assert all(0.8 < peak < 1.2 for peak in (plain.nyquist_rows, plain.nyquist_columns, plain.nyquist_both))
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(20), indexing="ij")
+    lattices = {"nyquist_rows": rows, "nyquist_columns": columns, "nyquist_both": rows + columns}
+    for name, place in lattices.items():
+        marked = Spectrum.of(noise + 0.1 * (1 - 2 * (place % 2)))
+        assert getattr(marked, name) > 10
+        assert marked.grid == getattr(marked, name)
+        assert all(getattr(marked, other) < 1.2 for other in lattices if other != name)
+    odd = Spectrum.of(noise[:, :, :15, :19])
+    assert (odd.nyquist_rows, odd.nyquist_columns, odd.nyquist_both, odd.grid) == (None, None, None, None)
+
+
+def test_fine_detail_is_the_energy_of_high_frequencies() -> None:
+    noise = 0.2 * torch.randn(200, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    share = 1 - torch.pi * 0.35**2  # of the square of frequencies
+    assert Spectrum.of(noise).fine_energy == pytest.approx(0.04 * share, rel=0.03)
+    assert Spectrum.of(blurred).fine_energy < 0.1 * Spectrum.of(noise).fine_energy
+    assert Spectrum.of(100 * noise).fine_energy < 1, "images are seen clamped"

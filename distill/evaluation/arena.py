@@ -137,7 +137,7 @@ class Arena:
         """The teacher against itself: zeros, but for the distance to real images. Known if it came with the teacher."""
         steps = self.teacher.num_inference_steps
         if self.judged is not None and (known := self.judged.row("teacher", steps)):
-            return known
+            return known | self.judge.seen()
         return self.row("teacher", steps, self.pairs.target, calls_per_step=self.teacher.calls_per_step)
 
     def ddim_row(self, steps: int) -> dict[str, Any]:
@@ -240,15 +240,17 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "mse": "paired\nMSE",
         "precision": "prec.",
         "recall": "recall",
+        "grid": "grid",
+        "fine_energy": "fine\ndetail",
     }
     for title in columns.values():
         first = title == "method"  # the one that may wrap where the terminal is narrow: figures stay whole
         table.add_column(title, justify="left" if first else "right", no_wrap=not first)
-    digits = {"mse": 4, "precision": 2, "recall": 2}
+    digits = {"mse": 4, "precision": 2, "recall": 2, "fine_energy": 2}
     for row in rows:
         cells = []
         for key in columns:
-            value = label(row) if key == "method" else row[key]
+            value = label(row) if key == "method" else row.get(key)
             cells.append(f"{value:.{digits.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
         table.add_row(*cells)
     Console().print(table)

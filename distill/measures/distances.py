@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from redif_sdk.distill.measures.spectrum import Spectrum
+
 GAINS = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.45)
 GAIN_SAMPLES = 500  # the gain is chosen on the first ones, the distance is taken on all
 
@@ -92,7 +94,10 @@ def std_match(images: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Quality:
-    """One contender against the teacher. Distances in the judge's features; ``mse`` paired, images in [-1, 1]."""
+    """One contender against the teacher. Distances in the judge's features; ``mse`` paired, images in [-1, 1].
+
+    ``nyquist_*`` and ``grid`` as in `Spectrum`; ``fine_energy`` over the teacher's.
+    """
 
     fd_teacher: float
     fd_teacher_gain: float
@@ -103,6 +108,11 @@ class Quality:
     mse: float
     precision: float
     recall: float
+    nyquist_rows: float | None
+    nyquist_columns: float | None
+    nyquist_both: float | None
+    grid: float | None
+    fine_energy: float
 
     def row(self) -> dict[str, Any]:
         """The figures by name, as a row of a results file holds them."""
@@ -131,6 +141,17 @@ class Judge:
     def statistics(self) -> Statistics:
         """Of the reference's features."""
         return Statistics.of(self.reference)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Of the target."""
+        return Spectrum.of(self.target)
+
+    def seen(self, images: Tensor | None = None) -> dict[str, Any]:
+        """The figures of the spectrum of ``images`` (N, C, H, W), as in `Quality.row`; None: of the target."""
+        found = self.spectrum if images is None else Spectrum.of(images)
+        fine = found.fine_energy / max(self.spectrum.fine_energy, 1e-12)
+        return found.row() | {"fine_energy": fine, "grid": found.grid}
 
     def _distance(self, features: Tensor) -> float:
         """To the reference of the same noises: through covariances, or through the samples where those are fewer."""
@@ -170,4 +191,5 @@ class Judge:
             mse=float(((seen - wanted) ** 2).mean()),
             precision=precision,
             recall=recall,
+            **self.seen(images),
         )

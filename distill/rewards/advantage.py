@@ -98,10 +98,16 @@ class Advantage:
         targets: Tensor,
         condition: Tensor | None,
         passes: int,
+        wanted: Tensor | None = None,
     ) -> list[Tensor]:
-        """``passes``: what a call costs in forward ones: 3 where its gradient is taken."""
+        """Each reward's values.
+
+        Args:
+            passes: what a call costs in forward ones: 3 where its gradient is taken.
+            wanted: the targets' images, where they are decoded already.
+        """
         repeats, values = (len(outputs) // len(targets), 1, 1, 1), []
-        wanted = self.images(targets)
+        wanted = self.images(targets) if wanted is None else wanted
         for index, (reward, _) in enumerate(rewards):
             in_latents = getattr(reward, "space", "images") == "latents"
             given = (outputs, targets) if in_latents else (images, wanted)
@@ -149,10 +155,20 @@ class Advantage:
         return float(sum(weight * value.mean().item() for value, weight in self.each(outputs, targets, condition)))
 
     @torch.no_grad()
-    def each(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[tuple[Tensor, float]]:
-        """Values of each reward for a batch, (N,) or (N, h, w), with its weight; without those that judge locally."""
+    def each(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        condition: Tensor | None,
+        images: tuple[Tensor, Tensor] | None = None,
+    ) -> list[tuple[Tensor, float]]:
+        """Values of each reward for a batch, (N,) or (N, h, w), with its weight; without those that judge locally.
+
+        ``images``: of outputs and targets, where they are decoded already.
+        """
         able = [(reward, weight) for reward, weight in self.rewards if not getattr(reward, "local", False)]
-        values = self._judged(able, outputs, self.images(outputs), targets, condition, 1)
+        seen, wanted = images or (self.images(outputs), None)
+        values = self._judged(able, outputs, seen, targets, condition, 1, wanted)
         return [(value, weight) for value, (_, weight) in zip(values, able, strict=True)]
 
     def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None, *, by_place: bool = False) -> Tensor:

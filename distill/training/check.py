@@ -162,9 +162,10 @@ def check(
     spent = meter.auxiliary_calls
     output, target = sampled(context, network, pairs, table)
     embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
-    _, recall = precision_recall(embed(advantage.images(output)), embed(advantage.images(target)))
+    images = advantage.images(output), advantage.images(target)
+    _, recall = precision_recall(*map(embed, images))
     wrong = (((output - target) / amplitude) ** 2).mean().item()
-    values = advantage.each(output, target, pairs.condition)
+    values = advantage.each(output, target, pairs.condition, images)
     rewards = None
     if advantage.steady and METHODS[context.config.method].rewarded:
         each = [weight * value.double().reshape(len(value), -1).mean(1).cpu() for value, weight in values]

@@ -126,10 +126,10 @@ def _update(trainer: Trainer, updates: int | None) -> tuple[float, float]:
     seconds: list[float] = []
     spent: list[float] = []
     for point in points:
-        for again in (False, True):
+        for _ in range(2):
             before = replace(trainer.meter)
             took = _timed(lambda point=point: trainer.step(point))  # type: ignore[misc]
-            if not again and took > SLOW and seconds:
+            if took > SLOW:
                 break
         seconds.append(took)
         spent.append(trainer.meter.forward_equivalents - before.forward_equivalents)
@@ -139,7 +139,7 @@ def _update(trainer: Trainer, updates: int | None) -> tuple[float, float]:
 def _check_seconds(trainer: Trainer, count: int) -> float:
     """Seconds of a check on ``count`` pairs."""
     observer = trainer.observer
-    observer.pairs = trainer.pairs[: min(count, PAIRS)]
+    observer.pairs = trainer.pairs[: min(count, 2 if trainer.teacher.micro_batch else PAIRS)]
     return _timed(lambda: observer.look(trainer.ema, 0)) * count / len(observer.pairs)
 
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "CdmOptions",
     "ConsistencyOptions",
     "DistributionTerm",
     "Dmd2Options",
+    "DmdOptions",
     "DraftOptions",
     "FakeScoreOptions",
     "GrpoOptions",
@@ -24,6 +26,7 @@ __all__ = [
     "RegressionOptions",
     "Rewarded",
     "SameStateOptions",
+    "SgmdOptions",
     "Stepped",
     "Supervised",
     "Trajectories",
@@ -187,11 +190,48 @@ class ConsistencyOptions(MethodOptions):
     huber: float = Field(0.0, ge=0, description="Width c of the pseudo-Huber loss, in units of x0; 0 = squared error.")
 
 
-class Dmd2Options(WarmStarted, Stepped, FakeScoreOptions):
-    """Of ``dmd2``."""
+class DmdOptions(WarmStarted, Stepped, FakeScoreOptions):
+    """Of ``dmd``."""
+
+    method: Literal["dmd"] = "dmd"
+    gan_weight: float = Field(0.0, ge=0, description="Weight of a discriminator's loss; 0 = none.")
+
+
+class Dmd2Options(WarmStarted, FakeScoreOptions):
+    """Of ``dmd2``, which has no regression unless it is begun with it."""
 
     method: Literal["dmd2"] = "dmd2"
-    gan_weight: float = Field(0.0, ge=0, description="Weight of a discriminator's loss; 0 = none.")
+    warm_start: float = Field(0.0, ge=0, le=1, description="Fraction of the run that is regression, at its beginning.")
+    fake_updates: int = Field(5, ge=1, description="Updates of the fake score for each update of the student.")
+    gan_weight: float = Field(0.003, ge=0, description="Weight of the student's loss against the classifier; 0 = none.")
+    guidance_weight: float = Field(0.01, ge=0, description="Weight of the classifier's loss in the fake score's.")
+
+
+class CdmOptions(WarmStarted, Stepped, FakeScoreOptions):
+    """Of ``cdm``, which is not held to the teacher's outputs unless asked."""
+
+    method: Literal["cdm"] = "cdm"
+    regression_weight: float = Field(0.0, ge=0, description="Weight of the regression to the teacher's output.")
+    schedule_steps: int | None = Field(
+        None, ge=1, le=64, description="Steps of the random schedules, at most; default: twice the student's."
+    )
+    cdm_weight: float = Field(1.0, ge=0, description="Weight of the matching off the trajectory.")
+    norm_floor: float = Field(
+        0.1, ge=0, description="Least distance of an output to the real score's, in units of x0, that is divided by."
+    )
+    fake_pull: float = Field(
+        0.001, ge=0, le=1, description="Share of the student that is merged into the fake score at each of its updates."
+    )
+
+
+class SgmdOptions(WarmStarted, FakeScoreOptions):
+    """Of ``sgmd``, which is not held to the teacher's outputs unless asked."""
+
+    method: Literal["sgmd"] = "sgmd"
+    step_delta: float = Field(0.15, gt=0, description="Weight of the Fisher divergence beside the regression.")
+    regression_weight: float = Field(0.0, ge=0, description="Weight of the regression to the teacher's output.")
+    fake_updates: int = Field(1, ge=1, description="Updates of the fake score for each update of the student.")
+    correction: float = Field(0.1, ge=0, description="Weight lambda of the correction for a fake score that lags.")
 
 
 class DraftOptions(Rewarded, WarmStarted, Stepped, FakeScoreOptions):
@@ -212,7 +252,16 @@ class GrpoOptions(Rewarded, Trajectories, FakeScoreOptions):
 
 Redif = Annotated[SameStateOptions | PathwiseOptions | TrajectoryOptions, Field(discriminator="estimator")]
 Options = Annotated[
-    Redif | RegressionOptions | ProgressiveOptions | ConsistencyOptions | Dmd2Options | DraftOptions | GrpoOptions,
+    Redif
+    | RegressionOptions
+    | ProgressiveOptions
+    | ConsistencyOptions
+    | DmdOptions
+    | Dmd2Options
+    | CdmOptions
+    | SgmdOptions
+    | DraftOptions
+    | GrpoOptions,
     Field(discriminator="method"),
 ]
 
@@ -227,7 +276,10 @@ MODELS: dict[str, type[MethodOptions]] = {
     "regression": RegressionOptions,
     "progressive": ProgressiveOptions,
     "consistency": ConsistencyOptions,
+    "dmd": DmdOptions,
     "dmd2": Dmd2Options,
+    "cdm": CdmOptions,
+    "sgmd": SgmdOptions,
     "draft": DraftOptions,
     "grpo": GrpoOptions,
 }

@@ -102,6 +102,15 @@ class StudentPolicy:
             f = self.network(x, t.flatten(), condition)
         return r * (p * x + q * f.float()) + s * x
 
+    def simulated(self, row: int, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """The clean estimate (B, C, H, W) of ``row`` at the state to which the rows before it led: with a gradient
+        through this row alone (DMD2's backward simulation)."""
+        with torch.no_grad():
+            x = run_steps(
+                self.table, self.start(noise), None, lambda k, x: self.estimate(k, x, condition), steps=range(row)
+            )
+        return self.estimate(row, x, condition)
+
     def finish(
         self, k: int, x: Tensor, action: Tensor, condition: Tensor | None, noise: Tensor | None = None
     ) -> Tensor:

@@ -39,7 +39,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["distill", "{nowhere}", "-o", "{out}"], "no folder and no shipped teacher"),
         (
             ["distill", "{teacher}", "-o", "{out}", "--method", "magic"],
-            "unknown method 'magic'; known: consistency, dmd2, draft, grpo, progressive, redif, regression",
+            "unknown method 'magic'; known: cdm, consistency, dmd, dmd2, draft, grpo, progressive, redif",
         ),
         (["distill", "{teacher}", "-o", "{out}", "--reward", "beauty"], "unknown reward 'beauty'"),
         (["distill", "{teacher}", "-o", "{out}", "--steps", "0"], "num_inference_steps"),

@@ -23,13 +23,16 @@ SETTINGS: dict[str, dict[str, object]] = {
     "redif": {**REINFORCED, "exploration_rank": 0, "schedule_updates": 0, "updates": 100},
     "regression": {"updates": 100},
     "draft": {**REINFORCED, "updates": 100},
-    "dmd2": {
+    "dmd": {
         "warm_start": 0.0,
         "regression_weight": 0.0,
         "step_delta": 0.3,
         "fake_learning_rate": 3e-3,
         "updates": 150,
     },
+    "dmd2": {"fake_learning_rate": 3e-3, "fake_updates": 2, "updates": 150},
+    "cdm": {"warm_start": 0.0, "fake_learning_rate": 3e-3, "updates": 200},
+    "sgmd": {"warm_start": 0.0, "fake_learning_rate": 3e-3, "fake_updates": 2, "updates": 200},
     "progressive": {"updates": 200},
     "consistency": {"updates": 150},
     "grpo": {"reward": "pixel", "group_size": 8, "updates": 150},

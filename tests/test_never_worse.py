@@ -38,7 +38,7 @@ RUNS: dict[str, dict[str, object]] = {
     "redif, discriminator": {"reward": "discriminator"},
     "redif, distribution": {"reward": "distribution"},
     "redif, calibrated": {"calibration": 32},
-    "dmd2, gan": {"method": "dmd2", "gan_weight": 0.1},
+    "dmd, gan": {"method": "dmd", "gan_weight": 0.1},
     "regression, segments": {"method": "regression", "segments": 0.5},
     "one step": {"num_inference_steps": 1},
 }

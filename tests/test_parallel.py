@@ -30,14 +30,17 @@ RUNS = {
     "redif, trajectory": {"reward": "mmd", "estimator": "trajectory", "kl": 0.1},
     "progressive": {"method": "progressive"},
     "consistency": {"method": "consistency"},
-    "dmd2": {"method": "dmd2", "gan_weight": 0.1},
+    "dmd": {"method": "dmd", "gan_weight": 0.1},
+    "dmd2": {"method": "dmd2"},
+    "cdm": {"method": "cdm"},
+    "sgmd": {"method": "sgmd"},
     "draft": {"method": "draft", "reward": "feature"},
     "grpo": {"method": "grpo", "reward": "pixel", "sde_window": 1},
 }
 
 
 #: Those that can be sharded.
-SHARDED = ("regression", "redif", "redif, pathwise", "dmd2", "draft")
+SHARDED = ("regression", "redif", "redif, pathwise", "dmd", "draft")
 
 
 def settings_of(name: str, **more: object) -> DistillConfig:

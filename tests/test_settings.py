@@ -26,7 +26,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "regression": {},
     "progressive": {},
     "consistency": {},
-    "dmd2": {"gan_weight": 0.1},
+    "dmd": {"gan_weight": 0.1},
+    "dmd2": {},
+    "cdm": {"regression_weight": 0.5},
+    "sgmd": {"regression_weight": 0.5},
     "draft": {"reward": "distribution"},
     "grpo": {"reward": "distribution", "kl": 0.1, "regression_weight": 0.5},
 }
@@ -95,7 +98,7 @@ def test_settings_are_given_flat_and_read_flat() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "redifs"}, "unknown method 'redifs'; known: consistency, dmd2, draft, grpo"),
+        ({"method": "redifs"}, "unknown method 'redifs'; known: cdm, consistency, dmd, dmd2, draft, grpo"),
         ({"estimator": "path"}, "unknown estimator 'path'; known: same-state, pathwise, trajectory"),
         ({"exploring": 1}, "unknown setting 'exploring'; did you mean 'exploration'"),
         ({"exploration": -1}, "exploration: Input should be greater than 0, not -1"),

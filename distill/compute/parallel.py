@@ -26,7 +26,7 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.errors import InvalidRequest
 
 #: The methods that look at the student's weights through its calls alone; the others copy the network.
-METHODS = ("redif", "regression", "draft", "dmd2")
+METHODS = ("redif", "regression", "draft", "dmd")
 WHOLE = StateDictOptions(full_state_dict=True)
 
 

@@ -1,9 +1,11 @@
-"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the teacher's distribution by the difference of two scores.
+"""DMD2 (Yin et al. 2024, arXiv 2405.14867): distribution matching without regression.
 
-A second network, the fake score, learns to denoise what the student makes, with updates and a learning rate of its own
-(two time-scales); the student moves along fake minus real at noised outputs. `regression_weight` holds it to the
-teacher's paired output as DMD (arXiv 2311.18828) does. The paper's discriminator comes with ``gan_weight``; here it is
-a small network on the images, not a head on the fake score.
+The fake score learns ``fake_updates`` times for each update of the student (two time-scales). The student is trained at
+a row that is drawn for the batch, on states that its own earlier rows made (backward simulation), along fake minus real
+and against a classifier on the fake score's features, which tells noised outputs from noised real images.
+
+Otherwise than the paper: real images are the teacher's outputs in the pool, which is all that a run has; the classifier
+has one logit a place; the fake score's loss has this project's weight, min(SNR, 5).
 """
 
 from __future__ import annotations
@@ -15,15 +17,14 @@ import torch
 
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss, Method
-from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.options import Dmd2Options
 from redif_sdk.distill.pool import Pairs
-from redif_sdk.distill.rewards.discriminator import Discriminator
 from redif_sdk.distill.rewards.fake_score import FakeScore
 
 
 class Dmd2(Method):
-    """Distribution matching, after a warm start by regression. ``fake`` and ``discriminator`` are made when it ends."""
+    """DMD2. ``fake`` is made in the first update after the warm start."""
 
     name = "dmd2"
     rewarded = False
@@ -31,42 +32,36 @@ class Dmd2(Method):
     def __init__(self) -> None:
         self.warm_up = Regression()
         self.fake: FakeScore | None = None
-        self.discriminator: Discriminator | None = None
 
     def _begin(self, context: Context) -> FakeScore:
         if self.fake is None:
-            self.fake = FakeScore.make(context)
-            if context.config.options_as(Dmd2Options).gan_weight:
-                self.discriminator = Discriminator.make(context.teacher, context.config.seed, context.device)
+            classifies = context.config.options_as(Dmd2Options).gan_weight > 0
+            self.fake = FakeScore.make(context, classifies=classifies)
         return self.fake
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
-        """<g, x> with g = (fake_x0 - real_x0) / mean |x - real_x0| (eqs. 7 and 8 of DMD) + gan_weight * softplus(-D(x))
-        (section 4.3 of DMD2) + regression_weight |x - teacher|^2."""
-        options = context.config.options_as(Dmd2Options)
+        """<g, x> + gan_weight softplus(-D(noised x)), x the clean estimate of a row, g of eqs. 7 and 8 of DMD."""
+        options, policy = context.config.options_as(Dmd2Options), context.policy
         if progress < options.warm_start:
             yield from self.warm_up.losses(context, batch, progress, generator)
             return
         fake = self._begin(context)
-        output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
-        matching, fake_loss = fake.matching(output, batch.condition, generator, options.fake_updates)
-        residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
-        loss = options.step_delta * matching + options.regression_weight * error(residual, options.huber)
-        figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": fake_loss}
-        if self.discriminator is not None:
-            figures |= self.discriminator.learn(context, output.detach(), batch, generator)
-            fooled = self.discriminator(context.images(output), output.detach(), batch.condition).mean()
-            loss = loss - options.gan_weight * fooled
-        yield loss, figures
+        row = int(torch.randint(0, policy.num_inference_steps, (), generator=generator))
+        output = policy.simulated(row, batch.noise, batch.condition)
+        real = batch.target if fake.classifier is not None else None
+        seen, losses = output.detach(), []
+        for _ in range(options.fake_updates):
+            weight = options.guidance_weight
+            losses.append(fake.learn(seen, batch.condition, generator, real=real, weight_of_real=weight))
+        direction = fake.difference(seen, batch.condition, generator)
+        loss = (direction * output).mean() / context.amplitude
+        if fake.classifier is not None:
+            loss = loss + options.gan_weight * fake.fooled(output, batch.condition, generator)
+        yield loss, {"fake_loss": sum(losses) / len(losses)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "fake": None if self.fake is None else self.fake.state_dict(),
-            "discriminator": None if self.discriminator is None else self.discriminator.state_dict(),
-        }
+        return {"fake": None if self.fake is None else self.fake.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
         if state["fake"] is not None:
             self._begin(context).load_state_dict(state["fake"])
-        if state["discriminator"] is not None and self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"], context)

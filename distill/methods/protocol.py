@@ -15,6 +15,7 @@ from torch import Tensor
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["Loss", "Method"]
 
@@ -41,6 +42,10 @@ class Method(ABC):
 
     def finish(self, context: Context, student: StudentPolicy) -> None:  # noqa: B027
         """Once, after the last update, with the EMA student, whose table it may replace."""
+
+    def tables(self, context: Context, student: StudentPolicy) -> list[StepTable]:
+        """The step tables that the student is saved with; the first is its default."""
+        return [student.table]
 
     def draws_noise(self, num_inference_steps: int) -> bool:
         """Whether a student of so many steps draws noise between them, so that no output belongs to a teacher's."""

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 __all__ = ["check_run", "check_teacher", "pool_size"]
 
 #: Methods that compare outputs at times of a noise schedule, which EDM's networks are not fed.
-_BY_TIMES = ("consistency", "progressive", "dmd2")
+_BY_TIMES = ("consistency", "progressive", "dmd", "dmd2", "cdm", "sgmd")
 
 
 def check_teacher(teacher: Teacher, device: torch.device | str = "cpu") -> nn.Module:

@@ -132,7 +132,7 @@ def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, calls:
     return Student(
         teacher=trainer.teacher,
         network=policy.network,
-        tables=[policy.table],
+        tables=trainer.method.tables(trainer.context, policy),
         name=f"{trainer.teacher.name}-{config.num_inference_steps}",
         stopped=trainer.stopped,
         worse=verdict.worse,

@@ -27,10 +27,21 @@ def levels(teacher: Teacher, t: Tensor) -> tuple[Tensor, Tensor]:
     return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 
 
+def random_times(
+    teacher: Teacher, count: int, generator: torch.Generator, device: torch.device, *, upper: Tensor | None = None
+) -> Tensor:
+    """(count,) int64, uniform between T_MIN and T_MAX of the schedule, or ``upper`` (count,) where that is lower."""
+    length = len(teacher.schedule)
+    low, high = int(T_MIN * length), int(T_MAX * length)
+    if upper is None:
+        return draws.integers(low, high, count, generator, device)
+    share = draws.integers(0, 1 << 24, count, generator, device).double() / (1 << 24)
+    return low + (share * (upper.clamp(low + 1, high) - low)).long()
+
+
 def noised(teacher: Teacher, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Times (B,), uniform between T_MIN and T_MAX of the schedule, and x noised to them."""
-    length = len(teacher.schedule)
-    t = draws.integers(int(T_MIN * length), int(T_MAX * length), len(x), generator, x.device)
+    t = random_times(teacher, len(x), generator, x.device)
     alpha, sigma = levels(teacher, t)
     return t, alpha * x + sigma * draws.normal(x.shape, generator, x.device)
 

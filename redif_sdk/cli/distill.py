@@ -37,7 +37,7 @@ Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Fol
 Steps = Annotated[int | None, typer.Option("--steps", help="Network calls of the student for an image; default: 4.")]
 Method = Annotated[
     str | None,
-    typer.Option(help="redif, regression, progressive, consistency, dmd2, draft or grpo; default: redif."),
+    typer.Option(help="redif (default), regression, progressive, consistency, dmd, dmd2, cdm, sgmd, draft or grpo."),
 ]
 Reward = Annotated[
     str | None,

@@ -112,14 +112,19 @@ class DistributionTerm(FakeScoreOptions):
     dmd_fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the updates that have the DMD term.")
 
 
-class Explored(MethodOptions):
-    """Of the estimators that draw actions around the student's output."""
+class Grouped(MethodOptions):
+    """Of the estimators that compare groups."""
 
     group_size: int = Field(16, ge=2, description="Actions for each state, or trajectories for each initial noise.")
+
+
+class Explored(Grouped):
+    """Of the estimators that draw actions around the student's output."""
+
     exploration: float = Field(0.1, gt=0, description="Standard deviation of an action, in units of x0.")
 
 
-class Trajectories(Explored):
+class Trajectories(Grouped):
     """Of clipped policy gradient on whole stochastic trajectories."""
 
     regression_weight: float = Field(1.0, ge=0, description="Weight of the regression to the teacher's output.")
@@ -127,7 +132,9 @@ class Trajectories(Explored):
     clip_mean_shift: float = Field(
         0.01, gt=0, description="PPO's clip range, as an rms shift of the mean in units of `exploration`."
     )
-    kl: float = Field(0.0, ge=0, description="Weight of the KL to the network that reinforcement began with; 0 = none.")
+    kl: float = Field(
+        0.0, ge=0, description="Weight of the KL, a mean over elements, to the network that reinforcement began with."
+    )
     ppo_epochs: int = Field(1, ge=1, description="Optimiser steps on each batch of trajectories.")
 
 
@@ -164,7 +171,7 @@ class PathwiseOptions(RedifOptions, Stepped, DistributionTerm):
     estimator: Literal["pathwise"] = "pathwise"
 
 
-class TrajectoryOptions(RedifOptions, Trajectories, FakeScoreOptions):
+class TrajectoryOptions(RedifOptions, Explored, Trajectories, FakeScoreOptions):
     """Of ``redif`` with groups of whole trajectories."""
 
     estimator: Literal["trajectory"] = "trajectory"
@@ -245,6 +252,10 @@ class GrpoOptions(Rewarded, Trajectories, FakeScoreOptions):
 
     method: Literal["grpo"] = "grpo"
     regression_weight: float = Field(0.0, ge=0, description="Weight of the regression to the teacher's output.")
+    kl: float = Field(
+        0.04, ge=0, description="Weight of the KL, a mean over elements, to the network that the run began with."
+    )
+    eta: float = Field(0.7, gt=0, le=1, description="Noise between steps while training, DDIM's eta.")
     sde_window: int = Field(
         0, ge=0, description="Number of stochastic steps per trajectory (random window); 0 = all steps."
     )

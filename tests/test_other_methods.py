@@ -19,6 +19,7 @@ from redif_sdk.distill.config import COMMON, DistillConfig, applicable
 from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import METHODS, Loss, grpo
 from redif_sdk.distill.methods.cdm import Cdm
+from redif_sdk.distill.methods.consistency import boundary
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.options import MODELS
@@ -337,7 +338,7 @@ def test_grpo_acts_within_its_window_alone(teacher: Teacher) -> None:
     white = Exploration.white(16)
     batch = run.pairs[:3]
     generator = torch.Generator().manual_seed(0)
-    groups = TrajectoryGroups(run.context, white, None, range(2, 3))
+    groups = TrajectoryGroups(run.context, white, None, range(2, 3), teacher.table(4, eta=0.7))
     states, actions, means, output = groups.rollout(batch, generator)
     assert len(states) == len(actions) == len(means) == 1
     together = states[0].unflatten(0, (4, 3))
@@ -348,7 +349,49 @@ def test_grpo_acts_within_its_window_alone(teacher: Teacher) -> None:
     assert windowed.meter.gradient_samples == 3 * 16 * 4  # one noisy row, four trajectories a start
 
 
-@pytest.mark.parametrize(("size", "places"), [(1, {0, 1, 2, 3}), (3, {0, 1}), (0, {0})])
+def test_grpos_trajectories_are_those_of_the_stochastic_sampler(teacher: Teacher) -> None:
+    """Noise on the clean estimate is the SDE's noise on the next state: the same mean and spread at each row."""
+    run = trainer(teacher, "grpo", num_inference_steps=3, group_size=2000)
+    sde = teacher.table(3, eta=0.7)
+    groups = TrajectoryGroups(run.context, Exploration.white(16), None, range(2), sde)
+    states, actions, _, _ = groups.rollout(run.pairs[:1], torch.Generator().manual_seed(0))
+    for row in range(2):
+        x, action = states[row], actions[row]
+        after = sde.rows[row, 3] * action + sde.rows[row, 4] * x
+        mean = sde.rows[row, 3] * run.context.policy.estimate(row, x, None) + sde.rows[row, 4] * x
+        assert float((after - mean).std()) == pytest.approx(abs(float(sde.rows[row, 5])), rel=0.05)
+    assert torch.allclose(states[1], sde.rows[0, 3] * actions[0] + sde.rows[0, 4] * states[0], atol=1e-5)
+    assert sde.rows[2, 5] == 0
+
+
+def test_a_consistency_students_image_is_its_state_at_time_0(teacher: Teacher) -> None:
+    skip, out = boundary(torch.tensor([0.0, 1.0, 999.0]).double())
+    assert (skip[0], out[0]) == (1.0, 0.0)
+    assert torch.allclose(skip + out**2, torch.ones(3).double())
+    run = trainer(teacher, "consistency", num_inference_steps=2)
+    run.method.prepare(run.context)
+    table, plain = (
+        run.context.policy.table,
+        StepTable.consistency(
+            teacher.schedule,
+            [round(float(t)) for t in run.context.policy.table.timesteps],
+            prediction_type="v_prediction",
+        ),
+    )
+    x, f = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    for row, t in enumerate(table.timesteps):
+        skip, out = boundary(torch.tensor([float(t)]).double())
+        wanted = float(skip) * x + float(out) * plain.clean(row, x, f)
+        assert torch.allclose(table.clean(row, x, f), wanted, atol=1e-6)
+
+
+def test_progressive_has_a_learning_rate_cycle_for_each_stage(teacher: Teacher) -> None:
+    run = trainer(teacher, "progressive", num_inference_steps=2)  # stages of 8, 4 and 2 steps
+    found = [run.method.cycle(run.context, progress) for progress in (0.0, 1 / 6, 0.33, 1 / 3, 0.5, 2 / 3, 0.99)]
+    assert found == pytest.approx([0.0, 0.5, 0.99, 0.0, 0.5, 0.0, 0.97], abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "places"), [(1, {0, 1, 2}), (2, {0, 1}), (0, {0})])
 def test_grpo_moves_its_window_over_all_rows(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch, size: int, places: set[int]
 ) -> None:
@@ -365,7 +408,7 @@ def test_grpo_moves_its_window_over_all_rows(
     for update in [*range(40), *range(40)]:
         list(run.method.losses(run.context, run.pairs[:3], 0.5, torch.Generator().manual_seed(update)))
     assert {window.start for window in windows} == places
-    assert {len(window) for window in windows} == {size or 4}
+    assert {len(window) for window in windows} == {size or 3}, "the last step is deterministic"
     assert windows[:40] == windows[40:]
 
 

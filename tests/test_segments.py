@@ -14,6 +14,7 @@ from redif_sdk.distill import DistillConfig, pool
 from redif_sdk.distill.methods.times import on_grid, teacher_as_policy
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import cache as pool_cache
+from redif_sdk.distill.pool import pairs as pool_pairs
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.table import StepTable
 from tests.test_other_methods import exact, make_flow_teacher, make_teacher, trainer
@@ -92,7 +93,7 @@ def test_states_are_where_the_teacher_stood(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_pool_that_was_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was sampled is kept piece by piece, and a larger pool shares the pieces of a smaller one."""
-    monkeypatch.setattr(pool_cache, "CHUNK", 8)
+    monkeypatch.setattr(pool_pairs, "CHUNK", 8)
     done: list[int] = []
 
     def cut(count: int) -> None:

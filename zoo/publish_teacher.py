@@ -29,6 +29,7 @@ from redif_sdk.distill.measures.distances import Statistics, frechet_distance, p
 from redif_sdk.distill.measures.features import NAME as FEATURES
 from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.measures.reference import REFERENCE_FILE
+from redif_sdk.distill.measures.spectrum import Spectrum
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.folders import TEACHER_FILE
 
@@ -67,6 +68,9 @@ class TeacherFigures:
     fd_self_floor: float
     precision: float
     recall: float
+    nyquist: tuple[float | None, float | None, float | None]  # rows, columns, both (`Spectrum`)
+    nyquist_real: tuple[float | None, float | None, float | None]
+    fine_energy: float  # over the real images'
     image_shape: tuple[int, int, int]
     training_images: int
     test_images: int
@@ -234,6 +238,9 @@ def publish(
             fd_self_floor=frechet_distance(ours, Statistics.of(embed(images["train"]))),
             precision=precision,
             recall=recall,
+            nyquist=_peaks(seen := Spectrum.of(held)),
+            nyquist_real=_peaks(wanted := Spectrum.of(torch.tensor(test.images).float() / 127.5 - 1)),
+            fine_energy=seen.fine_energy / wanted.fine_energy,
             image_shape=tuple(train.images.shape[1:]),
             training_images=len(train.images),
             test_images=len(test.images),
@@ -245,12 +252,26 @@ def publish(
     return figures
 
 
+def _peaks(spectrum: Spectrum) -> tuple[float | None, float | None, float | None]:
+    return spectrum.nyquist_rows, spectrum.nyquist_columns, spectrum.nyquist_both
+
+
 def card(about: dict[str, Any], figures: TeacherFigures) -> str:
     """The model card."""
     training, scale, said = about["training"], about["guidance_scale"], DATA[about["name"]]
     factor, size = about["pixel_shuffle"], figures.image_shape
     latents = (size[0] * factor**2, size[1] // factor, size[2] // factor)
     shape, tests = " x ".join(map(str, latents)), f"{figures.test_images:,}"
+    view = f"the images themselves, {shape}"
+    if factor > 1:
+        view = (
+            f"the\n  `pixel_unshuffle({factor})` view of the images: {shape}. Apply "
+            f"`torch.nn.functional.pixel_shuffle(x, {factor})` to its output"
+        )
+    peaks, real = (
+        ", ".join("-" if peak is None else f"{peak:.1f}" for peak in part)
+        for part in (figures.nyquist, figures.nyquist_real)
+    )
     by_class = "\n".join(
         f"| {name} | {100 * share:.1f} % |"
         for name, share in zip(about["class_names"], figures.agreement_by_class, strict=True)
@@ -267,8 +288,8 @@ tags: [diffusion, class-conditional, {about["name"]}]
 Samples ({STEPS} DDIM steps, seeds of the held-out bank; classes in turn, so that a column has
 one class), not picked.
 
-- **Model**: diffusers `UNet2DModel`, {figures.parameters / 1e6:.2f} M parameters ({training["architecture"]}), on the
-  `pixel_unshuffle(2)` view of the images: {shape}. Apply `torch.nn.functional.pixel_shuffle(x, 2)` to its output.
+- **Model**: diffusers `UNet2DModel`, {figures.parameters / 1e6:.2f} M parameters ({training["architecture"]}), on
+  {view}.
   v-prediction, squared-cosine schedule, 1000 times, sampled with DDIM, trailing spacing,
   {STEPS} steps, eta 0.
 - **Guidance**: classifier-free, scale {scale:g}, against entry {about["null_class"]} of the class table ('no class'):
@@ -290,6 +311,8 @@ one class), not picked.
 | the same for 2,000 real training images (floor) | {figures.fd_real_floor:.1f} |
 | Frechet distance of two of its own sets, 2,000 against 4,096 (floor) | {figures.fd_self_floor:.1f} |
 | precision / recall against real test images | {figures.precision:.2f} / {figures.recall:.2f} |
+| peaks at the Nyquist frequency: rows, columns, both (real images: {real}; a grid is seen from 3 on) | {peaks} |
+| energy above .35 cycles a pixel, over the real images' | {figures.fine_energy:.2f} |
 
 | class | agreement |
 |---|---|

@@ -1,9 +1,10 @@
 """Train the shipped teachers: ``python -m zoo.train_teacher fashion-mnist -o DIR``, from the repository's root.
 
-An ordinary diffusion model: v-prediction on the cosine schedule, AdamW, EMA, in the space-to-depth view of the images
-(``pixel_unshuffle(2)`` is a permutation, so white noise stays white). Every batch is a function of its index, so a run
-that was killed and resumed takes the same path as one that was not. On a busy CPU two processes of one thread are
-faster than one of two threads: ``torchrun --nproc_per_node 2 -m zoo.train_teacher ...``.
+An ordinary diffusion model: v-prediction on the cosine schedule, AdamW, EMA. Architectures named ``pixels-*`` see the
+images as they are; the others ``pixel_unshuffle(2)`` of them, a permutation, so white noise stays white: cheaper, but
+every block of 2 x 2 pixels is made by one place of the network, which leaves a grid. Every batch is a function of its
+index, so a run that was killed and resumed takes the same path as one that was not. On a busy CPU two processes of one
+thread are faster than one of two threads: ``torchrun --nproc_per_node 2 -m zoo.train_teacher ...``.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ from redif_sdk.progress import Progress
 from redif_sdk.results import machine
 from zoo.publish_teacher import publish
 
-PIXEL_SHUFFLE = 2
-
 
 def _unet(
     channels: tuple[int, ...], *, layers: int, attention: tuple[bool, ...], head_dim: int, groups: int
@@ -49,12 +48,15 @@ def _unet(
     }
 
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    # name -> UNet2DModel's arguments; docs/results/teacher.md has how they compare
-    "unet-32-64": _unet((32, 64), layers=2, attention=(False, True), head_dim=32, groups=8),
-    "unet-32-64-mid": _unet((32, 64), layers=2, attention=(False, False), head_dim=64, groups=32),
-    "unet-32-64-96": _unet((32, 64, 96), layers=2, attention=(False, False, False), head_dim=96, groups=32),
-    "unet-64-128": _unet((64, 128), layers=1, attention=(False, False), head_dim=64, groups=32),
+ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
+    # name -> pixel shuffle, UNet2DModel's arguments; docs/results/teacher.md has how they compare
+    "unet-32-64": (2, _unet((32, 64), layers=2, attention=(False, True), head_dim=32, groups=8)),
+    "unet-32-64-mid": (2, _unet((32, 64), layers=2, attention=(False, False), head_dim=64, groups=32)),
+    "unet-32-64-96": (2, _unet((32, 64, 96), layers=2, attention=(False, False, False), head_dim=96, groups=32)),
+    "unet-64-128": (2, _unet((64, 128), layers=1, attention=(False, False), head_dim=64, groups=32)),
+    "pixels-32-32-64": (1, _unet((32, 32, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
+    "pixels-32-64-64": (1, _unet((32, 64, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
+    "pixels-32-64-128": (1, _unet((32, 64, 128), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
 }
 
 
@@ -66,7 +68,7 @@ def build_network(name: str, split: data.ImageData, pixel_shuffle: int) -> UNet2
         in_channels=channels,
         out_channels=channels,
         num_class_embeds=num_classes + 1,
-        **ARCHITECTURES[name],
+        **ARCHITECTURES[name][1],
     )
 
 
@@ -115,10 +117,11 @@ def train(
         raise InvalidRequest(f"batch size {batch_size} is not divisible by {world} processes")
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     split = data.load(name, "train", data_dir)
-    images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, PIXEL_SHUFFLE)
+    shuffle = ARCHITECTURES[architecture][0]
+    images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, shuffle)
     labels, classes = torch.tensor(split.labels), len(split.class_names)
-    network = build_network(architecture, split, PIXEL_SHUFFLE)
-    ema = build_network(architecture, split, PIXEL_SHUFFLE).requires_grad_(False)
+    network = build_network(architecture, split, shuffle)
+    ema = build_network(architecture, split, shuffle).requires_grad_(False)
     ema.load_state_dict(network.state_dict())
     alphas_cumprod = build_scheduler().alphas_cumprod
     optimizer = torch.optim.AdamW(
@@ -237,7 +240,7 @@ def main(
             build_scheduler(),
             publish_to or output / "teacher",
             training=training,
-            pixel_shuffle=PIXEL_SHUFFLE,
+            pixel_shuffle=ARCHITECTURES[architecture][0],
             guidance_scale=guidance_scale,
             data_dir=data_dir,
             on_batch=on_batch,

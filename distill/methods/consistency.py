@@ -1,15 +1,20 @@
 """Consistency distillation as LCM has it (Luo et al. 2023, arXiv 2310.04378, Algorithm 1; Song et al. 2023).
 
 One network, every time: its clean image at a point of the teacher's path must be its clean image one teacher step
-further on. Sampling is consistency multistep: K - 1 times the estimate is noised anew. Clean data are the pool's
+further on. The clean image is parameterised so that it is the state itself at time 0 (eq. 9 there, with LCM's
+constants). Sampling is consistency multistep: K - 1 times the estimate is noised anew. Clean data are the pool's
 outputs; the teacher steps with DDIM on its own grid, its guidance included.
+
+Otherwise than the paper: targets are one step of that grid apart, without LCM's skipping of 20 times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +30,7 @@ from redif_sdk.distill.teachers.denoising import clean_at, levels
 from redif_sdk.sampling.table import StepTable
 
 EMA = 0.95  # of the network that gives the target, LCM's
+SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the boundary condition, LCM's
 
 
 class Consistency(Method):
@@ -48,6 +54,7 @@ class Consistency(Method):
             times = [round(float(t)) for t in policy.table.timesteps]
             kind = context.teacher.prediction_type
             policy.table = StepTable.consistency(context.teacher.schedule, times, prediction_type=kind)
+        policy.table = _bounded(policy.table)
         self.target = twin(policy.network)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
@@ -90,4 +97,20 @@ class Consistency(Method):
 def _clean(network: nn.Module, context: Context, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
     with autocast(x.device.type, context.config.precision):
         f = network(x, t.float(), condition)
-    return clean_at(context.teacher, t, x, f.float())
+    skip, out = (part.view(-1, 1, 1, 1) for part in boundary(t.double()))
+    return (skip * x + out * clean_at(context.teacher, t, x, f.float())).float()
+
+
+def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out at times t: f(x, t) = c_skip x + c_out x0, which is x at time 0."""
+    scaled = TIMESTEP_SCALING * t
+    size = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / size, scaled / size.sqrt()
+
+
+def _bounded(table: StepTable) -> StepTable:
+    """The same sampler with f in place of the clean image: p' = c_skip + c_out p, q' = c_out q."""
+    rows = table.rows.astype(np.float64)
+    skip, out = (part.numpy() for part in boundary(torch.from_numpy(rows[:, 0])))
+    rows[:, 1], rows[:, 2] = skip + out * rows[:, 1], out * rows[:, 2]
+    return replace(table, rows=rows.astype(np.float32))

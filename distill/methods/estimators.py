@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.errors import TrainingDiverged
 from redif_sdk.sampling.loop import run_steps
+from redif_sdk.sampling.table import StepTable
+
+ONE_STEP = 0.1  # standard deviation, in units of x0, of an action of one step, which has no noise between steps
 
 
 def check_drift(before: Tensor, after: Tensor, trust_region: float) -> None:
@@ -136,6 +139,24 @@ class TrajectoryGroups:
     exploration: Exploration
     reference: nn.Module | None
     window: range | None = None  # the noisy rows; None: all. The others are deterministic, and have no ratio
+    sde: StepTable | None = None  # whose noise the noisy rows have; None: `exploration` in each
+
+    @property
+    def table(self) -> StepTable:
+        """The sampler of the means: in noisy rows the SDE's, whose noise is the exploration of the clean estimate."""
+        table = self.context.policy.table
+        if self.sde is None:
+            return table
+        rows = table.rows.copy()
+        for row in self.rows:
+            rows[row, :5] = self.sde.rows[row, :5]
+        return replace(table, rows=rows)
+
+    def explored(self, row: int) -> float:
+        """The standard deviation of an action, in latents: what ``exploration`` says, or c / r of the SDE's row."""
+        if self.sde is None:
+            return float(self.context.config.get("exploration", ONE_STEP)) * self.context.amplitude
+        return abs(float(self.sde.rows[row, 5] / self.sde.rows[row, 3]))
 
     def rollout(
         self, batch: Pairs, generator: torch.Generator
@@ -150,25 +171,20 @@ class TrajectoryGroups:
             action = mean = policy.estimate(k, x, labels)
             if k in self.rows:
                 xi = self.exploration.draw(options.group_size, tuple(batch.noise.shape), generator).flatten(0, 1)
-                action = mean + self.explored * xi
+                action = mean + self.explored(k) * xi
                 states.append(x)
                 actions.append(action)
                 means.append(mean)
             return action
 
         with torch.no_grad():
-            output = run_steps(policy.table, x, None, act)
+            output = run_steps(self.table, x, None, act)
         return states, actions, means, output
 
     @property
     def options(self) -> Trajectories:
         """The settings of the estimator."""
         return self.context.config.options_as(Trajectories)
-
-    @property
-    def explored(self) -> float:
-        """The standard deviation of an action, in latents."""
-        return self.options.exploration * self.context.amplitude
 
     @property
     def rows(self) -> range:
@@ -195,17 +211,17 @@ class TrajectoryGroups:
             for k, x, action, old in zip(self.rows, states, actions, means, strict=True):
                 mean = policy.estimate(k, x, labels)
                 if check and epoch == 0:
-                    check_drift(old, mean, options.clip_mean_shift * self.explored)
-                new_log = self.exploration.log_prob(action, mean, self.explored)
-                ratio = (new_log - self.exploration.log_prob(action, old, self.explored)).exp()
+                    check_drift(old, mean, options.clip_mean_shift * self.explored(k))
+                new_log = self.exploration.log_prob(action, mean, self.explored(k))
+                ratio = (new_log - self.exploration.log_prob(action, old, self.explored(k))).exp()
                 bounded = ratio.clamp(1 - clip, 1 + clip)
                 surrogate = surrogate - torch.minimum(ratio * advantage, bounded * advantage).mean()
                 clipped += float((ratio.detach() != bounded.detach()).float().mean())
                 if self.reference is not None:
                     kl = kl + self._kl(k, x, labels, mean)
             rows = len(self.rows)
-            # log-probabilities averaged over D elements have gradients D times too small
-            loss = output[0].numel() * surrogate / rows + options.kl * kl / rows
+            # means over D elements have gradients D times too small
+            loss = output[0].numel() * (surrogate + options.kl * kl) / rows
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
             if options.regression_weight:
                 output = policy.sample(batch.noise, batch.condition)
@@ -224,4 +240,4 @@ class TrajectoryGroups:
                 wanted = policy.estimate(k, x, labels)
             finally:
                 policy.network = current
-        return -self.exploration.log_prob(wanted, mean, self.explored).mean()
+        return -self.exploration.log_prob(wanted, mean, self.explored(k)).mean()

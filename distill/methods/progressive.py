@@ -61,12 +61,17 @@ class Progressive(Method):
         residual = (student.estimate(k, z, batch.condition) - target) / context.amplitude
         weight = max(1.0, (alpha / max(sigma, 1e-8)) ** 2)
         yield (
-            min(weight, 25.0) * residual.pow(2).mean(),
+            weight * residual.pow(2).mean(),
             {
                 "mse": residual.detach().pow(2).mean().item(),
                 "steps": float(steps),
             },
         )
+
+    def cycle(self, context: Context, progress: float) -> float:
+        """The share of the stage that is done: each stage has a learning-rate cycle of its own."""
+        stages = len(stage_steps(context.policy.num_inference_steps, context.teacher.num_inference_steps))
+        return progress * stages - min(int(progress * stages), stages - 1)
 
     def _parent_of(self, context: Context, fine: StepTable) -> Estimate:
         """(k, x, condition) -> x0 of the stage's teacher at row k of the table of 2n rows; calls are counted."""

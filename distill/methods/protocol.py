@@ -43,6 +43,10 @@ class Method(ABC):
     def finish(self, context: Context, student: StudentPolicy) -> None:  # noqa: B027
         """Once, after the last update, with the EMA student, whose table it may replace."""
 
+    def cycle(self, context: Context, progress: float) -> float:
+        """The share of its learning-rate cycle that is done at ``progress``, from which the rate falls by a cosine."""
+        return progress
+
     def tables(self, context: Context, student: StudentPolicy) -> list[StepTable]:
         """The step tables that the student is saved with; the first is its default."""
         return [student.table]

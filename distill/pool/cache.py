@@ -22,7 +22,7 @@ from torch import Tensor
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.cache import cache_folder, done_without
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.pool.pairs import CHUNK, Pairs, batch_of, compute, in_parts, pairs_of
+from redif_sdk.distill.pool.pairs import Pairs, batch_of, chunk_of, compute, in_parts, pairs_of
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
 
@@ -46,7 +46,7 @@ def with_states(teacher: Teacher, pairs: Pairs, times: Sequence[float], *, cache
     places = [kept.index(float(t)) for t in times]
     with draws.main_process_first():
         folder = cache_folder(cache)
-        states = [_states(teacher, piece, kept, places, folder) for piece in in_parts(pairs, CHUNK)]
+        states = [_states(teacher, piece, kept, places, folder) for piece in in_parts(pairs, chunk_of(teacher))]
     return replace(pairs, states=torch.cat(states).float().to(pairs.noise.device))
 
 
@@ -64,7 +64,7 @@ def _states(
     if found is not None:
         return found
     parts = []
-    for part in in_parts(piece, batch_of(piece.noise.device)):
+    for part in in_parts(piece, batch_of(teacher, piece.noise.device)):
         parts.append(teacher.follow(part.noise, part.condition, times)[1].half())
         if on_batch:
             on_batch(len(part))
@@ -132,7 +132,8 @@ def shipped(teacher: Teacher, count: int, split: str) -> Pairs | None:
 
 def _pieces(teacher: Teacher, count: int, split: str, seed: int, cache: Path) -> list[tuple[int, int, Path]]:
     """The files of a pool: (first entry, entries, file) each. Pools of other sizes share them."""
-    pieces = [(low, min(CHUNK, count - low)) for low in range(0, count, CHUNK)]
+    chunk = chunk_of(teacher)
+    pieces = [(low, min(chunk, count - low)) for low in range(0, count, chunk)]
     named = f"{teacher.identity} {teacher.num_inference_steps} {split} {seed}"
     return [(low, size, _file(cache, "pairs", f"{named} {low} {size} 3")) for low, size in pieces]
 
@@ -174,7 +175,7 @@ def get(
     with draws.main_process_first():
         bank = shipped(teacher, count, split) if not rebuild and seed == 0 else None
         if bank is not None:
-            for piece in in_parts(bank, CHUNK) if grid else []:
+            for piece in in_parts(bank, chunk_of(teacher)) if grid else []:
                 _states(teacher, piece.to(device), grid, [0], folder, on_batch)
             return bank, calls
         if not teacher.identity:

@@ -18,6 +18,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.noise import TRAINING_SLOT, noise
 
 HELD_OUT_SEED = 2026
+CHUNK_OF_LARGE = 16  # entries in a cache's file of a teacher that works in micro-batches
 BATCH, CHUNK = 128, 512  # entries that the teacher samples at once on a CPU; on a GPU, which is also a cache file's
 
 
@@ -102,7 +103,7 @@ def compute(
     ``count`` x its steps x its calls a step network calls. With the states at ``times``, if there are any."""
     empty = pairs_of(teacher, torch.empty(count, 0), split, seed, low)
     outputs, states = [], []
-    for part in in_parts(empty, batch_of(device)):
+    for part in in_parts(empty, batch_of(teacher, device)):
         labels = None if part.condition is None else part.condition.to(device)
         output, path = teacher.follow(part.noise.to(device), labels, times)
         outputs.append(output.cpu())
@@ -112,9 +113,15 @@ def compute(
     return replace(empty, target=torch.cat(outputs), states=torch.cat(states) if times else None)
 
 
-def batch_of(device: torch.device | str) -> int:
-    """Entries that the teacher samples at once: on a GPU a whole chunk, since small batches leave it idle."""
-    return BATCH if torch.device(device).type == "cpu" else CHUNK
+def batch_of(teacher: Teacher, device: torch.device | str) -> int:
+    """Entries that the teacher samples at once: its micro-batch where it has one; on a GPU a whole chunk, since small
+    batches leave it idle."""
+    return teacher.micro_batch or (BATCH if torch.device(device).type == "cpu" else CHUNK)
+
+
+def chunk_of(teacher: Teacher) -> int:
+    """Entries in a file of the cache: few of a large teacher, since what a killed run had not written is lost."""
+    return CHUNK_OF_LARGE if teacher.micro_batch else CHUNK
 
 
 def in_parts(pairs: Pairs, size: int) -> list[Pairs]:

@@ -113,7 +113,7 @@ def _encoding_seconds(teacher: Teacher, pool_size: int) -> float:
 @torch.no_grad()
 def _pair_seconds(teacher: Teacher, pairs: Pairs) -> float:
     """Seconds of the teacher for one pair, by its second call on as many noises as it is given at once."""
-    size = min(len(pairs), teacher.micro_batch or batch_of(pairs.noise.device))
+    size = min(len(pairs), batch_of(teacher, pairs.noise.device))
     part = pairs[:size]
     t = torch.full((size,), len(teacher.schedule) / 2, device=part.noise.device)
     first, second = (_timed(lambda: teacher(part.noise, t, part.condition).cpu()) for _ in range(2))

@@ -266,7 +266,8 @@ class Trainer:
         first = held_back(len(self.pairs))
         drawn = first + torch.randperm(len(self.pairs) - first, generator=generator)[: config.batch_size]
         batch = self.pairs[drawn[draws.share(config.batch_size)]]
-        rate = config.learning_rate * min(1.0, (self.update + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
+        cycle = self.method.cycle(self.context, progress)
+        rate = config.learning_rate * min(1.0, (self.update + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * cycle))
         figures: dict[str, float] = {}
         for loss, figures in self.method.losses(self.context, batch, progress, generator):
             if not math.isfinite(value := draws.mean(loss).item()):

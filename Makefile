@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all coverage lint bench-distill-smoke format schema build clean clean-venv
+.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema build clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all    the same with the tests that take minutes, all attacks among them, and their branch coverage"
 	@echo "make lint        ruff, mypy and import-linter"
 	@echo "make bench-distill-smoke  the whole comparison of methods at a toy budget"
+	@echo "make bench-real  Stable Diffusion 1.5 and SDXL through import, export, images and training; hours"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make schema      write docs/schema/redif-1.json anew from the code"
 	@echo "make build       wheel and sdist, in dist/"
@@ -60,6 +61,12 @@ endef
 
 bench-distill-smoke: $(READY)
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_distillation_benchmark.py
+
+# Real sizes through the whole chain: some hours, 60 GB of disk. What is there already is taken.
+bench-real: $(READY)
+	$(BIN)/python -m benchmarks.real_size sd15 --precision fp32,int8wo --rounds 1 --json docs/results/real-size-sd15.json
+	$(BIN)/python -m benchmarks.real_training sd15 --json docs/results/real-training-sd15.json
+	$(BIN)/python -m benchmarks.real_size sdxl --precision int8wo --rounds 1 --json docs/results/real-size-sdxl.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

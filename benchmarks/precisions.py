@@ -34,8 +34,11 @@ PIECE = 40
 Draw = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
-def artist(folder: Path, precision: str) -> tuple[Draw, str]:
-    """A function that generates uint8 images in `precision` from noise (1, B, C, H, W) and labels, and its name."""
+def artist(folder: Path, precision: str, texts: Sequence[str]) -> tuple[Draw, str]:
+    """A function that generates uint8 images in `precision` from noise (1, B, C, H, W) and labels, and its name.
+
+    Labels are classes, or places among the prompts `texts`.
+    """
     student = StudentFolder(folder)
     table = student.manifest.step_table()
     try:
@@ -45,7 +48,10 @@ def artist(folder: Path, precision: str) -> tuple[Draw, str]:
         assert graph is not None
         engine = Emulated.load(student, graph, RuntimeOptions())
     else:
-        return pipe.generate_array, pipe.runtime_info["runtime"]
+        runtime = pipe.runtime_info["runtime"]
+        return (
+            (pipe.generate_array, runtime) if student.manifest.text is None else (partial(_draw, pipe, texts), runtime)
+        )
 
     def emulated(noise: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
         scale = np.asarray(table.init_scale, np.float32)
@@ -53,6 +59,12 @@ def artist(folder: Path, precision: str) -> tuple[Draw, str]:
         return engine.run({"noise": noise, "table": table.rows, "init_scale": scale, **condition})["images"]
 
     return emulated, "emulated"
+
+
+def _draw(pipe: FastPipeline, texts: Sequence[str], noise: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    assert labels is not None
+    images = pipe([texts[int(label)] for label in labels], latents=noise[0], output_type="np").images
+    return (np.asarray(images) * 255).round().astype(np.uint8)
 
 
 def pictures(draw: Draw, arena: Arena) -> np.ndarray:
@@ -76,7 +88,9 @@ def seconds(draws: dict[str, Draw], arena: Arena, batch: int, rounds: int) -> di
 def measure(folder: Path, arena: Arena, rounds: int) -> list[dict[str, Any]]:
     manifest = StudentFolder(folder).manifest
     precisions = list(dict.fromkeys(graph.precision for graph in manifest.graphs))
-    artists = {precision: artist(folder, precision) for precision in precisions}
+    texts = arena.teacher.prompts.texts if arena.teacher.prompts is not None else ()
+    known = [p for p in precisions if manifest.graph("denoiser", p) is not None]
+    artists = {precision: artist(folder, precision, texts) for precision in known}
     drawn = {precision: pictures(draw, arena) for precision, (draw, _) in artists.items()}
     timed = {precision: draw for precision, (draw, name) in artists.items() if name != "emulated"}
     speed = {batch: seconds(timed, arena, batch, rounds) for batch in (1, 8)}
@@ -90,7 +104,7 @@ def measure(folder: Path, arena: Arena, rounds: int) -> list[dict[str, Any]]:
             "graph_precision": precision,  # "precision" here is the measure beside "recall"
             "runtime": artists[precision][1],
             "psnr_to_fp32": 10 * math.log10(255**2 / error) if error else None,
-            "megabytes": (folder / f"onnx/generator.{precision}.onnx").stat().st_size / 1e6,
+            "megabytes": sum(path.stat().st_size for path in folder.glob(f"onnx/generator.{precision}.*")) / 1e6,
             **arena.judge.quality(scaled).row(),
         }
         for batch, found in speed.items():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from redif_sdk.distill.evaluation.arena import Arena, print_table
 from redif_sdk.distill.measures.distances import (
     Judge,
     Statistics,
@@ -17,6 +18,7 @@ from redif_sdk.distill.measures.distances import (
 )
 from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.measures.spectrum import Spectrum
+from redif_sdk.distill.teachers.base import Teacher
 
 
 def draw(count: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -110,3 +112,18 @@ def test_fine_detail_is_the_energy_of_high_frequencies() -> None:
     assert Spectrum.of(noise).fine_energy == pytest.approx(0.04 * share, rel=0.03)
     assert Spectrum.of(blurred).fine_energy < 0.1 * Spectrum.of(noise).fine_energy
     assert Spectrum.of(100 * noise).fine_energy < 1, "images are seen clamped"
+
+
+def test_a_student_that_the_judges_network_rewarded_is_flagged(capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = Teacher.load("fashion-mnist")
+    arena = Arena.of(teacher, 16)
+    latents = arena.pairs.target
+    rows = [arena.row("redif", 1, latents, reward=reward) for reward in ("texture+lpips", "texture", None)]
+    assert [row["rewarded_by_judge"] for row in rows] == [True, False, False]
+    assert {"grid", "nyquist_both", "fine_energy"} <= set(rows[0])
+    assert rows[0]["fine_energy"] == pytest.approx(1)
+    print_table(rows)
+    said = capsys.readouterr().out
+    assert "redif (texture+lpips) was rewarded by the judge's own network" in said
+    assert "redif (texture) was" not in said
+    assert "grid" in said

@@ -5,6 +5,7 @@ Who is judged, on which noises, and what a row holds; the distances themselves a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,10 @@ from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import label
 
+_log = logging.getLogger(__name__)
 OnProgress = Callable[[float, str], object]
+FEWEST = 1_500  # samples below which a distance in 1,280 features says more of their number than of the images
+JUDGE_REWARDS = {"lpips"}  # rewards by the judge's own network
 Sampler = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -128,6 +132,7 @@ class Arena:
             "network_calls": steps * calls_per_step,
             "seed": seed,
             **quality.row(),
+            "rewarded_by_judge": bool(JUDGE_REWARDS & set((reward or "").split("+"))),
             "features": FEATURES,
             "num_samples": len(self.pairs),
             "budget": budget or {},
@@ -189,6 +194,10 @@ def evaluate_folder(
         InvalidRequest: teacher and student do not make the same images.
         RuntimeUnavailable: the device is not there.
     """
+    if num_samples < FEWEST:
+        _log.warning(
+            "distances of %d samples are too large: compare them at equal numbers only, or take 2000", num_samples
+        )
     place = chosen_device(device)
     more = {} if prompts is None else {"prompts": prompts}
     student, teacher = load_student(folder), Teacher.load(against, **more)
@@ -253,4 +262,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             value = label(row) if key == "method" else row.get(key)
             cells.append(f"{value:.{digits.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
         table.add_row(*cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row.get("rewarded_by_judge"):
+            console.print(
+                f"{label(row)} was rewarded by the judge's own network: its distances flatter it", soft_wrap=True
+            )

@@ -71,7 +71,7 @@ def import_pipeline(
             whose own is not a step table (PNDM, DPM-Solver++(2M), UniPC).
         loras: safetensors files of LoRAs to merge into the weights, as ``FILE`` or ``FILE:SCALE``.
         decoder: the folder or Hub id of an autoencoder to decode with in place of the pipeline's own: an
-            ``AutoencoderTiny`` (TAESD) costs a tenth, and somewhat of the detail.
+            ``AutoencoderTiny`` (TAESD) costs an eighteenth, and somewhat of the detail.
 
     Raises:
         InvalidRequest: no steps, a number of them that the scheduler does not have, a LoRA that does not fit, or a

@@ -54,20 +54,17 @@ def export(
         targets: Of `TARGETS`.
         precisions: Of "fp32", "fp16", "bf16", "int8", "int8wo", "int4wo". Only the network is int8, the other parts
             stay fp32 beside it; only the network's weights are int4, those of the other parts int8.
-        batches: Batch sizes that the gate checks; None: 1 and 8, or 1 and 2 for a network of 200 million parameters
-            or more.
-        sizes: Sizes of images that the gate checks, (height, width) in pixels. An axis on which they differ from the
-            student's own becomes free, in the graphs and in requests.
+        batches: Batch sizes that the gate checks; None: 1 and 8, or 1 and 2 for 200 million parameters and more.
+        sizes: Sizes of images that the gate checks, (height, width) in pixels; axes on which they differ become free.
         runtimes: Engines that the gate checks; None: those that run on this machine.
         sm: Compute capabilities that RTX engines are built for, 89 for 8.9.
         engine_dir: The folder of the engines; None: the cache of this machine.
-        web_dir: The folder of the page; None: beside the student's folder.
+        web_dir: The folder of the page; None: beside the student's.
         network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
             folder's weights; where the folder has none, its own are exported.
-        decoder: An autoencoder to decode with from now on, in place of the student's own: the folder of an
-            ``AutoencoderTiny`` (TAESD) or ``AutoencoderKL``, or a Hub id. How far its images are from the former ones
-            is added to the figures.
-        max_memory: Bytes of memory that may be used, beyond which it is refused; None: what is free.
+        decoder: An autoencoder to decode with from now on (TAESD): its folder or Hub id. How far its images are from
+            the former ones is added to the figures.
+        max_memory: Bytes of memory that may be used; None: what is free.
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
@@ -81,13 +78,11 @@ def export(
         RuntimeUnavailable: A package or an engine is missing.
         OSError: The disk is full.
     """
-    _check_targets(targets)
+    _check_targets(targets, decoder)
     if PAGE_TARGET in targets:
         from redif_sdk.export.web import check_supported
 
         check_supported(StudentFolder(folder))  # before minutes are spent on graphs
-    if decoder is not None and "onnx" not in targets:
-        raise InvalidRequest("another decoder needs new graphs; add the target onnx")
     if "onnx" in targets:
         try:
             from redif_sdk.export.build import build_graphs
@@ -112,12 +107,14 @@ def export(
     return StudentFolder(folder).manifest
 
 
-def _check_targets(targets: Sequence[str]) -> None:
+def _check_targets(targets: Sequence[str], decoder: str | Path | None) -> None:
     for target in targets:
         if target not in TARGETS:
             raise InvalidRequest(f"target {target!r} is unknown; use {', '.join(TARGETS)}")
     if not targets:
         raise InvalidRequest(f"no target was given; use {', '.join(TARGETS)}")
+    if decoder is not None and "onnx" not in targets:
+        raise InvalidRequest("another decoder needs new graphs; add the target onnx")
 
 
 def build_engines(folder: str | Path, **settings: Any) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ SOURCES = ("redif_sdk", "models", "distill", "export")
 #: Modules of the tests that every maker may use.
 HELPERS = ("conftest.py", "made_once.py", "pipelines.py")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "onnx", "onnxruntime", "onnxscript", "onnxslim", "openvino")
+#: As this process was started: what a run sets later, such as what it found out of the processor, parts no workers.
+SETTINGS = [f"{name}={os.environ.get(name, '')}" for name in ("ONEDNN_MAX_CPU_ISA", "REDIF_CPU_BF16")]
 KEPT = 3  # caches of other sources, so that work on two branches keeps both
 
 _used: dict[Path, dict[str, str]] = {}
@@ -62,10 +64,9 @@ def _processor() -> str:
 def _folder() -> Path:
     """The cache of these sources; those of the oldest others are removed."""
     sources = [path for name in SOURCES for path in (ROOT / name).rglob("*.py") if "__pycache__" not in path.parts]
-    settings = [f"{name}={os.environ.get(name, '')}" for name in ("ONEDNN_MAX_CPU_ISA", "REDIF_CPU_BF16")]
     libraries = [f"{name}={_version(name)}" for name in LIBRARIES]
     helpers = [TESTS / name for name in HELPERS]
-    key = _digest([*sorted(sources), *helpers], sys.version, _processor(), *settings, *libraries)
+    key = _digest([*sorted(sources), *helpers], sys.version, _processor(), *SETTINGS, *libraries)
     folder = CACHE / key
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)

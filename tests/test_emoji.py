@@ -95,11 +95,13 @@ def test_a_colour_teacher_is_judged_and_described(folder: Path) -> None:
     figures = TeacherFigures(
         samples=1, seconds=60, parameters=2_400_000, classifier_accuracy=0.5, class_agreement=0.5,
         agreement_by_class=[0.5] * 27, fd_real=9, fd_real_floor=1, fd_self_floor=1, precision=0.5, recall=0.5,
+        nyquist=(2.0, 1.0, None), nyquist_real=(1.0, 1.0, None), fine_energy=0.9,
         image_shape=(3, 32, 32), training_images=5015, test_images=649,
     )  # fmt: skip
     text = card(about, figures)
     assert "12 x 16 x 16" in text
     assert "CC-BY 4.0" in text
     assert "649 real test images" in text
+    assert "(real images: 1.0, 1.0, -; a grid is seen from 3 on) | 2.0, 1.0, - |" in text
     assert "fashion" not in text.lower()
     assert "unet-32-64-96" in ARCHITECTURES

@@ -18,7 +18,7 @@ from redif_sdk.distill.student import check_run
 from redif_sdk.distill.teachers import large, weights
 from redif_sdk.distill.teachers.large import half_of, sized
 from redif_sdk.distill.training.checkpoint import CHECKPOINT
-from redif_sdk.distill.training.estimate import estimate
+from redif_sdk.distill.training.estimate import _phases, estimate
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.denoiser import inner_of
@@ -236,3 +236,16 @@ def test_the_estimate_of_a_large_run_samples_no_teacher(teacher: Teacher, tiny_i
     assert told.check_seconds > 0
     assert told.pool_seconds > 0
     assert told.peak_memory_mb > 100
+
+
+def test_the_estimate_weighs_the_phases_by_their_updates() -> None:
+    """Three updates of a run whose second half is reinforced: two are regression."""
+    assert _phases(config(updates=3, warm_start=0.5)) == [(0.0, pytest.approx(2 / 3)), (0.5, pytest.approx(1 / 3))]
+    assert _phases(config(updates=1, warm_start=0.5)) == [(0.0, 1.0)]
+    assert _phases(config(updates=100, warm_start=0.7, segments=0.2)) == [
+        (0.0, pytest.approx(0.2)),
+        (0.2, pytest.approx(0.5)),
+        (0.7, pytest.approx(0.3)),
+    ]
+    assert _phases(config("consistency", updates=7)) == [(0.0, 1.0)]
+    assert _phases(config(updates=None, seconds=9.0, warm_start=0.25)) == [(0.0, 0.25), (0.25, 0.75)]

@@ -5,6 +5,7 @@ The pairs of these updates are noise: the teacher is called twice, to time a cal
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -14,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from redif_sdk.distill.config import DistillConfig
@@ -25,10 +25,8 @@ from redif_sdk.distill.teachers.large import sized
 from redif_sdk.distill.training.check import checked_pairs
 from redif_sdk.distill.training.loop import Trainer
 
-POINTS = 3  # of the run at which an update is timed: its phases cost differently
 SLOW = 5.0  # seconds of an update that is not made a second time
 PAIRS = 8  # at least, that are made up; also the prompts that are encoded to time it
-ENDED = 0.99  # of the run: its last update
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
         trainer.pairs = trainer.context.pairs = replace(trainer.pairs, states=states)
     pair = _pair_seconds(teacher, trainer.pairs)
     pool_seconds = encoding + (0.0 if pool_is_there and not config.get("segments") else pair * pool_size)
-    each, cost = _update(trainer, config.updates)
+    each, cost = _update(trainer)
     updates = config.updates
     if updates is None and config.forward_equivalents:
         updates = max(1, round(config.forward_equivalents / cost))
@@ -120,20 +118,29 @@ def _pair_seconds(teacher: Teacher, pairs: Pairs) -> float:
     return min(first, second) * teacher.num_inference_steps / size
 
 
-def _update(trainer: Trainer, updates: int | None) -> tuple[float, float]:
-    """The seconds and the forward-equivalents of an update, on average over the run."""
-    points = [place / updates for place in range(updates)] if updates and updates < POINTS else [0.0, 0.5, ENDED]
-    seconds: list[float] = []
-    spent: list[float] = []
-    for point in points:
+def _update(trainer: Trainer) -> tuple[float, float]:
+    """The seconds and the forward-equivalents of an update, on average over the run: one is made in each phase."""
+    seconds, cost = 0.0, 0.0
+    for start, share in _phases(trainer.config):
         for _ in range(2):
-            before = replace(trainer.meter)
-            took = _timed(lambda point=point: trainer.step(point))  # type: ignore[misc]
+            before = trainer.meter.forward_equivalents
+            took = _timed(lambda start=start: trainer.step(start))  # type: ignore[misc]
             if took > SLOW:
                 break
-        seconds.append(took)
-        spent.append(trainer.meter.forward_equivalents - before.forward_equivalents)
-    return float(np.mean(seconds)), float(np.mean(spent))
+        seconds += share * took
+        cost += share * (trainer.meter.forward_equivalents - before)
+    return seconds, cost
+
+
+def _phases(config: DistillConfig) -> list[tuple[float, float]]:
+    """Where each phase of a run begins, as a share of it, and its share of the updates."""
+    edges = sorted({0.0, 1.0, *(min(1.0, config.get(name) or 0.0) for name in ("segments", "warm_start"))})
+    if config.updates:
+        made = [place / config.updates for place in range(config.updates)]
+        shares = [sum(low <= at < high for at in made) / len(made) for low, high in itertools.pairwise(edges)]
+    else:
+        shares = [high - low for low, high in itertools.pairwise(edges)]
+    return [(low, share) for low, share in zip(edges[:-1], shares, strict=True) if share]
 
 
 def _check_seconds(trainer: Trainer, count: int) -> float:

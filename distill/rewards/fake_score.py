@@ -26,7 +26,7 @@ from redif_sdk.distill.rewards.classifier import Classifier
 from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.denoising import clean_at, levels, noised
-from redif_sdk.distill.teachers.large import to_train
+from redif_sdk.distill.teachers.large import network_to_train
 
 SIGMA_MIN = 0.02  # of a flow, by which SGMD's correction is divided
 
@@ -50,7 +50,7 @@ class FakeScore:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.network = to_train(self.teacher, self.config).to(self.device).eval()
+        self.network = network_to_train(self.teacher, self.config).to(self.device).eval()
         rate = self.config.options_as(FakeScoreOptions).fake_learning_rate
         weights = [weight for weight in self.network.parameters() if weight.requires_grad]
         if self.classifies:

@@ -17,7 +17,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.memory import free_memory, gib
 from redif_sdk.models.denoiser import Denoiser, inner_of
 
-__all__ = ["check_memory", "half_of", "sized", "to_train"]
+__all__ = ["check_memory", "half_of", "network_to_train", "sized"]
 
 LORA_RANK = 64  # of large networks, LCM-LoRA's (Luo et al. 2023, arXiv 2311.05556)
 MICRO_BATCH = 8  # images that a large network takes at once on a GPU; on a CPU 1, which is no faster with more
@@ -74,7 +74,7 @@ def check_memory(config: DistillConfig, teacher: Teacher) -> None:
         )
 
 
-def to_train(teacher: Teacher, config: DistillConfig, start: nn.Module | None = None) -> nn.Module:
+def network_to_train(teacher: Teacher, config: DistillConfig, start: nn.Module | None = None) -> nn.Module:
     """A network to train as ``config`` says: of the teacher's weights, or of those of ``start``.
 
     Raises:

@@ -30,7 +30,7 @@ from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.teachers.large import sized, to_train
+from redif_sdk.distill.teachers.large import network_to_train, sized
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.check import Watch, check_student, held_back, sampled
@@ -114,7 +114,7 @@ class Trainer:
 
     def _network(self) -> nn.Module:
         try:
-            network = to_train(self.teacher, self.config, self.start)
+            network = network_to_train(self.teacher, self.config, self.start)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise InvalidRequest(f"the start is another network than the student ({reason})") from error

@@ -82,7 +82,13 @@ def train(shape: str, work: Path, side: int, updates: int) -> list[dict[str, Any
     checkpoint = (output.with_name(output.name + ".training")) / "log.jsonl"
     last = json.loads(checkpoint.read_text().splitlines()[-1])
     rows: list[dict[str, Any]] = [
-        {"what": "dry run", "shape": shape, "side": side, **dry, **{k: v for k, v in told.items() if k != "config"}},
+        {
+            "what": "dry run",
+            "shape": shape,
+            "side": side,
+            **dry,
+            **{k: v for k, v in told.items() if k not in ("config", "output")},
+        },
         {
             "what": "run",
             "shape": shape,

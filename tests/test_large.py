@@ -130,7 +130,9 @@ def test_checkpointing_keeps_fewer_activations(teacher: Teacher) -> None:
 
 def test_teacher_student_average_and_fake_score_share_the_weights_that_are_not_trained(teacher: Teacher) -> None:
     trainer = Trainer(teacher, config("dmd2", lora_rank=2), pairs_of(teacher))
-    before = teacher(trainer.pairs.noise[:2], torch.full((2,), 500.0), trainer.pairs.condition[:2])  # type: ignore[index]
+    labels = trainer.pairs.condition
+    assert labels is not None
+    before = teacher(trainer.pairs.noise[:2], torch.full((2,), 500.0), labels[:2])
     fake = FakeScore.make(trainer.context)
     theirs = {weight.data_ptr() for weight in teacher.frozen_student().parameters()}
     for network in (trainer.context.policy.network, trainer.ema, fake.network):
@@ -141,7 +143,7 @@ def test_teacher_student_average_and_fake_score_share_the_weights_that_are_not_t
         assert {weight.data_ptr() for name, weight in named.items() if name not in own} == theirs
     for _ in range(2):
         trainer.step(0.0)
-    after = teacher(trainer.pairs.noise[:2], torch.full((2,), 500.0), trainer.pairs.condition[:2])  # type: ignore[index]
+    after = teacher(trainer.pairs.noise[:2], torch.full((2,), 500.0), labels[:2])
     assert torch.equal(before, after), "the teacher was trained too"
     pairs = zip(trainer.ema.parameters(), fake.network.parameters(), strict=True)
     assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
@@ -197,7 +199,8 @@ def test_a_large_text_encoder_stays_in_its_files_and_gives_the_same_conditions(
     mapped = Teacher.from_diffusers(folder, prompts=pipelines.PROMPTS, num_inference_steps=4)
     assert mapped.prompts is not None
     assert teacher.prompts is not None
-    encoders = mapped.prompts._encode.encoders  # type: ignore[attr-defined]
+    encode: Any = mapped.prompts._encode
+    encoders = encode.encoders
     assert all(is_streamed(encoder) for encoder in encoders)
     index = torch.tensor([0, 3])
     ours, theirs = mapped.prompts(index), teacher.prompts(index)

@@ -3,8 +3,8 @@ times, and off their trajectories, so that one student serves any number of step
 
 An update rolls the student out on a schedule that is drawn for it, and picks a row of each sample. There the estimate
 is moved along the difference of the fake score and the teacher's, as in DMD; and the estimate at another time, to which
-the row's own estimate leads in one step, likewise. A guided teacher's guidance is a term of its own (CA), on renoised
-levels below the row's.
+the row's own estimate leads in one step, likewise. A guided teacher's guidance is a term of its own (CA), at levels
+below the row's, to which the estimate is noised anew.
 
 Otherwise than the authors' code: times are drawn for each sample, not for a batch; a warm start by regression
 (``warm_start``) may come first; the fake score's loss has this project's weight, min(SNR, 5).
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,9 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.compute.lora import apart
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.methods.protocol import Loss, Method
-from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.methods.protocol import Loss
+from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import CdmOptions
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
@@ -52,29 +52,16 @@ class Anchor:
         return alpha * self.clean + sigma * noise
 
 
-class Cdm(Method):
-    """Continuous-time distribution matching. ``fake`` is made when the warm start ends."""
+class Cdm(ScoreMethod):
+    """Continuous-time distribution matching."""
 
     name = "cdm"
-    rewarded = False
 
-    def __init__(self) -> None:
-        self.warm_up = Regression()
-        self.fake: FakeScore | None = None
-
-    def _begin(self, context: Context) -> FakeScore:
-        if self.fake is None:
-            self.fake = FakeScore.make(context)
-        return self.fake
-
-    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+    def matched(self, context: Context, fake: FakeScore, batch: Pairs, generator: torch.Generator) -> Iterator[Loss]:
         """step_delta (<g, y> + cdm_weight <g', y'>) + regression_weight |x - teacher|^2: y the estimate at the row, y'
         the one off the trajectory, g and g' the directions there (L_DM + L_CA and L_CDM of section 4)."""
         options = context.config.options_as(CdmOptions)
-        if progress < options.warm_start:
-            yield from self.warm_up.losses(context, batch, progress, generator)
-            return
-        fake, teacher, network = self._begin(context), context.teacher, context.policy.network
+        teacher, network = context.teacher, context.policy.network
         anchor = self.rollout(context, batch, generator)
         learnt = [self._learn(context, fake, anchor, batch, generator) for _ in range(options.fake_updates)]
         plain, floor = teacher.guided(1), options.norm_floor
@@ -158,13 +145,6 @@ class Cdm(Method):
         """Its own, and those of the teacher's spacing for `SHIPPED` steps: the network takes any time."""
         own = student.table
         return [own, *(context.teacher.table(steps) for steps in SHIPPED if steps != own.num_inference_steps)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"fake": None if self.fake is None else self.fake.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
-        if state["fake"] is not None:
-            self._begin(context).load_state_dict(state["fake"])
 
 
 def _choose(where: Tensor, now: Anchor, kept: Anchor) -> Anchor:

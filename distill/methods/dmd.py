@@ -15,40 +15,35 @@ from typing import Any
 import torch
 
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.methods.protocol import Loss, Method
-from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.methods.protocol import Loss
+from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import DmdOptions
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.discriminator import Discriminator
 from redif_sdk.distill.rewards.fake_score import FakeScore
 
 
-class Dmd(Method):
+class Dmd(ScoreMethod):
     """Distribution matching, after a warm start by regression. ``fake`` and ``discriminator`` are made when it ends."""
 
     name = "dmd"
-    rewarded = False
 
     def __init__(self) -> None:
-        self.warm_up = Regression()
-        self.fake: FakeScore | None = None
+        super().__init__()
         self.discriminator: Discriminator | None = None
 
-    def _begin(self, context: Context) -> FakeScore:
-        if self.fake is None:
-            self.fake = FakeScore.make(context)
-            if context.config.options_as(DmdOptions).gan_weight:
-                self.discriminator = Discriminator.make(context.teacher, context.config.seed, context.device)
-        return self.fake
+    def make_fake(self, context: Context) -> FakeScore:
+        """And the discriminator, where it has a weight."""
+        fake = FakeScore.make(context)
+        if context.config.options_as(DmdOptions).gan_weight:
+            self.discriminator = Discriminator.make(context.teacher, context.config.seed, context.device)
+        return fake
 
-    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+    def matched(self, context: Context, fake: FakeScore, batch: Pairs, generator: torch.Generator) -> Iterator[Loss]:
         """<g, x> with g = (fake_x0 - real_x0) / mean |x - real_x0| (eqs. 7 and 8 of DMD) + gan_weight * softplus(-D(x))
         + regression_weight |x - teacher|^2."""
         options = context.config.options_as(DmdOptions)
-        if progress < options.warm_start:
-            yield from self.warm_up.losses(context, batch, progress, generator)
-            return
-        fake = self._begin(context)
         output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
         matching, fake_loss = fake.matching(output, batch.condition, generator, options.fake_updates)
         residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
@@ -61,13 +56,10 @@ class Dmd(Method):
         yield loss, figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "fake": None if self.fake is None else self.fake.state_dict(),
-            "discriminator": None if self.discriminator is None else self.discriminator.state_dict(),
-        }
+        discriminator = None if self.discriminator is None else self.discriminator.state_dict()
+        return {**super().state_dict(), "discriminator": discriminator}
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
-        if state["fake"] is not None:
-            self._begin(context).load_state_dict(state["fake"])
+        super().load_state_dict(state, context)
         if state["discriminator"] is not None and self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"], context)

@@ -18,37 +18,27 @@ import torch
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.methods.protocol import Loss, Method
-from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.methods.protocol import Loss
+from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import SgmdOptions
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.fake_score import FakeScore
 
 
-class Sgmd(Method):
-    """Score gradient matching. ``fake`` is made when the warm start ends."""
+class Sgmd(ScoreMethod):
+    """Score gradient matching."""
 
     name = "sgmd"
-    rewarded = False
 
     def __init__(self) -> None:
-        self.warm_up = Regression()
-        self.fake: FakeScore | None = None
+        super().__init__()
         self.learnt = 0.0  # the fake score's last loss
 
-    def _begin(self, context: Context) -> FakeScore:
-        if self.fake is None:
-            self.fake = FakeScore.make(context)
-        return self.fake
-
-    def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
+    def matched(self, context: Context, fake: FakeScore, batch: Pairs, generator: torch.Generator) -> Iterator[Loss]:
         """step_delta (L_Fisher + lambda L_NR) + regression_weight |x - teacher|^2, x the clean estimate of a row that
         is drawn for the batch; then, after the student's step, the fake score learns on fresh samples of it."""
         options, policy = context.config.options_as(SgmdOptions), context.policy
-        if progress < options.warm_start:
-            yield from self.warm_up.losses(context, batch, progress, generator)
-            return
-        fake = self._begin(context)
         end = int(torch.randint(0, policy.num_inference_steps, (), generator=generator))
         output = policy.simulated(end, batch.noise, batch.condition)
         loss = options.step_delta * fake.fisher(output, batch.condition, generator, options.correction)
@@ -65,9 +55,8 @@ class Sgmd(Method):
             self.learnt = fake.learn(fresh, batch.condition, generator)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fake": None if self.fake is None else self.fake.state_dict(), "learnt": self.learnt}
+        return {**super().state_dict(), "learnt": self.learnt}
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
         self.learnt = state["learnt"]
-        if state["fake"] is not None:
-            self._begin(context).load_state_dict(state["fake"])
+        super().load_state_dict(state, context)

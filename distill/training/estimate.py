@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,7 +125,7 @@ def _update(trainer: Trainer) -> tuple[float, float]:
     for start, share in _phases(trainer.config):
         for _ in range(2):
             before = trainer.meter.forward_equivalents
-            took = _timed(lambda start=start: trainer.step(start))  # type: ignore[misc]
+            took = _timed(partial(trainer.step, start))
             if took > SLOW:
                 break
         seconds += share * took

@@ -37,12 +37,14 @@ class Dmd2(ScoreMethod):
         row = int(torch.randint(0, policy.num_inference_steps, (), generator=generator))
         output = policy.simulated(row, batch.noise, batch.condition)
         real = batch.target if fake.classifier is not None else None
-        seen, losses = output.detach(), []
-        for _ in range(options.fake_updates):
-            weight = options.guidance_weight
-            losses.append(fake.learn(seen, batch.condition, generator, real=real, weight_of_real=weight))
-        direction = fake.difference(seen, batch.condition, generator)
-        loss = (direction * output).mean() / context.amplitude
+        loss, fake_loss = fake.matching(
+            output,
+            batch.condition,
+            generator,
+            options.fake_updates,
+            real=real,
+            weight_of_real=options.guidance_weight,
+        )
         if fake.classifier is not None:
             loss = loss + options.gan_weight * fake.fooled(output, batch.condition, generator)
-        yield loss, {"fake_loss": sum(losses) / len(losses)}
+        yield loss, {"fake_loss": fake_loss}

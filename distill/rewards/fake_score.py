@@ -182,12 +182,21 @@ class FakeScore:
         return real, (outputs - real).abs().flatten(1).mean(1).clamp_min(least).view(-1, 1, 1, 1)
 
     def matching(
-        self, outputs: Tensor, condition: Tensor | None, generator: torch.Generator, updates: int
+        self,
+        outputs: Tensor,
+        condition: Tensor | None,
+        generator: torch.Generator,
+        updates: int,
+        *,
+        real: Tensor | None = None,
+        weight_of_real: float = 0.0,
     ) -> tuple[Tensor, float]:
         """<g, x> for ``outputs`` x with their graph, g being the `difference` after ``updates`` updates on them: its
-        gradient is DMD's. And the fake score's mean loss."""
+        gradient is DMD's. And the fake score's mean loss. ``real``, ``weight_of_real``: as for :meth:`learn`."""
         detached = outputs.detach()
-        learnt = [self.learn(detached, condition, generator) for _ in range(updates)]
+        learnt = [
+            self.learn(detached, condition, generator, real=real, weight_of_real=weight_of_real) for _ in range(updates)
+        ]
         along = (self.difference(detached, condition, generator) * outputs).mean() / self.teacher.amplitude
         return along, sum(learnt) / updates
 

@@ -333,10 +333,13 @@ function view(place) {
     item.append(canvas, `step ${step + 1}`);
     return item;
   }));
+  URL.revokeObjectURL($("save").href);
+  $("save").removeAttribute("href"); // until this image is encoded: the one before must not be saved under its name
   $("large").toBlob((blob) => {
-    URL.revokeObjectURL($("save").href);
-    $("save").href = URL.createObjectURL(blob);
-    $("save").download = fileName(request);
+    if (viewed === place) {
+      $("save").href = URL.createObjectURL(blob);
+      $("save").download = fileName(request);
+    }
   });
   $("previous").disabled = place === 0;
   $("next").disabled = !shown[place + 1]?.image;

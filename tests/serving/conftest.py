@@ -27,7 +27,9 @@ def running(pipelines: dict[str, FastPipeline], settings: ServeSettings) -> Iter
     """The address of a server that stops afterwards."""
     metrics = Metrics()
     app = create_app(LocalBackend(pipelines, settings, metrics.batch), settings, metrics)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none"))
+    # Longer than a client keeps an idle connection (httpx: 5 s), or the server may close one that is just taken.
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none", timeout_keep_alive=60)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -431,6 +431,7 @@ def test_what_cannot_be_had_is_one_line(
     assert "\n" not in str(result.exception)
 
 
+@pytest.mark.slow
 def test_a_contender_that_computes_something_else_fails_the_command(
     redif_bench: Callable[..., Any], tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_an_adapter_of_a_text_encoder_is_merged(tmp_path: Path) -> None:
         torch.testing.assert_close(encoders(ids)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_of_a_pipeline_with_an_adapter_is_exported(tmp_path: Path) -> None:
     from redif_sdk.export import export
 

@@ -269,6 +269,7 @@ def test_the_command_refuses(tiny_student: Path, teacher_folder: Path, tmp_path:
         assert "is the port in use?" in error(tiny_student, "--port", str(taken.getsockname()[1]))
 
 
+@pytest.mark.slow
 def test_a_teacher_of_redif_import_is_shown_beside(teacher_folder: Path, tmp_path: Path) -> None:
     """What the command says of a pipeline that only torch runs is true: import it, export it, and it is shown."""
     from redif_sdk.distill.student import import_pipeline

@@ -54,6 +54,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "unet-32-64-mid": (2, _unet((32, 64), layers=2, attention=(False, False), head_dim=64, groups=32)),
     "unet-32-64-96": (2, _unet((32, 64, 96), layers=2, attention=(False, False, False), head_dim=96, groups=32)),
     "unet-64-128": (2, _unet((64, 128), layers=1, attention=(False, False), head_dim=64, groups=32)),
+    "pixels-16-32-64": (1, _unet((16, 32, 64), layers=2, attention=(False,) * 3, head_dim=64, groups=16)),
     "pixels-32-32-64": (1, _unet((32, 32, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
     "pixels-32-64-64": (1, _unet((32, 64, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
     "pixels-32-64-128": (1, _unet((32, 64, 128), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),

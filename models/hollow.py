@@ -7,9 +7,10 @@ megabytes, and whatever computes with a weight that was not read gives NaN, not 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 __all__ = [
     "as_stored",
     "computing",
+    "files_of",
     "hollow",
     "is_streamed",
     "keep_mapped",
@@ -101,10 +103,16 @@ def original(module: nn.Module) -> nn.Module:
     return found
 
 
-def keep_mapped(module: nn.Module) -> nn.Module:
-    """Mark a module whose weights are to stay where they are, in the dtype that they have: in mapped files."""
-    vars(module)[_MAPPED] = True
+def keep_mapped(module: nn.Module, files: Sequence[Path]) -> nn.Module:
+    """Mark a module whose weights are to stay where they are, in the dtype that they have: in mapped ``files``."""
+    vars(module)[_MAPPED] = _Mapped(tuple(files), _places(module))
     return module
+
+
+def files_of(module: nn.Module) -> tuple[Path, ...]:
+    """The files that hold the weights of a module as they are; none, where it was not mapped, or changed since."""
+    found = vars(module).get(_MAPPED)
+    return found.files if found is not None and found.places == _places(module) else ()
 
 
 def computing(module: nn.Module) -> nn.Module:
@@ -124,6 +132,19 @@ def _empty(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _stand_in(made: Any, tensor: Tensor) -> Any:
     made.stored = stored(tensor)
     return made
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """The files of a module's weights, and where each weight lay when it was loaded."""
+
+    files: tuple[Path, ...]
+    places: tuple[tuple[int, int], ...]
+
+
+def _places(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """The address of each weight, and how often it was written in place."""
+    return tuple((weight.data_ptr(), weight._version) for weight in module.parameters())
 
 
 @dataclass(frozen=True, eq=False)

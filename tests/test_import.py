@@ -65,6 +65,64 @@ def test_shards_and_variants_are_read(tmp_path: Path) -> None:
     assert same_weights(tmp_path / "student/unet", tmp_path / "half/unet")
 
 
+def test_linked_weights_are_the_files_of_the_pipeline(tmp_path: Path) -> None:
+    half = pipelines.stable_diffusion(pipelines.ddim()).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="40KB")
+    assert len(list((tmp_path / "half/unet").glob("*.safetensors"))) > 2
+    options = ["--steps", "2", "--guidance-scale", "1", "--quiet"]
+    for name, more in (("copied", []), ("linked", ["--link"])):
+        command = ["import", str(tmp_path / "half"), "-o", str(tmp_path / name), *options, *more]
+        assert CliRunner().invoke(app, command).exit_code == 0
+    for part in ("unet", "vae", "text_encoder"):
+        assert same_weights(tmp_path / "linked" / part, tmp_path / "copied" / part), part
+        sources = {file.stat().st_ino for file in (tmp_path / "half" / part).glob("*.safetensors")}
+        files = list((tmp_path / "linked" / part).glob("*.safetensors"))
+        assert {file.stat().st_ino for file in files} == sources
+        assert not any("fp16" in file.name for file in files)
+    names = [
+        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.json")}
+        for name in ("linked", "copied")
+    ]
+    assert names[0] >= names[1]  # the copy has fewer shards
+    assert load_student(tmp_path / "linked").teacher.name == load_student(tmp_path / "copied").teacher.name
+    images = [load_student(tmp_path / name).images(0, 2) for name in ("linked", "copied")]
+    assert np.array_equal(*images)
+
+
+def test_what_a_lora_changed_is_no_link(saved: Path, tmp_path: Path) -> None:
+    pipe = pipelines.stable_diffusion(pipelines.ddim())
+    layers = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": pipe.unet.config["cross_attention_dim"]}
+    (name,) = layers
+    width = dict(pipe.unet.named_modules())[name.removeprefix("unet.")].weight.shape
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, width[1]), f"{name}.lora_B.weight": torch.ones(width[0], 2)},
+        tmp_path / "lora.safetensors",
+    )
+    import_pipeline(
+        saved, tmp_path / "student", [2], guidance_scale=1.0, loras=[f"{tmp_path}/lora.safetensors"], link=True
+    )
+    linked = {
+        part: (tmp_path / "student" / part).joinpath(file).samefile(saved / part / file)
+        for part, file in (
+            ("unet", "diffusion_pytorch_model.safetensors"),
+            ("vae", "diffusion_pytorch_model.safetensors"),
+            ("text_encoder", "model.safetensors"),
+        )
+    }
+    assert linked == {"unet": False, "vae": True, "text_encoder": True}
+    assert not same_weights(tmp_path / "student/unet", saved / "unet")
+
+
+def test_a_file_system_without_links_is_said(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", no_link)
+    with pytest.raises(InvalidRequest, match=r"cannot be linked to .*; leave out --link"):
+        import_pipeline(saved, tmp_path / "student", [2], guidance_scale=1.0, link=True)
+    assert not (tmp_path / "student").exists()
+
+
 def test_a_student_in_half_precision_is_exported_as_one_in_float32(saved: Path, tmp_path: Path) -> None:
     import_pipeline(saved, tmp_path / "half-student", [2], guidance_scale=1.0)
     pipelines.stable_diffusion(pipelines.ddim()).to(torch.float16).to(torch.float32).save_pretrained(tmp_path / "full")

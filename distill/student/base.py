@@ -134,15 +134,20 @@ class Student:
             metrics=self.metrics,
         )
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False, link: bool = False) -> Manifest:
         """Write the student folder: diffusers' network and scheduler in safetensors, ``redif.json``, the card.
 
         Of a network of your own, the weights are written, and its class by name. It appears whole or not at all. Graphs
-        are added by ``redif_sdk.export.export``. The user's sections in the card
-        of a folder that is overwritten stay.
+        are added by ``redif_sdk.export.export``. The user's sections in the card of a folder that is overwritten stay.
+
+        Args:
+            folder: where.
+            overwrite: whether to replace a folder that exists.
+            link: make hard links to the teacher's files of weights that did not change, where they were mapped.
 
         Raises:
-            InvalidRequest: the folder exists already and ``overwrite`` is off, or its card has malformed sections.
+            InvalidRequest: the folder exists already and ``overwrite`` is off, its card has malformed sections, or a
+                file cannot be linked.
             UnsupportedModel: a network of your own in place of a pipeline's.
         """
         folder = Path(folder)
@@ -153,7 +158,7 @@ class Student:
         user_sections(old or "")  # malformed ones are refused before anything is written
         with atomic_folder(folder, overwrite=overwrite) as staging:
             try:
-                self._write_models(staging, inner)
+                self._write_models(staging, inner, link)
             except SafetensorError as error:
                 raise RedifError(f"{folder} cannot be written: {error}; is the disk full?") from error
             for config in (*staging.glob("*/config.json"), staging / "scheduler/scheduler_config.json"):
@@ -170,7 +175,7 @@ class Student:
     def _scheduler(self) -> Any:
         return self.scheduler or saving.scheduler_of(self.teacher, self.tables[0])
 
-    def _write_models(self, staging: Path, inner: Any) -> None:
+    def _write_models(self, staging: Path, inner: Any, link: bool) -> None:
         """diffusers' folder: the network and a scheduler, or the teacher's whole pipeline with these two in it."""
         scheduler = self._scheduler()
         if self.teacher.pipeline is not None:
@@ -179,10 +184,11 @@ class Student:
                     f"a {type(self.teacher.pipeline).__name__} is saved with a network of diffusers, not with a "
                     f"{type(inner).__name__}"
                 )
-            saving.write_pipeline(self.teacher, staging, {self.folder: inner, "scheduler": scheduler})
+            parts = {self.folder: inner, "scheduler": scheduler}
+            saving.write_pipeline(self.teacher, staging, parts, link=link)
             return
         if self.is_own:
             saving.write_own(inner, staging / self.folder)
         else:
-            inner.save_pretrained(staging / self.folder, safe_serialization=True)
+            saving.write_part(inner, staging / self.folder, link)
         scheduler.save_pretrained(staging / "scheduler")

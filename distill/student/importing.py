@@ -53,6 +53,7 @@ def import_pipeline(
     scheduler: str | None = None,
     loras: Sequence[str] = (),
     decoder: str | Path | None = None,
+    link: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
     """Any existing pipeline as a student, as it is: its weights, its guidance, and a table for each of ``steps``.
@@ -72,6 +73,9 @@ def import_pipeline(
         loras: safetensors files of LoRAs to merge into the weights, as ``FILE`` or ``FILE:SCALE``.
         decoder: the folder or Hub id of an autoencoder to decode with in place of the pipeline's own: an
             ``AutoencoderTiny`` (TAESD) costs an eighteenth, and somewhat of the detail.
+        link: make hard links to the weights of a folder instead of copies, which takes no disk. A file that is then
+            written in place, as by saving into the folder again, changes in the student too, which is refused later.
+        overwrite: replace a folder that exists.
 
     Raises:
         InvalidRequest: no steps, a number of them that the scheduler does not have, a LoRA that does not fit, or a
@@ -112,7 +116,7 @@ def import_pipeline(
     student = Student(teacher, network, tables, teacher.name)
     if teacher.own is not None:
         student.scheduler = teacher.own.scheduler
-    return student.save_pretrained(output, overwrite=overwrite)
+    return student.save_pretrained(output, overwrite=overwrite, link=link)
 
 
 @torch.no_grad()

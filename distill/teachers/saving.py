@@ -18,7 +18,9 @@ from redif_sdk.artifact.records import TextCondition
 from redif_sdk.card.diffusers_usage import stock_sampler
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.folders import without_bars
+from redif_sdk.distill.teachers.weights import link_weights
 from redif_sdk.errors import UnsupportedModel
+from redif_sdk.models.hollow import files_of
 from redif_sdk.sampling.table import StepTable
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "scheduler_of",
     "write_index",
     "write_own",
+    "write_part",
     "write_pipeline",
 ]
 
@@ -50,10 +53,11 @@ BETAS = (
 )
 
 
-def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any]) -> None:
+def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any], *, link: bool = False) -> None:
     """The teacher's pipeline with ``parts`` in place of its own, without a safety checker: nothing here would run it.
 
-    Every tokenizer has a ``tokenizer.json``, which is what deployers without transformers read.
+    With ``link``, weights that are still those of the teacher's files are hard links to them. Every tokenizer has a
+    ``tokenizer.json``, which is what deployers without transformers read.
     """
     pipeline = copy(teacher.pipeline)
     if pipeline_name(teacher, parts["scheduler"]) != type(pipeline).__name__:
@@ -63,7 +67,10 @@ def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any]) -> Non
     if "requires_safety_checker" in pipeline.config:
         pipeline.register_to_config(requires_safety_checker=False)
     with without_bars():
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        for name, part in pipeline.components.items():
+            if part is not None:
+                write_part(part, folder / name, link)
+        pipeline.save_config(folder)
     if teacher.prompts is not None:
         assert isinstance(teacher.condition, TextCondition)
         for spec in teacher.condition.tokenizers:
@@ -73,6 +80,20 @@ def write_pipeline(teacher: Teacher, folder: Path, parts: dict[str, Any]) -> Non
                 if backend is None:
                     raise UnsupportedModel(f"the pipeline's {name} is no fast tokenizer, so it has no tokenizer.json")
                 backend.save(str(folder / spec.file))
+
+
+def write_part(part: Any, folder: Path, link: bool = False) -> None:
+    """A part of a pipeline as its library saves it; with ``link``, unchanged weights as links to their files."""
+    files = files_of(part) if link and isinstance(part, nn.Module) else ()
+    if not files:
+        part.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True)
+    if hasattr(part, "save_config"):
+        part.save_config(folder)
+    else:
+        part.config.save_pretrained(folder)  # transformers
+    link_weights(files, folder)
 
 
 def write_own(network: nn.Module, folder: Path) -> None:

@@ -6,7 +6,9 @@ values; both say so in their loading report, which is read here.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,11 +21,12 @@ from torch import nn
 from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel, first_line, some_of
 from redif_sdk.models.hollow import as_stored, keep_mapped
 
-__all__ = ["LARGE", "check_weights", "find_variant", "load_network", "refuse_quantised", "variants"]
+__all__ = ["LARGE", "check_weights", "find_variant", "link_weights", "load_network", "refuse_quantised", "variants"]
 
 #: The names of weight files without their endings: diffusers' and transformers'.
 STEMS = ("diffusion_pytorch_model", "model")
-_SHARD = r"(?:-\d{5}-of-\d{5})?"
+_NUMBER = r"-\d{5}-of-\d{5}"
+_SHARD = f"(?:{_NUMBER})?"
 _FILE = re.compile(rf"({'|'.join(STEMS)}){_SHARD}(?:\.([A-Za-z0-9_-]+?))?{_SHARD}\.safetensors")
 #: Formats that run code, or that nothing here reads.
 _OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
@@ -118,7 +121,7 @@ def load_network(
         if module.training:
             module.training = False
     if mapped:
-        return keep_mapped(network)
+        return keep_mapped(network, _files(folder, options["variant"]))
     return nn.Module.to(network, loaded)  # diffusers' own warns of what it then does not do
 
 
@@ -137,12 +140,43 @@ def _headers(folder: Path, variant: str | None) -> Iterator[tuple[str, Sequence[
     """The dtype, as safetensors call it, and the shape of every tensor of a variant in ``folder``."""
     from safetensors import safe_open
 
-    for path in folder.iterdir():
-        if (match := _FILE.fullmatch(path.name)) and match[2] == variant:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_slice(name)
-                    yield tensor.get_dtype(), tensor.get_shape()
+    for path in _files(folder, variant):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                yield tensor.get_dtype(), tensor.get_shape()
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a variant in ``folder``."""
+    found = ((path, _FILE.fullmatch(path.name)) for path in sorted(folder.iterdir()))
+    return [path for path, match in found if match and match[2] == variant]
+
+
+def link_weights(files: Sequence[Path], folder: Path) -> None:
+    """Hard links to weight files in ``folder``, under the names that they have without a variant, and their index.
+
+    Raises:
+        InvalidRequest: the file system makes no link.
+    """
+    from safetensors import safe_open
+
+    places: dict[str, str] = {}
+    for path in files:
+        stem = next(stem for stem in STEMS if path.name.startswith(stem))
+        number = re.search(_NUMBER, path.name)
+        name = f"{stem}{number[0] if number else ''}.safetensors"
+        try:
+            os.link(path.resolve(), folder / name)
+        except OSError as error:
+            raise InvalidRequest(
+                f"{path} cannot be linked to {folder} ({first_line(error)}); leave out --link to copy the weights"
+            ) from error
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(path.stat().st_size for path in files)}, "weight_map": places}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _refuse_larger(kind: Any, folder: Path, held: int) -> None:

@@ -58,6 +58,10 @@ def import_command(
         str | None,
         typer.Option(metavar="FOLDER", help="Autoencoder to decode with in place of the pipeline's own, e.g. TAESD."),
     ] = None,
+    link: Annotated[
+        bool,
+        typer.Option("--link", help="Link weights of a folder instead of copying them; never write to it afterwards."),
+    ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -80,6 +84,7 @@ def import_command(
             guidance_scale=guidance_scale,
             loras=lora or (),
             decoder=decoder,
+            link=link,
             **options,
         )
     write_rows(

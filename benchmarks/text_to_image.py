@@ -1,6 +1,6 @@
 """From a prompt to a PNG: a student against its teacher's guided pipeline in diffusers (docs/text-to-image.md).
 
-    python benchmarks/text_to_image.py STUDENT TEACHER [--batch 1 8] [--steps 50] [--json FILE]
+    python benchmarks/text_to_image.py STUDENT TEACHER [--batch 1 8] [--steps N] [--json FILE]
 
 The teacher is diffusers' own pipeline at its own number of steps and guidance, in torch; the student is `FastPipeline`.
 Both tokenise and encode the prompt, sample, decode, and write a PNG to memory. Turns are interleaved in one process;
@@ -34,11 +34,13 @@ def png(images: list[Any]) -> int:
     return total
 
 
-def contenders(student: Path, teacher: Path, steps: int, batch: int, precision: str) -> dict[str, Callable[[], object]]:
+def contenders(
+    student: Path, teacher: Path, steps: int | None, batch: int, precision: str
+) -> dict[str, Callable[[], object]]:
     from redif_sdk.distill.teachers.folders import load_pipeline
 
     pipeline, about = load_pipeline(teacher)
-    scale = float(about.get("guidance_scale", 7.5))
+    scale, steps = float(about.get("guidance_scale", 7.5)), steps or int(about["num_inference_steps"])
     fast = FastPipeline.from_pretrained(student, precision=precision)
 
     def original() -> int:
@@ -61,7 +63,7 @@ def main() -> int:
     parser.add_argument("student", type=Path)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, help="of the teacher; default: its own number")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--least", type=float, help="Exit 1 if the student is not at least so many times as fast.")

@@ -52,9 +52,12 @@ def quality(method: str, steps: int, calls: int, **figures: Any) -> dict[str, An
         "fd_teacher_std": 3.83,
         "fd_real": None,
         "kd_teacher": 0.0017,
+        "fd_unpaired": 5.214,
         "mse": 0.022,
         "precision": 0.898,
         "recall": 0.7,
+        "coverage": 0.81,
+        "spread": 0.957,
         "features": "efficientnet-lite0-32px",
         "num_samples": 2000,
         "budget": {},
@@ -119,11 +122,11 @@ def test_the_front_matter_is_what_the_hub_takes(manifest: Manifest) -> None:
     assert eval_results_to_model_index(name, results) == data["model-index"]
     assert ModelCardData(**data).to_dict() == data
     found = {result.metric_name: result.metric_value for result in results}
-    assert found["Frechet distance to the teacher (EfficientNet-Lite0, 2000 samples, 2 steps)"] == 4.0925
+    assert found["Frechet distance to the teacher (EfficientNet-Lite0 at 32 pixels, 2000 samples, 2 steps)"] == 4.0925
     assert {result.metric_type for result in results} == {
-        *("frechet_distance", "kernel_distance", "mse", "precision", "recall")
+        *("frechet_distance", "kernel_distance", "mse", "precision", "recall", "coverage")
     }
-    assert len(results) == 5  # of the student's own row alone; what was not measured is not there
+    assert len(results) == 7  # of the student's own row alone; what was not measured is not there
     assert "fid" not in json.dumps(data).lower()
     assert set(data["model-index"][0]) == {"name", "results"}
     for result in data["model-index"][0]["results"]:
@@ -155,7 +158,10 @@ def test_every_measured_contender_stands_beside_the_student(manifest: Manifest) 
     text = render(full(manifest))
     assert "| teacher | 50 | 100 | 4.09 |" in text
     assert "| ddim, untrained | 2 | 4 |" in text
-    assert "| **this student (redif)** | 2 | 2 | 4.09 | 4.08 | 3.83 |  | 0.0220 | 0.90 | 0.70 |" in text
+    assert (
+        "| **this student (redif)** | 2 | 2 | 4.09 | 4.08 | 3.83 | 5.21 |  | 0.0220 | 0.90 | 0.70 | 0.81 | 0.96 |"
+        in text
+    )
     assert "| student-2 | onnxruntime | fp32 | 2 | 8 | 0.005 | 3.50 x teacher |" in text
     assert "| generator | fp32 | onnxruntime |" in text
     assert "Its quality was not measured at 3 steps." in text
@@ -182,7 +188,7 @@ def test_an_imported_pipeline_is_no_finetune(manifest: Manifest) -> None:
     assert data["base_model"] == "org/teacher"
     assert "base_model_relation" not in data
     metrics = data["model-index"][0]["results"][0]["metrics"]  # the teacher's guided DDIM is another row
-    assert [metric["type"] for metric in metrics].count("frechet_distance") == 1
+    assert [metric["type"] for metric in metrics].count("kernel_distance") == 1
     assert "nothing was trained" in render(imported)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.distillation import black_box, judges, overhead, render, run
 from redif_sdk.distill.evaluation.datasets import data_folder
+from redif_sdk.distill.measures.distances import Judge
 from redif_sdk.distill.methods import method_names
 from redif_sdk.errors import InvalidRequest
 
@@ -35,13 +36,13 @@ def test_controls_restore_what_they_should() -> None:
     """A contender that is the teacher's image, faded, is at 0 under the gain; a blurred one gains from unsharp."""
     draw = torch.Generator().manual_seed(0)
     target = torch.rand(64, 1, 8, 8, generator=draw) * 1.2 - 0.6
-    reference = judges.Reference("pixels", lambda images: images.flatten(1), target)
-    faded = reference.judge(target / 1.1, controls=True)
+    reference = judges.Reference("pixels", Judge(target, lambda images: images.flatten(1)))
+    faded = reference.row(target / 1.1)
     assert faded["gain"] == pytest.approx(1.1)
     assert faded["fd_teacher_gain"] < 1e-3 < faded["fd_teacher"]
     blurred = judges.unsharp(target, -0.3)
     assert judges.high_frequency(blurred) < 0.8 * judges.high_frequency(target)
-    sharpened = reference.judge(blurred, controls=True)
+    sharpened = reference.row(blurred)
     assert sharpened["fd_teacher_unsharp"] < 0.8 * sharpened["fd_teacher_gain"]
     assert sharpened["unsharp"] > 0
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pipelines
 import pytest
 import torch
 
-from redif_sdk.distill.evaluation.arena import Arena, print_table
+from redif_sdk.distill import import_pipeline
+from redif_sdk.distill.evaluation.arena import Arena, evaluate_folder, print_table
 from redif_sdk.distill.measures.distances import (
     Judge,
     Statistics,
     frechet_distance,
     frechet_distance_of,
     kernel_distance,
-    precision_recall,
     std_match,
 )
-from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.features import embed, name_of
+from redif_sdk.distill.measures.neighbours import neighbours, spread
 from redif_sdk.distill.measures.spectrum import Spectrum
 from redif_sdk.distill.teachers.base import Teacher
 
@@ -51,11 +56,57 @@ def test_frechet_and_kernel_distance_equal_torchmetrics() -> None:
 
 def test_precision_and_recall_tell_quality_from_coverage() -> None:
     reference = draw(200, 0)
-    assert precision_recall(reference, reference) == (1.0, 1.0)
-    narrow = precision_recall(0.2 * draw(200, 1), reference)
-    assert narrow[0] > 0.95
-    assert narrow[1] < 0.3
-    assert precision_recall(draw(200, 2, shift=50), reference) == (0.0, 0.0)
+    same = neighbours(reference, reference)
+    assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
+    assert same.density == pytest.approx(1, abs=0.4)
+    narrow = neighbours(0.2 * draw(200, 1), reference)
+    assert narrow.precision > 0.95
+    assert narrow.recall < 0.3
+    assert narrow.coverage < 0.6
+    assert narrow.density > 1.5, "all lie in the middle, where the balls overlap"
+    far = neighbours(draw(200, 2, shift=50), reference)
+    assert (far.precision, far.recall, far.density, far.coverage) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_density_and_coverage_of_points_on_a_line() -> None:
+    """Naeem et al. 2020, section 3: an outlier of the reference makes no ball that takes all."""
+    line = torch.arange(10.0)[:, None]
+    outlier = torch.cat([line, torch.tensor([[1000.0]])])
+    found = neighbours(torch.linspace(200, 240, 10)[:, None], outlier)
+    assert found.precision == 1.0  # the outlier's ball reaches everything
+    assert found.coverage == pytest.approx(1 / 11)
+    assert found.density == pytest.approx(1 / 5)
+
+
+def test_spread_is_within_conditions() -> None:
+    """Two classes far apart: the distance between them is not variety."""
+    conditions = torch.arange(100) % 2
+    apart = 50.0 * conditions[:, None]
+    wide, narrow = draw(100, 0) + apart, 0.5 * draw(100, 0) + apart
+    assert spread(narrow, conditions) == pytest.approx(0.5 * (spread(wide, conditions) or 0), rel=1e-4)
+    assert (spread(narrow, None) or 0) > 0.8 * (spread(wide, None) or 0)
+    assert spread(wide, torch.arange(100)) is None, "no condition has two images"
+
+
+def test_a_student_that_learnt_its_noises_alone_is_told_by_unpaired_figures() -> None:
+    """Paired figures of the teacher's own images are perfect; those against other noises have the teacher's floor."""
+    images = torch.rand(96, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    target, others = images[:48], images[48:]
+    judge = Judge(target, lambda images: images.flatten(1), others=lambda: others, conditions=torch.arange(48) % 3)
+    itself, collapsed = judge.quality(target), judge.quality(target[:1].expand(48, -1, -1, -1).contiguous())
+    assert itself.fd_teacher == pytest.approx(0, abs=1e-6)
+    assert itself.fd_unpaired is not None
+    assert itself.fd_unpaired > 1
+    assert itself.spread == pytest.approx(1)
+    assert collapsed.spread == pytest.approx(0, abs=1e-6)
+    assert (collapsed.coverage or 0) < 0.2 < (itself.coverage or 0)
+    alone = Judge(target, lambda images: images.flatten(1)).quality(target)
+    assert (alone.fd_unpaired, alone.precision, alone.coverage) == (None, None, None)
+
+
+def test_features_are_named_by_what_they_see() -> None:
+    names = [name_of(torch.zeros(1, 3, *size)) for size in ((28, 28), (32, 48), (64, 64))]
+    assert names == ["efficientnet-lite0-32px", "efficientnet-lite0-32px", "efficientnet-lite0-64px"]
 
 
 def test_std_match_sets_the_paired_statistics() -> None:
@@ -75,7 +126,6 @@ def test_the_gain_control_undoes_lost_contrast() -> None:
     assert faded.fd_teacher_std < 1e-6
     perfect = judge.quality(target)
     assert (perfect.fd_teacher, perfect.mse) == (pytest.approx(0, abs=1e-8), 0)
-    assert perfect.recall == 1.0
 
 
 def test_the_judge_sees_the_256_levels_of_a_file() -> None:
@@ -112,6 +162,29 @@ def test_fine_detail_is_the_energy_of_high_frequencies() -> None:
     assert Spectrum.of(noise).fine_energy == pytest.approx(0.04 * share, rel=0.03)
     assert Spectrum.of(blurred).fine_energy < 0.1 * Spectrum.of(noise).fine_energy
     assert Spectrum.of(100 * noise).fine_energy < 1, "images are seen clamped"
+
+
+def test_text_students_are_judged_on_prompts_that_are_held_out(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    pipelines.stable_diffusion(pipelines.ddim(), **pipelines.ONE_BLOCK).save_pretrained(folder)
+    about = {"name": "drawn", "prompts": ["red heart", "blue star"], "num_inference_steps": 2, "guidance_scale": 1.5}
+    (folder / "redif_teacher.json").write_text(json.dumps(about | {"held_out": ["purple cow", "red star", "a box"]}))
+    import_pipeline(folder, tmp_path / "student", [1], guidance_scale=1.0)
+    teacher = Teacher.load(folder)
+    other = teacher.drawing(["purple cow"])
+    assert (other.name, other.guidance_scale, other.shape) == ("drawn", 1.5, teacher.shape)
+    assert other.prompts is not None
+    assert other.prompts.texts == ["purple cow"]
+    assert other.fingerprint != teacher.fingerprint, "its pairs are others"
+    alone = teacher.drawing(["red heart", "blue star"])
+    assert alone.identity == teacher.identity
+    held, trained, given = (
+        evaluate_folder(tmp_path / "student", folder, 16, baselines=False, **options)
+        for options in ({}, {"trained_prompts": True}, {"prompts": ["purple cow", "red star", "a box"]})
+    )
+    assert [rows[1]["prompts"] for rows in (held, trained, given)] == ["held out", "trained on", "given"]
+    assert held[1]["mse"] == given[1]["mse"] != trained[1]["mse"]
+    assert held[1]["spread"] is not None
 
 
 def test_a_student_that_the_judges_network_rewarded_is_flagged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,9 +25,9 @@ from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation import datasets as data
 from redif_sdk.distill.evaluation.arena import Arena
 from redif_sdk.distill.evaluation.judged import JUDGED_FILE, write_judged
-from redif_sdk.distill.measures.distances import Statistics, frechet_distance, precision_recall
-from redif_sdk.distill.measures.features import NAME as FEATURES
-from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.distances import Statistics, frechet_distance
+from redif_sdk.distill.measures.features import NETWORK, embed
+from redif_sdk.distill.measures.neighbours import neighbours
 from redif_sdk.distill.measures.reference import REFERENCE_FILE
 from redif_sdk.distill.measures.spectrum import Spectrum
 from redif_sdk.distill.teachers.base import Teacher
@@ -159,7 +159,7 @@ def write_reference(test: data.ImageData, folder: Path) -> Statistics:
     upper = np.triu_indices(len(real.mean))
     np.savez_compressed(
         folder / REFERENCE_FILE,
-        features=np.array(FEATURES),
+        features=np.array(NETWORK),
         mean=real.mean.astype(np.float32),
         covariance=real.covariance[upper].astype(np.float32),
     )
@@ -224,7 +224,7 @@ def publish(
         features = embed(held)
         real_features = embed(torch.tensor(test.images[:2000]).float() / 127.5 - 1)
         half = Statistics.of(embed(torch.tensor(train.images[:2000]).float() / 127.5 - 1))
-        precision, recall = precision_recall(features, real_features)
+        cover = neighbours(features, real_features)
         ours = Statistics.of(features)
         figures = TeacherFigures(
             samples=training["samples"],
@@ -236,8 +236,8 @@ def publish(
             fd_real=frechet_distance(ours, real),
             fd_real_floor=frechet_distance(half, real),
             fd_self_floor=frechet_distance(ours, Statistics.of(embed(images["train"]))),
-            precision=precision,
-            recall=recall,
+            precision=cover.precision,
+            recall=cover.recall,
             nyquist=_peaks(seen := Spectrum.of(held)),
             nyquist_real=_peaks(wanted := Spectrum.of(torch.tensor(test.images).float() / 127.5 - 1)),
             fine_energy=seen.fine_energy / wanted.fine_energy,

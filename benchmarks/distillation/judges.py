@@ -10,7 +10,7 @@ lowest distance. Further controls: gain and unsharp mask, and the std match.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,15 @@ from redif_sdk.distill.evaluation.datasets import load
 from redif_sdk.distill.measures import features
 from redif_sdk.distill.measures.distances import (
     Embed,
+    Judge,
     Statistics,
-    frechet_distance,
-    frechet_distance_of,
-    kernel_distance,
-    precision_recall,
-    std_match,
 )
 
 GAINS = tuple(round(0.9 + 0.02 * k, 2) for k in range(21))  # .90 to 1.30
 UNSHARP = (0.1, 0.2, 0.3)
 SEEDS = {"test": 2, "validation": 3}
+#: Figures of the images themselves, which are no feature network's.
+OF_IMAGES = {"mse", "nyquist_rows", "nyquist_columns", "nyquist_both", "grid", "fine_energy"}
 
 
 class Classifier(nn.Module):
@@ -125,94 +123,75 @@ def high_frequency(images: Tensor) -> float:
 
 @dataclass
 class Reference:
-    """The statistics of the teacher's images and of real ones in one feature network."""
+    """One feature network's judge, with the benchmark's own controls."""
 
     name: str
-    embed: Embed
-    target: Tensor
-    real: Tensor | None = None
-    features: Tensor = field(init=False)
-    teacher: Statistics = field(init=False)
-    of_real: Tensor | None = field(init=False, default=None)
+    judge: Judge
 
-    def __post_init__(self) -> None:
-        self.features = self.embed(self.target)
-        self.teacher = Statistics.of(self.features)
-        if self.real is not None:
-            self.of_real = self.embed(self.real)
-
-    def _to_real(self, seen: Tensor) -> float | None:
-        if self.of_real is None:
-            return None
-        if len(seen) < seen.shape[1]:
-            return frechet_distance_of(seen, self.of_real)
-        return frechet_distance(Statistics.of(seen), Statistics.of(self.of_real))
-
-    def distance(self, images: Tensor) -> float:
-        """Frechet distance of images (N, C, H, W) to the teacher's."""
-        return self._distance(self.embed(images))
-
-    def _distance(self, seen: Tensor) -> float:
-        """Frechet distance by covariances or, if there are fewer samples than features, by the samples."""
-        if len(seen) < seen.shape[1]:
-            return frechet_distance_of(seen, self.features)
-        return frechet_distance(Statistics.of(seen), self.teacher)
-
-    def best_gain(self, images: Tensor, start: float) -> tuple[float, float]:
-        """(distance, gain) of the best gain in ``GAINS``, by descent from 1; ``start`` is the distance at 1."""
-        best, at = start, GAINS.index(1.0)
-        for step in (1, -1):
-            place = GAINS.index(1.0) + step
-            while 0 <= place < len(GAINS):
-                found = self.distance(images * GAINS[place])
-                if found >= best:
-                    break
-                best, at, place = found, place, place + step
-            if GAINS[at] != 1.0:
-                break
-        return best, GAINS[at]
-
-    def judge(self, images: Tensor, *, controls: bool) -> dict[str, Any]:
+    def row(self, images: Tensor) -> dict[str, Any]:
         """The figures of one contender's images (N, C, H, W), paired with the teacher's."""
-        seen = self.embed(images)
-        row: dict[str, Any] = {"features": self.name, "fd_teacher": self._distance(seen)}
-        row["kd_teacher"] = kernel_distance(seen, self.features)
-        row["fd_real"] = self._to_real(seen)
-        row["precision"], row["recall"] = precision_recall(seen, self.features)
-        row["fd_teacher_gain"], row["gain"] = self.best_gain(images, row["fd_teacher"])
-        if controls:
-            row["fd_teacher_std"] = self.distance(std_match(images, self.target))
-            sharpened = [(self.distance(unsharp(images * row["gain"], a)), a) for a in UNSHARP]
-            row["fd_teacher_unsharp"], row["unsharp"] = min([*sharpened, (row["fd_teacher_gain"], 0.0)])
-        return row
+        quality = self.judge.quality(images, GAINS)
+        found = {name: value for name, value in quality.row().items() if name not in OF_IMAGES}
+        corrected = images * quality.gain
+        sharpened = [(self.judge.distance(self.judge.embed(unsharp(corrected, a))), a) for a in UNSHARP]
+        found["fd_teacher_unsharp"], found["unsharp"] = min([*sharpened, (quality.fd_teacher_gain, 0.0)])
+        return {"features": self.name, **found}
 
 
 @dataclass
 class Panel:
-    """All references of a protocol; tables lead with the first."""
+    """All references of a protocol; tables lead with the first.
+
+    ``target``: the teacher's images for the noises of the contenders (N, C, H, W); ``conditions`` (N,): theirs;
+    ``others``: the teacher's images for other noises.
+    """
 
     target: Tensor
     references: list[Reference]
 
     @classmethod
-    def of(cls, protocol: str, data: str, target: Tensor, cache: Path, *, judge_updates: int = 1000) -> Panel:
+    def of(
+        cls,
+        protocol: str,
+        data: str,
+        target: Tensor,
+        cache: Path,
+        *,
+        others: Tensor,
+        conditions: Tensor | None,
+        judge_updates: int = 1000,
+    ) -> Panel:
         own = embedder(classifier(data, SEEDS[protocol], cache, judge_updates))
         if protocol == "validation":
-            sibling = Reference("efficientnet-lite1-32px", partial(features.embed, size=1), target)
-            return cls(target, [Reference("classifier-3", own, target), sibling])
+            networks = {"classifier-3": own, "efficientnet-lite1-32px": partial(features.embed, size=1)}
+        else:
+            networks = {features.name_of(target): features.embed, "classifier-2": own}
         real = torch.tensor(load(data, "test").images[: 4 * len(target)]).float() / 127.5 - 1
         return cls(
             target,
-            [Reference(features.NAME, features.embed, target, real), Reference("classifier-2", own, target, real)],
+            [
+                Reference(
+                    name,
+                    Judge(
+                        target,
+                        embed,
+                        real=None if protocol == "validation" else Statistics.of(embed(real)),
+                        others=lambda: others,
+                        conditions=conditions,
+                    ),
+                )
+                for name, embed in networks.items()
+            ],
         )
 
     def judge(self, images: Tensor) -> dict[str, Any]:
-        """mse, high_frequency (ratio to the teacher's), and one row of figures for each feature network."""
+        """mse, high_frequency (ratio to the teacher's), the spectrum, and a row of figures for each feature network."""
         seen, wanted = images.clamp(-1, 1), self.target.clamp(-1, 1)
         return {
             "mse": float((seen - wanted).pow(2).mean()),
             "high_frequency": high_frequency(images) / high_frequency(self.target),
-            "judged": [reference.judge(images, controls=True) for reference in self.references],
+            **self.references[0].judge.seen(images),
+            "judged": [reference.row(images) for reference in self.references],
         }
 
 

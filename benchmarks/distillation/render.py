@@ -33,6 +33,7 @@ COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
     "FD raw": (lambda row: row["judged"][0]["fd_teacher"], 2),
     "gain + unsharp": (lambda row: row["judged"][0]["fd_teacher_unsharp"], 2),
     "std match": (lambda row: row["judged"][0]["fd_teacher_std"], 2),
+    "FD unpaired": (lambda row: row["judged"][0].get("fd_unpaired"), 2),
     "FD, second judge, gain": (lambda row: row["judged"][1]["fd_teacher_gain"], 2),
     "KD": (lambda row: row["judged"][0]["kd_teacher"], 3),
     "FD to real": (lambda row: row["judged"][0]["fd_real"], 1),
@@ -40,10 +41,14 @@ COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
     "MSE": (lambda row: row["mse"], 4),
     "precision": (lambda row: row["judged"][0]["precision"], 2),
     "recall": (lambda row: row["judged"][0]["recall"], 2),
+    "coverage": (lambda row: row["judged"][0].get("coverage"), 2),
+    "spread": (lambda row: row["judged"][0].get("spread"), 2),
+    "grid": (lambda row: row.get("grid"), 1),
+    "fine detail": (lambda row: row.get("fine_energy"), 2),
     "FE": (lambda row: row["budget"].get("forward_equivalents"), 0),
     "seconds": (lambda row: row["budget"].get("seconds"), 0),
 }
-RANKED = tuple(COLUMNS)[:6]  # lower is better
+RANKED = tuple(COLUMNS)[:7]  # lower is better
 
 
 def read(folder: Path) -> list[Row]:
@@ -167,7 +172,10 @@ def render(folder: Path, images: Path, beside: str) -> str:
             shown = (*RANKED, "HF", "MSE", "recall")
             parts.append(f"| sampler | steps | NFE | {' | '.join(shown)} |\n|---|---|---|" + "---|" * len(shown))
             for row in sorted(untrained, key=lambda row: (row["method"], row["steps"])):
-                cells = [f"{COLUMNS[title][0](row):.{COLUMNS[title][1]}f}" for title in shown]
+                cells = []
+                for value, digits in (COLUMNS[title] for title in shown):
+                    figure = value(row)
+                    cells.append("-" if figure is None else f"{figure:.{digits}f}")
                 parts[-1] += f"\n| {row['method']} | {row['steps']} | {row['network_calls']} | {' | '.join(cells)} |"
             parts[-1] += "\n"
     return "\n".join(parts)

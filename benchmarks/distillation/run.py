@@ -124,7 +124,15 @@ class Comparison:
         else:
             self.held, _ = pairs.get(self.teacher, scale.samples, "train", seed=VALIDATION_SEED)
         target = self.teacher.images(self.held.target)
-        self.panel = Panel.of(protocol, data, target, cache, judge_updates=scale.judge_updates)
+        self.panel = Panel.of(
+            protocol,
+            data,
+            target,
+            cache,
+            others=self.teacher.images(self.pool.target),
+            conditions=self.held.condition,
+            judge_updates=scale.judge_updates,
+        )
 
     def seconds(self, steps: int) -> float:
         """The seconds that regression takes for the budget at K steps, measured now."""

@@ -20,9 +20,8 @@ from redif_sdk.distill import pool
 from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.evaluation.datasets import load
 from redif_sdk.distill.evaluation.judged import Judged, read_judged
-from redif_sdk.distill.measures.distances import Judge, Statistics, frechet_distance_of
-from redif_sdk.distill.measures.features import NAME as FEATURES
-from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.distances import Judge, Statistics
+from redif_sdk.distill.measures.features import embed, name_of
 from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.distill.student import Student, load_student
 from redif_sdk.distill.teachers.base import Teacher
@@ -54,6 +53,7 @@ class Arena:
     pairs: pool.Pairs
     judge: Judge
     judged: Judged | None = None  # what came with the teacher, over exactly these noises
+    prompts: str | None = None  # of a text-to-image teacher: which they are
 
     @classmethod
     def of(
@@ -62,6 +62,7 @@ class Arena:
         num_samples: int,
         *,
         rebuild: bool = False,
+        unpaired: bool = True,
         data: str | None = None,
         device: torch.device | str = "cpu",
     ) -> Arena:
@@ -69,6 +70,8 @@ class Arena:
 
         Args:
             rebuild: sample the teacher for every pair, whatever the bank and the cache hold.
+            unpaired: compare with as many of the teacher's images for other noises too: those of the training pool,
+                which are sampled where neither a bank nor the cache has them.
             data: the data set of real images; None: the statistics that lie beside the teacher, if there are any.
             device: where the teacher samples, contenders are sampled, and features are taken.
 
@@ -89,7 +92,14 @@ class Arena:
         teacher = teacher.ranged_by(pairs.target)
         judged = None if rebuild else read_judged(teacher)
         known = judged.features[:num_samples].to(device) if judged and len(judged.features) >= num_samples else None
-        judge = Judge(teacher.unit_images(pairs.target), embed, real, known)
+        ranged = teacher
+
+        def others() -> Tensor:
+            found = pool.get(ranged, num_samples, "train", device=device)[0]
+            return ranged.unit_images(found.target.to(device))
+
+        target = teacher.unit_images(pairs.target)
+        judge = Judge(target, embed, real, known, others if unpaired else None, pairs.condition)
         whole = judged is not None and len(judged.features) == num_samples and data is None
         return cls(teacher, pairs, judge, judged if whole else None)
 
@@ -97,13 +107,7 @@ class Arena:
         """Frechet distance between two sets of the teacher's own samples, of other noises, of this size."""
         if self.judged is not None:
             return self.judged.floor
-        if self.teacher.folder is None:
-            return None
-        other = pool.shipped(self.teacher, len(self.pairs), "train")
-        if other is None:
-            return None
-        images = self.teacher.unit_images(other.target.to(self.pairs.noise.device))
-        return frechet_distance_of(embed(images), self.judge.reference)
+        return None if self.judge.others is None else self.judge.to_others(self.judge.reference)
 
     def row(
         self,
@@ -133,8 +137,9 @@ class Arena:
             "seed": seed,
             **quality.row(),
             "rewarded_by_judge": bool(JUDGE_REWARDS & set((reward or "").split("+"))),
-            "features": FEATURES,
+            "features": name_of(self.judge.target),
             "num_samples": len(self.pairs),
+            "prompts": self.prompts,
             "budget": budget or {},
         }
 
@@ -174,8 +179,10 @@ def evaluate_folder(
     num_samples: int,
     *,
     data: str | None = None,
+    unpaired: bool = True,
     baselines: bool = True,
     prompts: Sequence[str] | None = None,
+    trained_prompts: bool = False,
     device: str = "auto",
     on_progress: OnProgress = lambda done, note: None,
 ) -> list[dict[str, Any]]:
@@ -184,8 +191,11 @@ def evaluate_folder(
     Args:
         against: the teacher: a shipped one's name, a folder or a Hub id.
         data: the data set of real images; None: the statistics beside the teacher.
+        unpaired: whether contenders are compared with the teacher's images for other noises too.
         baselines: whether untrained DDIM is judged too.
-        prompts: of a text-to-image teacher, in place of the prompts that its folder names.
+        prompts: of a text-to-image teacher, in place of those that its folder holds out (``held_out`` in
+            ``redif_teacher.json``), or else of those that students were trained on.
+        trained_prompts: take the latter in any case.
         device: cpu, cuda or cuda:N; auto: the device that training takes, a GPU if there is one.
         on_progress: called with the share that is done, and what is judged next.
 
@@ -205,10 +215,14 @@ def evaluate_folder(
         raise InvalidRequest(
             f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
         )
+    which = None if teacher.prompts is None else "given" if prompts is not None else "trained on"
+    if which == "trained on" and teacher.extra.get("held_out") and not trained_prompts:
+        teacher, which = teacher.drawing(teacher.extra["held_out"]), "held out"
     student.use_prompts(teacher.prompts)
     if teacher.decode is None:
         teacher = teacher.in_range(student.teacher.postprocess.value_range)
-    arena = Arena.of(teacher, num_samples, data=data, device=place)
+    arena = Arena.of(teacher, num_samples, unpaired=unpaired, data=data, device=place)
+    arena.prompts = which
     steps = [table.num_inference_steps for table in student.tables]
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [("teacher", arena.teacher_row)]
     for count in steps:
@@ -230,40 +244,58 @@ def _same_conditions(ours: Condition | TextCondition | None, theirs: Condition |
     return ours == theirs
 
 
+#: The tables of the terminal, narrow enough for 80 characters: a title, and the columns after the method.
+_TABLES = (
+    (
+        "FD: to the teacher's images",
+        {
+            "num_inference_steps": "steps",
+            "network_calls": "calls",
+            "fd_teacher": "FD",
+            "fd_teacher_gain": "best\ngain",
+            "fd_teacher_std": "std\nmatch",
+            "fd_unpaired": "unpaired",
+            "fd_real": "FD to\nreal",
+            "mse": "paired\nMSE",
+        },
+    ),
+    (
+        "variety, and detail",
+        {
+            "num_inference_steps": "steps",
+            "precision": "precision",
+            "recall": "recall",
+            "coverage": "coverage",
+            "spread": "spread",
+            "grid": "grid",
+            "fine_energy": "fine\ndetail",
+        },
+    ),
+)
+_DIGITS = {"mse": 4} | dict.fromkeys(("precision", "recall", "coverage", "spread", "fine_energy"), 2)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows of contenders as a table on the terminal."""
+    """Print rows of contenders as tables on the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{rows[0]['num_samples']} samples, features {rows[0]['features']}; FD: to the teacher's images"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = {
-        "method": "method",
-        "num_inference_steps": "steps",
-        "network_calls": "calls",
-        "fd_teacher": "FD",
-        "fd_teacher_gain": "best\ngain",
-        "fd_teacher_std": "std\nmatch",
-        "fd_real": "FD to\nreal",
-        "mse": "paired\nMSE",
-        "precision": "prec.",
-        "recall": "recall",
-        "grid": "grid",
-        "fine_energy": "fine\ndetail",
-    }
-    for title in columns.values():
-        first = title == "method"  # the one that may wrap where the terminal is narrow: figures stay whole
-        table.add_column(title, justify="left" if first else "right", no_wrap=not first)
-    digits = {"mse": 4, "precision": 2, "recall": 2, "fine_energy": 2}
-    for row in rows:
-        cells = []
-        for key in columns:
-            value = label(row) if key == "method" else row.get(key)
-            cells.append(f"{value:.{digits.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
-        table.add_row(*cells)
-    console = Console()
-    console.print(table)
+    console, first = Console(), rows[0]
+    prompts = f" of prompts {first['prompts']}" if first.get("prompts") else ""
+    for said, columns in _TABLES:
+        title = f"{first['num_samples']} samples{prompts}, features {first['features']}; {said}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("method")  # it may wrap where the terminal is narrow: figures stay whole
+        for heading in columns.values():
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            cells = []
+            for key in columns:
+                value = row.get(key)
+                cells.append(f"{value:.{_DIGITS.get(key, 1)}f}" if isinstance(value, float) else str(value or "-"))
+            table.add_row(label(row), *cells)
+        console.print(table)
     for row in rows:
         if row.get("rewarded_by_judge"):
             console.print(

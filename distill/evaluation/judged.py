@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.measures.features import NAME as FEATURES
+from redif_sdk.distill.measures.features import NETWORK
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
 
 JUDGED_FILE = "judged.npz"
-PROTOCOL = 1  # raise it when a figure of a row is computed in another way: older files are then ignored
+PROTOCOL = 2  # raise it when a figure of a row is computed in another way: older files are then ignored
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_judged(teacher: Teacher) -> Judged | None:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
             key = (str(stored["fingerprint"]), str(stored["judge"]), int(stored["protocol"]))
-            if key != (teacher.identity, FEATURES, PROTOCOL):
+            if key != (teacher.identity, NETWORK, PROTOCOL):
                 return None
             features = torch.from_numpy(stored["features"]).float()
             return Judged(features, json.loads(str(stored["rows"])), float(stored["floor"]))
@@ -65,7 +65,7 @@ def write_judged(teacher: Teacher, features: Tensor, rows: Sequence[dict[str, An
     np.savez_compressed(
         path,
         fingerprint=np.array(teacher.identity),
-        judge=np.array(FEATURES),
+        judge=np.array(NETWORK),
         protocol=np.array(PROTOCOL),
         features=features.half().numpy(),
         rows=np.array(json.dumps(list(rows))),

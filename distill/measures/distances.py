@@ -1,4 +1,4 @@
-"""How good a student is: Frechet and kernel distances, precision and recall, paired error, and two controls.
+"""How good a student is: Frechet and kernel distances, paired and unpaired, paired error, and two controls.
 
 The judge's features (``features.py``) give no reward. Two controls go with every distance, since few-step students lose
 contrast and a cheap filter would win it back: the *gain* (the best scalar on the output) and the *std match* (each
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from redif_sdk.distill.measures.neighbours import neighbours, spread
 from redif_sdk.distill.measures.spectrum import Spectrum
 
 GAINS = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.45)
@@ -73,18 +74,6 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     return float(own - 2 * kernel(x, y).mean())
 
 
-def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019): shares inside the k-nearest-neighbour balls."""
-
-    def radii(points: Tensor) -> Tensor:
-        return torch.cdist(points, points).kthvalue(min(k + 1, len(points)), dim=1).values
-
-    between = torch.cdist(features, reference)
-    precision = (between <= radii(reference)[None]).any(1).float().mean()
-    recall = (between <= radii(features)[:, None]).any(0).float().mean()
-    return float(precision), float(recall)
-
-
 def std_match(images: Tensor, target: Tensor) -> Tensor:
     """Each image with the mean and standard deviation of its paired target."""
     std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
@@ -96,6 +85,8 @@ def std_match(images: Tensor, target: Tensor) -> Tensor:
 class Quality:
     """One contender against the teacher. Distances in the judge's features; ``mse`` paired, images in [-1, 1].
 
+    ``*_teacher`` are to the teacher's images for the same noises; ``*_unpaired``, precision, recall, density and
+    coverage to those for other noises, None where there are none. ``spread`` is that in a condition over the teacher's;
     ``nyquist_*`` and ``grid`` as in `Spectrum`; ``fine_energy`` over the teacher's.
     """
 
@@ -105,9 +96,14 @@ class Quality:
     fd_teacher_std: float
     fd_real: float | None
     kd_teacher: float
+    fd_unpaired: float | None
+    kd_unpaired: float | None
     mse: float
-    precision: float
-    recall: float
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+    spread: float | None
     nyquist_rows: float | None
     nyquist_columns: float | None
     nyquist_both: float | None
@@ -124,13 +120,16 @@ class Judge:
     """The teacher's held-out images (N, C, H, W) in [-1, 1], embedded once; ``real``: statistics of real data.
 
     The reference is the teacher's output for the *same* noises as the contender's, so a perfect student is at 0.
-    ``known``: the target's features (N, D), where they were computed before.
+    ``known``: the target's features (N, D), where they were computed before. ``others`` gives the teacher's images for
+    other noises (M, C, H, W), when they are wanted. ``conditions`` (N,): of the target.
     """
 
     target: Tensor
     embed: Embed
     real: Statistics | None = None
     known: Tensor | None = None
+    others: Callable[[], Tensor] | None = None
+    conditions: Tensor | None = None
 
     @cached_property
     def reference(self) -> Tensor:
@@ -143,6 +142,19 @@ class Judge:
         return Statistics.of(self.reference)
 
     @cached_property
+    def _others(self) -> Tensor:
+        assert self.others is not None
+        return self.embed(self.others())
+
+    @cached_property
+    def _statistics_of_others(self) -> Statistics:
+        return Statistics.of(self._others)
+
+    @cached_property
+    def _spread(self) -> float | None:
+        return spread(self.reference, self.conditions)
+
+    @cached_property
     def spectrum(self) -> Spectrum:
         """Of the target."""
         return Spectrum.of(self.target)
@@ -153,20 +165,37 @@ class Judge:
         fine = found.fine_energy / max(self.spectrum.fine_energy, 1e-12)
         return found.row() | {"fine_energy": fine, "grid": found.grid}
 
-    def _distance(self, features: Tensor) -> float:
+    def distance(self, features: Tensor) -> float:
         """To the reference of the same noises: through covariances, or through the samples where those are fewer."""
         if len(features) < max(len(self.reference), features.shape[1]):
             return frechet_distance_of(features, self.reference[: len(features)])
         return frechet_distance(Statistics.of(features), self.statistics)
 
+    def _unpaired(self, features: Tensor) -> dict[str, Any]:
+        """The figures against the teacher's images for other noises."""
+        if self.others is None:
+            names = ("fd_unpaired", "kd_unpaired", "precision", "recall", "density", "coverage")
+            return dict.fromkeys(names)
+        return {
+            "fd_unpaired": self.to_others(features),
+            "kd_unpaired": kernel_distance(features, self._others),
+            **asdict(neighbours(features, self._others)),
+        }
+
+    def to_others(self, features: Tensor) -> float:
+        """Frechet distance from features (N, D) to those of the teacher's images for other noises."""
+        if min(len(features), len(self._others)) < features.shape[1]:
+            return frechet_distance_of(features, self._others)
+        return frechet_distance(Statistics.of(features), self._statistics_of_others)
+
     def _best_gain(self, images: Tensor, features: Tensor, gains: Sequence[float]) -> float:
         """The gain of least distance on the first ``GAIN_SAMPLES``: from 1 up, or else down, while it falls."""
         few = min(GAIN_SAMPLES, len(images))
-        best = start = self._distance(features[:few])
+        best = start = self.distance(features[:few])
         found = 1.0
         for ladder in ([g for g in gains if g > 1], [g for g in reversed(gains) if g < 1]):
             for gain in ladder:
-                distance = self._distance(self.embed(images[:few] * gain))
+                distance = self.distance(self.embed(images[:few] * gain))
                 if distance >= best:
                     break
                 best, found = distance, gain
@@ -177,19 +206,19 @@ class Judge:
     def quality(self, images: Tensor, gains: Sequence[float] = GAINS) -> Quality:
         """All figures for a contender's images (N, C, H, W), paired with ``target``, before clamping."""
         features = self.embed(images)
-        fd = self._distance(features)
+        fd = self.distance(features)
         gain = self._best_gain(images, features, sorted(gains))
-        precision, recall = precision_recall(features, self.reference)
+        own, theirs = spread(features, self.conditions), self._spread
         seen, wanted = images.clamp(-1, 1), self.target.clamp(-1, 1)
         return Quality(
             fd_teacher=fd,
-            fd_teacher_gain=fd if gain == 1.0 else min(fd, self._distance(self.embed(images * gain))),
+            fd_teacher_gain=fd if gain == 1.0 else min(fd, self.distance(self.embed(images * gain))),
             gain=gain,
-            fd_teacher_std=self._distance(self.embed(std_match(images, self.target))),
+            fd_teacher_std=self.distance(self.embed(std_match(images, self.target))),
             fd_real=None if self.real is None else frechet_distance(Statistics.of(features), self.real),
             kd_teacher=kernel_distance(features, self.reference),
             mse=float(((seen - wanted) ** 2).mean()),
-            precision=precision,
-            recall=recall,
+            spread=own / max(theirs, 1e-12) if own is not None and theirs is not None else None,
+            **self._unpaired(features),
             **self.seen(images),
         )

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NAME = "efficientnet-lite0-32px"
+NETWORK = "efficientnet-lite0"
+SMALLEST = 32  # pixels; smaller images are enlarged
+
+
+def name_of(images: Tensor) -> str:
+    """The name of the features of images (N, C, H, W): the network, and the smaller side of what it sees."""
+    return f"{NETWORK}-{max(SMALLEST, min(images.shape[-2:]))}px"
 
 
 @lru_cache(maxsize=2)
@@ -38,8 +44,8 @@ def embed(images: Tensor, batch_size: int = 125, size: int = 0) -> Tensor:
     network, parts = _efficientnet(size).to(images.device), []
     for batch in images.split(batch_size):
         levels = ((batch.clamp(-1, 1) + 1) * 127.5).round()
-        if min(levels.shape[-2:]) < 32:
-            levels = F.interpolate(levels, size=(32, 32), mode="bilinear", align_corners=False)
+        if min(levels.shape[-2:]) < SMALLEST:
+            levels = F.interpolate(levels, size=(SMALLEST, SMALLEST), mode="bilinear", align_corners=False)
         pixels = ((levels - 127) / 128).expand(-1, 3, -1, -1)
         parts.append(network.extract_features(pixels).mean((2, 3)))
     return torch.cat(parts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from redif_sdk.distill import pool
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.measures.distances import precision_recall
+from redif_sdk.distill.measures.neighbours import neighbours
 from redif_sdk.distill.methods.registry import METHODS
 from redif_sdk.distill.methods.regression import visible_residual
 from redif_sdk.distill.policy import Meter
@@ -163,7 +163,7 @@ def check(
     output, target = sampled(context, network, pairs, table)
     embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
     images = advantage.images(output), advantage.images(target)
-    _, recall = precision_recall(*map(embed, images))
+    recall = neighbours(*map(embed, images)).recall
     wrong = (((output - target) / amplitude) ** 2).mean().item()
     values = advantage.each(output, target, pairs.condition, images)
     rewards = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.card.metadata import BASELINES, FEATURES, number, own_rows
+from redif_sdk.card.metadata import BASELINES, judge_title, number, own_rows
 
 __all__ = ["MOST", "files", "parity", "quality", "samples", "speed", "unmeasured"]
 
@@ -16,8 +16,8 @@ MOST = 100  # rows of a table, names of a list: a stranger's manifest may hold m
 #: The columns of the quality table after the name: (key of a row, digits).
 _QUALITY = (
     *(("num_inference_steps", 0), ("network_calls", 0), ("fd_teacher", 2), ("fd_teacher_gain", 2)),
-    *(("fd_teacher_std", 2), ("fd_real", 2), ("mse", 4), ("precision", 2), ("recall", 2), ("grid", 1)),
-    ("fine_energy", 2),
+    *(("fd_teacher_std", 2), ("fd_unpaired", 2), ("fd_real", 2), ("mse", 4), ("precision", 2), ("recall", 2)),
+    *(("coverage", 2), ("spread", 2), ("grid", 1), ("fine_energy", 2)),
 )
 _SAMPLE = re.compile(r"samples/(?:steps-(\d+)|[A-Za-z0-9._-]+)\.png")
 
@@ -52,11 +52,13 @@ def quality(manifest: Manifest) -> dict[str, Any] | None:
         shown.append({"figures": cells, "method": row["method"], "own": mine, "untrained": untrained})
     some = (own or rows)[0]
     judge = str(some.get("features") or "a network without a name")
+    title = judge_title(judge)
     return {
         "rows": shown,
-        "features": FEATURES.get(judge, judge),
-        "independent": judge in FEATURES,
+        "features": title or judge,
+        "independent": title is not None,
         "samples": _figure(some, "num_samples", 0),
+        "prompts": prompts if (prompts := some.get("prompts")) in ("given", "held out", "trained on") else None,
         "data": some.get("data"),
     }
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASELINES",
-    "FEATURES",
     "PIPELINE_TAGS",
     "front_matter",
     "hub_licence",
     "is_hub_teacher",
+    "judge_title",
     "licence_url",
     "number",
     "own_rows",
@@ -42,8 +42,8 @@ BASELINES = frozenset({"teacher", "ddim", "dpm-solver++"})
 
 MOST_ROWS = 100  # of a student's own in the front matter
 
-#: The judge's feature networks by the name that rows give them.
-FEATURES = {"efficientnet-lite0-32px": "EfficientNet-Lite0"}
+#: The judge's features by the name that rows give them.
+_JUDGE = re.compile(r"efficientnet-lite0-(\d{1,5})px")
 
 #: The Hub's licence ids (hub-docs, docs/hub/repositories-licenses.md); it refuses a card with another one.
 _LISTED = """
@@ -169,10 +169,18 @@ _METRICS = {
     "fd_teacher": ("frechet_distance", "Frechet distance to the teacher"),
     "fd_real": ("frechet_distance", "Frechet distance to real images"),
     "kd_teacher": ("kernel_distance", "Kernel distance to the teacher"),
+    "fd_unpaired": ("frechet_distance", "Frechet distance to the teacher's images of other noises"),
     "mse": ("mse", "Mean squared error to the teacher's image of the same noise"),
     "precision": ("precision", "Improved precision against the teacher"),
     "recall": ("recall", "Improved recall against the teacher"),
+    "coverage": ("coverage", "Coverage of the teacher"),
 }
+
+
+def judge_title(features: str) -> str | None:
+    """The judge's features as a card names them; None: they are not ours."""
+    match = _JUDGE.fullmatch(features)
+    return f"EfficientNet-Lite0 at {match[1]} pixels" if match else None
 
 
 def _results(manifest: Manifest, row: Mapping[str, Any]) -> list[EvalResult]:
@@ -180,7 +188,7 @@ def _results(manifest: Manifest, row: Mapping[str, Any]) -> list[EvalResult]:
 
     data = plain(row.get("data") or "unnamed")
     steps, samples = row["num_inference_steps"], number(row, "num_samples")
-    network = plain(FEATURES.get(str(row.get("features")), str(row.get("features") or "unnamed features")))
+    network = plain(judge_title(judge := str(row.get("features") or "unnamed features")) or judge)
     count = "" if samples is None else f", {samples:.0f} samples"
     around = f"({network}{count}, {steps} step{'s' * (steps != 1)})"
     return [

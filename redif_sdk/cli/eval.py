@@ -26,7 +26,14 @@ def eval_command(
     against: Against = None,
     num_samples: Annotated[int, typer.Option(help="Held-out noises to judge on.")] = 2000,
     data: Annotated[str | None, typer.Option(help="Data set of real images to compare with: fashion-mnist.")] = None,
+    unpaired: Annotated[
+        bool,
+        typer.Option(help="Also compare with the teacher's images of other noises, which are sampled if not kept."),
+    ] = True,
     prompts: PromptFile = None,
+    trained_prompts: Annotated[
+        bool, typer.Option("--trained-prompts", help="Judge on prompts that were trained on, not on those held out.")
+    ] = False,
     device: TrainingDevice = "auto",
     baselines: Annotated[bool, typer.Option(help="Also judge untrained DDIM at the same steps.")] = True,
     save: Annotated[
@@ -56,6 +63,8 @@ def eval_command(
             teacher,
             num_samples,
             data=data,
+            unpaired=unpaired,
+            trained_prompts=trained_prompts or (against is None and prompts is not None),
             baselines=baselines,
             device=device,
             **({} if against is None else teacher_options(prompts)),

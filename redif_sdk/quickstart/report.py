@@ -105,14 +105,14 @@ Table = tuple[list[str], list[tuple[bool, list[str]]]]
 def _quality(rows: list[dict[str, Any]], real: bool) -> Table:
     names = {"teacher": "teacher", "ddim": "DDIM, untrained"}
     distances = {"fd_teacher": "FD to teacher", "fd_teacher_gain": "best gain", "fd_teacher_std": "std match"}
-    distances |= {"fd_real": "FD to real"} if real else {}
+    distances |= {"fd_unpaired": "unpaired FD"} | ({"fd_real": "FD to real"} if real else {})
     cells = []
     for row in rows:
         name = names.get(row["method"], f"student: {label(row)}")
         counts = [str(row["num_inference_steps"]), str(row["network_calls"])]
-        tail = [_number(row["mse"], 4), _number(row["precision"], 2), _number(row["recall"], 2)]
+        tail = [_number(row["mse"], 4), *(_number(row[key], 2) for key in ("precision", "recall", "coverage"))]
         cells.append((_is_student(row), [name, *counts, *(_number(row[key]) for key in distances), *tail]))
-    return ["", "steps", "calls", *distances.values(), "paired MSE", "precision", "recall"], cells
+    return ["", "steps", "calls", *distances.values(), "paired MSE", "precision", "recall", "coverage"], cells
 
 
 def _speed(rows: list[dict[str, Any]]) -> Table:

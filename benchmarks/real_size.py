@@ -9,7 +9,6 @@ draws the image N times with each contender, in turn. Nothing else may run on th
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from benchmarks.real_shapes import SHAPES, make
 from redif_sdk.results import document, write_json
 
 STEPS = 4
+CONTENDERS = ("diffusers", "onnxruntime", "openvino")
 REDIF = (sys.executable, "-c", "from redif_sdk.cli.main import main; main()")
 
 #: Draws one image as diffusers does, and prints the seconds of the second call.
@@ -38,15 +38,17 @@ for _ in range(2):
     print(time.perf_counter() - began, flush=True)
 """
 
-#: The same with a student on one engine.
+#: The same with a student on one engine; "low" after it frees each graph after its use, and draws one image.
 STUDENT = """
 import sys, time
 from redif_sdk import FastPipeline
 folder, steps, side, runtime, precision = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
-pipeline = FastPipeline.from_pretrained(folder, runtime=runtime, precision=precision)
-for _ in range(2):
+low, runtime = runtime.endswith(" low"), runtime.partition(" ")[0]
+pipeline = FastPipeline.from_pretrained(folder, runtime=runtime, precision=precision, low_memory=low)
+for _ in range(1 if low else 2):
     began = time.perf_counter()
-    pipeline("a cat", num_inference_steps=steps, height=side, width=side, seed=0)
+    image = pipeline("a cat", num_inference_steps=steps, height=side, width=side, seed=0, output_type="np").images
+    assert image.std() > 0.01, "the image is flat"
     print(time.perf_counter() - began, flush=True)
 """
 
@@ -59,43 +61,50 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels of the image")
     parser.add_argument("--rounds", type=int, default=3, help="images with each contender; 0: none")
     parser.add_argument("--keep", action="store_true", help="take the pipeline and the student that are there")
+    parser.add_argument("--link", action="store_true", help="import by hard links")
+    parser.add_argument("--max-memory", help="of the export, e.g. 6GiB")
+    parser.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help="comma-separated; an engine may end in ' low'"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = chain(arguments.shape, arguments.work, arguments.precision, arguments.keep)
+    rows = [] if arguments.keep and (arguments.work / f"{arguments.shape}-student").is_dir() else chain(arguments)
     if arguments.rounds:
-        precisions = arguments.precision.split(",")
-        rows += images(arguments.shape, arguments.work, arguments.side, arguments.rounds, precisions)
+        rows += images(arguments)
     if arguments.json is not None:
         write_json(arguments.json, document("real_size", rows))
 
 
-def chain(shape: str, work: Path, precision: str, keep: bool) -> list[dict[str, Any]]:
+def chain(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Import and export."""
-    source, student = work / shape, work / f"{shape}-student"
+    shape, precision = asked.shape, asked.precision
+    source, student = asked.work / shape, asked.work / f"{shape}-student"
     if not source.is_dir():
         make(shape, source)
-    if keep and student.is_dir():
-        return []
     shutil.rmtree(student, ignore_errors=True)
-    options = ["-o", str(student), "--steps", str(STEPS), "--guidance-scale", "1"]
+    options = ["-o", str(student), "--steps", str(STEPS), "--guidance-scale", "1", *["--link"] * asked.link]
+    most = [] if asked.max_memory is None else ["--max-memory", asked.max_memory]
     rows = [_measured("import", shape, [*REDIF, "import", str(source), *options])]
     rows[-1] |= {"source_bytes": _size(source), "bytes": _size(student)}
-    rows += [_measured("export", shape, [*REDIF, "export", str(student), "--precision", precision])]
+    rows += [_measured("export", shape, [*REDIF, "export", str(student), "--precision", precision, *most])]
     rows[-1] |= {"precision": precision, "bytes": _size(student / "onnx"), "graphs": _sizes(student / "onnx")}
     for row in rows:
         _print(row)
     return rows
 
 
-def images(shape: str, work: Path, side: int, rounds: int, precisions: Sequence[str]) -> list[dict[str, Any]]:
+def images(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """One image with each contender, in turn."""
-    student = str(work / f"{shape}-student")
-    given = [str(STEPS), str(side)]
-    commands = {"diffusers": [sys.executable, "-c", DIFFUSERS, str(work / shape), *given]}
-    for engine, precision in itertools.product(("onnxruntime", "openvino"), precisions):
-        commands[f"{engine} {precision}"] = [sys.executable, "-c", STUDENT, student, *given, engine, precision]
+    shape, student, given = asked.shape, str(asked.work / f"{asked.shape}-student"), [str(STEPS), str(asked.side)]
+    commands = {}
+    for name in asked.contenders.split(","):
+        if name == "diffusers":
+            commands[name] = [sys.executable, "-c", DIFFUSERS, str(asked.work / shape), *given]
+            continue
+        for precision in asked.precision.split(","):
+            commands[f"{name} {precision}"] = [sys.executable, "-c", STUDENT, student, *given, name, precision]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-    for _ in range(rounds):
+    for _ in range(asked.rounds):
         for name, command in commands.items():
             found[name].append(_measured(name, shape, command))
             _print(found[name][-1])
@@ -105,17 +114,16 @@ def images(shape: str, work: Path, side: int, rounds: int, precisions: Sequence[
 def _median(name: str, shape: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     figures = ("seconds", "first_image", "second_image", "peak_rss", "peak_anonymous")
     return {"what": name, "shape": shape, "rounds": len(runs)} | {
-        figure: statistics.median(run[figure] for run in runs) for figure in figures
+        figure: statistics.median(run[figure] for run in runs) for figure in figures if figure in runs[0]
     }
 
 
 def _measured(what: str, shape: str, command: Sequence[str]) -> dict[str, Any]:
     """A row of a command that ran; of two images it printed the seconds."""
     row = measured(command)
-    lines = row.output.split()
-    drawn = (
-        {"first_image": float(lines[0]), "second_image": float(lines[1])} if what not in ("import", "export") else {}
-    )
+    drawn = {}
+    if what not in ("import", "export"):
+        drawn = dict(zip(("first_image", "second_image"), map(float, row.output.split()), strict=False))
     return {"what": what, "shape": shape, **row, **drawn}
 
 
@@ -135,7 +143,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _print(row: dict[str, Any]) -> None:
     memory = f"{row['peak_rss'] / 2**30:.2f} GiB resident, {row['peak_anonymous'] / 2**30:.2f} anonymous"
     size = f", {row['bytes'] / 1e9:.2f} GB" if "bytes" in row else ""
-    image = f", second image {row['second_image']:.1f} s" if "second_image" in row else ""
+    drawn = [f"{row[name]:.1f}" for name in ("first_image", "second_image") if name in row]
+    image = f", images {' and '.join(drawn)} s" if drawn else ""
     print(f"{row['what']:18} {row['shape']}: {row['seconds']:.1f} s, {memory}{size}{image}", flush=True)
 
 

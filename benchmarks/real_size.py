@@ -86,10 +86,10 @@ def chain(asked: argparse.Namespace) -> list[dict[str, Any]]:
     most = [] if asked.max_memory is None else ["--max-memory", asked.max_memory]
     rows = [_measured("import", shape, [*REDIF, "import", str(source), *options])]
     rows[-1] |= {"source_bytes": _size(source), "bytes": _size(student)}
+    _print(rows[-1])
     rows += [_measured("export", shape, [*REDIF, "export", str(student), "--precision", precision, *most])]
     rows[-1] |= {"precision": precision, "bytes": _size(student / "onnx"), "graphs": _sizes(student / "onnx")}
-    for row in rows:
-        _print(row)
+    _print(rows[-1])
     return rows
 
 

@@ -254,12 +254,19 @@ def test_a_studio_of_prompts(tmp_path: Path, pipe: FastPipeline) -> None:
         Studio({"prompted": prompted}, pipe)
 
 
-def test_the_command_refuses(tiny_student: Path, teacher_folder: Path, tmp_path: Path) -> None:
+def test_the_command_refuses(
+    tiny_student: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from redif_sdk.cli.main import main
+
     def error(*arguments: str | Path) -> str:
-        done = subprocess.run([*REDIF, "demo", *map(str, arguments)], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2, done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        return done.stderr
+        monkeypatch.setattr(sys, "argv", ["redif", "demo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr().err
+        assert caught.value.code == 2, said
+        assert len(said.strip().splitlines()) == 1, said
+        return said
 
     assert "redif import" in error(tiny_student, "--teacher", teacher_folder)
     assert "two students are named tiny" in error(tiny_student, tiny_student)

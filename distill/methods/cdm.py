@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.compute.lora import apart
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss
-from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.regression import to_target
 from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import CdmOptions
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.teachers.denoising import clean_at, levels, random_times
+from redif_sdk.distill.teachers.denoising import clean_at, estimated, levels, random_times
 from redif_sdk.sampling.table import StepTable
 
 SHIPPED = (1, 2, 4)  # steps for which a student has tables, besides its own
@@ -81,9 +80,8 @@ class Cdm(ScoreMethod):
         loss, figures = options.step_delta * loss, {"fake_loss": sum(learnt) / len(learnt)}
         if options.regression_weight:
             output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
-            residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
-            loss = loss + options.regression_weight * error(residual, options.huber)
-            figures["mse"] = residual.detach().pow(2).mean().item()
+            residual, figures["mse"] = to_target(context, output, batch.target, options.huber)
+            loss = loss + options.regression_weight * residual
         yield loss, figures
 
     @torch.no_grad()
@@ -156,6 +154,4 @@ def _choose(where: Tensor, now: Anchor, kept: Anchor) -> Anchor:
 
 
 def _clean(network: nn.Module, context: Context, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
-    with autocast(x.device.type, context.config.precision):
-        f = network(x, t.float(), condition)
-    return clean_at(context.teacher, t, x, f.float())
+    return estimated(network, context.teacher, t, x, condition, context.config.precision)

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
-from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.compute.lora import apart, load_trained, trained, twin
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import error
 from redif_sdk.distill.options import ConsistencyOptions
 from redif_sdk.distill.pool import Pairs
-from redif_sdk.distill.teachers.denoising import clean_at, levels
+from redif_sdk.distill.teachers.denoising import clean_at, estimated, levels
 from redif_sdk.sampling.table import StepTable
 
 EMA = 0.95  # of the network that gives the target, LCM's
@@ -95,10 +94,9 @@ class Consistency(Method):
 
 
 def _clean(network: nn.Module, context: Context, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
-    with autocast(x.device.type, context.config.precision):
-        f = network(x, t.float(), condition)
+    clean = estimated(network, context.teacher, t, x, condition, context.config.precision)
     skip, out = (part.view(-1, 1, 1, 1) for part in boundary(t.double()))
-    return (skip * x + out * clean_at(context.teacher, t, x, f.float())).float()
+    return (skip * x + out * clean).float()
 
 
 def boundary(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss
-from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.regression import to_target
 from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import DmdOptions
 from redif_sdk.distill.pool import Pairs
@@ -46,9 +46,9 @@ class Dmd(ScoreMethod):
         options = context.config.options_as(DmdOptions)
         output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
         matching, fake_loss = fake.matching(output, batch.condition, generator, options.fake_updates)
-        residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
-        loss = options.step_delta * matching + options.regression_weight * error(residual, options.huber)
-        figures = {"mse": residual.detach().pow(2).mean().item(), "fake_loss": fake_loss}
+        residual, mse = to_target(context, output, batch.target, options.huber)
+        loss = options.step_delta * matching + options.regression_weight * residual
+        figures = {"mse": mse, "fake_loss": fake_loss}
         if self.discriminator is not None:
             figures |= self.discriminator.learn(context, output.detach(), batch, generator)
             fooled = self.discriminator(context.images(output), output.detach(), batch.condition).mean()

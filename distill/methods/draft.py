@@ -12,7 +12,7 @@ import torch
 
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss, Method
-from redif_sdk.distill.methods.regression import Regression, error, visible_residual
+from redif_sdk.distill.methods.regression import Regression, to_target
 from redif_sdk.distill.options import DraftOptions
 from redif_sdk.distill.pool import Pairs
 
@@ -46,10 +46,10 @@ class Draft(Method):
         output = context.policy.sample(batch.noise, batch.condition, options.backprop_last_k)
         learnt = context.advantage.learn(context, output, batch, generator)
         gradient = context.advantage.gradient(output.detach(), batch.target, batch.condition)
-        residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
+        residual, mse = to_target(context, output, batch.target, options.huber)
         # <gradient, output> has the reward's gradient with respect to the weights, by the chain rule
         loss = (
-            options.regression_weight * error(residual, options.huber)
+            options.regression_weight * residual
             - 2 * options.step_delta * (gradient * output).mean() / context.amplitude
         )
-        yield loss, {"mse": residual.detach().pow(2).mean().item(), **learnt}
+        yield loss, {"mse": mse, **learnt}

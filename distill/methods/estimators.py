@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss
-from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.regression import to_target
 from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, Trajectories
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs
@@ -100,13 +100,13 @@ class SameStateGroups:
         learnt = self.context.advantage.learn(self.context, output, batch, generator)
         direction, figures = self._direction(batch, row, state, mean.detach(), generator)
         figures |= learnt
-        residual = visible_residual(output, batch.target, self.context.bounds, self.context.amplitude)
+        residual, mse = to_target(self.context, output, batch.target, options.huber)
         moved = (direction * mean).mean() / self.context.amplitude  # the direction's length is in units of x0
-        loss = options.regression_weight * error(residual, options.huber) - 2 * moved
+        loss = options.regression_weight * residual - 2 * moved
         if self.fake is not None and float(torch.rand((), generator=generator)) < options.dmd_fraction:
             matching, fake_loss = self.fake.matching(output, batch.condition, generator, options.fake_updates)
             loss, figures = loss + options.dmd_weight * matching, figures | {"fake_loss": fake_loss}
-        yield loss, {"mse": residual.detach().pow(2).mean().item(), **figures}
+        yield loss, {"mse": mse, **figures}
 
     def _direction(
         self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
@@ -225,9 +225,8 @@ class TrajectoryGroups:
             figures = {"clip_fraction": clipped / rows, "kl": float(kl.detach()) / rows}
             if options.regression_weight:
                 output = policy.sample(batch.noise, batch.condition)
-                residual = visible_residual(output, batch.target, self.context.bounds, self.context.amplitude)
-                loss = loss + options.regression_weight * error(residual, options.huber)
-                figures["mse"] = residual.detach().pow(2).mean().item()
+                residual, figures["mse"] = to_target(self.context, output, batch.target, options.huber)
+                loss = loss + options.regression_weight * residual
             yield loss, figures
 
     def _kl(self, k: int, x: Tensor, labels: Tensor | None, mean: Tensor) -> Tensor:

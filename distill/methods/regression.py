@@ -47,6 +47,12 @@ def error(residual: Tensor, huber: float) -> Tensor:
     return 2 * huber * ((residual**2 + huber**2).sqrt() - huber).mean()
 
 
+def to_target(context: Context, output: Tensor, target: Tensor, huber: float) -> tuple[Tensor, float]:
+    """The `error` of the residual as seen, and its mean square."""
+    residual = visible_residual(output, target, context.bounds, context.amplitude)
+    return error(residual, huber), residual.detach().pow(2).mean().item()
+
+
 class Regression(Method):
     """Squared (or pseudo-Huber) error to the teacher's output; it reads no reward."""
 
@@ -66,9 +72,8 @@ class Regression(Method):
             outputs = [policy.estimate(row, state, batch.condition) for row, state in enumerate(states)]
         else:
             outputs = [policy.sample(batch.noise, batch.condition, options.regression_last_k)]
-        residuals = [visible_residual(output, batch.target, context.bounds, context.amplitude) for output in outputs]
-        loss = torch.stack([error(residual, options.huber) for residual in residuals]).mean()
-        yield loss, {"mse": residuals[-1].detach().pow(2).mean().item()}
+        found = [to_target(context, output, batch.target, options.huber) for output in outputs]
+        yield torch.stack([loss for loss, _ in found]).mean(), {"mse": found[-1][1]}
 
     def _segments(self, context: Context, batch: Pairs, generator: torch.Generator) -> Loss:
         """|x'_k(x_k) - x_(k+1)|^2 on the teacher's states x_k and x_(k+1), k drawn for each sample."""

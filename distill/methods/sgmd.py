@@ -19,7 +19,7 @@ import torch
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss
-from redif_sdk.distill.methods.regression import error, visible_residual
+from redif_sdk.distill.methods.regression import to_target
 from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import SgmdOptions
 from redif_sdk.distill.pool import Pairs
@@ -44,9 +44,8 @@ class Sgmd(ScoreMethod):
         loss = options.step_delta * fake.fisher(output, batch.condition, generator, options.correction)
         figures = {"fake_loss": self.learnt}
         if options.regression_weight:
-            residual = visible_residual(output, batch.target, context.bounds, context.amplitude)
-            loss = loss + options.regression_weight * error(residual, options.huber)
-            figures["mse"] = residual.detach().pow(2).mean().item()
+            residual, figures["mse"] = to_target(context, output, batch.target, options.huber)
+            loss = loss + options.regression_weight * residual
         yield loss, figures
         with torch.no_grad():
             noise = draws.normal(batch.noise.shape, generator, batch.noise.device)

@@ -25,7 +25,7 @@ from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.rewards.classifier import Classifier
 from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
-from redif_sdk.distill.teachers.denoising import clean_at, levels, noised
+from redif_sdk.distill.teachers.denoising import clean_at, estimated, levels, noised
 from redif_sdk.distill.teachers.large import network_to_train
 
 SIGMA_MIN = 0.02  # of a flow, by which SGMD's correction is divided
@@ -201,9 +201,7 @@ class FakeScore:
         return along, sum(learnt) / updates
 
     def _clean(self, t: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
-        with autocast(x.device.type, self.config.precision):
-            f = self.network(x, t.float(), condition)
-        return clean_at(self.teacher, t, x, f.float())
+        return estimated(self.network, self.teacher, t, x, condition, self.config.precision)
 
     def state_dict(self) -> dict[str, Any]:
         classifier = None if self.classifier is None else self.classifier.state_dict()

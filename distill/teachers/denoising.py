@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redif_sdk.distill.compute import random as draws
+from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import UnsupportedModel
 
@@ -44,6 +45,15 @@ def noised(teacher: Teacher, x: Tensor, generator: torch.Generator) -> tuple[Ten
     t = random_times(teacher, len(x), generator, x.device)
     alpha, sigma = levels(teacher, t)
     return t, alpha * x + sigma * draws.normal(x.shape, generator, x.device)
+
+
+def estimated(
+    network: nn.Module, teacher: Teacher, t: Tensor, x: Tensor, condition: Tensor | None, precision: str
+) -> Tensor:
+    """The x0 that a network estimates of x (B, C, H, W) at times t (B,), float32; ``precision`` as of a run."""
+    with autocast(x.device.type, precision):
+        f = network(x, t.float(), condition)
+    return clean_at(teacher, t, x, f.float())
 
 
 def clean_at(teacher: Teacher, t: Tensor, x: Tensor, f: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.distillation import black_box, judges, overhead, render, run
+from benchmarks.distillation import black_box, judges, overhead, render, run, search
 from redif_sdk.distill.evaluation.datasets import data_folder
 from redif_sdk.distill.measures.distances import Judge
 from redif_sdk.distill.methods import method_names
@@ -30,6 +30,36 @@ def test_every_method_has_settings_that_are_valid() -> None:
             run.DistillConfig.checked(num_inference_steps=steps, method=method, **settings)
             named = json.dumps(settings.get("reward", ""))
             assert "lpips" not in named, "EfficientNet-Lite0 judges here, so it gives no reward"
+
+
+def test_the_search_is_equal_for_all_and_its_settings_are_valid() -> None:
+    tries = search.grids()
+    assert sorted(tries) == sorted(method_names())
+    for method, each in tries.items():
+        for settings in each:
+            for steps in search.STEPS:
+                run.DistillConfig.checked(num_inference_steps=steps, method=method, **(run.common() | settings))
+
+
+def test_the_search_chooses_by_both_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At K = 1 the third is best in neither network, and best in their mean; a run that is missing is named."""
+    distances = {1: [(1.0, 9.0), (8.0, 2.0), (1.5, 2.5), (9.0, 9.0)], 2: [(1.0, 1.0)] * 4, 4: [(2.0, 2.0)] * 4}
+    for steps, each in distances.items():
+        for place, pair in enumerate(each):
+            row = {"judged": [{"fd_teacher_gain": value} for value in pair]}
+            name = run.Cell("fashion-mnist", "regression", steps, 0).name
+            (tmp_path / f"{place}-{name}.json").write_text(json.dumps({"rows": [row]}))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("all: {batch_size: 32}\nmethods: {regression: {settings: {huber: 9}}, redif: {preset: best}}\n")
+    asked = ["-o", str(tmp_path), "--choose", "--settings-file", str(settings), "--methods", "regression"]
+    search.main(asked)
+    assert "regression, K = 1" in capsys.readouterr().out
+    tries = search.grids()["regression"]
+    assert run.settings_of("regression", 1, settings) == {"batch_size": 32, **tries[2]}
+    assert run.settings_of("regression", 2, settings) == {"batch_size": 32, **tries[0]}
+    (tmp_path / "3-fashion-mnist-forward_equivalents-regression-4-0.json").unlink()
+    with pytest.raises(SystemExit, match=r"3-fashion-mnist.*is missing"):
+        search.main(asked)
 
 
 def test_controls_restore_what_they_should() -> None:

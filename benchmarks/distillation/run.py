@@ -73,6 +73,12 @@ class Scale:
 SMOKE = Scale(budget=1000, pool=64, samples=32, judge_updates=5, clocked=2)
 
 
+def common(file: Path = HERE / "settings.yaml") -> dict[str, Any]:
+    """The settings of all methods."""
+    found: dict[str, Any] = yaml.safe_load(file.read_text())["all"]
+    return found
+
+
 def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") -> dict[str, Any]:
     """The method's settings at K steps: its preset's (except the length), its own, then those for this K."""
     everything = yaml.safe_load(file.read_text())
@@ -141,8 +147,13 @@ class Comparison:
         meter = Trainer(self.teacher, config, self.pool).run().meter
         return meter.seconds * self.scale.budget / meter.forward_equivalents
 
-    def run(self, cell: Cell, extra: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
-        """Train and evaluate one cell; returns its row and its first images as one image."""
+    def run(
+        self, cell: Cell, extra: dict[str, Any] | None = None, alone: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], Any]:
+        """Train and evaluate one cell; returns its row and its first images as one image.
+
+        ``extra`` lies over the method's settings, ``alone`` is in their place.
+        """
         if cell.seed is None:
             policy, budget, settings = None, {}, {}
             if cell.method == "ddim":
@@ -150,7 +161,8 @@ class Comparison:
             else:
                 latents = dpm_solver(self.teacher, cell.steps, self.held)
         else:
-            settings = settings_of(cell.method, cell.steps) | (extra or {})
+            settings = settings_of(cell.method, cell.steps) if alone is None else common() | alone
+            settings |= extra or {}
             by_time = cell.kind == "seconds"
             spend = {"seconds": self.seconds(cell.steps)} if by_time else {"forward_equivalents": self.scale.budget}
             config = DistillConfig.checked(
@@ -198,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=None, help="Forward-equivalents a student.")
     parser.add_argument("--samples", type=int, default=None, help="Held-out noises to evaluate on.")
     parser.add_argument("--set", dest="extra", default="{}", help="validation: YAML that overrides settings.yaml.")
+    parser.add_argument("--settings", help="validation: YAML in place of the method's own in settings.yaml.")
     parser.add_argument("--tag", default="", help="validation: prefix of the cells' names.")
     parser.add_argument("--smoke", action="store_true", help="Everything, at a toy budget.")
     parser.add_argument("--no-untrained", action="store_true")
@@ -207,7 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     scale = Scale(asked.budget or scale.budget, scale.pool, asked.samples or scale.samples, scale.judge_updates)
     cache = Path(os.environ.get("REDIF_CACHE", "build/benchmarks"))
     extra = yaml.safe_load(asked.extra)
-    if extra and asked.protocol == "test":
+    alone = None if asked.settings is None else yaml.safe_load(asked.settings)
+    if (extra or alone is not None) and asked.protocol == "test":
         parser.error("--set is for the validation protocol: nothing is tuned on the test's")
     asked.output.mkdir(parents=True, exist_ok=True)
     comparisons: dict[str, Comparison] = {}
@@ -224,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
                     drawn = sheet(comparisons[cell.data].panel.target)
                     Image.fromarray(drawn).save(asked.output / f"{cell.data}-teacher.png", optimize=True)
                 began = time.monotonic()
-                row, picture = comparisons[cell.data].run(cell, extra)
+                row, picture = comparisons[cell.data].run(cell, extra, alone)
         except Timeout:
             continue  # another process computes it
         written = document("benchmarks/distillation", [row], threads=torch.get_num_threads(), scale=asdict(scale))

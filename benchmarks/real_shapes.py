@@ -53,6 +53,16 @@ def make(shape: str, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
+def tiny_decoder(folder: Path) -> Path:
+    """A network of TAESD's shape, for Stable Diffusion's latents, in a folder that may be there already."""
+    from diffusers import AutoencoderTiny
+
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        AutoencoderTiny().half().save_pretrained(folder)
+    return folder
+
+
 def _write_weights(network: nn.Module, folder: Path, stem: str, dtype: torch.dtype) -> None:
     shards: list[list[str]] = [[]]
     sizes = {name: value.numel() * 2 for name, value in network.state_dict().items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import measured
-from benchmarks.real_shapes import SHAPES, make
+from benchmarks.real_shapes import SHAPES, make, tiny_decoder
 from redif_sdk.results import document, write_json
 
 STEPS = 4
@@ -62,27 +62,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="images with each contender; 0: none")
     parser.add_argument("--keep", action="store_true", help="take the pipeline and the student that are there")
     parser.add_argument("--link", action="store_true", help="import by hard links")
+    parser.add_argument("--tiny-decoder", action="store_true", help="decode with a network of TAESD's shape")
     parser.add_argument("--max-memory", help="of the export, e.g. 6GiB")
     parser.add_argument(
         "--contenders", default=",".join(CONTENDERS), help="comma-separated; an engine may end in ' low'"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = [] if arguments.keep and (arguments.work / f"{arguments.shape}-student").is_dir() else chain(arguments)
+    rows = [] if arguments.keep and student_of(arguments).is_dir() else chain(arguments)
     if arguments.rounds:
         rows += images(arguments)
     if arguments.json is not None:
         write_json(arguments.json, document("real_size", rows))
 
 
+def student_of(asked: argparse.Namespace) -> Path:
+    """Where the student lies."""
+    folder: Path = asked.work / f"{asked.shape}-{'tiny-' * asked.tiny_decoder}student"
+    return folder
+
+
 def chain(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Import and export."""
     shape, precision = asked.shape, asked.precision
-    source, student = asked.work / shape, asked.work / f"{shape}-student"
+    source, student = asked.work / shape, student_of(asked)
     if not source.is_dir():
         make(shape, source)
     shutil.rmtree(student, ignore_errors=True)
     options = ["-o", str(student), "--steps", str(STEPS), "--guidance-scale", "1", *["--link"] * asked.link]
+    if asked.tiny_decoder:
+        options += ["--decoder", str(tiny_decoder(asked.work / "taesd"))]
     most = [] if asked.max_memory is None else ["--max-memory", asked.max_memory]
     rows = [_measured("import", shape, [*REDIF, "import", str(source), *options])]
     rows[-1] |= {"source_bytes": _size(source), "bytes": _size(student)}
@@ -95,7 +104,7 @@ def chain(asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 def images(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """One image with each contender, in turn."""
-    shape, student, given = asked.shape, str(asked.work / f"{asked.shape}-student"), [str(STEPS), str(asked.side)]
+    shape, student, given = asked.shape, str(student_of(asked)), [str(STEPS), str(asked.side)]
     commands = {}
     for name in asked.contenders.split(","):
         if name == "diffusers":

@@ -27,8 +27,8 @@ from redif_sdk.distill.training.standing import Keeper, Standing, energy_errors
 from redif_sdk.errors import TrainingDiverged, WorseThanStart
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
+from tests.gaussian import make_teacher as gaussian_teacher
 from tests.mixture import denoiser, make_teacher
-from tests.test_other_methods import make_teacher as gaussian_teacher
 
 DESTRUCTIVE = 30.0  # a learning rate
 RUNS: dict[str, dict[str, object]] = {

@@ -11,86 +11,44 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute import device as precision
-from redif_sdk.distill.config import COMMON, DistillConfig, applicable
+from redif_sdk.distill.config import COMMON, DistillConfig
 from redif_sdk.distill.evaluation.examine import examine_teacher
 from redif_sdk.distill.methods import METHODS, Loss, grpo
-from redif_sdk.distill.methods.cdm import Cdm
 from redif_sdk.distill.methods.consistency import boundary
 from redif_sdk.distill.methods.estimators import TrajectoryGroups
 from redif_sdk.distill.methods.progressive import Progressive, stage_steps, two_steps
 from redif_sdk.distill.options import MODELS
 from redif_sdk.distill.policy import Exploration, StudentPolicy
-from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.distill.student import distill, load_student
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.denoising import clean_at, levels, noised
 from redif_sdk.distill.teachers.saving import scheduler_of
-from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
-from redif_sdk.models.denoiser import Predict
 from redif_sdk.sampling.loop import sample
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import NoiseSchedule, StepTable
-
-SHAPE = (1, 4, 4)
-MEAN, STD = 0.5, 0.2
-SCHEDULE = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
-
-
-class Small(nn.Module):
-    """A network of a few hundred weights, called as (x, t, condition)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(17, 32), nn.SiLU(), nn.Linear(32, 16))
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        out: Tensor = self.body(torch.cat([x.flatten(1), t[:, None] / 1000], 1))
-        return out.view_as(x)
-
-
-def exact(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-    """v of data that are N(MEAN, STD^2) at every place: what a perfect teacher of them gives."""
-    at = t.long()
-    alpha = torch.from_numpy(SCHEDULE.alphas.copy()).float()[at].view(-1, 1, 1, 1)
-    sigma = torch.from_numpy(SCHEDULE.sigmas.copy()).float()[at].view(-1, 1, 1, 1)
-    variance = alpha**2 * STD**2 + sigma**2
-    clean = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
-    return (alpha * x - clean) / sigma
-
-
-def make_teacher(predict: Predict = exact, *, num_inference_steps: int = 16, **more: Any) -> Teacher:
-    torch.manual_seed(0)
-    return Teacher.from_callable(
-        predict,
-        schedule=SCHEDULE,
-        prediction_type="v_prediction",
-        shape=SHAPE,
-        student=Small(),
-        num_inference_steps=num_inference_steps,
-        **more,
-    )
+from tests.gaussian import (
+    MEAN,
+    SCHEDULE,
+    SHAPE,
+    STD,
+    Small,
+    exact,
+    exact_flow,
+    make_flow_teacher,
+    make_teacher,
+    trainer,
+    weights,
+)
 
 
 @pytest.fixture
 def teacher() -> Teacher:
     return make_teacher()
-
-
-def trainer(teacher: Teacher, method: str, folder: Path | None = None, **settings: object) -> Trainer:
-    defaults = {"num_inference_steps": 2, "updates": 6, "reward": "pixel", "batch_size": 16, "pool_size": 64}
-    defaults |= {"warm_start": 0.0, "group_size": 4, "exploration_rank": 0}
-    config = DistillConfig.checked(**(applicable(defaults | {"method": method} | settings) | settings))
-    pairs, _ = pool.get(teacher, config.pool_size, "train")
-    return Trainer(teacher, config, pairs, folder)
-
-
-def weights(run: Trainer) -> Tensor:
-    return torch.cat([value.flatten() for value in run.context.policy.network.state_dict().values()])
 
 
 @pytest.mark.parametrize("name", [*sorted(METHODS), "redif with dmd", "redif with segments"])
@@ -220,34 +178,6 @@ def test_progressives_target_leads_where_two_steps_lead(teacher: Teacher) -> Non
         target = two_steps(z, k, fine, coarse, estimate, None)
         assert torch.allclose(coarse.advance(k, z, target), wanted, atol=1e-5)
         assert coarse.timesteps[k] == fine.timesteps[2 * k]
-
-
-def test_distribution_matching_finds_the_distribution(teacher: Teacher) -> None:
-    """Without a regression term: nothing but the difference of the scores says where the data are."""
-    run = trainer(
-        teacher,
-        "dmd",
-        num_inference_steps=1,
-        updates=250,
-        regression_weight=0.0,
-        batch_size=64,
-        learning_rate=3e-3,
-        fake_learning_rate=3e-3,
-        step_delta=0.3,
-    )
-    pairs = run.pairs
-
-    def distance() -> float:
-        with torch.no_grad():
-            output = run.context.policy.sample(pairs.noise, None)
-        return float((output.mean() - MEAN).abs())
-
-    before = distance()
-    run.run()
-    assert distance() < 0.25 * before
-    # real, fake and their noise: each network call of an update is counted
-    assert run.meter.teacher_calls == 250 * 64
-    assert run.meter.gradient_samples == 250 * 64 * 3
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample", "score"])
@@ -434,27 +364,6 @@ def test_a_gain_that_is_too_low_is_found_and_undone(teacher: Teacher) -> None:
     assert policy.table.rows[-1, 4] == 0
 
 
-def exact_flow(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-    """noise - data of data that are N(MEAN, STD^2) at every place."""
-    sigma = (t / 1000).view(-1, 1, 1, 1)
-    alpha = 1 - sigma
-    clean = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
-    return (x - clean) / sigma.clamp_min(1e-6)
-
-
-def make_flow_teacher() -> Teacher:
-    torch.manual_seed(0)
-    return Teacher.from_callable(
-        exact_flow,
-        schedule=NoiseSchedule.linear_flow(),
-        prediction_type="flow",
-        shape=SHAPE,
-        student=Small(),
-        shift=3.0,
-        num_inference_steps=16,
-    )
-
-
 @pytest.fixture
 def flow_teacher() -> Teacher:
     return make_flow_teacher()
@@ -543,107 +452,3 @@ def test_progressive_gives_every_stage_the_same_share(teacher: Teacher) -> None:
         assert isinstance(run.method, Progressive)
         seen.append(run.method.stage)
     assert [seen.count(stage) for stage in range(3)] == [4, 4, 4]
-
-
-@pytest.mark.parametrize("method", ["cdm", "sgmd"])
-def test_matching_by_scores_finds_the_teachers_distribution(teacher: Teacher, method: str) -> None:
-    """Without a paired output: the mean of the student's samples becomes the data's, and the spread nearer to it."""
-    run = trainer(
-        teacher,
-        method,
-        num_inference_steps=2,
-        updates=400,
-        batch_size=64,
-        learning_rate=3e-3,
-        fake_learning_rate=3e-3,
-        fake_updates=2,
-    )
-
-    def sampled() -> tuple[float, float]:
-        with torch.no_grad():
-            output = run.context.policy.sample(run.pairs.noise, None)
-        return abs(float(output.mean()) - MEAN), abs(float(output.std(0).mean()) - STD)
-
-    before = sampled()
-    run.run()
-    after = sampled()
-    assert after[0] < 0.3 * before[0]
-    assert after[1] < before[1]
-
-
-def test_cdm_jumps_along_a_rows_own_estimate(teacher: Teacher) -> None:
-    """To its own time it comes back to its state; with the exact teacher as student it stays on the teacher's path."""
-    run = trainer(teacher, "cdm", num_inference_steps=2, schedule_steps=3)
-    anchor = Cdm().rollout(run.context, run.pairs[:16], torch.Generator().manual_seed(1))
-    assert torch.allclose(anchor.jump(teacher, anchor.t), anchor.x, atol=1e-4)
-    ahead = torch.full_like(anchor.t, 300)
-    alpha, sigma = levels(teacher, ahead)
-    own_alpha, own_sigma = levels(teacher, anchor.t)
-    noise = (anchor.x - own_alpha * anchor.clean) / own_sigma
-    assert torch.allclose(anchor.jump(teacher, ahead), alpha * anchor.clean + sigma * noise, atol=1e-5)
-    lengths = set()
-    for seed in range(30):
-        run.meter.student_calls = 0
-        Cdm().rollout(run.context, run.pairs[:16], torch.Generator().manual_seed(seed))
-        lengths.add(run.meter.student_calls // 16)
-    assert lengths == {1, 2, 3}
-
-
-def test_a_cdm_student_takes_any_number_of_steps(teacher: Teacher, tmp_path: Path) -> None:
-    config = DistillConfig.checked(method="cdm", num_inference_steps=2, updates=2, batch_size=8, pool_size=16)
-    student = distill(teacher, config, progress=False)
-    assert [table.num_inference_steps for table in student.tables] == [2, 1, 4]
-    student.save_pretrained(tmp_path / "student")
-    again = load_student(tmp_path / "student", network=Small())
-    noise = torch.randn(2, *SHAPE)
-    for steps in (1, 2, 4):
-        assert torch.allclose(
-            again.policy(steps).sample(noise, None), student.policy(steps).sample(noise, None), atol=1e-5
-        )
-
-
-def test_cdm_follows_guidance_as_a_term_of_its_own() -> None:
-    """Of a guided teacher: two more calls a sample, of conditions and of 'no class'."""
-    asked: list[Tensor] = []
-
-    def predict(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        assert condition is not None
-        asked.append(condition)
-        return exact(x, t, None) - 0.1 * condition.view(-1, 1, 1, 1).float()
-
-    plain = make_teacher(predict, num_classes=4, fingerprint=None)
-    guided = plain.guided(3.0, null_class=3)
-    spent = {}
-    for name, one in (("plain", plain), ("guided", guided)):
-        run = trainer(one, "cdm", schedule_steps=1)
-        run.meter.teacher_calls = 0
-        asked.clear()
-        run.step(0.5)
-        spent[name] = run.meter.teacher_calls
-        assert (name == "guided") == any(bool((labels == 3).all()) for labels in asked)
-    assert spent == {"plain": 2 * 16, "guided": 4 * 16}
-
-
-def test_sgmds_gradient_is_that_of_the_fisher_divergence(teacher: Teacher) -> None:
-    """Without the correction: of |mu - m|^2 / (2 n) through the fake score's input; with c = 1 no mu is left."""
-    run = trainer(teacher, "sgmd", num_inference_steps=1)
-    fake = FakeScore.make(run.context)
-    outputs = (0.3 * torch.randn(8, *SHAPE)).requires_grad_()
-    (found,) = torch.autograd.grad(fake.fisher(outputs, None, torch.Generator().manual_seed(5), 0.0), outputs)
-
-    inputs = outputs.detach().requires_grad_()
-    t, x = noised(teacher, inputs, torch.Generator().manual_seed(5))
-    mu = clean_at(teacher, t, x, fake.network(x, t.float(), None))
-    with torch.no_grad():
-        real = clean_at(teacher, t, x, teacher(x, t.float(), None))
-        n = (inputs - real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-    (wanted,) = torch.autograd.grad(((mu - real) ** 2 / (2 * n)).mean(), inputs)
-    assert torch.allclose(found, wanted, atol=1e-6)
-    assert all(weight.requires_grad and weight.grad is None for weight in fake.network.parameters())
-
-    (sampled,) = torch.autograd.grad(fake.fisher(outputs, None, torch.Generator().manual_seed(5), 1e9), outputs)
-    inputs = outputs.detach().requires_grad_()
-    t, x = noised(teacher, inputs, torch.Generator().manual_seed(5))
-    mu = clean_at(teacher, t, x, fake.network(x, t.float(), None))
-    (wanted,) = torch.autograd.grad((((inputs - real) / n).detach() * mu).mean(), inputs)
-    assert torch.allclose(sampled, wanted, atol=1e-6)

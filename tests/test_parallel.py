@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_other_methods import make_teacher
+from gaussian import make_teacher
 
 from redif_sdk.distill import DistillConfig, Teacher, pool
 from redif_sdk.distill.compute import device as precision

@@ -21,7 +21,7 @@ from redif_sdk.distill.training.log import LOG
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.quickstart.images import plan
-from tests.test_other_methods import make_teacher
+from tests.gaussian import make_teacher
 
 
 @pytest.fixture

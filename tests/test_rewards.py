@@ -24,8 +24,8 @@ from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
 from redif_sdk.models.prompts import Prompts
-from tests.test_other_methods import MEAN, SHAPE, Small, exact, weights
-from tests.test_other_methods import SCHEDULE as SCHEDULE
+from tests.gaussian import MEAN, SHAPE, Small, exact, weights
+from tests.gaussian import SCHEDULE as SCHEDULE
 
 LEARNT = ("discriminator", "distribution", "mmd")
 

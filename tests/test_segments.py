@@ -17,7 +17,7 @@ from redif_sdk.distill.pool import cache as pool_cache
 from redif_sdk.distill.pool import pairs as pool_pairs
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.sampling.table import StepTable
-from tests.test_other_methods import exact, make_flow_teacher, make_teacher, trainer
+from tests.gaussian import exact, make_flow_teacher, make_teacher, trainer
 
 
 def stood(pairs: pool.Pairs) -> Tensor:

@@ -16,7 +16,7 @@ from redif_sdk.distill.methods import METHODS, make_method
 from redif_sdk.distill.options import ESTIMATORS, MODELS, SameStateOptions, model_of
 from redif_sdk.distill.presets import UPDATES, as_yaml, resolve
 from redif_sdk.errors import InvalidRequest
-from tests.test_other_methods import make_teacher
+from tests.gaussian import make_teacher
 
 #: Every method and estimator, with all that it can do switched on.
 ARMS: dict[str, dict[str, Any]] = {

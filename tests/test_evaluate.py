@@ -23,6 +23,7 @@ from redif_sdk.distill.measures.distances import (
 from redif_sdk.distill.measures.features import embed, name_of
 from redif_sdk.distill.measures.neighbours import neighbours, spread
 from redif_sdk.distill.measures.spectrum import Spectrum
+from redif_sdk.distill.teachers.adapters import drawing
 from redif_sdk.distill.teachers.base import Teacher
 
 
@@ -171,12 +172,12 @@ def test_text_students_are_judged_on_prompts_that_are_held_out(tmp_path: Path) -
     (folder / "redif_teacher.json").write_text(json.dumps(about | {"held_out": ["purple cow", "red star", "a box"]}))
     import_pipeline(folder, tmp_path / "student", [1], guidance_scale=1.0)
     teacher = Teacher.load(folder)
-    other = teacher.drawing(["purple cow"])
+    other = drawing(teacher, ["purple cow"])
     assert (other.name, other.guidance_scale, other.shape) == ("drawn", 1.5, teacher.shape)
     assert other.prompts is not None
     assert other.prompts.texts == ["purple cow"]
     assert other.fingerprint != teacher.fingerprint, "its pairs are others"
-    alone = teacher.drawing(["red heart", "blue star"])
+    alone = drawing(teacher, ["red heart", "blue star"])
     assert alone.identity == teacher.identity
     held, trained, given = (
         evaluate_folder(tmp_path / "student", folder, 16, baselines=False, **options)

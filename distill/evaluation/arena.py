@@ -24,6 +24,7 @@ from redif_sdk.distill.measures.distances import Judge, Statistics
 from redif_sdk.distill.measures.features import embed, name_of
 from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.distill.student import Student, load_student
+from redif_sdk.distill.teachers.adapters import drawing
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.results import label
@@ -217,7 +218,7 @@ def evaluate_folder(
         )
     which = None if teacher.prompts is None else "given" if prompts is not None else "trained on"
     if which == "trained on" and teacher.extra.get("held_out") and not trained_prompts:
-        teacher, which = teacher.drawing(teacher.extra["held_out"]), "held out"
+        teacher, which = drawing(teacher, teacher.extra["held_out"]), "held out"
     student.use_prompts(teacher.prompts)
     if teacher.decode is None:
         teacher = teacher.in_range(student.teacher.postprocess.value_range)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.known_schedulers import full_config, noise_process, usual_steps
 from redif_sdk.distill.teachers.own_scheduler import OwnScheduler
+from redif_sdk.distill.teachers.registry import adapted
 from redif_sdk.distill.teachers.sizes import check_decoder, check_sizes
 from redif_sdk.distill.teachers.text import Part, text_of
 from redif_sdk.distill.teachers.weights import check_weights
@@ -363,3 +364,25 @@ def _decoder(vae: Any, scale: int, *, shifted: bool) -> Decoder:
         scaling_factor=float(factor),
         shift_factor=float(shift),
     )
+
+
+def drawing(teacher: Teacher, prompts: Sequence[str]) -> Teacher:
+    """A text-to-image teacher on other prompts, with everything else as it is.
+
+    Raises:
+        InvalidRequest: it draws none, or these cannot be used.
+    """
+    if teacher.prompts is None or teacher.pipeline is None:
+        raise InvalidRequest(f"{teacher.name} draws no prompts")
+    scale = teacher.postprocess.scale
+    made = adapted(
+        teacher.pipeline,
+        prompts=prompts,
+        height=teacher.latents.height * scale,
+        width=teacher.latents.width * scale,
+        num_inference_steps=teacher.num_inference_steps,
+        about={key: value for key, value in teacher.extra.items() if key != "null_class"},  # a place after the prompts
+    )
+    kept = {name: getattr(teacher, name) for name in ("name", "revision", "folder", "micro_batch", "schedule")}
+    again: Teacher = replace(made, **kept).in_range(teacher.postprocess.value_range)
+    return again.guided(teacher.guidance_scale)

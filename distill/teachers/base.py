@@ -160,27 +160,6 @@ class Teacher(InRange):
         null = {key: self.extra[key] for key in ("null_prompt", "null_zeros") if key in self.extra}
         return replace(self, guidance=Guidance(scale=scale, null_class=null_class, **null))
 
-    def drawing(self, prompts: Sequence[str]) -> Teacher:
-        """This teacher on other prompts, with everything else as it is.
-
-        Raises:
-            InvalidRequest: it draws none, or these cannot be used.
-        """
-        if self.prompts is None or self.pipeline is None:
-            raise InvalidRequest(f"{self.name} draws no prompts")
-        scale = self.postprocess.scale
-        made = adapted(
-            self.pipeline,
-            prompts=prompts,
-            height=self.latents.height * scale,
-            width=self.latents.width * scale,
-            num_inference_steps=self.num_inference_steps,
-            about={key: value for key, value in self.extra.items() if key != "null_class"},  # a place after the prompts
-        )
-        kept = {name: getattr(self, name) for name in ("name", "revision", "folder", "micro_batch", "schedule")}
-        again: Teacher = replace(made, **kept).in_range(self.postprocess.value_range)
-        return again.guided(self.guidance_scale)
-
     def at_steps(self, num_inference_steps: int) -> Teacher:
         """This teacher with so many steps for an output, after a trial of its scheduler at these.
 

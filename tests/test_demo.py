@@ -270,10 +270,17 @@ def test_the_command_refuses(
 
     assert "redif import" in error(tiny_student, "--teacher", teacher_folder)
     assert "two students are named tiny" in error(tiny_student, tiny_student)
+
+
+def test_the_command_refuses_a_port_that_is_in_use(tiny_student: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "is the port in use?" in error(tiny_student, "--port", str(taken.getsockname()[1]))
+        command = [*REDIF, "demo", str(tiny_student), "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "is the port in use?" in done.stderr
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pipelines
 import pytest
 import torch
 from torch import nn
 
-from redif_sdk.models.hollow import computing, hollow, is_streamed, keep_mapped, original, stored, streamed
+from redif_sdk.models.hollow import computing, files_of, hollow, is_streamed, keep_mapped, original, stored, streamed
 
 
 def called(network: nn.Module) -> torch.Tensor:
@@ -85,8 +86,13 @@ def test_integer_buffers_keep_their_values() -> None:
 def test_only_marked_networks_are_streamed_and_the_original_is_kept() -> None:
     network = pipelines.unet(32)
     assert computing(network) is network
-    made = computing(keep_mapped(network))
+    file = Path("weights.safetensors")
+    made = computing(keep_mapped(network, [file]))
     assert is_streamed(made)
+    assert (files_of(network), files_of(made)) == ((file,), ())
     assert original(made) is network
     assert original(network) is network
     assert sum(1 for _ in made.modules()) == sum(1 for _ in network.modules())
+    with torch.no_grad():
+        next(iter(network.parameters())).mul_(2)
+    assert files_of(network) == (), "its weights are no longer those of the file"

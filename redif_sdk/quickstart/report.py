@@ -110,8 +110,8 @@ def _quality(rows: list[dict[str, Any]], real: bool) -> Table:
     for row in rows:
         name = names.get(row["method"], f"student: {label(row)}")
         counts = [str(row["num_inference_steps"]), str(row["network_calls"])]
-        tail = [_number(row["mse"], 4), *(_number(row[key], 2) for key in ("precision", "recall", "coverage"))]
-        cells.append((_is_student(row), [name, *counts, *(_number(row[key]) for key in distances), *tail]))
+        tail = [_number(row["mse"], 4), *(_number(row.get(key), 2) for key in ("precision", "recall", "coverage"))]
+        cells.append((_is_student(row), [name, *counts, *(_number(row.get(key)) for key in distances), *tail]))
     return ["", "steps", "calls", *distances.values(), "paired MSE", "precision", "recall", "coverage"], cells
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -67,6 +68,13 @@ def main() -> None:
     parser.add_argument(
         "--contenders", default=",".join(CONTENDERS), help="comma-separated; an engine may end in ' low'"
     )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="draws too: COMMAND STEPS SIDE (peers/README.md)",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = [] if arguments.keep and student_of(arguments).is_dir() else chain(arguments)
@@ -112,6 +120,9 @@ def images(asked: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         for precision in asked.precision.split(","):
             commands[f"{name} {precision}"] = [sys.executable, "-c", STUDENT, student, *given, name, precision]
+    for peer in asked.peer:
+        name, _, command = peer.partition("=")
+        commands[name] = [*shlex.split(command), *given]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for _ in range(asked.rounds):
         for name, command in commands.items():

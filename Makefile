@@ -17,7 +17,7 @@ help:
 	@echo "make bench-distill-smoke  the whole comparison of methods at a toy budget"
 	@echo "make bench-real  Stable Diffusion 1.5 and SDXL through import, export, images and training; hours"
 	@echo "make format      let ruff rewrite the sources"
-	@echo "make schema      write docs/schema/redif-1.json anew from the code"
+	@echo "make schema      write docs/schema anew from the code"
 	@echo "make build       wheel and sdist, in dist/"
 	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
 
@@ -81,6 +81,8 @@ format: $(READY)
 schema: $(READY)
 	$(BIN)/python -m redif_sdk.artifact.schema > docs/schema/redif-1.json.new
 	mv docs/schema/redif-1.json.new docs/schema/redif-1.json
+	$(BIN)/python -m redif_sdk.reward_server.protocol > docs/schema/reward.json.new
+	mv docs/schema/reward.json.new docs/schema/reward.json
 
 # The wheel is made from the sdist, so that nothing that an earlier build left behind gets into it.
 build: $(READY)

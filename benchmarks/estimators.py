@@ -22,7 +22,7 @@ from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.evaluation.arena import outputs
 from redif_sdk.distill.measures.distances import Judge
 from redif_sdk.distill.measures.features import embed
-from redif_sdk.distill.rewards import TextureReward
+from redif_sdk.distill.rewards import Batch, TextureReward
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document, write_json
 
@@ -34,8 +34,8 @@ class OneNumber:
 
     name = "texture (one number)"
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        return TextureReward()(images, targets, condition).mean((1, 2))
+    def __call__(self, batch: Batch) -> Tensor:
+        return TextureReward()(batch).mean((1, 2))
 
 
 EXPLORING = {"exploration": 0.03, "exploration_rank": 0, "group_size": 32, "step_delta": 2.5}

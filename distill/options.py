@@ -135,6 +135,10 @@ class Trajectories(Grouped):
     kl: float = Field(
         0.0, ge=0, description="Weight of the KL, a mean over elements, to the network that reinforcement began with."
     )
+    group_noise: Literal["same", "different"] = Field(
+        "same",
+        description="A group's trajectories begin at one noise, or each at its own: for rewards that see the prompt.",
+    )
     ppo_epochs: int = Field(1, ge=1, description="Optimiser steps on each batch of trajectories.")
 
 

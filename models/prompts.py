@@ -68,8 +68,8 @@ def checked(prompts: Sequence[str]) -> list[str]:
 class Prompts:
     """Encoded prompts by index: (B,) int64 -> the tensors that the network takes, by name.
 
-    The index ``null`` = ``len(prompts)`` is the null prompt of guidance. Copies of a network share one object, since
-    nothing in it is trained.
+    The index ``null`` = ``len(prompts)`` is the null prompt of guidance; those after it are of prompts that are not
+    trained on, but were asked for (`ask`). Copies of a network share one object, since nothing in it is trained.
 
     Args:
         texts: The prompts.
@@ -91,6 +91,8 @@ class Prompts:
         self._copies: dict[torch.device, dict[str, Tensor]] = {}  # of the rows, on the devices that ask for them
         self._known = torch.zeros(len(self.texts) + 1, dtype=torch.bool)
         self._all_known = False
+        self._places = {text: place for place, text in enumerate(self.texts)}
+        self._more: list[str] = []  # asked for, beside those that are trained on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
         return self
@@ -102,6 +104,33 @@ class Prompts:
     def null(self) -> int:
         """The index of the null prompt."""
         return len(self.texts)
+
+    def text(self, place: int) -> str:
+        """The prompt at an index.
+
+        Raises:
+            IndexError: There is none.
+        """
+        if place < self.null:
+            return self.texts[place]
+        return self.null_prompt if place == self.null else self._more[place - self.null - 1]
+
+    def ask(self, prompts: Sequence[str]) -> Tensor:
+        """The indices (B,) int64 of any prompts: each is encoded once, when it is first needed.
+
+        Raises:
+            InvalidRequest: One is no text, too long, or holds a control character.
+        """
+        places = []
+        for prompt in prompts:
+            (text,) = checked([prompt])
+            if text not in self._places:
+                self._more.append(text)
+                self._places[text] = self.null + len(self._more)
+                self._known = torch.cat([self._known, torch.zeros(1, dtype=torch.bool)])
+                self._all_known = False
+            places.append(self._places[text])
+        return torch.tensor(places, dtype=torch.int64)
 
     def examples(self, most: int) -> list[str]:
         """The first prompts that a manifest takes, up to ``most``: none with invisible characters.
@@ -153,13 +182,22 @@ class Prompts:
             return
         missing = torch.unique(places[~self._known[places]])
         for part in missing.split(ENCODE_BATCH):
-            wanted = [self.null_prompt if int(i) == self.null else self.texts[int(i)] for i in part]
+            wanted = [self.text(int(place)) for place in part]
             for name, values in self._encode(wanted).items():
                 if self.null_zeros:
                     values = torch.where((part == self.null).view(-1, *[1] * (values.dim() - 1)), 0, values.cpu())
-                if name not in self._rows:  # as large as all prompts need; the pages are taken when they are written
-                    self._rows[name] = torch.empty(len(self._known), *values.shape[1:], dtype=values.dtype)
-                self._rows[name][part] = values.cpu()
+                self._room(name, values)[part] = values.cpu()
         self._known[missing] = True
         self._all_known = bool(self._known.all())
         self._copies.clear()
+
+    def _room(self, name: str, values: Tensor) -> Tensor:
+        """The rows of a tensor, as large as all prompts need; the pages are taken when they are written."""
+        rows, wanted = self._rows.get(name), len(self._known)
+        if rows is None or len(rows) < wanted:
+            size = wanted if rows is None else wanted + wanted // 2  # more are asked for one by one
+            room = torch.empty(size, *values.shape[1:], dtype=values.dtype)
+            if rows is not None:
+                room[: len(rows)] = rows
+            self._rows[name] = room
+        return self._rows[name]

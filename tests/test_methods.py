@@ -22,6 +22,7 @@ from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.methods.times import times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.student import distill, sample_pool
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.calling import check_deterministic
@@ -276,8 +277,8 @@ def test_texture_is_blind_to_form_and_sees_blur() -> None:
     sharp, other = torch.rand(2, 8, 1, 16, 16, generator=generator) * 2 - 1
     blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
     reward = TextureReward()
-    assert reward(sharp, sharp, None).abs().max() == 0
-    same_kind, blur = (float(reward(images, sharp, None).mean()) for images in (other, blurred))
+    assert reward(Batch(sharp, sharp, None)).abs().max() == 0
+    same_kind, blur = (float(reward(Batch(images, sharp, None)).mean()) for images in (other, blurred))
     assert blur < 3 * same_kind < 0
 
 
@@ -288,7 +289,9 @@ def test_texture_averages_energies_over_windows_and_compares_each_group_with_its
     torch.testing.assert_close(texture._pooled(maps), pooled)
     images, targets = (torch.rand(n, 1, 12, 12, generator=draw) for n in (150, 3))
     reward = TextureReward()
-    torch.testing.assert_close(reward(images, targets, None), reward(images, targets.repeat(50, 1, 1, 1), None))
+    torch.testing.assert_close(
+        reward(Batch(images, targets, None)), reward(Batch(images, targets.repeat(50, 1, 1, 1), None))
+    )
 
 
 def test_a_far_pixel_does_not_change_the_map() -> None:
@@ -297,7 +300,7 @@ def test_a_far_pixel_does_not_change_the_map() -> None:
     changed = images.clone()
     changed[..., 12, 12] += 0.5
     reward, target = TextureReward(), torch.zeros(1, 1, 24, 24)
-    rows, columns = (reward(images, target, None) != reward(changed, target, None))[0].nonzero().T
+    rows, columns = (reward(Batch(images, target, None)) != reward(Batch(changed, target, None)))[0].nonzero().T
     stride = 2
     centres = torch.stack([rows, columns]) * stride + 2  # of a window of 5
     assert int((centres - 12).abs().max()) <= reward.reach
@@ -356,6 +359,26 @@ def test_trajectory_groups_raise_the_reward(teacher: Teacher, pairs: pool.Pairs)
     before = run.check()["reward"]
     run.run()
     assert run.check()["reward"] > before
+
+
+def test_a_group_may_begin_at_several_noises(teacher: Teacher, pairs: pool.Pairs) -> None:
+    """For rewards that see the prompt; one that compares with the teacher's image of a noise would say nothing."""
+    settings = {"estimator": "trajectory", "group_noise": "different", "group_size": 4, "warm_start": 0.0}
+    made = context(teacher, pairs, reward=lambda batch: batch.images.mean((1, 2, 3)), **settings)
+    groups = TrajectoryGroups(made, Exploration.white(pairs.noise[0].numel()), None)
+    states, _, _, output = groups.rollout(pairs[:3], torch.Generator().manual_seed(0))
+    starts = states[0].unflatten(0, (4, 3))
+    torch.testing.assert_close(starts[0], made.policy.start(pairs[:3].noise))
+    flat = starts.flatten(0, 1).flatten(1)
+    assert (torch.cdist(flat, flat) + 1e3 * torch.eye(12)).min() > 1
+    assert output.shape == states[0].shape
+    run = trainer(teacher, pairs, reward=lambda batch: batch.images.mean((1, 2, 3)), updates=40, learning_rate=3e-3,
+                  regression_weight=0.0, ema_decay=0.0, clip_mean_shift=0.5, **settings)  # fmt: skip
+    before = run.check()["reward"]
+    run.run()
+    assert run.check()["reward"] > before
+    with pytest.raises(InvalidRequest, match="the reward pixel compares with the teacher's image of one noise"):
+        trainer(teacher, pairs, reward="pixel", **settings)
 
 
 def test_kl_has_a_gradient(teacher: Teacher, pairs: pool.Pairs) -> None:
@@ -672,8 +695,8 @@ def test_feature_reward_prefers_the_teacher_s_image(teacher: Teacher, pairs: poo
     reward, _ = make_rewards("feature", teacher, pairs, 0)[0]
     images = teacher.images(pairs.target).clamp(-1, 1)
     near, far = images + 0.02 * torch.randn_like(images), images + 0.3 * torch.randn_like(images)
-    same, close, distant = (reward(x, images, None) for x in (images, near, far))
+    same, close, distant = (reward(Batch(x, images, None)) for x in (images, near, far))
     assert float(same.abs().max()) < 1e-6
     assert (close > distant).all()
-    grouped = reward(torch.cat([near, far]), images.repeat(2, 1, 1, 1), None)
+    grouped = reward(Batch(torch.cat([near, far]), images.repeat(2, 1, 1, 1), None))
     torch.testing.assert_close(grouped, torch.cat([close, distant]))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.config import DistillConfig, applicable
-from redif_sdk.distill.rewards import Discriminator, PixelReward, make_rewards
+from redif_sdk.distill.rewards import Batch, Discriminator, PixelReward, make_rewards
 from redif_sdk.distill.rewards.feature import FeatureNetwork, FeatureReward, prompt_vectors, train_on
 from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward
@@ -88,7 +88,7 @@ def test_distribution_matching_as_a_reward_finds_the_distribution(teacher: Teach
     assert distance() < 0.25 * before
     assert run.meter.teacher_calls == 250 * 64  # the groups ask nothing more of the networks
     with pytest.raises(InvalidRequest, match="learnt from alone"):
-        run.context.advantage.rewards[0][0](torch.zeros(3, *SHAPE), torch.zeros(3, *SHAPE), None)
+        run.context.advantage.rewards[0][0](Batch(torch.zeros(3, *SHAPE), torch.zeros(3, *SHAPE)))
 
 
 @pytest.mark.parametrize("name", ["discriminator", "mmd"])
@@ -98,8 +98,8 @@ def test_a_learnt_reward_prefers_the_teachers_pictures(teacher: Teacher, name: s
     wrong = -run.pairs.target[:16]  # dark where the teacher's are bright
     for update in range(60):
         reward.learn(run.context, wrong, run.pairs[:16], torch.Generator().manual_seed(update))  # type: ignore[attr-defined]
-    of_teacher = reward(run.pairs.target[16:32], wrong, None)
-    assert of_teacher.mean() > reward(-run.pairs.target[16:32], wrong, None).mean() + 0.05
+    of_teacher = reward(Batch(run.pairs.target[16:32], wrong, None))
+    assert of_teacher.mean() > reward(Batch(-run.pairs.target[16:32], wrong, None)).mean() + 0.05
 
 
 def test_auxiliary_networks_are_charged_by_their_cost(teacher: Teacher) -> None:
@@ -121,9 +121,9 @@ def test_no_reward_is_called_twice_for_the_same_images(teacher: Teacher, method:
     seen: list[bytes] = []
 
     class Counting(PixelReward):
-        def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-            seen.append(images.numpy().tobytes())
-            return super().__call__(images, targets, condition)
+        def __call__(self, batch: Batch) -> Tensor:
+            seen.append(batch.images.numpy().tobytes())
+            return super().__call__(batch)
 
     trainer(teacher, Counting(), method=method, updates=3).run()
     assert len(seen) >= 4  # three updates and a check
@@ -145,10 +145,10 @@ class Unsure(PixelReward):
     def __init__(self, nth: int) -> None:
         self.nth, self.asked, self.unjudged = nth, 0, 0
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        self.unjudged += (self.asked + len(images)) // self.nth - self.asked // self.nth
-        self.asked += len(images)
-        return super().__call__(images, targets, condition)
+    def __call__(self, batch: Batch) -> Tensor:
+        self.unjudged += (self.asked + len(batch)) // self.nth - self.asked // self.nth
+        self.asked += len(batch)
+        return super().__call__(batch)
 
 
 @pytest.mark.parametrize(("nth", "warned"), [(200, 0), (50, 1)])
@@ -188,7 +188,7 @@ def test_lpips_ranks_a_shift_of_colour_behind_a_little_noise() -> None:
     draw = torch.Generator().manual_seed(0)
     target = torch.rand(4, 3, 32, 32, generator=draw) * 2 - 1
     near = target + 0.05 * torch.randn(target.shape, generator=draw)
-    values = LpipsReward()(torch.cat([target, near, -target]), target.repeat(3, 1, 1, 1), None).view(3, 4)
+    values = LpipsReward()(Batch(torch.cat([target, near, -target]), target.repeat(3, 1, 1, 1))).view(3, 4)
     assert torch.all(values[0] > -1e-4)
     assert torch.all(values[0] > values[1])
     assert torch.all(values[1] > values[2])
@@ -206,7 +206,7 @@ def test_pretrained_encoders_from_a_folder(teacher: Teacher, tmp_path: Path, kin
         Dinov2Model(Dinov2Config(**tiny)).save_pretrained(tmp_path / "m")
     ((reward, _),) = make_rewards(f"{kind}:{tmp_path / 'm'}", teacher, pool.get(teacher, 64, "train")[0], 0)
     target = torch.rand(3, 3, 32, 32) * 2 - 1
-    values = reward(torch.cat([target, -target]), target.repeat(2, 1, 1, 1), None).view(2, 3)
+    values = reward(Batch(torch.cat([target, -target]), target.repeat(2, 1, 1, 1), None)).view(2, 3)
     assert torch.allclose(values[0], torch.ones(3), atol=1e-5)
     assert torch.all(values[1] < values[0])
     with pytest.raises(InvalidRequest, match="holds no model"):
@@ -218,7 +218,7 @@ def test_the_mmd_witness_has_a_gradient(teacher: Teacher) -> None:
     reward = run.context.advantage.rewards[0][0]
     assert isinstance(reward, MmdReward)
     images: Tensor = run.pairs.target[:4].clone().requires_grad_()
-    reward(images, images.detach(), None).sum().backward()
+    reward(Batch(images, images.detach(), None)).sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
 
@@ -257,5 +257,5 @@ def test_the_feature_reward_of_a_text_to_image_teacher_knows_no_classes() -> Non
     found = FeatureReward.fit(teacher, pool.compute(teacher, 8, "train"), 0, updates=2, batch=4)
     assert found.network.head.out_features == 32  # the text encoder's width
     images = torch.rand(4, 3, 16, 16) * 2 - 1
-    assert torch.equal(found(images, images, None), torch.zeros(4))
-    assert bool((found(images, images.flip(0), None) < 0).all())
+    assert torch.equal(found(Batch(images, images)), torch.zeros(4))
+    assert bool((found(Batch(images, images.flip(0))) < 0).all())

@@ -24,8 +24,10 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_pipeline, load_student, pool
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import applicable
+from redif_sdk.distill.methods.times import table_at
 from redif_sdk.distill.student import pool_size, recorded, training_folder
 from redif_sdk.distill.teachers.large import sized
+from redif_sdk.distill.training.check import Watch
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
 
@@ -338,3 +340,42 @@ def test_bfloat16_is_used_only_where_it_is_seen_to_run(
     assert os.environ[precision.VARIABLE] == str(int(works))  # what processes that it starts will take
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert precision.cpu_has_bf16.__wrapped__() is works  # said beforehand
+
+
+def test_a_check_that_looks_hacked_is_warned_of() -> None:
+    """The rules that docs/design.md states; a reward that rises alone is no hack, nor is detail that comes back."""
+    plain = {"reward": 0.0, "recall": 0.8, "detail": 1.0, "grid": 1.0}
+    better = plain | {"reward": 1.0}
+    for now, said in (
+        (better, None),
+        (better | {"recall": 0.6}, "recall falls while the reward rises"),
+        (better | {"detail": 1.6}, "fine detail goes to 1.6 times the teacher's"),
+        (better | {"detail": 0.5}, "fine detail goes to 0.5 times"),
+        (better | {"grid": 2.0}, "a grid of pixels grows to 2 times"),
+        (plain | {"reward": -1.0, "grid": 9.0}, None),
+    ):
+        watch = Watch(1)
+        watch.look(plain)
+        found = watch.look(now)
+        assert (said or "") in found.get("warning", ""), now
+        assert ("warning" in found) == (said is not None), now
+        assert bool(watch.stopped) == (now is not better), now
+    watch = Watch(0)
+    watch.look(plain | {"detail": 0.3})
+    assert watch.look(better | {"detail": 0.5}) == {}
+
+
+def test_training_goes_on_from_a_start_at_its_own_times(teacher_folder: Path, tmp_path: Path) -> None:
+    """The step table of the start is that of the run, where it has one of as many steps."""
+    import_pipeline(str(teacher_folder), tmp_path / "start", [2])
+    config = DistillConfig.checked(
+        updates=1, num_inference_steps=2, batch_size=4, pool_size=8, schedule_updates=0, warm_start=0.0, group_size=4
+    )
+    start = load_student(tmp_path / "start")
+    plain = distill(str(teacher_folder), config, start=start, progress=False)
+    assert plain.tables[0].timesteps.tolist() == start.tables[0].timesteps.tolist()
+    other = table_at(start.teacher.schedule, [777.0, 222.0], start.tables[0].prediction_type)
+    start.tables = [*start.tables, table_at(start.teacher.schedule, [800.0], "v_prediction")]
+    start.tables[0] = other
+    student = distill(str(teacher_folder), config, start=start, progress=False)
+    assert student.tables[0].timesteps.tolist() == [777.0, 222.0]

@@ -18,6 +18,7 @@ from redif_sdk.cli.main import app
 from redif_sdk.distill import DistillConfig, Student, Teacher, pool
 from redif_sdk.distill.methods.regression import visible_residual
 from redif_sdk.distill.rewards import make_rewards
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.teachers.value_range import measured_range
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
@@ -110,7 +111,7 @@ def test_rewards_and_errors_follow_the_range() -> None:
         for teacher, images in ((plain, lambda x: x), (moved, stretched)):
             pairs = pool.Pairs(torch.randn(16, *SHAPE), images(target), None)
             ((reward, _),) = make_rewards(name, teacher, pairs, 0)
-            values.append(reward(teacher.seen(images(output)), teacher.seen(images(target)), None))
+            values.append(reward(Batch(teacher.seen(images(output)), teacher.seen(images(target)), None)))
         torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-3)
     residual = visible_residual(stretched(output), stretched(target), (low, high), moved.amplitude)
     torch.testing.assert_close(residual, visible_residual(output, target, (-1.0, 1.0)), atol=1e-5, rtol=0)

@@ -234,7 +234,7 @@ class _Examination:
             white = Exploration.white(self.pairs.noise[0].numel(), self.pairs.noise.device)
             generator = torch.Generator().manual_seed(0)
             xi = white.antithetic(self.options.group_size, tuple(self.pairs.target.shape), generator)
-            advantage = Advantage([(reward, 1.0)], self.teacher.unit_images)
+            advantage = Advantage([(reward, 1.0)], self.teacher.unit_images, teacher=self.teacher)
             actions = self.pairs.target + self.options.exploration * self.teacher.amplitude * xi
             advantage(actions, self.pairs.target, self.pairs.condition)
             if advantage.dropped:

@@ -20,6 +20,7 @@ from redif_sdk.distill.methods.regression import to_target
 from redif_sdk.distill.methods.score import ScoreMethod
 from redif_sdk.distill.options import DmdOptions
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.discriminator import Discriminator
 from redif_sdk.distill.rewards.fake_score import FakeScore
 
@@ -51,7 +52,8 @@ class Dmd(ScoreMethod):
         figures = {"mse": mse, "fake_loss": fake_loss}
         if self.discriminator is not None:
             figures |= self.discriminator.learn(context, output.detach(), batch, generator)
-            fooled = self.discriminator(context.images(output), output.detach(), batch.condition).mean()
+            images = context.images(output)
+            fooled = self.discriminator(Batch(images, images.detach(), batch.condition)).mean()
             loss = loss - options.gan_weight * fooled
         yield loss, figures
 

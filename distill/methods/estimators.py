@@ -163,7 +163,11 @@ class TrajectoryGroups:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """G trajectories: of the noisy rows the states, actions and means (G B, C, H, W); and the final output."""
         policy, options = self.context.policy, self.options
-        x = policy.start(batch.noise.repeat(options.group_size, 1, 1, 1))
+        starts = batch.noise.repeat(options.group_size, 1, 1, 1)
+        if options.group_noise == "different":  # the first of a group is the pool's, the others are drawn
+            more = (options.group_size - 1, *batch.noise.shape)
+            starts[len(batch) :] = draws.normal(more, generator, starts.device, dim=1).flatten(0, 1)
+        x = policy.start(starts)
         labels = None if batch.condition is None else batch.condition.repeat(options.group_size)
         states, actions, means = [], [], []
 

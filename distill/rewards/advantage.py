@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,25 @@ from torch.nn import functional as F
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import counted, flops
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch, asked_of
 from redif_sdk.distill.rewards.protocol import LearningReward, Reward, RewardContext, name_of
+from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
 
-__all__ = ["Advantage"]
+__all__ = ["Advantage", "Score"]
 
 _log = logging.getLogger(__name__)
 UNJUDGED_WARN, UNJUDGED_STOP = 0.01, 0.2  # shares of the images
 UNJUDGED_LEAST = 100  # images, before a run is stopped
+
+
+@dataclass(frozen=True)
+class Score:
+    """What ``reward`` says of a batch: a ``value`` (N,) or (N, h, w), one of several where it gives many."""
+
+    value: Tensor
+    weight: float
+    reward: Reward
 
 
 @dataclass
@@ -37,6 +48,7 @@ class Advantage:
     to_images: Callable[[Tensor], Tensor]
     clip: float = 5.0
     clamped: bool = True  # off: the rewards see latents, which have no range
+    teacher: Teacher | None = None  # whose prompts or classes the conditions are
     dropped: int = 0
     groups: int = 0
     charge: Callable[[float], None] = lambda operations: None  # is told what decoding and the rewards' networks cost
@@ -83,8 +95,8 @@ class Advantage:
         return images.clamp(-1, 1) if self.clamped else images
 
     @torch.no_grad()
-    def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Tensor]:
-        """Each reward's values for ``outputs`` (N, C, H, W) against ``targets``: (N,) or (N, h, w) each.
+    def values(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> list[Score]:
+        """The rewards' scores of ``outputs`` (N, C, H, W) against ``targets``.
 
         Targets may be fewer, where outputs are groups of them one after the other.
         """
@@ -99,36 +111,31 @@ class Advantage:
         condition: Tensor | None,
         passes: int,
         wanted: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Each reward's values.
+    ) -> list[Score]:
+        """The scores of ``rewards``.
 
         Args:
             passes: what a call costs in forward ones: 3 where its gradient is taken.
             wanted: the targets' images, where they are decoded already.
         """
-        repeats, values = (len(outputs) // len(targets), 1, 1, 1), []
+        repeats, scores = (len(outputs) // len(targets), 1, 1, 1), []
         wanted = self.images(targets) if wanted is None else wanted
-        for index, (reward, _) in enumerate(rewards):
+        for index, (reward, weight) in enumerate(rewards):
             in_latents = getattr(reward, "space", "images") == "latents"
             given = (outputs, targets) if in_latents else (images, wanted)
             if not getattr(reward, "grouped", False):
                 given = (given[0], given[1].repeat(repeats))
+            batch = Batch(*given, condition, self.teacher)
             before = getattr(reward, "unjudged", 0)
             if (index, len(images)) in self._costs:
-                value = reward(*given, condition)
+                answer = asked_of(reward, batch)
             else:  # counted in its first call, since a reward may be anything and must not be called twice
-                value, self._costs[index, len(images)] = counted(reward, *given, condition)
+                answer, self._costs[index, len(images)] = counted(asked_of, reward, batch)
             self.charge(passes * self._costs[index, len(images)])
             if hasattr(reward, "unjudged"):
                 self._look_at_unjudged(name_of(reward), len(images), reward.unjudged - before)
-            value = value.float().to(images.device)
-            values.append(value)
-            name = name_of(reward)
-            if value.dim() not in (1, 3) or len(value) != len(images):
-                raise InvalidRequest(f"the reward {name} gave shape {tuple(value.shape)} for {len(images)} images")
-            if not torch.isfinite(value).all():
-                raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
-        return values
+            scores += _scores(answer, reward, weight, images)
+        return scores
 
     def _look_at_unjudged(self, name: str, count: int, unjudged: int) -> None:
         """Of ``count`` images a reward could not judge some: a warning above 1 %, the end of the run above 20 %."""
@@ -152,7 +159,7 @@ class Advantage:
 
     def score(self, outputs: Tensor, targets: Tensor, condition: Tensor | None) -> float:
         """The weighted mean reward of a batch: what the log shows. Rewards that judge locally are left out."""
-        return float(sum(weight * value.mean().item() for value, weight in self.each(outputs, targets, condition)))
+        return float(sum(s.weight * s.value.mean().item() for s in self.each(outputs, targets, condition)))
 
     @torch.no_grad()
     def each(
@@ -161,15 +168,14 @@ class Advantage:
         targets: Tensor,
         condition: Tensor | None,
         images: tuple[Tensor, Tensor] | None = None,
-    ) -> list[tuple[Tensor, float]]:
-        """Values of each reward for a batch, (N,) or (N, h, w), with its weight; without those that judge locally.
+    ) -> list[Score]:
+        """The rewards' scores of a batch, without those of rewards that judge locally.
 
         ``images``: of outputs and targets, where they are decoded already.
         """
         able = [(reward, weight) for reward, weight in self.rewards if not getattr(reward, "local", False)]
         seen, wanted = images or (self.images(outputs), None)
-        values = self._judged(able, outputs, seen, targets, condition, 1, wanted)
-        return [(value, weight) for value, (_, weight) in zip(values, able, strict=True)]
+        return self._judged(able, outputs, seen, targets, condition, 1, wanted)
 
     def __call__(self, outputs: Tensor, targets: Tensor, condition: Tensor | None, *, by_place: bool = False) -> Tensor:
         """``outputs`` (G, B, C, H, W), ``targets`` (B, C, H, W) -> (G, B).
@@ -178,16 +184,18 @@ class Advantage:
         """
         group, batch = outputs.shape[:2]
         labels = None if condition is None else condition.repeat(group)
-        values = self.values(outputs.flatten(0, 1), targets, labels)
-        by_place = by_place and any(value.dim() == 3 for value in values)
+        scores = self.values(outputs.flatten(0, 1), targets, labels)
+        by_place = by_place and any(score.value.dim() == 3 for score in scores)
         total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()), device=outputs.device)
         pixels = self.images(targets[:1]).shape[-2] if by_place else 0
-        for value, (reward, weight) in zip(values, self.rewards, strict=True):
+        for score in scores:
+            value, reach = score.value, getattr(score.reward, "reach", 0)
             if value.dim() == 3:
-                value = _around(value, outputs, pixels, getattr(reward, "reach", 0)) if by_place else value.mean((1, 2))
+                value = _around(value, outputs, pixels, reach) if by_place else value.mean((1, 2))
             advantage = _normalise(value.unflatten(0, (group, batch)))
-            total = total + weight * (advantage[..., None, None] if by_place and advantage.dim() == 2 else advantage)
-        advantage = _normalise(total) if len(self.rewards) > 1 else total
+            advantage = advantage[..., None, None] if by_place and advantage.dim() == 2 else advantage
+            total = total + score.weight * advantage
+        advantage = _normalise(total) if len(scores) > 1 else total
         flat = (advantage == 0).transpose(0, 1).flatten(1).all(1)
         self.dropped += int(flat.sum())
         self.groups += batch
@@ -210,16 +218,41 @@ class Advantage:
             images = self.to_images(variable)
             if self.clamped:
                 images = images + (images.clamp(-1, 1) - images).detach()
-            values = self._judged(self.rewards, variable, images, targets, condition, 3)
+            scores = self._judged(self.rewards, variable, images, targets, condition, 3)
             total = torch.zeros_like(outputs)
-            for value, (reward, weight) in zip(values, self.rewards, strict=True):
-                if not value.requires_grad:
+            for score in scores:
+                if not score.value.requires_grad:
                     raise InvalidRequest(
-                        f"the reward {name_of(reward)} has no gradient; use the estimator same-state, which needs none"
+                        f"the reward {name_of(score.reward)} has no gradient; use the estimator same-state, which "
+                        "needs none"
                     )
-                (gradient,) = torch.autograd.grad(value.sum(), variable, retain_graph=True)
-                total += weight * gradient / draws.mean(gradient.pow(2)).sqrt().clamp_min(1e-12)
+                (gradient,) = torch.autograd.grad(score.value.sum(), variable, retain_graph=True)
+                total += score.weight * gradient / draws.mean(gradient.pow(2)).sqrt().clamp_min(1e-12)
         return total
+
+
+def _scores(answer: Any, reward: Reward, weight: float, images: Tensor) -> list[Score]:
+    """The scores in a reward's ``answer``: one tensor, or several by name; of weight 0: none.
+
+    Raises:
+        InvalidRequest: not a number an image.
+        TrainingDiverged: a value is not finite.
+    """
+    own = getattr(reward, "weights", {})
+    parts = answer if isinstance(answer, Mapping) else {"": answer}
+    scores = []
+    for part, value in parts.items():
+        name = f"{name_of(reward)}, {part}," if part else name_of(reward)
+        if not isinstance(value, Tensor) or value.dim() not in (1, 3) or len(value) != len(images):
+            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise InvalidRequest(f"the reward {name} gave {given} for {len(images)} images")
+        if not torch.isfinite(value).all():
+            raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
+        if share := own.get(part, 1.0):
+            scores.append(Score(value.float().to(images.device), weight * share, reward))
+    if not scores:
+        raise InvalidRequest(f"the reward {name_of(reward)} gave no score that has a weight; it gave {sorted(parts)}")
+    return scores
 
 
 def _around(maps: Tensor, outputs: Tensor, pixels: int, reach: int) -> Tensor:

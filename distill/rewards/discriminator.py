@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
 
@@ -95,8 +96,8 @@ class Discriminator:
             self.network.requires_grad_(False)
         return {"discriminator_loss": loss.item()}
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        return -F.softplus(-self.network(images, condition))
+    def __call__(self, batch: Batch) -> Tensor:
+        return -F.softplus(-self.network(batch.images, batch.condition))
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from redif_sdk.distill.options import FakeScoreOptions
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.errors import InvalidRequest
@@ -46,11 +47,11 @@ class DistributionReward:
             self.fake = FakeScore.make(context)
         return self.fake
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        if self.outputs is None or self.rise is None or len(images) % len(self.outputs):
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.outputs is None or self.rise is None or len(batch) % len(self.outputs):
             raise InvalidRequest("the reward distribution judges actions around the outputs it learnt from alone")
-        repeats = (len(images) // len(self.outputs), 1, 1, 1)
-        return (self.rise.repeat(repeats) * (images - self.outputs.repeat(repeats))).sum(1)
+        repeats = (len(batch) // len(self.outputs), 1, 1, 1)
+        return (self.rise.repeat(repeats) * (batch.images - self.outputs.repeat(repeats))).sum(1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"fake": None if self.fake is None else self.fake.state_dict()}

@@ -1,133 +1,127 @@
 """A black-box reward: an HTTP server that is sent images and answers with numbers.
 
 It can be a classifier in another language, people who vote, the size of a file. It needs no gradient; the
-policy-gradient estimators work with it. `EndpointReward` describes request and response.
+policy-gradient estimators work with it. ``redif_sdk/reward_server/protocol.py`` has request and answer, ``redif
+serve-reward`` makes such a server of a function.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import math
-import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from redif_sdk.errors import InvalidRequest, RuntimeUnavailable, TrainingDiverged
-from redif_sdk.images import to_pil
+from redif_sdk.distill.rewards.batch import Batch
+from redif_sdk.distill.rewards.http import Server, encoded, judged
+from redif_sdk.errors import InvalidRequest
+from redif_sdk.reward_server.protocol import RewardAnswer, RewardRequest
 
-__all__ = ["EndpointReward", "is_endpoint"]
-
-LARGEST_ANSWER = 1 << 24  # bytes
-_FIRST_WAIT = 0.5  # seconds before the second attempt; doubled for each one after it
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-def is_endpoint(name: str) -> bool:
-    """Whether a reward's name is a URL."""
-    return name.startswith(("http://", "https://"))
+__all__ = ["EndpointReward"]
 
 
 class EndpointReward:
-    """POSTs ``{"images": [PNG as base64, ...], "targets": [...], "class_labels": [...] or null}``.
+    """POSTs `RewardRequest`, and takes a `RewardAnswer`: one number an image, or several scores by name.
 
-    The answer is ``{"rewards": [number, ...]}``, one for each image, higher is better. null or NaN means that an image
-    could not be judged: it gets the lowest reward of its batch, and is counted in `unjudged`.
-
-    `timeout` is in seconds, for each attempt. Failed connections, time-outs and temporary statuses (429, 5xx) are
-    retried `retries` times with growing pauses. Raises InvalidRequest for a refusal or a malformed answer,
-    RuntimeUnavailable when all attempts failed, TrainingDiverged if no image was judged.
+    An image that could not be judged (null or NaN) gets the lowest value of its batch, and is counted in `unjudged`.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 4) -> None:
-        parts = urlsplit(url)
-        if not is_endpoint(url) or not parts.hostname:
-            raise InvalidRequest(f"{url!r:.200} is not the URL of a reward; give http://HOST:PORT/PATH")
-        if timeout <= 0 or retries < 0:
-            raise InvalidRequest(f"timeout is {timeout} and retries {retries}; give more than 0, and at least 0")
-        self.url, self.timeout, self.retries = url, timeout, retries
-        self.name = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-        self.unjudged = 0
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 30.0,
+        retries: int = 4,
+        batch_size: int = 64,
+        concurrency: int = 4,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            url: http://HOST:PORT/PATH. A fragment, ``#text=2,looks=0.5``, gives ``weights``.
+            timeout, retries, concurrency: as `Server` has them.
+            batch_size: images in one request, at most.
+            weights: of the scores, by name; a name that is missing has 1, a score of weight 0 is left out.
+
+        Raises:
+            InvalidRequest: it is no URL of a server, or a number is out of range.
+        """
+        address, _, fragment = url.partition("#")
+        self.server = Server(address, timeout, retries, concurrency)
+        self.name = self.server.name
+        if batch_size < 1:
+            raise InvalidRequest(f"batch_size is {batch_size}; give at least 1")
+        self.batch_size, self.unjudged = batch_size, 0
+        self.weights = dict(weights) if weights is not None else _weights(fragment, address)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        """``images`` and ``targets`` (B, C, H, W) in [-1, 1], ``condition`` (B,) int64 or None -> (B,) float32."""
-        body = {
-            "images": _encoded(images),
-            "targets": _encoded(targets),
-            "class_labels": None if condition is None else condition.tolist(),
-        }
-        answer = self._ask(json.dumps(body).encode())
-        values = answer.get("rewards") if isinstance(answer, dict) else None
-        if not isinstance(values, list) or len(values) != len(images):
-            count = len(values) if isinstance(values, list) else "no list of"
-            raise InvalidRequest(f"the reward {self.name} answered {count} rewards for {len(images)} images")
-        if not all(
-            value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
-        ):
-            raise InvalidRequest(f"the reward {self.name} answered with a value that is not a number: {values!r:.100}")
-        judged = [float(value) for value in values if value is not None and math.isfinite(value)]
-        if not judged:
-            raise TrainingDiverged(f"the reward {self.name} judged none of {len(images)} images; look at its log")
-        self.unjudged += len(values) - len(judged)
-        lowest = min(judged)
-        finite = [lowest if value is None or not math.isfinite(value) else float(value) for value in values]
-        return torch.tensor(finite, dtype=torch.float32)
+    def __call__(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The server's numbers for ``batch``: (N,) float32, or one such for each score.
 
-    def _ask(self, body: bytes) -> Any:
-        """The answer to `body`, decoded from JSON; None if it is too long."""
-        said = ""
-        with httpx.Client(timeout=self.timeout, headers={"Content-Type": "application/json"}) as client:
-            for attempt in range(self.retries + 1):
-                if attempt:
-                    time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
-                try:
-                    with client.stream("POST", self.url, content=body) as response:
-                        data = _limited(response)
-                except httpx.TransportError as error:
-                    said = " ".join(str(error).split()) or type(error).__name__
-                    continue
-                if response.status_code not in _PASSING:
-                    return self._decoded(response.status_code, data)
-                said = _excerpt(response.status_code, data)
-        raise RuntimeUnavailable(
-            f"the reward {self.name} did not answer, {self.retries + 1} times ({said}); start it, then --resume"
-        )
+        Raises:
+            InvalidRequest: the server refuses the images, or its answer is malformed.
+            RuntimeUnavailable: all attempts failed.
+            TrainingDiverged: no image was judged.
+        """
+        images, targets = encoded(batch.images), encoded(batch.targets)
+        request = RewardRequest(
+            images=images,
+            targets=targets,
+            prompts=batch.prompts,
+            class_labels=batch.class_labels,
+            class_names=batch.class_names,
+        ).model_dump()
+        parts = [slice(low, low + self.batch_size) for low in range(0, len(images), self.batch_size)]
+        bodies = [{name: value and value[part] for name, value in request.items()} for part in parts]
+        answers = self.server.ask_all(bodies, lambda answer, place: self._read(answer, len(bodies[place]["images"])))
+        names = sorted(answers[0])
+        if other := next((answer for answer in answers if sorted(answer) != names), None):
+            raise InvalidRequest(
+                f"the reward {self.name} does not give the same scores each time: {names} and {sorted(other)}"
+            )
+        scores, known = {}, torch.ones(len(images), dtype=torch.bool)
+        for name in names:
+            scores[name], judged_here = judged(self.name, [value for answer in answers for value in answer[name]])
+            known &= judged_here
+        self.unjudged += int((~known).sum())
+        return scores[""] if names == [""] else scores
 
-    def _decoded(self, status: int, data: bytes) -> Any:
-        if status != 200:
-            raise InvalidRequest(f"the reward {self.name} refused the images ({_excerpt(status, data)})")
+    def _read(self, answer: Any, count: int) -> dict[str, list[float | None]]:
+        """The scores in an answer for ``count`` images."""
         try:
-            return json.loads(data) if len(data) <= LARGEST_ANSWER else None
-        except ValueError as error:
-            raise InvalidRequest(f"the reward {self.name} answered with no JSON: {data[:100]!r}") from error
+            found = RewardAnswer.model_validate(answer).by_name()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:2])
+            raise InvalidRequest(
+                f"the reward {self.name} answered {str(answer)[:100]!r} ({where}: {first['msg']}); it must answer "
+                '{"rewards": [a number an image]} or {"scores": {name: [...]}}'
+            ) from error
+        for name, values in found.items():
+            if len(values) != count:
+                of = f" of {name}" if name else ""
+                raise InvalidRequest(f"the reward {self.name} answered {len(values)} numbers{of} for {count} images")
+        return found
 
 
-def _limited(response: httpx.Response) -> bytes:
-    """The body of a response, no further than a little over `LARGEST_ANSWER`."""
-    data = bytearray()
-    for piece in response.iter_bytes():
-        data += piece
-        if len(data) > LARGEST_ANSWER:
-            break
-    return bytes(data)
+def _weights(fragment: str, address: str) -> dict[str, float]:
+    """The weights in a URL's fragment, ``name=number,...``.
 
-
-def _excerpt(status: int, data: bytes) -> str:
-    return f"status {status}: {data[:300].decode(errors='replace')}"
-
-
-def _encoded(images: Tensor) -> list[str]:
-    """Images (B, C, H, W) in [-1, 1] as base64 PNG."""
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    encoded = []
-    for image in to_pil(levels):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG", compress_level=1)
-        encoded.append(base64.b64encode(buffer.getvalue()).decode())
-    return encoded
+    Raises:
+        InvalidRequest: a part is not so.
+    """
+    found = {}
+    for part in filter(None, fragment.split(",")):
+        name, equals, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise InvalidRequest(
+                f"{part!r:.60} after # in {urlsplit(address).hostname}'s address is no weight; give NAME=NUMBER,..."
+            )
+    return found

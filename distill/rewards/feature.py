@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.models.prompts import ENCODE_BATCH, Prompts
 
@@ -85,6 +86,7 @@ class FeatureReward:
     averaged over places, summed over layers; plus ``pixel_weight`` times the mean squared error."""
 
     name = "feature"
+    paired = True
 
     def __init__(self, network: FeatureNetwork, pixel_weight: float = 0.0) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -111,7 +113,8 @@ class FeatureReward:
         """Pooled features of ``images`` (B, C, H, W), for the recall that training logs: (B, 96) float32."""
         return self.network.features(images)[-1].mean((2, 3))
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
+        images, targets = batch.images, batch.targets
         distance = self.pixel_weight * ((images - targets) ** 2).mean((1, 2, 3))
         repeats = period(targets)  # in a group the targets repeat: their features are computed once
         for ours, theirs in zip(self.network.features(images), self.network.features(targets[:repeats]), strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.base import Teacher
@@ -55,8 +56,8 @@ class MmdReward:
             self.recent = torch.cat([latest, self.recent])[:RECENT]
         return {}
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        ours = self._embed(images)
+    def __call__(self, batch: Batch) -> Tensor:
+        ours = self._embed(batch.images)
         against = self._kernel(ours, self.recent) if len(self.recent) else 0.0
         return self._kernel(ours, self.bank) - against
 

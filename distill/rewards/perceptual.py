@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.distill.measures.features import _efficientnet
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.feature import period
 from redif_sdk.errors import InvalidRequest, first_line
 
@@ -26,6 +27,7 @@ class LpipsReward:
     """Minus the distance of LPIPS (Zhang et al. 2018, eq. 1, all weights 1) on EfficientNet-Lite0's maps."""
 
     name = "lpips"
+    paired = True
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         network, maps = _efficientnet().to(images.device), []
@@ -39,7 +41,8 @@ class LpipsReward:
                 maps.append(F.normalize(x, dim=1, eps=1e-6))
         return maps
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
+        images, targets = batch.images, batch.targets
         repeats = period(targets)
         distance = torch.zeros(len(images), device=images.device)
         for ours, theirs in zip(self._maps(images), self._maps(targets[:repeats]), strict=True):
@@ -50,6 +53,8 @@ class LpipsReward:
 
 class EmbeddingReward:
     """Cosine similarity of an image encoder's embeddings of the student's and the teacher's image: (B,)."""
+
+    paired = True
 
     def __init__(self, network: Any, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.network, self.name = network.eval().requires_grad_(False), name
@@ -64,7 +69,8 @@ class EmbeddingReward:
         embedding = getattr(out, "image_embeds", None)
         return F.normalize(out.pooler_output if embedding is None else embedding, dim=1)
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
+        images, targets = batch.images, batch.targets
         repeats = period(targets)
         wanted = self._embed(targets[:repeats]).repeat(len(images) // repeats, 1)
         return (self._embed(images) * wanted).sum(1)

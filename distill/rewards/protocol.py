@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,25 +11,30 @@ from torch import Tensor
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.teachers.base import Teacher
 
 __all__ = ["LearningReward", "Reward", "RewardContext", "name_of"]
 
 
 class Reward(Protocol):
-    """``images`` and ``targets`` (B, C, H, W) float32 in [-1, 1], ``condition`` (B,) int64 or None -> (B,) float32.
+    """A `Batch` of N images -> (N,) float32: higher is better, and no gradient is needed.
 
-    It may give a map (B, h, w) of any size instead, whose mean is the reward: then same-state groups credit each place
+    It may give a map (N, h, w) of any size instead, whose mean is the reward: then same-state groups credit each place
     for the actions around it, which is a far better estimate. Its attribute ``reach`` (0 if absent) says how far from a
-    changed pixel the map can change, in pixels.
+    changed pixel the map can change, in pixels. Or it gives several scores, ``{name: (N,)}``: each is normalised over
+    its group as a reward of its own is, with the reward's weight, times its own of the attribute ``weights`` (1).
+
+    A function of ``(images, targets, condition)``, as in a `Batch`, is a reward too.
 
     A reward that is learnt beside the student is a :class:`LearningReward`. With the attribute ``space`` =
     "latents" it is given latents, unclamped, in place of images. With ``local`` it judges around the outputs that it
-    learnt from in this update, and nothing else. With ``grouped`` it is given each target once, where images are groups
-    of as many, one after the other.
+    learnt from in this update, and nothing else. With ``paired`` it compares with the teacher's image of the same
+    noise, so it cannot judge a group of several. With ``grouped`` it is given each target once, where images are
+    groups of as many, one after the other.
     """
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor: ...
+    def __call__(self, batch: Batch, /) -> Tensor | Mapping[str, Tensor]: ...
 
 
 class RewardContext(Protocol):
@@ -61,7 +67,7 @@ class RewardContext(Protocol):
 class LearningReward(Protocol):
     """A reward that is learnt beside the student."""
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor: ...
+    def __call__(self, batch: Batch, /) -> Tensor | Mapping[str, Tensor]: ...
 
     def learn(
         self, context: RewardContext, outputs: Tensor, batch: Pairs, generator: torch.Generator

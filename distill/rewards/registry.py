@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import positional
+from redif_sdk.distill.rewards.chat import ChatReward
 from redif_sdk.distill.rewards.discriminator import Discriminator
 from redif_sdk.distill.rewards.distribution import DistributionReward
-from redif_sdk.distill.rewards.endpoint import EndpointReward, is_endpoint
+from redif_sdk.distill.rewards.endpoint import EndpointReward
 from redif_sdk.distill.rewards.feature import FeatureReward
 from redif_sdk.distill.rewards.mmd import MmdReward
 from redif_sdk.distill.rewards.perceptual import LpipsReward, pretrained
 from redif_sdk.distill.rewards.pixel import PixelReward
+from redif_sdk.distill.rewards.prompt_score import PREFIX, PromptScore
 from redif_sdk.distill.rewards.protocol import LearningReward, Reward, name_of
 from redif_sdk.distill.rewards.texture import TextureReward
 from redif_sdk.distill.teachers.base import Teacher
@@ -30,7 +33,17 @@ REWARDS: dict[str, Factory] = {
     "distribution": lambda teacher, pairs, seed: DistributionReward(),
 }
 FITTED = ("feature", "mmd")  # to the pool, when they are made
-PRETRAINED = ("clip:", "dino:")
+#: Rewards that are named with what they are made of: a folder or Hub id, or an address.
+FROM: dict[str, Callable[[str], Reward]] = {
+    "clip:": pretrained,
+    "dino:": pretrained,
+    PREFIX: lambda name: PromptScore.load(name.removeprefix(PREFIX)),
+    "chat:": ChatReward.named,
+    "http://": EndpointReward,
+    "https://": EndpointReward,
+}
+
+SERVERS = ("chat:", "http://", "https://")
 
 RewardSpec = str | Reward | Sequence["str | Reward"] | Mapping["str | Reward", float]
 
@@ -55,15 +68,30 @@ def reward_names(spec: RewardSpec) -> list[str]:
     """
     names = []
     for reward, _ in weighted(spec):
-        if isinstance(reward, str) and is_endpoint(reward):
-            reward = EndpointReward(reward)
-        if isinstance(reward, str) and reward not in REWARDS and not reward.startswith(PRETRAINED):
-            known = ", ".join([*sorted(REWARDS), *(f"{kind}FOLDER" for kind in PRETRAINED)])
-            raise InvalidRequest(f"unknown reward {reward!r}; known: {known}, the address of one, or any callable")
-        names.append(reward if isinstance(reward, str) else name_of(reward))
+        if not isinstance(reward, str):
+            if positional(reward) not in (0, 1, 3):
+                raise InvalidRequest(
+                    f"the reward {name_of(reward)} takes {positional(reward)} arguments; it is called with one, a "
+                    "Batch, or with three: images, targets, condition"
+                )
+            names.append(name_of(reward))
+        elif reward.startswith(SERVERS):  # named without its secrets
+            names.append(name_of(_from(reward)))
+        elif reward in REWARDS or reward.startswith(tuple(FROM)):
+            names.append(reward)
+        else:
+            known = ", ".join([*sorted(REWARDS), *(f"{kind}FOLDER" for kind in FROM if kind not in SERVERS)])
+            raise InvalidRequest(
+                f"unknown reward {reward!r}; known: {known}, chat:URL#MODEL, the address of one, or any callable"
+            )
     if not names:
         raise InvalidRequest("no reward is given; name at least one, e.g. 'feature'")
     return names
+
+
+def _from(name: str) -> Reward:
+    """The reward of a name that begins with a key of `FROM`."""
+    return next(make for prefix, make in FROM.items() if name.startswith(prefix))(name)
 
 
 def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) -> list[tuple[Reward, float]]:
@@ -82,9 +110,7 @@ def make_rewards(spec: RewardSpec, teacher: Teacher, pairs: Pairs, seed: int) ->
     def make(reward: str | Reward) -> Reward:
         if not isinstance(reward, str):
             return reward
-        if reward.startswith(PRETRAINED):
-            return pretrained(reward)
-        return EndpointReward(reward) if is_endpoint(reward) else REWARDS[reward](teacher, pairs, seed)
+        return REWARDS[reward](teacher, pairs, seed) if reward in REWARDS else _from(reward)
 
     made = [(make(reward), weight) for reward, weight in weighted(spec)]
     for reward, _ in made:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from redif_sdk.distill.rewards.batch import Batch
+
 WINDOW = 5  # pixels of the local mean
 AT_ONCE = 64  # images whose differences stay in the processor's cache
 FLOOR = 1e-3  # added under the root: an energy of less is no detail that is seen
@@ -48,13 +50,14 @@ class TextureReward:
     """Minus the squared difference of local energies, as a map (B, h, w): each place is credited by itself."""
 
     name = "texture"
+    paired = True
     reach = 1 + WINDOW // 2
     grouped = True
 
-    def __call__(self, images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
-        wanted = energy(targets)
+    def __call__(self, batch: Batch) -> Tensor:
+        wanted = energy(batch.targets)
         count = max(1, AT_ONCE // len(wanted)) * len(wanted)
-        return torch.cat([self._compare(part, wanted) for part in images.split(count)])
+        return torch.cat([self._compare(part, wanted) for part in batch.images.split(count)])
 
     @staticmethod
     def _compare(images: Tensor, wanted: Tensor) -> Tensor:

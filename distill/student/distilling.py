@@ -35,6 +35,7 @@ from redif_sdk.models.copies import private_copy
 from redif_sdk.models.denoiser import Denoiser, inner_of
 from redif_sdk.models.portable import is_library_network
 from redif_sdk.progress import Progress
+from redif_sdk.sampling.table import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
 
@@ -72,7 +73,7 @@ def distill(
         source: a diffusers folder, a shipped teacher's name ("fashion-mnist"), a pipeline, or a :class:`Teacher`.
         student: a network to train in place of a copy of the teacher's (a black box has no weights): one of diffusers,
             or any module that is called as ``student(x, t, condition)``.
-        start: a student (or its folder) whose weights training begins with, e.g. one of other steps.
+        start: a student (or its folder) whose weights training begins with, and its step table of as many steps.
         folder: where checkpoint and log are kept; None: nowhere.
         resume: go on from ``folder``'s checkpoint.
         on_progress: called after each update with the share of the training that is done, and figures; then nothing
@@ -116,13 +117,21 @@ def distill(
         if pairs is None:
             pairs = _sampled(teacher, config, rebuild_pool, display)
         with display.stage(f"{config.method}, {config.num_inference_steps} step(s)") as show:
-            trainer = Trainer(teacher, config, pairs, folder, start=network, on_progress=on_progress or show)
+            table = own_table(begin, config.num_inference_steps)
+            trainer = Trainer(teacher, config, pairs, folder, network, table, on_progress or show)
             policy = trainer.run(resume)
     verdict = trainer.verdict
     assert verdict is not None
     if verdict.worse:
         warnings.warn(verdict.worse, WorseThanStart, stacklevel=2)
     return _made(trainer, policy, config, len(pairs) * teacher.num_inference_steps * teacher.calls_per_step)
+
+
+def own_table(start: Student | None, num_inference_steps: int) -> StepTable | None:
+    """The step table that a start brings for so many steps; None: it has none, or it draws noise."""
+    tables = [] if start is None else start.tables
+    fitting = (table for table in tables if table.num_inference_steps == num_inference_steps)
+    return next((table for table in fitting if not table.stochastic), None)
 
 
 def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, calls: int) -> Student:

@@ -134,6 +134,16 @@ class Teacher(InRange):
             return len(self.prompts)
         return self.condition.num_classes if isinstance(self.condition, Condition) else 0
 
+    def ask(self, prompts: Sequence[str]) -> Tensor:
+        """The condition (B,) int64 for any ``prompts``, whether this teacher is distilled on them or not.
+
+        Raises:
+            InvalidRequest: it draws no prompts, or one of them cannot be asked for.
+        """
+        if self.prompts is None:
+            raise InvalidRequest(f"{self.name} takes no prompts; give it {'classes' if self.condition else 'noise'}")
+        return self.prompts.ask(prompts)
+
     def guided(self, scale: float, null_class: int | None = None) -> Teacher:
         """This teacher under classifier-free guidance of ``scale``; 0 and 1 are none. A network that takes the scale as
         an input (Flux dev, LCM) is given it, and makes one call.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from redif_sdk.distill import pool
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.measures.neighbours import neighbours
+from redif_sdk.distill.measures.spectrum import Spectrum
 from redif_sdk.distill.methods.registry import METHODS
 from redif_sdk.distill.methods.regression import visible_residual
 from redif_sdk.distill.policy import Meter
@@ -29,6 +30,9 @@ CHECK_PAIRS = 192  # pool entries on which a run is watched, at most
 FEWEST = 32  # at least
 SHARE = 0.02  # of what the training costs
 CHECK_SEED = 7_777_777  # of the noises of checks, where the pool is too small to keep some of it from training
+FALL = 0.1  # of recall, from which on a check looks hacked
+AWAY = 1.5  # a factor between a student's spectrum and the teacher's, likewise
+SMALLEST = 8  # pixels of a side that has a spectrum to speak of
 HELD_BACK_FACTOR = 8  # a pool of at least so many times CHECK_PAIRS keeps them from training
 
 
@@ -148,10 +152,12 @@ def check(
     energy: bool = False,
     table: StepTable | None = None,
 ) -> tuple[dict[str, float], Standing]:
-    """Reward, paired error, contrast and recall of ``network`` on ``pairs``, and how it stands by them.
+    """Reward, paired error, contrast, recall and detail of ``network`` on ``pairs``, and how it stands by them.
 
     ``contrast`` is the output's standard deviation over the teacher's. ``recall``: in a reward's features, if one has
-    any, else in pixels. What it costs is the meter's ``check_calls``, and no part of a budget.
+    any, else in pixels. ``detail`` is the images' energy in fine detail over that of the teacher's, ``grid`` their
+    strongest peak at the Nyquist frequencies over the teacher's (`Spectrum`). What it costs is the meter's
+    ``check_calls``, and no part of a budget.
 
     Args:
         update: the updates that were made so far.
@@ -165,10 +171,10 @@ def check(
     images = advantage.images(output), advantage.images(target)
     recall = neighbours(*map(embed, images)).recall
     wrong = (((output - target) / amplitude) ** 2).mean().item()
-    values = advantage.each(output, target, pairs.condition, images)
+    scores = advantage.each(output, target, pairs.condition, images)
     rewards = None
     if advantage.steady and METHODS[context.config.method].rewarded:
-        each = [weight * value.double().reshape(len(value), -1).mean(1).cpu() for value, weight in values]
+        each = [score.weight * score.value.double().reshape(len(output), -1).mean(1).cpu() for score in scores]
         rewards = torch.stack(each).sum(0)
     meter.check_calls += meter.auxiliary_calls - spent + len(pairs) * context.policy.num_inference_steps
     meter.auxiliary_calls = spent
@@ -177,17 +183,34 @@ def check(
     else:
         errors = squared_errors(visible_residual(output, target, context.bounds, amplitude))
     figures = {
-        "reward": float(sum(weight * value.mean().item() for value, weight in values)) if values else -wrong,
+        "reward": float(sum(s.weight * s.value.mean().item() for s in scores)) if scores else -wrong,
         "check_mse": wrong,
         "contrast": (output.std() / target.std()).item(),
         "recall": recall,
+        **_spectra(*images),
     }
     return figures, Standing(update, errors, rewards)
 
 
+def _spectra(images: Tensor, wanted: Tensor) -> dict[str, float]:
+    """What of their power spectra is to be watched: ratios to the teacher's images; nothing where there is none."""
+    if min(images.shape[-2:]) < SMALLEST:
+        return {}
+    ours, theirs = Spectrum.of(images), Spectrum.of(wanted)
+    figures = {"detail": ours.fine_energy / theirs.fine_energy} if theirs.fine_energy > 0 else {}
+    if ours.grid is not None and theirs.grid:
+        figures["grid"] = ours.grid / theirs.grid
+    return figures
+
+
 @dataclass
 class Watch:
-    """Compares a run's checks: warns of reward hacking, and ends the run after ``early_stop`` idle ones (0: never)."""
+    """Compares a run's checks: warns of reward hacking, and ends the run after ``early_stop`` idle ones (0: never).
+
+    A check looks hacked where the reward has risen since the one before, and recall fell by more than `FALL`, or fine
+    detail is further than a factor of `AWAY` from the teacher's and went further, or the grid is more than `AWAY` times
+    the teacher's and grew.
+    """
 
     early_stop: int
     stopped: str = ""  # why the run ended before its budget did
@@ -196,21 +219,33 @@ class Watch:
     _stale: int = 0
 
     def look(self, now: dict[str, float]) -> dict[str, str]:
-        """What the log says of a check: ``warning`` where recall falls while the reward rises, ``stopped`` at the end.
+        """What the log says of a check: ``warning`` where it looks hacked, ``stopped`` at the end.
 
         A check is idle if its reward is no better than the best so far, or if it looks hacked.
         """
         before, self._last = self._last, now
-        hacked = before is not None and now["reward"] > before["reward"] and now["recall"] < before["recall"] - 0.1
+        hacked = self._hacked(before, now) if before is not None and now["reward"] > before["reward"] else ""
         better = now["reward"] > self._best and not hacked
         self._stale = 0 if better else self._stale + 1
         if better:
             self._best = now["reward"]
         if self.early_stop and self._stale >= self.early_stop:
-            why = "the reward rises while recall falls" if hacked else "the reward rises no more"
+            why = f"the reward rises while {hacked}" if hacked else "the reward rises no more"
             self.stopped = f"{why}: {self._stale} checks in a row; the budget was not spent"
-        said = {"warning": "recall falls while the reward rises: reward hacking?"} if hacked else {}
+        said = {"warning": f"{hacked} while the reward rises: reward hacking?"} if hacked else {}
         return said | ({"stopped": self.stopped} if self.stopped else {})
+
+    @staticmethod
+    def _hacked(before: dict[str, float], now: dict[str, float]) -> str:
+        """What of a check looks hacked beside the one before; empty: nothing."""
+        if now["recall"] < before["recall"] - FALL:
+            return "recall falls"
+        detail, was = (abs(math.log(max(check.get("detail", 1.0), 1e-9))) for check in (now, before))
+        if detail > max(math.log(AWAY), was):
+            return f"fine detail goes to {now['detail']:.2g} times the teacher's"
+        if now.get("grid", 1.0) > max(AWAY, before.get("grid", 1.0)):
+            return f"a grid of pixels grows to {now['grid']:.2g} times the teacher's"
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep."""

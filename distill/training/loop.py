@@ -28,7 +28,7 @@ from redif_sdk.distill.methods import Method, make_method
 from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
-from redif_sdk.distill.rewards import Advantage, make_rewards
+from redif_sdk.distill.rewards import Advantage, make_rewards, name_of
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.large import network_to_train, sized
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
@@ -136,7 +136,13 @@ class Trainer:
         in_latents = config.get("reward_space") == "latents"
         judged = teacher.as_latents() if in_latents else teacher
         rewards = make_rewards(config.get("reward", "pixel"), judged, self.pairs, config.seed)
-        advantage = Advantage(rewards, judged.unit_images, clamped=not in_latents)
+        paired = [name_of(reward) for reward, _ in rewards if getattr(reward, "paired", False)]
+        if paired and config.get("group_noise") == "different":
+            raise InvalidRequest(
+                f"group_noise is different, but the reward {paired[0]} compares with the teacher's image of one noise; "
+                "use group_noise same, or a reward that sees the prompt"
+            )
+        advantage = Advantage(rewards, judged.unit_images, clamped=not in_latents, teacher=judged)
         meter = Meter(processes=draws.world())
         policy = StudentPolicy(network, table, teacher.schedule, meter, precision=config.precision)
         bounds = None if teacher.decode is not None else teacher.postprocess.value_range

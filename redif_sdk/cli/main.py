@@ -32,6 +32,7 @@ from redif_sdk.cli.pull import pull_command
 from redif_sdk.cli.push import push_command
 from redif_sdk.cli.quickstart import quickstart_command
 from redif_sdk.cli.serve import serve_command
+from redif_sdk.cli.serve_reward import serve_reward_command
 from redif_sdk.cli.settings import CommandWithSettings
 from redif_sdk.cli.terminal import BAD_INPUT, GATE_FAILED, INTERRUPTED, fail
 from redif_sdk.cli.verify import verify_command
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command,
     "bench": bench_command,
     "serve": serve_command,
+    "serve-reward": serve_reward_command,
     "demo": demo_command,
     "push": push_command,
     "pull": pull_command,

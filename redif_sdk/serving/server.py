@@ -1,38 +1,17 @@
-"""The server process: uvicorn around the application, from start to clean shutdown."""
+"""The server process: the students' application, from start to clean shutdown."""
 
 from __future__ import annotations
 
-import logging
-import signal
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import uvicorn
-
-from redif_sdk.errors import InvalidRequest
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.app import create_app
+from redif_sdk.serving.listening import listen
 from redif_sdk.serving.local import LocalBackend
 from redif_sdk.serving.metrics import Metrics
 from redif_sdk.serving.settings import ServeSettings
 
 __all__ = ["serve"]
-
-_log = logging.getLogger(__name__)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, which reports its address once it listens."""
-
-    def __init__(self, config: uvicorn.Config, started: Callable[[str], None]) -> None:
-        super().__init__(config)
-        self._started = started
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
 
 def serve(
@@ -61,28 +40,12 @@ def serve(
     """
     metrics = Metrics()
     backend = LocalBackend(pipelines, settings, metrics.batch)
-    config = uvicorn.Config(
+    listen(
         create_app(backend, settings, metrics),
         host=host,
         port=port,
-        access_log=False,  # the application logs its own
-        log_config=None,
+        started=started,
         log_level=log_level,
-        ws="none",
-        server_header=False,
         forwarded_allow_ips=forwarded_allow_ips,
-        timeout_keep_alive=20,
-        timeout_graceful_shutdown=int(settings.timeout_s) + 5,
+        grace_seconds=int(settings.timeout_s) + 5,
     )
-    server = _Server(config, started)
-    # uvicorn raises the signal again after its clean shutdown; being asked to stop is not a failure.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        server.run()
-    except SystemExit as error:  # uvicorn could not bind, and logged why
-        raise InvalidRequest(f"cannot listen on {host}:{port}; is the port in use? give another --port") from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if not server.started:
-        raise InvalidRequest(f"cannot listen on {host}:{port}; is the port in use? give another --port")

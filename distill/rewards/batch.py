@@ -1,0 +1,83 @@
+"""What a reward is given: images, what the teacher made of the same noises, and what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import Tensor
+
+from redif_sdk.artifact.records import Condition
+from redif_sdk.distill.teachers.base import Teacher
+
+__all__ = ["Batch", "asked_of", "positional"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N images to judge.
+
+    Attributes:
+        images: (N, C, H, W) float32 in [-1, 1]: what a user would see. Latents, unclamped, for a reward in their space.
+        targets: the teacher's of the same noises, of the same shape; each once for a reward that is ``grouped``.
+        condition: (N,) int64: classes, or places among the teacher's prompts; None: unconditional.
+        teacher: whose prompts and classes they are; None: not known.
+    """
+
+    images: Tensor
+    targets: Tensor
+    condition: Tensor | None = None
+    teacher: Teacher | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of each image; None: they were not made from prompts."""
+        prompts = None if self.teacher is None else self.teacher.prompts
+        if prompts is None or self.condition is None:
+            return None
+        return [prompts.text(place) for place in self.condition.tolist()]
+
+    @property
+    def class_labels(self) -> list[int] | None:
+        """The class of each image; None: they were not made from classes."""
+        if self.condition is None or (self.teacher is not None and self.teacher.prompts is not None):
+            return None
+        return [int(label) for label in self.condition.tolist()]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each image's class; None: the classes have none."""
+        kind = None if self.teacher is None else self.teacher.condition
+        names = kind.class_names if isinstance(kind, Condition) else None
+        return None if names is None or self.condition is None else [names[label] for label in self.condition.tolist()]
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """What the network takes of each image's condition: tensors (N, ...) by name, such as ``class_labels``."""
+        if self.condition is None:
+            return {}
+        if self.teacher is not None and self.teacher.prompts is not None:
+            return self.teacher.prompts(self.condition)
+        return {"class_labels": self.condition}
+
+
+def asked_of(reward: Callable[..., Any], batch: Batch) -> Any:
+    """What ``reward`` says of ``batch``: it takes a `Batch`, or is a function of images, targets and condition."""
+    if positional(reward) == 3:
+        return reward(batch.images, batch.targets, batch.condition)
+    return reward(batch)
+
+
+def positional(reward: Callable[..., Any]) -> int:
+    """How many arguments a reward must be given; 0: any number, or it cannot be told."""
+    try:
+        parameters = signature(reward).parameters.values()
+    except (TypeError, ValueError):  # of C, or with no signature to be found
+        return 0
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(part.kind in kinds and part.default is Parameter.empty for part in parameters)

@@ -1,13 +1,12 @@
 """`FastPipeline`: loads a student's folder and generates images, without torch.
 
-It draws the noise, encodes prompts, and runs the fused graph; streams and callbacks run the denoiser step by step. The
-graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampling/`, request checks in `inputs.py`.
+It draws the noise and encodes prompts; `drawing.py` runs the fused graph, or the denoiser step by step. The
+graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampling/`, request checks in `inputs/`.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +21,8 @@ from redif_sdk import hub, runtimes
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable
+from redif_sdk.drawing import Drawing, OnState
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import PipelineOutput, to_pil
 from redif_sdk.inputs import (
@@ -40,13 +40,9 @@ from redif_sdk.inputs import (
     check_request,
 )
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
-from redif_sdk.runtimes.finite import LEVELS, require_finite
-from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
-
-_log = logging.getLogger(__name__)
 
 NOT_EXACT = '; images differ slightly from fp32: precision="exact" gives the same image for a seed everywhere'
 
@@ -255,7 +251,8 @@ class FastPipeline:
         ready = time.perf_counter()
         conditions = self._conditions(request)
         encoded = time.perf_counter()
-        images = self._images(noise, conditions, request.table, callback_on_step_end, decode_tile)
+        drawing = self._drawing(noise, conditions, request.table)
+        images = drawing.images(self._shown_to(callback_on_step_end), decode_tile)
         done = time.perf_counter()
         result: Any = images
         if output_type == "pil":
@@ -296,6 +293,11 @@ class FastPipeline:
         self._components.prepare_steps()
         return self._previews(request)
 
+    def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
+        drawing = self._drawing(request.noise(self.manifest), self._conditions(request), request.table)
+        for images in drawing.previews():
+            yield to_pil(images)[0]
+
     def generate_array(
         self, noise: NDArray[np.float32], conditions: Asked = None, num_inference_steps: int | None = None
     ) -> NDArray[np.uint8]:
@@ -312,7 +314,7 @@ class FastPipeline:
         """
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
-        return self._images(checked, check_conditions(self.manifest, conditions, checked.shape[1]), table)
+        return self._drawing(checked, check_conditions(self.manifest, conditions, checked.shape[1]), table).images()
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
         """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
@@ -327,66 +329,21 @@ class FastPipeline:
         """The conditions of a request, with its prompts encoded."""
         return request.conditions if request.prompts is None else self._components.encode(request.prompts)
 
-    def _images(
-        self,
-        noise: NDArray[np.float32],
-        conditions: Conditions,
-        table: StepTable,
-        callback: OnStepEnd | None = None,
-        decode_tile: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Images from the fused graph; step by step for a callback or tiles, or where there is no fused graph."""
-        generator = self._components.generator
-        if generator is None or callback is not None or decode_tile is not None:
-            return self._stepped(noise, conditions, table, callback, decode_tile)
-        inputs: dict[str, NDArray[Any]] = {"noise": noise, "table": table.rows, "init_scale": table.scale}
-        outputs = generator.run(inputs | conditions)
-        images = outputs["images"]
-        if LEVELS in outputs:
-            require_finite(outputs[LEVELS])
-        elif (images == images[:, :1, :1, :1]).all(axis=(1, 2, 3)).any():  # uint8 alone: NaN would show as a constant
-            try:
-                self._stepped(noise, conditions, table)
-            except RuntimeUnavailable as error:
-                _log.warning("constant images were not checked for NaN: %s", error)
-        return images
+    def _drawing(self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable) -> Drawing:
+        return Drawing(self._components, noise, conditions, table)
 
-    def _stepped(
-        self,
-        noise: NDArray[np.float32],
-        conditions: Conditions,
-        table: StepTable,
-        callback: OnStepEnd | None = None,
-        decode_tile: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Images from single steps, each shown to `callback`."""
-        x = noise[0]
-        for k, x, _ in self._steps(noise, conditions, table):
-            returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
-            if returned is not None and "latents" in returned:
-                x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-        return self._components.images(x, decode_tile)
+    def _shown_to(self, callback: OnStepEnd | None) -> OnState | None:
+        """What shows each state to a caller's `callback`."""
+        if callback is None:
+            return None
 
-    def _steps(
-        self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable
-    ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-        """(k, x', x0) after each step, as `iterate_steps` yields them: the caller may write into x'."""
-        denoiser = self._components["denoiser"]
+        def show(step: int, timestep: float, x: NDArray[np.float32]) -> NDArray[np.float32] | None:
+            returned = callback(self, step, timestep, {"latents": x})
+            if returned is None or "latents" not in returned:
+                return None
+            return check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
 
-        def predict(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-            t = np.full((len(x),), table.timesteps[k], dtype=np.float32)
-            clean: NDArray[np.float32] = table.clean(
-                k, x, denoiser.run({"sample": x, "timestep": t, **conditions})["f"]
-            )
-            return clean
-
-        return iterate_steps(table, table.start(noise[0]), noise, predict)
-
-    def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
-        conditions, table = self._conditions(request), request.table
-        for k, x, x0 in self._steps(request.noise(self.manifest), conditions, table):
-            last = k == table.num_inference_steps - 1
-            yield to_pil(self._components.images(x if last else x0))[0]
+        return show
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.

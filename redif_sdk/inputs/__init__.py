@@ -1,0 +1,37 @@
+"""Checks of what a caller asks for, before anything is computed."""
+
+from redif_sdk.inputs.request import (
+    EMBEDS,
+    LONGEST_PROMPT,
+    OUTPUT_TYPES,
+    Asked,
+    Conditions,
+    GenerationRequest,
+    Labels,
+    Seeds,
+    check_conditions,
+    check_guidance,
+    check_latents,
+    check_noise,
+    check_request,
+    check_size,
+    count_of,
+)
+
+__all__ = [
+    "EMBEDS",
+    "LONGEST_PROMPT",
+    "OUTPUT_TYPES",
+    "Asked",
+    "Conditions",
+    "GenerationRequest",
+    "Labels",
+    "Seeds",
+    "check_conditions",
+    "check_guidance",
+    "check_latents",
+    "check_noise",
+    "check_request",
+    "check_size",
+    "count_of",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
+from redif_sdk.images import pixel_unshuffle
 from redif_sdk.inputs import Conditions
+from redif_sdk.inputs.pictures import Given
 from redif_sdk.runtimes.finite import LEVELS, require_finite
+from redif_sdk.sampling.entry import from_row, levels
 from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Drawing", "OnState"]
+__all__ = ["Drawing", "Known", "OnState", "from_known"]
 
 _log = logging.getLogger(__name__)
 
@@ -92,3 +95,59 @@ class Drawing:
             return clean
 
         return iterate_steps(table, table.start(self.noise[0]), self.noise, predict)
+
+
+@dataclass(frozen=True)
+class Known:
+    """An image to start from.
+
+    Attributes:
+        latents: Its own, (B, C, H, W).
+        noise: (B, C, H, W).
+        kept: bool, broadcast to the latents: where they stay as they are; None: nowhere.
+    """
+
+    latents: Floats
+    noise: Floats
+    kept: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def of(cls, graphs: LoadedGraphs, given: Given, noise: Floats) -> Known:
+        """Of the images that a caller gave."""
+        latents = graphs.latents(given.images)
+        if given.masks is None:
+            return cls(latents, noise)
+        if (masks := given.masks[:, None]).shape[2:] != latents.shape[2:]:
+            factor = masks.shape[2] // latents.shape[2]
+            if latents.shape[1] == given.images.shape[3] * factor**2:  # latents are blocks of pixels
+                masks = pixel_unshuffle(masks.repeat(given.images.shape[3], 1), factor)
+            else:
+                masks = masks[:, :, ::factor, ::factor]  # as torch's nearest neighbour
+        return cls(latents, noise, ~masks)
+
+    def at(self, level: NDArray[np.float64]) -> Floats:
+        """The latents at a noise level (alpha, sigma)."""
+        alpha, sigma = level.astype(np.float32)
+        found: Floats = alpha * self.latents + sigma * self.noise
+        return found
+
+    def blending(self, table: StepTable, then: OnState | None) -> OnState | None:
+        """What puts the known latents back after each step of ``table``, at its level, and calls ``then``."""
+        kept = self.kept
+        if kept is None:
+            return then
+        ends = np.concatenate([levels(table)[1:], [[1.0, 0.0]]])
+
+        def blend(step: int, timestep: float, x: Floats) -> Floats | None:
+            np.copyto(x, self.at(ends[step]), where=kept)
+            return None if then is None else then(step, timestep, x)
+
+        return blend
+
+
+def from_known(known: Known, drawing: Drawing, steps: int) -> Drawing:
+    """``drawing`` from an image on: the table's last ``steps`` rows, and the image at the first one's level."""
+    row = drawing.table.num_inference_steps - steps
+    noise = drawing.noise.copy()
+    noise[0] = known.at(levels(drawing.table)[row])
+    return replace(drawing, noise=noise, table=from_row(drawing.table, row))

@@ -21,7 +21,7 @@ from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.images import to_uint8
+from redif_sdk.images import from_uint8, to_uint8
 from redif_sdk.inputs import Conditions
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 __all__ = ["LoadedGraphs"]
 
 #: What needs a graph, for the message that it is missing.
-_NEEDED_BY = {"text_encoder": "prompts need", "decoder": "decoding latents needs"}
+_NEEDED_BY = {
+    "text_encoder": "prompts need",
+    "decoder": "decoding latents needs",
+    "encoder": "starting from an image needs",
+}
 
 _living: WeakSet[LoadedGraphs] = WeakSet()
 
@@ -149,6 +153,17 @@ class LoadedGraphs:
             self._done("decoder")
         require_finite(latents)
         return to_uint8(latents, postprocess)
+
+    def latents(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Images uint8 (B, H', W', C') to latents float32 (B, C, H, W), by the encoder where latents are not pixels."""
+        postprocess = self._student.manifest.postprocess
+        values = from_uint8(images, postprocess)
+        if postprocess.decoder is None:
+            return values
+        latents = self["encoder"].run({"image": values})["latents"]
+        self._done("encoder")
+        require_finite(latents)
+        return latents
 
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         return self["decoder"].run({"latents": latents})["sample"]

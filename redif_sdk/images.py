@@ -16,7 +16,16 @@ from PIL import Image
 
 from redif_sdk.artifact.records import Postprocess
 
-__all__ = ["PipelineOutput", "contact_sheet", "pixel_shuffle", "scale_and_offset", "to_pil", "to_uint8"]
+__all__ = [
+    "PipelineOutput",
+    "contact_sheet",
+    "from_uint8",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "scale_and_offset",
+    "to_pil",
+    "to_uint8",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,22 @@ def pixel_shuffle(x: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     batch, channels, height, width = x.shape
     blocks = x.reshape(batch, channels // factor**2, factor, factor, height, width)
     return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(batch, channels // factor**2, height * factor, width * factor)
+
+
+def pixel_unshuffle(x: NDArray[Any], factor: int) -> NDArray[Any]:
+    """The inverse of `pixel_shuffle`: (B, C, H f, W f) -> (B, C f^2, H, W)."""
+    if factor == 1:
+        return x
+    batch, channels, height, width = x.shape
+    blocks = x.reshape(batch, channels, height // factor, factor, width // factor, factor)
+    return blocks.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // factor, width // factor)
+
+
+def from_uint8(images: NDArray[np.uint8], postprocess: Postprocess) -> NDArray[np.float32]:
+    """What `to_uint8` makes ``images``, uint8 (B, H, W, C), of: (B, C', H', W') float32."""
+    scale, offset = scale_and_offset(postprocess)
+    values = (images.transpose(0, 3, 1, 2).astype(np.float32) - offset) / scale
+    return np.ascontiguousarray(pixel_unshuffle(values, postprocess.pixel_shuffle))
 
 
 def scale_and_offset(postprocess: Postprocess) -> tuple[np.float32, np.float32]:

@@ -21,7 +21,7 @@ from redif_sdk import hub, runtimes
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.drawing import Drawing, OnState
+from redif_sdk.drawing import Drawing, Known, OnState, from_known
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import PipelineOutput, to_pil
@@ -39,6 +39,7 @@ from redif_sdk.inputs import (
     check_noise,
     check_request,
 )
+from redif_sdk.inputs.pictures import Start
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
 from redif_sdk.sampling.table import StepTable
 
@@ -206,6 +207,9 @@ class FastPipeline:
         latents: ArrayLike | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         prompt_embeds: ArrayLike | None = None,
         pooled_prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
@@ -226,6 +230,11 @@ class FastPipeline:
             latents: starting noise (B, C, H, W), standard normal, instead of the seed's.
             height: in pixels, for students exported with free sizes; default: the student's own.
             width: as `height`.
+            image: to start from: a PIL image, an array (H, W, C) of uint8 or floats in [0, 1], or a list of these, one
+                for each prompt. It is scaled and cut to the size that is made.
+            mask_image: of the size of `image`; white is painted anew, the rest stays.
+            strength: of the steps K, the last floor(strength K) are run, from `image` at that noise level; default .8,
+                with a mask 1.
             prompt_embeds: with `pooled_prompt_embeds` and `prompt_attention_mask`, whichever the student has, one row
                 per prompt as `encode_prompt` returns them; replaces `prompt`.
             negative_prompt: not supported; refused.
@@ -244,15 +253,23 @@ class FastPipeline:
             raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
-        asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, height, width)
+        start_from = Start.of(self.manifest, image, mask_image, strength, height, width)
+        size = (height, width) if start_from is None else start_from.size
+        asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         noise = request.noise(self.manifest)
+        given = None if start_from is None else start_from.fitted(self.manifest, request)
         ready = time.perf_counter()
         conditions = self._conditions(request)
         encoded = time.perf_counter()
         drawing = self._drawing(noise, conditions, request.table)
-        images = drawing.images(self._shown_to(callback_on_step_end), decode_tile)
+        on_state = self._shown_to(callback_on_step_end)
+        if given is not None:
+            known = Known.of(self._components, given, noise[0])
+            drawing = from_known(known, drawing, given.steps)
+            on_state = known.blending(drawing.table, on_state)
+        images = drawing.images(on_state, decode_tile)
         done = time.perf_counter()
         result: Any = images
         if output_type == "pil":
@@ -262,7 +279,7 @@ class FastPipeline:
         end = time.perf_counter()
         text = {} if self.manifest.text is None else {"text": encoded - ready}
         timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
-        stepped = callback_on_step_end is not None or decode_tile is not None
+        stepped = on_state is not None or decode_tile is not None
         info = self._info(self._components.info(stepped=stepped))
         return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
 

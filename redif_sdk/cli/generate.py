@@ -51,6 +51,15 @@ def generate_command(
     output: Output = "out.png",
     height: Annotated[int | None, typer.Option(help="Image height in pixels, if the student supports it.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels, if the student supports it.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image to start from; may be repeated, one a prompt.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="White is painted anew, the rest of the image stays.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the steps that are run from the image; default: 0.8, with a mask 1.")
+    ] = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
@@ -64,10 +73,13 @@ def generate_command(
 ) -> None:
     """Generate images."""
     from redif_sdk.hub import is_hub_id
+    from redif_sdk.inputs.pictures import open_image
     from redif_sdk.pipeline import FastPipeline
 
     if is_hub_id(student) and not Path(student).is_dir():
         show_transfers(json, quiet)
+    images = [open_image(file, str(file)) for file in image or []]
+    masks = [open_image(mask, str(mask))] if mask is not None else None
     labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
     pipe = FastPipeline.from_pretrained(
         student,
@@ -88,6 +100,9 @@ def generate_command(
         seed=seed,
         height=height,
         width=width,
+        image=images or None,
+        mask_image=masks,
+        strength=strength,
     )
     files = _save(out.images, output)
     used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}

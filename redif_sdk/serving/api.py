@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import LONGEST_PROMPT, check_request
-from redif_sdk.serving.backend import ImageJob
+from redif_sdk.inputs.pictures import Start, open_image
+from redif_sdk.serving.backend import ImageJob, Source
 
 __all__ = ["ImageRequest", "jobs_of", "model_card"]
 
@@ -50,8 +51,10 @@ class ImageRequest(BaseModel):
     class_label: Annotated[int, Field(strict=True)] | str | None = None
 
 
-def jobs_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int) -> list[ImageJob]:
-    """The images that a request asks for, from the student `name`.
+def jobs_of(
+    request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int, source: Source | None = None
+) -> list[ImageJob]:
+    """The images that a request asks for, from the student `name`; of an edit, from the image `source`.
 
     Raises InvalidRequest for more than `most` images, for more than `pixels` pixels in one, and for what the student
     does not support.
@@ -60,17 +63,25 @@ def jobs_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, 
     if n > most:
         raise InvalidRequest(f"n is {n}; this server allows at most {most} images per request")
     height, width = _size(request.size)
+    start = None
+    if source is not None:
+        mask = None if source.mask is None else open_image(source.mask, "mask")
+        image = open_image(source.image, "image")
+        start = Start.of(manifest, image, mask, source.strength, height, width)
+        height, width = (height, width) if start is None else start.size
     prompt, label = _asked(request, manifest)
     checked = check_request(manifest, prompt, label, n, request.num_inference_steps, request.seed, None, height, width)
     scale = manifest.postprocess.scale
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
         raise InvalidRequest(f"size is {width}x{height}; this server allows at most {pixels} pixels per image")
+    if start is not None:
+        start.steps(checked.table)
     steps = checked.table.num_inference_steps
     labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
     prompts: list[str] | list[None] = checked.prompts or [None] * n
     return [
-        ImageJob(name, label, seed, index, steps, height, width, prompt)
+        ImageJob(name, label, seed, index, steps, height, width, prompt, source)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
 

@@ -70,6 +70,16 @@ class Drawing:
                 _log.warning("constant images were not checked for NaN: %s", error)
         return images
 
+    def latents(self, on_state: OnState | None = None) -> Floats:
+        """The latents (B, C, H, W) that the images would be decoded from, step by step.
+
+        Raises:
+            NonFiniteOutput: They hold NaN or infinite values.
+        """
+        x = self._last(on_state)
+        require_finite(x)
+        return x
+
     def previews(self) -> Iterator[NDArray[np.uint8]]:
         """The clean-image estimate after each step but the last, then the images: each (B, H, W, C)."""
         for k, x, x0 in self._steps():
@@ -77,12 +87,16 @@ class Drawing:
 
     def _stepped(self, on_state: OnState | None = None, decode_tile: int | None = None) -> NDArray[np.uint8]:
         """Images from single steps, each shown to `on_state`."""
-        x = self.noise[0]
+        return self.graphs.images(self._last(on_state), decode_tile)
+
+    def _last(self, on_state: OnState | None) -> Floats:
+        """The state after the last step; each is shown to `on_state`."""
+        x: Floats = self.noise[0]
         for k, x, _ in self._steps():
             other = on_state(k, float(self.table.timesteps[k]), x) if on_state else None
             if other is not None:
                 x[...] = other
-        return self.graphs.images(x, decode_tile)
+        return x
 
     def _steps(self) -> Iterator[tuple[int, Floats, Floats]]:
         """(k, x', x0) after each step, as `iterate_steps` yields them: the caller may write into x'."""

@@ -71,7 +71,7 @@ class LoadedGraphs:
         self._loaded: dict[str, Runtime] = {first.info.component: first}
         self._infos: dict[str, RuntimeInfo] = {first.info.component: first.info}
         self._fused = first.info.component == "generator"
-        self._forked = False
+        self._forked = self._closed = False
         _living.add(self)
         for component in self._needed(stepped=self.generator is None):
             self._graph(component)
@@ -91,6 +91,8 @@ class LoadedGraphs:
         if (loaded := self._loaded.get(component)) is not None:
             return loaded
         with self._lock:
+            if self._closed:
+                raise RuntimeUnavailable(f"the pipeline of {self._student.path} was closed; load it again")
             if component not in self._loaded:
                 if self._forked and self._options.device != "cpu":
                     raise RuntimeUnavailable(
@@ -106,6 +108,12 @@ class LoadedGraphs:
         """What computes images: the fused graph, or the denoiser (`stepped`, or where there is no fused graph)."""
         component: Component = "generator" if self._fused and not stepped else "denoiser"
         return self._infos[component] if component in self._infos else self[component].info
+
+    def close(self) -> None:
+        """Forget all graphs; they are freed when no thread runs them any more."""
+        with self._lock:
+            self._loaded.clear()
+            self._closed = True
 
     def _done(self, component: Component) -> None:
         """With `low_memory`, forget a graph after its use. It is freed when no thread runs it any more."""

@@ -5,6 +5,7 @@ Latents of a student with a decoder are decoded by a graph first. No file is rea
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from redif_sdk.artifact.records import Postprocess
 __all__ = [
     "PipelineOutput",
     "contact_sheet",
+    "converted",
     "from_uint8",
     "pixel_shuffle",
     "pixel_unshuffle",
@@ -33,7 +35,7 @@ class PipelineOutput:
     """The result of a call.
 
     Attributes:
-        images: a list of PIL images, or an array (B, H, W, C), depending on `output_type`.
+        images: a list of PIL images, or an array or tensor, depending on `output_type`.
         seeds: (seed, image index) of each image; passed as ``seed=``, they give the same images again.
         timings: seconds by stage: noise, text (tokens and text encoder; text-to-image students only), network, output,
             total.
@@ -91,6 +93,19 @@ def to_uint8(x: NDArray[np.float32], postprocess: Postprocess) -> NDArray[np.uin
 def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
     """Images, uint8 (B, H, W, C) with C = 1 (grey, mode "L"), 3 or 4, to PIL."""
     return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def converted(made: NDArray[Any], output_type: str) -> Any:
+    """Images, uint8 (B, H, W, C), as a caller wants them: "pil", "np" or "pt" (in [0, 1]); else ``made`` as it is."""
+    if output_type == "pil":
+        return to_pil(made)
+    if output_type not in ("np", "pt"):
+        return made
+    shares = made.astype(np.float32) / np.float32(255)
+    if output_type == "np":
+        return shares
+    torch = importlib.import_module("torch")  # which who asks for its tensors has
+    return torch.from_numpy(np.ascontiguousarray(shares.transpose(0, 3, 1, 2)))
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -6,6 +6,7 @@ graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampl
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,9 @@ from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.drawing import Drawing, Known, OnState, from_known
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
-from redif_sdk.images import PipelineOutput, to_pil
+from redif_sdk.images import PipelineOutput, converted, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
-    OUTPUT_TYPES,
     Asked,
     Conditions,
     GenerationRequest,
@@ -37,7 +37,9 @@ from redif_sdk.inputs import (
     check_guidance,
     check_latents,
     check_noise,
+    check_output,
     check_request,
+    precision_of,
 )
 from redif_sdk.inputs.pictures import Start
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
@@ -106,6 +108,7 @@ class FastPipeline:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        torch_dtype: Any = None,
     ) -> FastPipeline:
         """Load a student from a folder, or from the Hub by its id ("org/name"); only the files that are needed.
 
@@ -121,6 +124,7 @@ class FastPipeline:
             engine_dir: folder of TensorRT engines, instead of the cache.
             low_memory: free text encoder, network and decoder after their use; each call loads and checks them again.
             revision: branch, tag or commit on the Hub; `token`, `cache_dir`, `local_files_only` are the Hub's too.
+            torch_dtype: diffusers' name for `precision`: torch.float16 is "fp16", and so on.
 
         Returns:
             The pipeline. `runtime_info` and the log say what was chosen; `origin` has the commit.
@@ -131,7 +135,7 @@ class FastPipeline:
         options: dict[str, Any] = {
             "runtime": runtime,
             "device": device,
-            "precision": precision,
+            "precision": precision_of(precision, torch_dtype),
             "num_threads": num_threads,
             "provider": provider,
             "engine_dir": engine_dir,
@@ -147,7 +151,7 @@ class FastPipeline:
         remote = hub.Remote(
             str(source), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        tried = {choice.precision for choice in runtimes.candidates(remote.manifest, runtime, precision)}
+        tried = {c.precision for c in runtimes.candidates(remote.manifest, runtime, options["precision"])}
         wanted = [graph for graph in remote.manifest.graphs if graph.precision in tried]
         paths = [path for graph in wanted for path in (graph.file, *graph.data)]
         if remote.manifest.text is not None:
@@ -218,6 +222,8 @@ class FastPipeline:
         output_type: str = "pil",
         decode_tile: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        generator: Any = None,
     ) -> PipelineOutput:
         """Generate images.
 
@@ -239,18 +245,20 @@ class FastPipeline:
                 per prompt as `encode_prompt` returns them; replaces `prompt`.
             negative_prompt: not supported; refused.
             guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
-            output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
+            output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C); "pt", a torch tensor
+                (B, C, H, W) in [0, 1]; "latent", what the decoder would take, float32 (B, C, H, W).
             decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
                 return {"latents": other} to continue from those.
+            callback_on_step_end_tensor_inputs: diffusers'; there are the latents alone.
+            generator: torch's is refused: give `seed`, or what it draws as `latents`.
 
         Raises:
             InvalidRequest: the student does not support the request; the message names what it supports.
             NonFiniteOutput: images hold NaN or infinite values.
         """
         start = time.perf_counter()
-        if output_type not in OUTPUT_TYPES:
-            raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
+        check_output(output_type, generator, callback_on_step_end_tensor_inputs)
         check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
         start_from = Start.of(self.manifest, image, mask_image, strength, height, width)
@@ -269,19 +277,37 @@ class FastPipeline:
             known = Known.of(self._components, given, noise[0])
             drawing = from_known(known, drawing, given.steps)
             on_state = known.blending(drawing.table, on_state)
-        images = drawing.images(on_state, decode_tile)
+        raw = output_type == "latent"
+        made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
-        result: Any = images
-        if output_type == "pil":
-            result = to_pil(images)
-        elif output_type == "np":
-            result = images.astype(np.float32) / np.float32(255)
+        result = converted(made, output_type)
         end = time.perf_counter()
         text = {} if self.manifest.text is None else {"text": encoded - ready}
         timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
-        stepped = on_state is not None or decode_tile is not None
-        info = self._info(self._components.info(stepped=stepped))
+        info = self._info(self._components.info(stepped=raw or on_state is not None or decode_tile is not None))
         return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
+        """A call in a thread of its own, while the event loop goes on; the arguments are those of a call."""
+        return await asyncio.to_thread(self, *args, **kwargs)
+
+    def close(self) -> None:
+        """Free the graphs, of copies too. A call afterwards raises RuntimeUnavailable."""
+        self._components.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        steps = ", ".join(map(str, self.manifest.supported_steps))
+        info = self._components.info()
+        return (
+            f"<{type(self).__name__} {self.manifest.name}: {self.manifest.task}, {steps} steps, "
+            f"{info.runtime} {info.precision} on {info.device}>"
+        )
 
     def stream(
         self,

@@ -235,7 +235,7 @@ def test_every_part_of_a_text_to_image_student_builds(
         "decoder": {"latents": state},
         "generator": {
             "noise": [[1, *shape] for shape in state],
-            "table": [[2, 6]] * 3,
+            "table": [[1, 6], [2, 6], [2, 6]],
             "encoder_hidden_states": hidden,
         },
     }

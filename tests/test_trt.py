@@ -54,7 +54,7 @@ OUTPUTS = {
     "denoiser": [TensorSpec(name="f", dtype="float32", shape=["batch", 4, 14, 14])],
     "generator": [TensorSpec(name="images", dtype="uint8", shape=["batch", 28, 28, 1])],
 }
-#: Batches of 1 to 5, 1 to 4 slices of noise, 2 or 3 steps.
+#: Batches of 1 to 5, 1 to 4 slices of noise, 1 to 3 steps.
 PROFILES = {
     "denoiser": {
         "sample": ((1, 4, 14, 14), (4, 4, 14, 14), (5, 4, 14, 14)),

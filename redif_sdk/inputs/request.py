@@ -24,14 +24,12 @@ from redif_sdk.sampling.table import StepTable
 __all__ = [
     "EMBEDS",
     "LONGEST_PROMPT",
-    "OUTPUT_TYPES",
     "Asked",
     "Conditions",
     "GenerationRequest",
     "Labels",
     "Seeds",
     "check_conditions",
-    "check_guidance",
     "check_latents",
     "check_noise",
     "check_request",
@@ -39,7 +37,6 @@ __all__ = [
     "count_of",
 ]
 
-OUTPUT_TYPES = ("pil", "np", "uint8")
 MOST_PROMPTS = 10_000  # a call
 
 #: diffusers' names for encoded prompts: argument -> tensor.
@@ -156,29 +153,6 @@ def check_request(
         prompts = [text for text in prompts for _ in range(per_prompt)]
     starts = None if latents is None else check_latents(manifest, latents, count, size)
     return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size)
-
-
-def check_guidance(manifest: Manifest, guidance_scale: float | None, negative_prompt: object) -> None:
-    """Check the guidance arguments of diffusers' pipelines. A student's guidance is in its graphs, or it has none.
-
-    The student's own scale is accepted; 0 and 1 both mean no guidance, as in diffusers.
-
-    Raises:
-        InvalidRequest: Another scale, or a negative prompt.
-    """
-    guidance = manifest.network.guidance
-    if negative_prompt is not None:
-        reason = (
-            f"it runs without guidance, at {manifest.network.calls_per_step} network call a step"
-            if guidance is None
-            else "its negative prompt is fixed in its graphs"
-        )
-        raise InvalidRequest(f"negative_prompt is not supported by {manifest.name}: {reason}; leave it out")
-    embedded = manifest.network.embedded_guidance
-    own = [guidance.scale] if guidance else [0.0, 1.0] if embedded is None else [embedded]
-    if guidance_scale is not None and guidance_scale not in own:
-        choice = f"use {own[0]:g}, or leave it out" if own[0] else "it runs without guidance; leave it out"
-        raise InvalidRequest(f"guidance_scale={guidance_scale!r:.30} is not supported by {manifest.name}: {choice}")
 
 
 def check_size(

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import pixel_unshuffle
-from redif_sdk.inputs import Conditions
+from redif_sdk.inputs import Conditions, check_latents
 from redif_sdk.inputs.pictures import Given
 from redif_sdk.runtimes.finite import LEVELS, require_finite
 from redif_sdk.sampling.entry import from_row, levels
 from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Drawing", "Known", "OnState", "from_known"]
+__all__ = ["Drawing", "OnState", "shown_to", "started"]
 
 _log = logging.getLogger(__name__)
 
@@ -159,9 +160,26 @@ class Known:
         return blend
 
 
-def from_known(known: Known, drawing: Drawing, steps: int) -> Drawing:
-    """``drawing`` from an image on: the table's last ``steps`` rows, and the image at the first one's level."""
-    row = drawing.table.num_inference_steps - steps
+def started(drawing: Drawing, given: Given, on_state: OnState | None) -> tuple[Drawing, OnState | None]:
+    """``drawing`` and its ``on_state`` from the images on that a caller gave: the table's last rows, at the first one's
+    level."""
+    known = Known.of(drawing.graphs, given, drawing.noise[0])
+    row = drawing.table.num_inference_steps - given.steps
     noise = drawing.noise.copy()
     noise[0] = known.at(levels(drawing.table)[row])
-    return replace(drawing, noise=noise, table=from_row(drawing.table, row))
+    begun = replace(drawing, noise=noise, table=from_row(drawing.table, row))
+    return begun, known.blending(begun.table, on_state)
+
+
+def shown_to(callback: Callable[..., Any] | None, pipeline: Any, manifest: Manifest) -> OnState | None:
+    """What shows each state to a caller's ``callback(pipeline, step, timestep, {"latents": x})``."""
+    if callback is None:
+        return None
+
+    def show(step: int, timestep: float, x: Floats) -> Floats | None:
+        returned = callback(pipeline, step, timestep, {"latents": x})
+        if returned is None or "latents" not in returned:
+            return None
+        return check_latents(manifest, returned["latents"], len(x), x.shape[2:])
+
+    return show

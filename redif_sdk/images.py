@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from redif_sdk.artifact.records import Postprocess
+from redif_sdk.marks.xmp import Mark, marked
 
 __all__ = [
     "PipelineOutput",
@@ -95,10 +96,14 @@ def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
     return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images]
 
 
-def converted(made: NDArray[Any], output_type: str) -> Any:
-    """Images, uint8 (B, H, W, C), as a caller wants them: "pil", "np" or "pt" (in [0, 1]); else ``made`` as it is."""
+def converted(made: NDArray[Any], output_type: str, marks: Sequence[Mark] = ()) -> Any:
+    """Images, uint8 (B, H, W, C), as a caller wants them: "pil", "np" or "pt" (in [0, 1]); else ``made`` as it is.
+
+    PIL's have ``marks``, one each, where there are any.
+    """
     if output_type == "pil":
-        return to_pil(made)
+        images = to_pil(made)
+        return [marked(image, mark) for image, mark in zip(images, marks, strict=True)] if marks else images
     if output_type not in ("np", "pt"):
         return made
     shares = made.astype(np.float32) / np.float32(255)

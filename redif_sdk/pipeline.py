@@ -22,7 +22,7 @@ from redif_sdk import hub, runtimes
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.drawing import Drawing, Known, OnState, from_known
+from redif_sdk.drawing import Drawing, shown_to, started
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import PipelineOutput, converted, to_pil
@@ -35,7 +35,6 @@ from redif_sdk.inputs import (
     Seeds,
     check_conditions,
     check_guidance,
-    check_latents,
     check_noise,
     check_output,
     check_request,
@@ -63,6 +62,8 @@ class FastPipeline:
     Load one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with reason and remedy, if
     the runtime, device or precision is not available; nothing else is used instead.
     """
+
+    marked = True  # PIL images say in their files that they were generated, and by what (`redif_sdk.marks`)
 
     def __init__(
         self,
@@ -234,15 +235,11 @@ class FastPipeline:
             num_inference_steps: steps; None for the student's default.
             seed: an int (image i uses the noise (seed, i)); an int or (seed, index) per image; None for a random one.
             latents: starting noise (B, C, H, W), standard normal, instead of the seed's.
-            height: in pixels, for students exported with free sizes; default: the student's own.
-            width: as `height`.
-            image: to start from: a PIL image, an array (H, W, C) of uint8 or floats in [0, 1], or a list of these, one
-                for each prompt. It is scaled and cut to the size that is made.
+            height, width: in pixels, for students exported with free sizes; default: the student's own.
+            image: to start from: PIL, an array (H, W, C) of uint8 or floats in [0, 1]; or a list, one a prompt.
             mask_image: of the size of `image`; white is painted anew, the rest stays.
-            strength: of the steps K, the last floor(strength K) are run, from `image` at that noise level; default .8,
-                with a mask 1.
-            prompt_embeds: with `pooled_prompt_embeds` and `prompt_attention_mask`, whichever the student has, one row
-                per prompt as `encode_prompt` returns them; replaces `prompt`.
+            strength: of K steps the last floor(strength K) are run, from `image`; default .8, with a mask 1.
+            prompt_embeds: like the two after it what `encode_prompt` returns, a row a prompt; replaces `prompt`.
             negative_prompt: not supported; refused.
             guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
             output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C); "pt", a torch tensor
@@ -250,8 +247,8 @@ class FastPipeline:
             decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
                 return {"latents": other} to continue from those.
-            callback_on_step_end_tensor_inputs: diffusers'; there are the latents alone.
-            generator: torch's is refused: give `seed`, or what it draws as `latents`.
+            callback_on_step_end_tensor_inputs: the latents alone.
+            generator: refused; give `seed`.
 
         Raises:
             InvalidRequest: the student does not support the request; the message names what it supports.
@@ -261,31 +258,29 @@ class FastPipeline:
         check_output(output_type, generator, callback_on_step_end_tensor_inputs)
         check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
-        start_from = Start.of(self.manifest, image, mask_image, strength, height, width)
-        size = (height, width) if start_from is None else start_from.size
+        begin = Start.of(self.manifest, image, mask_image, strength, height, width)
+        size = begin.size if begin else (height, width)
         asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         noise = request.noise(self.manifest)
-        given = None if start_from is None else start_from.fitted(self.manifest, request)
+        given = begin.fitted(self.manifest, request) if begin else None
         ready = time.perf_counter()
         conditions = self._conditions(request)
         encoded = time.perf_counter()
-        drawing = self._drawing(noise, conditions, request.table)
-        on_state = self._shown_to(callback_on_step_end)
-        if given is not None:
-            known = Known.of(self._components, given, noise[0])
-            drawing = from_known(known, drawing, given.steps)
-            on_state = known.blending(drawing.table, on_state)
+        drawing = Drawing(self._components, noise, conditions, request.table)
+        on_state = shown_to(callback_on_step_end, self, self.manifest)
+        if given:
+            drawing, on_state = started(drawing, given, on_state)
         raw = output_type == "latent"
         made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
-        result = converted(made, output_type)
-        end = time.perf_counter()
-        text = {} if self.manifest.text is None else {"text": encoded - ready}
-        timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
         info = self._info(self._components.info(stepped=raw or on_state is not None or decode_tile is not None))
-        return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
+        marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
+        result = converted(made, output_type, marks)
+        end = time.perf_counter()
+        timings = _timings(self.manifest, start, ready, encoded, done, end)
+        return PipelineOutput(result, request.seeds, timings, info)
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
         """A call in a thread of its own, while the event loop goes on; the arguments are those of a call."""
@@ -304,10 +299,8 @@ class FastPipeline:
     def __repr__(self) -> str:
         steps = ", ".join(map(str, self.manifest.supported_steps))
         info = self._components.info()
-        return (
-            f"<{type(self).__name__} {self.manifest.name}: {self.manifest.task}, {steps} steps, "
-            f"{info.runtime} {info.precision} on {info.device}>"
-        )
+        engine = f"{info.runtime} {info.precision} on {info.device}"
+        return f"<{type(self).__name__} {self.manifest.name}: {self.manifest.task}, {steps} steps, {engine}>"
 
     def stream(
         self,
@@ -337,8 +330,8 @@ class FastPipeline:
         return self._previews(request)
 
     def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
-        drawing = self._drawing(request.noise(self.manifest), self._conditions(request), request.table)
-        for images in drawing.previews():
+        noise, conditions = request.noise(self.manifest), self._conditions(request)
+        for images in Drawing(self._components, noise, conditions, request.table).previews():
             yield to_pil(images)[0]
 
     def generate_array(
@@ -357,7 +350,8 @@ class FastPipeline:
         """
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
-        return self._drawing(checked, check_conditions(self.manifest, conditions, checked.shape[1]), table).images()
+        given = check_conditions(self.manifest, conditions, checked.shape[1])
+        return Drawing(self._components, checked, given, table).images()
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
         """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
@@ -371,22 +365,6 @@ class FastPipeline:
     def _conditions(self, request: GenerationRequest) -> Conditions:
         """The conditions of a request, with its prompts encoded."""
         return request.conditions if request.prompts is None else self._components.encode(request.prompts)
-
-    def _drawing(self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable) -> Drawing:
-        return Drawing(self._components, noise, conditions, table)
-
-    def _shown_to(self, callback: OnStepEnd | None) -> OnState | None:
-        """What shows each state to a caller's `callback`."""
-        if callback is None:
-            return None
-
-        def show(step: int, timestep: float, x: NDArray[np.float32]) -> NDArray[np.float32] | None:
-            returned = callback(self, step, timestep, {"latents": x})
-            if returned is None or "latents" not in returned:
-                return None
-            return check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-
-        return show
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.
@@ -439,6 +417,14 @@ class FastPipeline:
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
+
+
+def _timings(manifest: Manifest, *times: float) -> dict[str, float]:
+    """The seconds of each stage of a call, from the times at which they begin and end."""
+    stages = {name: times[k + 1] - times[k] for k, name in enumerate(("noise", "text", "network", "output"))}
+    if manifest.text is None:  # there is no such stage, but a microsecond
+        stages["noise"] += stages.pop("text")
+    return stages | {"total": times[-1] - times[0]}
 
 
 def _load_again(kind: type[FastPipeline], source: str, digest: str, options: dict[str, Any]) -> FastPipeline:

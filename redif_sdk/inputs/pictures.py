@@ -49,6 +49,11 @@ class Given:
     masks: NDArray[np.bool_] | None
     steps: int
 
+    @property
+    def kind(self) -> str:
+        """What is begun with, for a mark."""
+        return "image" if self.masks is None else "mask"
+
 
 @dataclass(frozen=True)
 class Start:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import LONGEST_PROMPT, TensorSpec
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.marks.xmp import Mark
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
@@ -71,6 +72,23 @@ class GenerationRequest:
     seeds: list[tuple[int, int]]  # (seed, image index), B of them
     latents: NDArray[np.float32] | None  # (B, C, H, W)
     size: tuple[int, int]  # (H, W)
+
+    def marks(self, manifest: Manifest, precision: str, begins_with: str | None = None) -> list[Mark]:
+        """What makes each image, for its file. ``begins_with``: "image" or "mask", where it is not noise alone."""
+        scale = manifest.postprocess.scale
+        common: Mark = {"student": manifest.name, "digest": manifest.digest, "precision": precision}
+        common |= {"num_inference_steps": self.table.num_inference_steps}
+        common |= {"height": self.size[0] * scale, "width": self.size[1] * scale}
+        if begins_with is not None or self.latents is not None:
+            common["begins_with"] = begins_with or "latents"
+        labels = self.conditions.get("class_labels")
+        marks = [{**common, "seed": seed, "index": index} for seed, index in self.seeds]
+        for place, mark in enumerate(marks):
+            if self.prompts is not None:
+                mark["prompt"] = self.prompts[place]
+            elif labels is not None:
+                mark["class_label"] = int(labels[place])
+        return marks
 
     def noise(self, manifest: Manifest) -> NDArray[np.float32]:
         """The noise (N, B, C, H, W), with the given latents as its first slice."""

@@ -11,9 +11,10 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import LONGEST_PROMPT, check_request
 from redif_sdk.inputs.pictures import Start, open_image
+from redif_sdk.marks.xmp import Mark
 from redif_sdk.serving.backend import ImageJob, Source
 
-__all__ = ["ImageRequest", "jobs_of", "model_card"]
+__all__ = ["ImageRequest", "jobs_of", "mark_of_job", "model_card"]
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _CREATED = 0  # of models: a manifest has no date
@@ -84,6 +85,19 @@ def jobs_of(
         ImageJob(name, label, seed, index, steps, height, width, prompt, source)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
+
+
+def mark_of_job(job: ImageJob, manifest: Manifest) -> Mark:
+    """What an image's file says of how it was made."""
+    mark: Mark = {"student": manifest.name, "digest": manifest.digest, "seed": job.seed, "index": job.index}
+    mark |= {"num_inference_steps": job.num_inference_steps, "height": job.height, "width": job.width}
+    if job.prompt is not None:
+        mark["prompt"] = job.prompt
+    if job.label is not None:
+        mark["class_label"] = job.label
+    if job.source is not None:
+        mark["begins_with"] = "image" if job.source.mask is None else "mask"
+    return mark
 
 
 def _asked(request: ImageRequest, manifest: Manifest) -> tuple[str | None, int | None]:

@@ -25,8 +25,9 @@ from starlette.exceptions import HTTPException
 import redif_sdk
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
+from redif_sdk.marks.xmp import Mark
 from redif_sdk.serving.admission import Admission, Busy
-from redif_sdk.serving.api import ImageRequest, jobs_of, model_card
+from redif_sdk.serving.api import ImageRequest, jobs_of, mark_of_job, model_card
 from redif_sdk.serving.backend import Backend, ImageJob, Source
 from redif_sdk.serving.body import BadBody, CheckedRoute, field_message, shown
 from redif_sdk.serving.edits import edit_of, form_schema
@@ -282,7 +283,8 @@ class _Images:
         finally:
             self._admission.leave(len(jobs))
         self._metrics.pictures.labels(name).inc(len(images))
-        data = [await self._entry(body, request, image) for image in images]
+        entries = zip(images, jobs, strict=True)
+        data = [await self._entry(body, request, image, self._mark(job)) for image, job in entries]
         return JSONResponse(
             {
                 "created": int(time.time()),
@@ -324,9 +326,14 @@ class _Images:
                 one.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
 
-    async def _entry(self, body: ImageRequest, request: Request, image: NDArray[np.uint8]) -> dict[str, str]:
+    def _mark(self, job: ImageJob) -> Mark | None:
+        return mark_of_job(job, self._backend.manifests[job.model]) if self._settings.marks else None
+
+    async def _entry(
+        self, body: ImageRequest, request: Request, image: NDArray[np.uint8], mark: Mark | None
+    ) -> dict[str, str]:
         output = body.output_format or "png"
-        data = await _encoded(image, output, body.output_compression)
+        data = await _encoded(image, output, body.output_compression, mark)
         if body.response_format == "url":
             return {"url": _url(request, self._files.keep(data, output))}
         return {"b64_json": b64encode(data).decode()}
@@ -345,11 +352,11 @@ class _Images:
                     step = 0
                     async for image in self._backend.stream(job):
                         if last - wanted <= step < last:
-                            data = await _encoded(image, output, body.output_compression)
+                            data = await _encoded(image, output, body.output_compression, self._mark(job))
                             yield image_event(job, data, output, shown)
                             shown += 1
                         step += 1
-                data = await _encoded(image, output, body.output_compression)
+                data = await _encoded(image, output, body.output_compression, self._mark(job))
         except Exception as error:  # whatever it is, it is logged, and the client is told
             _log.error("stream failed", exc_info=error)
             if isinstance(error, NonFiniteOutput):
@@ -370,8 +377,8 @@ def _url(request: Request, name: str) -> str:
         raise InvalidRequest(f"the Host header is {host}, so there is no URL; use response_format b64_json") from None
 
 
-async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None) -> bytes:
+async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None, mark: Mark | None) -> bytes:
     """The encoded file; large images are encoded in a thread, for small ones the thread would cost more."""
     if image.size <= 1 << 16:
-        return encode(image, output, compression)
-    return await asyncio.to_thread(encode, image, output, compression)
+        return encode(image, output, compression, mark)
+    return await asyncio.to_thread(encode, image, output, compression, mark)

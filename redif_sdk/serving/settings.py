@@ -38,6 +38,7 @@ class ServeSettings:
         cors_origins: origins whose pages may send requests from a browser.
         kept_bytes: total size of the images kept for URLs.
         kept_s: seconds that they are kept.
+        marks: whether files say that they were generated, and by what.
         root_path: the path below which a proxy publishes the server, such as "/images"; empty: none.
     """
 
@@ -55,6 +56,7 @@ class ServeSettings:
     kept_bytes: int = 1 << 26
     kept_s: float = 3600.0
     root_path: str = ""
+    marks: bool = True
 
     def __post_init__(self) -> None:
         for name in (

@@ -25,11 +25,12 @@ from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.decoder import compared, replace_decoder
 from redif_sdk.export.fuse import generator_model
 from redif_sdk.export.needs import check_fits
-from redif_sdk.export.networks import given_network, is_large, load_decoder, load_encoders, load_network
+from redif_sdk.export.networks import encoder_of, given_network, is_large, load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import (
     GraphDenoiser,
     decoder_model,
     denoiser_model,
+    encoder_model,
     largest_extent,
     part_precision,
     size_multiple,
@@ -258,14 +259,16 @@ class _Graphs:
         generator = generator_model(model, manifest, decoder) if fits else None
         self._say(None, f"writing the graphs in {precision}")
         graphs.append(store.write_graph(self._folder, "denoiser", precision, model))
-        if decoder is not None:
+        if decoder is not None and source.decoder is not None:
             graphs.append(self._part("decoder", precision, decoder))
+            encoder = encoder_model(encoder_of(source.decoder), manifest, self._computed("encoder", precision))
+            graphs.append(self._part("encoder", precision, encoder))
         if generator is not None:
             graphs.append(store.write_graph(self._folder, "generator", precision, generator))
         return graphs
 
     def _part(self, component: str, precision: str, model: LazyModel | None) -> Graph:
-        """The graph of the text encoders, or of the decoder (`model`), for a student in `precision`."""
+        """The graph of the text encoders, or of another part (`model`), for a student in `precision`."""
         computed = self._computed(component, precision)
         if (component, computed) not in self._written:
             if model is None:

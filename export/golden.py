@@ -24,6 +24,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Golden
 from redif_sdk.artifact.untrusted.npz import npz_arrays
 from redif_sdk.errors import ManifestError
+from redif_sdk.images import from_uint8
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -108,6 +109,8 @@ def _run(
     """Images `indices` of `SEED`, in torch from the noise to the uint8 images."""
     import torch
 
+    from redif_sdk.export.networks import encoder_of
+
     seeds = [(SEED, index) for index in indices]
     noise = torch.from_numpy(draw(seeds, (manifest.latents.channels, *size), slices=table.noise_slices))
     asked = conditions.of(indices).values()
@@ -133,7 +136,12 @@ def _run(
         "f": torch.stack(outputs).numpy(),
         "images": images,
     }
-    return arrays if decoder is None else arrays | {"latents": x.numpy()}
+    if decoder is None:
+        return arrays
+    encoder, shown = encoder_of(decoder), torch.from_numpy(from_uint8(images, manifest.postprocess))
+    with torch.no_grad():
+        encoded = torch.cat([encoder(one) for one in shown.split(1)])
+    return arrays | {"latents": x.numpy(), "encoded": encoded.numpy()}
 
 
 def _images(x: Tensor, decoder: LatentDecoder | None, manifest: Manifest) -> Tensor:
@@ -166,6 +174,7 @@ class GoldenRecord:
     x: NDArray[np.float32]
     f: NDArray[np.float32]
     latents: NDArray[np.float32] | None
+    encoded: NDArray[np.float32] | None  # the latents of `images`; None: recorded before format 1.6
     images: NDArray[np.uint8]
 
     def noise(self) -> NDArray[np.float32]:
@@ -198,13 +207,15 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             arrays["x"].astype(np.float32),
             arrays["f"].astype(np.float32),
             arrays["latents"].astype(np.float32) if manifest.postprocess.decoder is not None else None,
+            arrays["encoded"].astype(np.float32) if "encoded" in arrays else None,
             arrays["images"].astype(np.uint8),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(
             f"{golden.file} in {student.path} cannot be read: {error}; export the student again"
         ) from error
-    if _shapes(record) != _expected_shapes(manifest, golden, len(record.rows)) or record.rows[:1] != [0]:
+    expected = _expected_shapes(manifest, golden, len(record.rows), encoded=record.encoded is not None)
+    if _shapes(record) != expected or record.rows[:1] != [0]:
         raise ManifestError(f"{golden.file} in {student.path} has arrays of other shapes; export the student again")
     return record
 
@@ -223,11 +234,13 @@ def _shapes(record: GoldenRecord) -> Mapping[str, Any]:
     arrays = {**record.conditions, **record.tokens, "x": record.x, "f": record.f, "images": record.images}
     if record.latents is not None:
         arrays["latents"] = record.latents
+    if record.encoded is not None:
+        arrays["encoded"] = record.encoded
     shapes = {name: value.shape for name, value in arrays.items()}
     return {**shapes, "seeds": len(record.seeds), "prompts": len(record.prompts)}
 
 
-def _expected_shapes(manifest: Manifest, golden: Golden, rows: int) -> Mapping[str, Any]:
+def _expected_shapes(manifest: Manifest, golden: Golden, rows: int, *, encoded: bool) -> Mapping[str, Any]:
     """What `_shapes` must return for a file that the manifest describes so."""
     batch, latents, postprocess = golden.batch, manifest.latents, manifest.postprocess
     height, width = golden.height or latents.height, golden.width or latents.width
@@ -237,5 +250,5 @@ def _expected_shapes(manifest: Manifest, golden: Golden, rows: int) -> Mapping[s
     shapes |= _token_shapes(manifest, batch)
     shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
     if postprocess.decoder is not None:
-        shapes["latents"] = state
+        shapes |= {"latents": state, **({"encoded": state} if encoded else {})}
     return {**shapes, "seeds": batch, "prompts": batch if manifest.text is not None else 0}

@@ -26,11 +26,11 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import TextEncoder
 from redif_sdk.errors import ExportError, UnsupportedModel
 from redif_sdk.models.copies import private_copy
-from redif_sdk.models.families import LatentDecoder, TextEncoders
+from redif_sdk.models.families import LatentDecoder, LatentEncoder, TextEncoders
 from redif_sdk.models.hollow import as_stored, streamed
 from redif_sdk.models.portable import check_encoder_class, check_finite, filled
 
-__all__ = ["LARGE", "given_network", "is_large", "load_decoder", "load_encoders", "load_network"]
+__all__ = ["LARGE", "encoder_of", "given_network", "is_large", "load_decoder", "load_encoders", "load_network"]
 
 #: Parameters from which on a network is large: a call takes seconds, eight images gigabytes.
 LARGE = 200_000_000
@@ -91,6 +91,11 @@ def load_decoder(student: StudentFolder, checked: Path | None = None) -> LatentD
     if not hasattr(autoencoder, "decode"):
         raise UnsupportedModel(f"{decoder.class_path} has no decode method; name one of diffusers' autoencoders")
     return LatentDecoder(autoencoder, decoder.scaling_factor, decoder.shift_factor).eval()
+
+
+def encoder_of(decoder: LatentDecoder) -> LatentEncoder:
+    """The encoder that belongs to a decoder."""
+    return LatentEncoder(decoder.autoencoder, decoder.scaling_factor, decoder.shift_factor).eval()
 
 
 def load_encoders(student: StudentFolder, checked: Path | None = None) -> TextEncoders | None:

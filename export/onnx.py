@@ -23,7 +23,7 @@ from redif_sdk.export.trace import trace_graph
 from redif_sdk.export.weight_only import WEIGHT_ONLY, weight_only
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.denoiser import tensor_of
-from redif_sdk.models.families import LatentDecoder, TextEncoders, call_network, is_supported
+from redif_sdk.models.families import LatentDecoder, LatentEncoder, TextEncoders, call_network, is_supported
 from redif_sdk.models.hollow import hollow
 
 __all__ = [
@@ -215,13 +215,26 @@ def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "
     return model
 
 
+def encoder_model(encoder: LatentEncoder, manifest: Manifest, precision: str = "fp32") -> LazyModel:
+    """The encoder's graph with a free batch axis: image, in the manifest's value range, -> latents, both float32."""
+    if precision in WEIGHT_ONLY:
+        return weight_only(encoder_model(encoder, manifest), precision)
+    scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
+    x = _state(manifest, "latents", manifest.latents.channels)
+    sides = [f"image_{side}" if isinstance(side, str) else side * scale for side in x.shape[2:]]
+    image = TensorSpec(name="image", dtype="float32", shape=["batch", channels, *sides])
+    module = _InDtype(_in_dtype(encoder, DTYPES[precision]), DTYPES[precision])
+    model = trace_graph(module, manifest, [image], [x], precision)
+    model.proto.graph.name = "encoder"
+    return model
+
+
 def part_precision(component: str, precision: str, manifest: Manifest, decoder: LatentDecoder | None = None) -> str:
     """The precision of a component in a student of `precision`.
 
-    Only the denoiser is int8; beside it, text encoders and decoder stay fp32. Only the denoiser's weights are int4;
-    theirs are int8. SDXL's decoder stays fp32 in fp16
-    students too, where it overflows unless its configuration says otherwise (``force_upcast``, which diffusers reads
-    in SDXL's pipelines only).
+    Only the denoiser is int8; beside it, text encoders, decoder and encoder stay fp32. Only the denoiser's weights are
+    int4; theirs are int8. SDXL's decoder and encoder stay fp32 in fp16 students too, where they overflow unless their
+    configuration says otherwise (``force_upcast``, which diffusers reads in SDXL's pipelines only).
     """
     if component == "denoiser":
         return precision
@@ -229,7 +242,7 @@ def part_precision(component: str, precision: str, manifest: Manifest, decoder: 
         return "int8wo"
     xl = (manifest.network.pipeline or "").startswith("StableDiffusionXL")
     config: Any = getattr(decoder.autoencoder, "config", {}) if decoder is not None else {}
-    overflows = component == "decoder" and xl and bool(config.get("force_upcast"))
+    overflows = component in ("decoder", "encoder") and xl and bool(config.get("force_upcast"))
     return "fp32" if precision == "int8" or (precision == "fp16" and overflows) else precision
 
 

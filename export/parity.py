@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.export.golden import Arrays, GoldenRecord
-from redif_sdk.images import to_uint8
+from redif_sdk.images import from_uint8, to_uint8
 from redif_sdk.runtimes import Runtime
 from redif_sdk.sampling.loop import sample
 
@@ -24,6 +24,7 @@ __all__ = [
     "Threshold",
     "check_decoder",
     "check_denoiser",
+    "check_encoder",
     "check_generator",
     "check_loop",
     "check_noise",
@@ -102,6 +103,13 @@ def check_decoder(runtime: Runtime, record: GoldenRecord) -> Row:
     """The images decoded from the recorded latents."""
     assert record.latents is not None
     return _images("decoder", runtime, record, runtime.run({"latents": record.latents})["sample"])
+
+
+def check_encoder(runtime: Runtime, record: GoldenRecord) -> Row:
+    """The latents of the recorded images."""
+    assert record.encoded is not None
+    latents = runtime.run({"image": from_uint8(record.images, record.manifest.postprocess)})["latents"]
+    return _row("encoder", runtime, record, latents, record.encoded, THRESHOLDS[runtime.info.precision][0])
 
 
 def check_loop(runtime: Runtime, decoder: Runtime | None, record: GoldenRecord) -> Row:

@@ -220,12 +220,16 @@ def _axes(
     most_slices = most + 1 if any(table.stochastic for table in tables) else 1
     latents, scale = manifest.latents, manifest.postprocess.scale
     extents = [latents.size(height, width, scale) for height, width in sizes or [(None, None)] * 3]
-    return {
-        "batch": _range("batches", batches),
-        "steps": (min(manifest.supported_steps), tables[0].num_inference_steps, most),
-        "slices": (min(slices), slices[0], most_slices),
+    sides = {
         "height": _range("sizes", [height for height, _ in extents]),
         "width": _range("sizes", [width for _, width in extents]),
+    }
+    return {
+        **sides,
+        **{f"image_{side}": (scale * low, scale * best, scale * high) for side, (low, best, high) in sides.items()},
+        "batch": _range("batches", batches),
+        "steps": (1, tables[0].num_inference_steps, most),  # from an image on, a table's last rows
+        "slices": (min(slices), slices[0], most_slices),
     }
 
 

@@ -162,6 +162,7 @@ def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor,
     latents = manifest.latents
     sizes: dict[str, int] = {"batch": _EXAMPLE_BATCH}
     sizes |= {axis: max(getattr(latents, axis), 2 * latents.multiple) for axis in latents.dynamic}
+    sizes |= {f"image_{axis}": manifest.postprocess.scale * sizes[axis] for axis in latents.dynamic}
     return tuple(
         torch.zeros(
             [sizes[side] if isinstance(side, str) else side for side in spec.shape], dtype=_TORCH_DTYPES[spec.dtype]
@@ -176,6 +177,8 @@ def _free_axes(module: torch.nn.Module, manifest: Manifest, inputs: Sequence[Ten
     axes: dict[str, Any] = {"batch": torch.export.Dim("batch", max=_LARGEST_BATCH)}
     for axis in manifest.latents.dynamic:
         axes[axis] = torch.export.Dim(axis) if multiple == 1 else multiple * torch.export.Dim(f"{axis}_steps")
+        pixels = multiple * manifest.postprocess.scale
+        axes[f"image_{axis}"] = pixels * torch.export.Dim(f"{axis}_steps") if pixels > 1 else axes[axis]
     free = [{index: axes[side] for index, side in enumerate(spec.shape) if isinstance(side, str)} for spec in inputs]
     parameters = inspect.signature(module.forward).parameters.values()
     named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)

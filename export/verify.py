@@ -25,7 +25,7 @@ from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, loops
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
 
 #: The graphs that are loaded and checked together: images of the denoiser need the decoder too.
-TOGETHER: tuple[tuple[Component, ...], ...] = (("text_encoder",), ("denoiser", "decoder"), ("generator",))
+TOGETHER: tuple[tuple[Component, ...], ...] = (("text_encoder",), ("denoiser", "decoder"), ("encoder",), ("generator",))
 
 Load = Callable[[Graph], Runtime]
 
@@ -56,9 +56,9 @@ def verify(
         mean_abs, relative_rmse, psnr (dB), nonfinite (number of values), measure and threshold (the criterion), passed,
         reason. The components are "noise" (drawn again), "tokenizer" (the prompts' ids), "text_encoder" (the encoded
         prompts), "denoiser" (the network's output at each recorded step), "decoder" (the images of recorded latents),
-        "loop" (the images of the denoiser and the loop in numpy) and "generator" (those of the fused graph). An
-        undefined figure, such as the psnr of equal images, is None. An engine that is not available for a precision has
-        one row with the reason, and None in the other fields.
+        "encoder" (the latents of recorded images), "loop" (the images of the denoiser and the loop in numpy) and
+        "generator" (those of the fused graph). An undefined figure, such as the psnr of equal images, is None. An
+        engine that is not available for a precision has one row with the reason, and None in the other fields.
 
     Raises:
         IntegrityError: A file is altered, missing or not listed.
@@ -152,6 +152,8 @@ def _check_group(load_graph: Load, group: Mapping[str, Graph], records: Sequence
             rows.append(parity.check_text_encoder(loaded["text_encoder"], record))
         if "denoiser" in loaded:
             rows.append(parity.check_denoiser(loaded["denoiser"], record))
+        if "encoder" in loaded and record.encoded is not None:
+            rows.append(parity.check_encoder(loaded["encoder"], record))
         if "decoder" in loaded:
             rows.append(parity.check_decoder(loaded["decoder"], record))
         if "denoiser" in loaded and ("decoder" in loaded or record.latents is None):

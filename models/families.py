@@ -20,6 +20,7 @@ __all__ = [
     "ENCODERS",
     "LAYOUTS",
     "LatentDecoder",
+    "LatentEncoder",
     "TextEncoders",
     "call_network",
     "guidance_embedding",
@@ -273,6 +274,25 @@ class TextEncoders(nn.Module):
         """CLIP's states before the last layer, and its projection of the end's state."""
         out = self.encoders[index](ids, output_hidden_states=True)
         return out.hidden_states[-2], out[0]
+
+
+class LatentEncoder(nn.Module):
+    """An autoencoder's encoder: images (B, C', H, W) in about [-1, 1] -> latents (B, C, H / scale, W / scale).
+
+    Of a variational one (`AutoencoderKL`) the mean of its distribution, which is what diffusers draws from.
+    """
+
+    def __init__(self, autoencoder: nn.Module, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode images (B, C', H, W); returns (B, C, H / scale, W / scale)."""
+        autoencoder: Any = self.autoencoder
+        found = autoencoder.encode(image, return_dict=False)[0]
+        latents: Tensor = found.mode() if hasattr(found, "mode") and not isinstance(found, Tensor) else found
+        return (latents - self.shift_factor) * self.scaling_factor
 
 
 class LatentDecoder(nn.Module):

@@ -25,6 +25,7 @@ from redif_sdk.errors import (
 
 if TYPE_CHECKING:
     from redif_sdk.artifact.manifest import Manifest
+    from redif_sdk.images import PipelineOutput
     from redif_sdk.pipeline import FastPipeline
     from redif_sdk.sampling.table import StepTable
 
@@ -39,6 +40,7 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "ParityError",
+    "PipelineOutput",
     "RedifError",
     "RuntimeUnavailable",
     "StepTable",
@@ -53,7 +55,12 @@ __all__ = [
 for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_variable, "1")
 
-_LAZY = {"FastPipeline": "pipeline", "Manifest": "artifact.manifest", "StepTable": "sampling.table"}
+_LAZY = {
+    "FastPipeline": "pipeline",
+    "Manifest": "artifact.manifest",
+    "PipelineOutput": "images",
+    "StepTable": "sampling.table",
+}
 
 
 def __getattr__(name: str) -> Any:

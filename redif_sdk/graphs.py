@@ -21,7 +21,7 @@ from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.images import to_uint8
+from redif_sdk.images import from_uint8, to_uint8
 from redif_sdk.inputs import Conditions
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 __all__ = ["LoadedGraphs"]
 
 #: What needs a graph, for the message that it is missing.
-_NEEDED_BY = {"text_encoder": "prompts need", "decoder": "decoding latents needs"}
+_NEEDED_BY = {
+    "text_encoder": "prompts need",
+    "decoder": "decoding latents needs",
+    "encoder": "starting from an image needs",
+}
 
 _living: WeakSet[LoadedGraphs] = WeakSet()
 
@@ -67,7 +71,7 @@ class LoadedGraphs:
         self._loaded: dict[str, Runtime] = {first.info.component: first}
         self._infos: dict[str, RuntimeInfo] = {first.info.component: first.info}
         self._fused = first.info.component == "generator"
-        self._forked = False
+        self._forked = self._closed = False
         _living.add(self)
         for component in self._needed(stepped=self.generator is None):
             self._graph(component)
@@ -87,6 +91,8 @@ class LoadedGraphs:
         if (loaded := self._loaded.get(component)) is not None:
             return loaded
         with self._lock:
+            if self._closed:
+                raise RuntimeUnavailable(f"the pipeline of {self._student.path} was closed; load it again")
             if component not in self._loaded:
                 if self._forked and self._options.device != "cpu":
                     raise RuntimeUnavailable(
@@ -102,6 +108,12 @@ class LoadedGraphs:
         """What computes images: the fused graph, or the denoiser (`stepped`, or where there is no fused graph)."""
         component: Component = "generator" if self._fused and not stepped else "denoiser"
         return self._infos[component] if component in self._infos else self[component].info
+
+    def close(self) -> None:
+        """Forget all graphs; they are freed when no thread runs them any more."""
+        with self._lock:
+            self._loaded.clear()
+            self._closed = True
 
     def _done(self, component: Component) -> None:
         """With `low_memory`, forget a graph after its use. It is freed when no thread runs it any more."""
@@ -149,6 +161,17 @@ class LoadedGraphs:
             self._done("decoder")
         require_finite(latents)
         return to_uint8(latents, postprocess)
+
+    def latents(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Images uint8 (B, H', W', C') to latents float32 (B, C, H, W), by the encoder where latents are not pixels."""
+        postprocess = self._student.manifest.postprocess
+        values = from_uint8(images, postprocess)
+        if postprocess.decoder is None:
+            return values
+        latents = self["encoder"].run({"image": values})["latents"]
+        self._done("encoder")
+        require_finite(latents)
+        return latents
 
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         return self["decoder"].run({"latents": latents})["sample"]

@@ -1,13 +1,13 @@
 """`FastPipeline`: loads a student's folder and generates images, without torch.
 
-It draws the noise, encodes prompts, and runs the fused graph; streams and callbacks run the denoiser step by step. The
-graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampling/`, request checks in `inputs.py`.
+It draws the noise and encodes prompts; `drawing.py` runs the fused graph, or the denoiser step by step. The
+graphs are in `graphs.py`, engines in `runtimes/`, the step arithmetic in `sampling/`, request checks in `inputs/`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,12 +22,12 @@ from redif_sdk import hub, runtimes
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError, RuntimeUnavailable
+from redif_sdk.drawing import Drawing, shown_to, started
+from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
-from redif_sdk.images import PipelineOutput, to_pil
+from redif_sdk.images import PipelineOutput, converted, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
-    OUTPUT_TYPES,
     Asked,
     Conditions,
     GenerationRequest,
@@ -35,18 +35,16 @@ from redif_sdk.inputs import (
     Seeds,
     check_conditions,
     check_guidance,
-    check_latents,
     check_noise,
+    check_output,
     check_request,
+    precision_of,
 )
+from redif_sdk.inputs.pictures import Start
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
-from redif_sdk.runtimes.finite import LEVELS, require_finite
-from redif_sdk.sampling.loop import iterate_steps
 from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
-
-_log = logging.getLogger(__name__)
 
 NOT_EXACT = '; images differ slightly from fp32: precision="exact" gives the same image for a seed everywhere'
 
@@ -64,6 +62,8 @@ class FastPipeline:
     Load one with `from_pretrained`, or from a `StudentFolder`. Raises RuntimeUnavailable, with reason and remedy, if
     the runtime, device or precision is not available; nothing else is used instead.
     """
+
+    marked = True  # PIL images say in their files that they were generated, and by what (`redif_sdk.marks`)
 
     def __init__(
         self,
@@ -109,6 +109,7 @@ class FastPipeline:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        torch_dtype: Any = None,
     ) -> FastPipeline:
         """Load a student from a folder, or from the Hub by its id ("org/name"); only the files that are needed.
 
@@ -124,6 +125,7 @@ class FastPipeline:
             engine_dir: folder of TensorRT engines, instead of the cache.
             low_memory: free text encoder, network and decoder after their use; each call loads and checks them again.
             revision: branch, tag or commit on the Hub; `token`, `cache_dir`, `local_files_only` are the Hub's too.
+            torch_dtype: diffusers' name for `precision`: torch.float16 is "fp16", and so on.
 
         Returns:
             The pipeline. `runtime_info` and the log say what was chosen; `origin` has the commit.
@@ -134,7 +136,7 @@ class FastPipeline:
         options: dict[str, Any] = {
             "runtime": runtime,
             "device": device,
-            "precision": precision,
+            "precision": precision_of(precision, torch_dtype),
             "num_threads": num_threads,
             "provider": provider,
             "engine_dir": engine_dir,
@@ -150,7 +152,7 @@ class FastPipeline:
         remote = hub.Remote(
             str(source), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        tried = {choice.precision for choice in runtimes.candidates(remote.manifest, runtime, precision)}
+        tried = {c.precision for c in runtimes.candidates(remote.manifest, runtime, options["precision"])}
         wanted = [graph for graph in remote.manifest.graphs if graph.precision in tried]
         paths = [path for graph in wanted for path in (graph.file, *graph.data)]
         if remote.manifest.text is not None:
@@ -210,6 +212,9 @@ class FastPipeline:
         latents: ArrayLike | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         prompt_embeds: ArrayLike | None = None,
         pooled_prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
@@ -218,6 +223,8 @@ class FastPipeline:
         output_type: str = "pil",
         decode_tile: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        generator: Any = None,
     ) -> PipelineOutput:
         """Generate images.
 
@@ -228,46 +235,72 @@ class FastPipeline:
             num_inference_steps: steps; None for the student's default.
             seed: an int (image i uses the noise (seed, i)); an int or (seed, index) per image; None for a random one.
             latents: starting noise (B, C, H, W), standard normal, instead of the seed's.
-            height: in pixels, for students exported with free sizes; default: the student's own.
-            width: as `height`.
-            prompt_embeds: with `pooled_prompt_embeds` and `prompt_attention_mask`, whichever the student has, one row
-                per prompt as `encode_prompt` returns them; replaces `prompt`.
+            height, width: in pixels, for students exported with free sizes; default: the student's own.
+            image: to start from: PIL, an array (H, W, C) of uint8 or floats in [0, 1]; or a list, one a prompt.
+            mask_image: of the size of `image`; white is painted anew, the rest stays.
+            strength: of K steps the last floor(strength K) are run, from `image`; default .8, with a mask 1.
+            prompt_embeds: like the two after it what `encode_prompt` returns, a row a prompt; replaces `prompt`.
             negative_prompt: not supported; refused.
             guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
-            output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C).
+            output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C); "pt", a torch tensor
+                (B, C, H, W) in [0, 1]; "latent", what the decoder would take, float32 (B, C, H, W).
             decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
                 return {"latents": other} to continue from those.
+            callback_on_step_end_tensor_inputs: the latents alone.
+            generator: refused; give `seed`.
 
         Raises:
             InvalidRequest: the student does not support the request; the message names what it supports.
             NonFiniteOutput: images hold NaN or infinite values.
         """
         start = time.perf_counter()
-        if output_type not in OUTPUT_TYPES:
-            raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
+        check_output(output_type, generator, callback_on_step_end_tensor_inputs)
         check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
-        asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, height, width)
+        begin = Start.of(self.manifest, image, mask_image, strength, height, width)
+        size = begin.size if begin else (height, width)
+        asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         noise = request.noise(self.manifest)
+        given = begin.fitted(self.manifest, request) if begin else None
         ready = time.perf_counter()
         conditions = self._conditions(request)
         encoded = time.perf_counter()
-        images = self._images(noise, conditions, request.table, callback_on_step_end, decode_tile)
+        drawing = Drawing(self._components, noise, conditions, request.table)
+        on_state = shown_to(callback_on_step_end, self, self.manifest)
+        if given:
+            drawing, on_state = started(drawing, given, on_state)
+        raw = output_type == "latent"
+        made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
-        result: Any = images
-        if output_type == "pil":
-            result = to_pil(images)
-        elif output_type == "np":
-            result = images.astype(np.float32) / np.float32(255)
+        info = self._info(self._components.info(stepped=raw or on_state is not None or decode_tile is not None))
+        marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
+        result = converted(made, output_type, marks)
         end = time.perf_counter()
-        text = {} if self.manifest.text is None else {"text": encoded - ready}
-        timings = {"noise": ready - start, **text, "network": done - encoded, "output": end - done}
-        stepped = callback_on_step_end is not None or decode_tile is not None
-        info = self._info(self._components.info(stepped=stepped))
-        return PipelineOutput(result, request.seeds, timings | {"total": end - start}, info)
+        timings = _timings(self.manifest, start, ready, encoded, done, end)
+        return PipelineOutput(result, request.seeds, timings, info)
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
+        """A call in a thread of its own, while the event loop goes on; the arguments are those of a call."""
+        return await asyncio.to_thread(self, *args, **kwargs)
+
+    def close(self) -> None:
+        """Free the graphs, of copies too. A call afterwards raises RuntimeUnavailable."""
+        self._components.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        steps = ", ".join(map(str, self.manifest.supported_steps))
+        info = self._components.info()
+        engine = f"{info.runtime} {info.precision} on {info.device}"
+        return f"<{type(self).__name__} {self.manifest.name}: {self.manifest.task}, {steps} steps, {engine}>"
 
     def stream(
         self,
@@ -296,6 +329,11 @@ class FastPipeline:
         self._components.prepare_steps()
         return self._previews(request)
 
+    def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
+        noise, conditions = request.noise(self.manifest), self._conditions(request)
+        for images in Drawing(self._components, noise, conditions, request.table).previews():
+            yield to_pil(images)[0]
+
     def generate_array(
         self, noise: NDArray[np.float32], conditions: Asked = None, num_inference_steps: int | None = None
     ) -> NDArray[np.uint8]:
@@ -312,7 +350,8 @@ class FastPipeline:
         """
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
-        return self._images(checked, check_conditions(self.manifest, conditions, checked.shape[1]), table)
+        given = check_conditions(self.manifest, conditions, checked.shape[1])
+        return Drawing(self._components, checked, given, table).images()
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
         """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
@@ -326,67 +365,6 @@ class FastPipeline:
     def _conditions(self, request: GenerationRequest) -> Conditions:
         """The conditions of a request, with its prompts encoded."""
         return request.conditions if request.prompts is None else self._components.encode(request.prompts)
-
-    def _images(
-        self,
-        noise: NDArray[np.float32],
-        conditions: Conditions,
-        table: StepTable,
-        callback: OnStepEnd | None = None,
-        decode_tile: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Images from the fused graph; step by step for a callback or tiles, or where there is no fused graph."""
-        generator = self._components.generator
-        if generator is None or callback is not None or decode_tile is not None:
-            return self._stepped(noise, conditions, table, callback, decode_tile)
-        inputs: dict[str, NDArray[Any]] = {"noise": noise, "table": table.rows, "init_scale": table.scale}
-        outputs = generator.run(inputs | conditions)
-        images = outputs["images"]
-        if LEVELS in outputs:
-            require_finite(outputs[LEVELS])
-        elif (images == images[:, :1, :1, :1]).all(axis=(1, 2, 3)).any():  # uint8 alone: NaN would show as a constant
-            try:
-                self._stepped(noise, conditions, table)
-            except RuntimeUnavailable as error:
-                _log.warning("constant images were not checked for NaN: %s", error)
-        return images
-
-    def _stepped(
-        self,
-        noise: NDArray[np.float32],
-        conditions: Conditions,
-        table: StepTable,
-        callback: OnStepEnd | None = None,
-        decode_tile: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Images from single steps, each shown to `callback`."""
-        x = noise[0]
-        for k, x, _ in self._steps(noise, conditions, table):
-            returned = callback(self, k, float(table.timesteps[k]), {"latents": x}) if callback else None
-            if returned is not None and "latents" in returned:
-                x[...] = check_latents(self.manifest, returned["latents"], len(x), x.shape[2:])
-        return self._components.images(x, decode_tile)
-
-    def _steps(
-        self, noise: NDArray[np.float32], conditions: Conditions, table: StepTable
-    ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-        """(k, x', x0) after each step, as `iterate_steps` yields them: the caller may write into x'."""
-        denoiser = self._components["denoiser"]
-
-        def predict(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-            t = np.full((len(x),), table.timesteps[k], dtype=np.float32)
-            clean: NDArray[np.float32] = table.clean(
-                k, x, denoiser.run({"sample": x, "timestep": t, **conditions})["f"]
-            )
-            return clean
-
-        return iterate_steps(table, table.start(noise[0]), noise, predict)
-
-    def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
-        conditions, table = self._conditions(request), request.table
-        for k, x, x0 in self._steps(request.noise(self.manifest), conditions, table):
-            last = k == table.num_inference_steps - 1
-            yield to_pil(self._components.images(x if last else x0))[0]
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.
@@ -439,6 +417,14 @@ class FastPipeline:
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
+
+
+def _timings(manifest: Manifest, *times: float) -> dict[str, float]:
+    """The seconds of each stage of a call, from the times at which they begin and end."""
+    stages = {name: times[k + 1] - times[k] for k, name in enumerate(("noise", "text", "network", "output"))}
+    if manifest.text is None:  # there is no such stage, but a microsecond
+        stages["noise"] += stages.pop("text")
+    return stages | {"total": times[-1] - times[0]}
 
 
 def _load_again(kind: type[FastPipeline], source: str, digest: str, options: dict[str, Any]) -> FastPipeline:

@@ -1,7 +1,7 @@
 """Prompts to token ids, with the `tokenizers` package and from a student's checked bytes.
 
 The ids are those of transformers with ``padding="max_length", truncation=True``, which diffusers' pipelines ask for.
-`inputs.py` checks prompts; the text encoder's graph takes the ids.
+`inputs/` checks prompts; the text encoder's graph takes the ids.
 """
 
 from __future__ import annotations

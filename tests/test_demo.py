@@ -5,6 +5,7 @@ What a visitor sees and does is tested in tests/browser.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from redif_sdk.demo.charts import CALLS, DISTANCE, MILLISECONDS, SAMPLER, frame,
 from redif_sdk.demo.present import card_text
 from redif_sdk.demo.studio import NOTHING, SAME_STEPS, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.marks.xmp import mark_of
 from tests.prompted import EXAMPLES, build_prompted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +233,10 @@ def test_a_page_of_prompts(tiny_student: Path, tmp_path: Path) -> None:
         wanted = prompted("Blue star!", num_images_per_prompt=2, num_inference_steps=3, seed=7, output_type="uint8")
         shown = np.stack([np.asarray(Image.open(entry["image"]).convert("RGB")) for entry in made[0]])
         assert np.abs(shown.astype(int) - wanted.images).max() <= 1
+        marks = [mark_of(Image.open(io.BytesIO(Path(entry["image"]).read_bytes())))[0] for entry in made[0]]
+        assert [(mark["prompt"], mark["seed"], mark["index"]) for mark in marks] == [
+            ("Blue star!", 7, n) for n in (0, 1)
+        ]
         assert client.predict(prompt="c", student="tiny", height=28, width=28, api_name="/generate")[0]
         with pytest.raises(Exception, match="prompt is required, for example"):
             client.predict(prompt=None, api_name="/generate")

@@ -38,7 +38,7 @@ from redif_sdk.sampling.noise import noise as draw
 
 Copy = Callable[[Path], Path]
 PROMPTS = pipelines.PROMPTS
-PARTS = ("text_encoder", "denoiser", "decoder", "generator")
+PARTS = ("text_encoder", "denoiser", "decoder", "encoder", "generator")
 PRECISIONS = ("fp32", "fp16", "int8")
 #: Of every export here that can be of free sizes, so that parts which are alike are traced once.
 SIZES = [(16, 16), (24, 20)]
@@ -123,6 +123,7 @@ def test_names_and_shapes_are_the_agreed_ones(student: Path) -> None:
         "text_encoder": [{"input_ids": ["batch", pipelines.LENGTH]}, hidden],
         "denoiser": [{"sample": state, "timestep": ["batch"], **hidden}, {"f": state}],
         "decoder": [{"latents": state}, {"sample": ["batch", 3, "image_height", "image_width"]}],
+        "encoder": [{"image": ["batch", 3, "image_height", "image_width"]}, {"latents": state}],
         "generator": [
             {"noise": ["slices", *state], "table": ["steps", 6], "init_scale": [], **hidden},
             {"images": ["batch", "image_height", "image_width", 3]},
@@ -131,7 +132,7 @@ def test_names_and_shapes_are_the_agreed_ones(student: Path) -> None:
 
 
 def test_fp16_is_in_the_weights_of_every_part(student: Path) -> None:
-    for component in ("text_encoder", "denoiser", "decoder"):
+    for component in ("text_encoder", "denoiser", "decoder", "encoder"):
         sizes = [(student / f"onnx/{component}.{kind}.onnx").stat().st_size for kind in ("fp32", "fp16")]
         assert sizes[1] < 0.65 * sizes[0], component
 
@@ -202,7 +203,8 @@ def test_a_tokenizer_that_was_altered_is_refused_and_one_that_is_another_fails(s
 
 
 @pytest.mark.parametrize(
-    ("component", "noticed"), [("text_encoder", {"text_encoder"}), ("decoder", {"decoder", "loop"})]
+    ("component", "noticed"),
+    [("text_encoder", {"text_encoder"}), ("decoder", {"decoder", "loop"}), ("encoder", {"encoder"})],
 )
 def test_a_part_of_other_weights_fails_although_its_hash_is_right(
     student: Path, copy_of: Copy, component: str, noticed: set[str]
@@ -252,7 +254,7 @@ def test_every_precision_of_every_part(student: Path) -> None:
     manifest = StudentFolder(student).manifest
     assert summary(manifest.verification) == ""
     files = {(graph.component, graph.precision): graph.file for graph in manifest.graphs}
-    for component in ("text_encoder", "decoder"):  # of which int8 has the fp32 graph
+    for component in ("text_encoder", "decoder", "encoder"):  # of which int8 has the fp32 graph
         assert files[component, "int8"] == f"onnx/{component}.fp32.onnx"
         assert files[component, "fp16"] == f"onnx/{component}.fp16.onnx"
     assert files["denoiser", "int8"] == "onnx/denoiser.int8.onnx"
@@ -424,7 +426,8 @@ def test_weights_that_fit_in_no_protobuf_lie_beside_every_part(
     folder = copy_of(bare)
     manifest = export(folder, batches=(1,), sizes=SIZES, runtimes=["onnxruntime"])
     assert {graph.component: graph.data for graph in manifest.graphs} == {
-        component: [f"onnx/{component}.fp32.onnx.data"] for component in ("text_encoder", "denoiser", "decoder")
+        component: [f"onnx/{component}.fp32.onnx.data"]
+        for component in ("text_encoder", "denoiser", "decoder", "encoder")
     }
     listed = {entry.path: entry.bytes for entry in manifest.files}
     for graph in manifest.graphs:

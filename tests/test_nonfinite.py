@@ -10,6 +10,7 @@ import pytest
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.records import Graph
+from redif_sdk.drawing import Drawing
 from redif_sdk.errors import NonFiniteOutput, RedifError, RuntimeUnavailable
 from redif_sdk.runtimes import finite, onnxruntime
 from tests.nonfinite import BAD_CLASS, poisoned
@@ -66,7 +67,7 @@ def test_an_engine_that_gives_uint8_alone_is_checked_by_single_steps(
     def absent(*_: object) -> None:
         raise RuntimeUnavailable("no denoiser")
 
-    monkeypatch.setattr(FastPipeline, "_stepped", absent)
+    monkeypatch.setattr(Drawing, "_stepped", absent)
     assert pipe(class_labels=[0], seed=0).images
     assert not caplog.text
     pipe(class_labels=[BAD_CLASS], seed=0)

@@ -216,7 +216,7 @@ def test_threads_do_not_disturb_each_other(tiny_student: Path, pipe: FastPipelin
         ({"latents": np.full((1, 4, 14, 14), np.nan)}, "NaN"),
         ({"latents": np.full((1, 4, 14, 14), 1e60)}, "infinite"),
         ({"latents": np.zeros((1, 4, 14, 14), dtype=complex)}, "complex"),
-        ({"output_type": "latent"}, "pil, np, uint8"),
+        ({"output_type": "webp"}, "pil, np, uint8, pt, latent"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(pipe: FastPipeline, request_: dict[str, Any], message: str) -> None:
@@ -330,6 +330,7 @@ def test_the_public_names() -> None:
         "Manifest",
         "ManifestError",
         "ParityError",
+        "PipelineOutput",
         "RedifError",
         "RuntimeUnavailable",
         "StepTable",

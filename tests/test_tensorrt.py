@@ -235,7 +235,7 @@ def test_every_part_of_a_text_to_image_student_builds(
         "decoder": {"latents": state},
         "generator": {
             "noise": [[1, *shape] for shape in state],
-            "table": [[2, 6]] * 3,
+            "table": [[1, 6], [2, 6], [2, 6]],
             "encoder_hidden_states": hidden,
         },
     }
@@ -264,7 +264,7 @@ def test_other_shapes_and_settings_are_other_engines(free_student: Path, engines
     [second] = build_engines(free_student, batches=(2, 2, 2), max_steps=6, **fixed)
     assert second["profile"] == {
         "noise": [[1, 2, 4, 14, 14], [1, 2, 4, 14, 14], [7, 2, 4, 14, 14]],
-        "table": [[2, 6], [2, 6], [6, 6]],
+        "table": [[1, 6], [2, 6], [6, 6]],
     }
     assert second["cache"].startswith("miss: built for noise of 1x1x4x14x14")
     [third] = build_engines(free_student, level="fast", workspace_mb=64, **fixed)
@@ -279,7 +279,7 @@ def test_a_table_without_noise_needs_one_slice(free_student: Path, engines: Path
     write_manifest(folder, manifest.model_copy(update={"step_tables": manifest.step_tables[:1]}))
     [row] = build_engines(folder, components=["generator"], sm=[89], engine_dir=engines, max_steps=4)
     assert row["profile"]["noise"] == [[1, 1, 4, 14, 14], [1, 4, 4, 14, 14], [1, 8, 4, 14, 14]]
-    assert row["profile"]["table"] == [[2, 6], [2, 6], [4, 6]]
+    assert row["profile"]["table"] == [[1, 6], [2, 6], [4, 6]]
 
 
 @needs_rtx

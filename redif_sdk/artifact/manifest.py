@@ -33,7 +33,7 @@ from redif_sdk.sampling.table import COLUMNS, MAX_ROWS, PREDICTION_TYPES, StepTa
 
 __all__ = ["CARD_LIMIT", "CARD_NAME", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]
 
-FORMAT_VERSION = "1.5"
+FORMAT_VERSION = "1.6"
 MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
 CARD_LIMIT = 1 << 20  # bytes of it that are read

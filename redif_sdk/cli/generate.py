@@ -12,6 +12,7 @@ import typer
 from redif_sdk.cli.terminal import (
     Device,
     Json,
+    NoMarks,
     Precision,
     Quiet,
     Runtime,
@@ -26,6 +27,8 @@ from redif_sdk.errors import InvalidRequest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from redif_sdk.marks.xmp import Mark
+
 __all__ = ["generate_command"]
 
 ClassLabels = Annotated[list[str] | None, typer.Option(help="A class by number or name; may be repeated.")]
@@ -34,6 +37,13 @@ Output = Annotated[
 ]
 Provider = Annotated[
     str | None, typer.Option(help="ONNX Runtime's execution provider, or the package of a plugin provider.")
+]
+Images = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="An image to start from; may be repeated, one a prompt.")
+]
+Mask = Annotated[Path | None, typer.Option(metavar="FILE", help="White is painted anew, the rest of the image stays.")]
+Strength = Annotated[
+    float | None, typer.Option(help="Share of the steps that are run from the image; default: 0.8, with a mask 1.")
 ]
 
 
@@ -51,6 +61,9 @@ def generate_command(
     output: Output = "out.png",
     height: Annotated[int | None, typer.Option(help="Image height in pixels, if the student supports it.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels, if the student supports it.")] = None,
+    image: Images = None,
+    mask: Mask = None,
+    strength: Strength = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
@@ -58,16 +71,21 @@ def generate_command(
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of TensorRT engines; default: the cache.")] = None,
     threads: Threads = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep one graph in memory at a time.")] = False,
+    no_marks: NoMarks = False,
     revision: StudentRevision = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Generate images."""
     from redif_sdk.hub import is_hub_id
+    from redif_sdk.inputs.pictures import open_image
+    from redif_sdk.marks.xmp import marks_of
     from redif_sdk.pipeline import FastPipeline
 
     if is_hub_id(student) and not Path(student).is_dir():
         show_transfers(json, quiet)
+    images = [open_image(file, str(file)) for file in image or []]
+    masks = [open_image(mask, str(mask))] if mask is not None else None
     labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
     pipe = FastPipeline.from_pretrained(
         student,
@@ -88,8 +106,11 @@ def generate_command(
         seed=seed,
         height=height,
         width=width,
+        image=images or None,
+        mask_image=masks,
+        strength=strength,
     )
-    files = _save(out.images, output)
+    files = _save(out.images, output, [] if no_marks else marks_of(out.images))
     used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
     seconds = out.timings["total"] / len(files)
     rows = [
@@ -104,20 +125,25 @@ def generate_command(
     )
 
 
-def _save(images: Sequence[Image], output: str) -> list[str]:
-    """Write all images as one sheet, or each into a folder; every file is written whole. Returns each image's file."""
+def _save(images: Sequence[Image], output: str, marks: Sequence[Mark]) -> list[str]:
+    """Write all images as one sheet, or each into a folder; every file is written whole. Returns each image's file.
+
+    ``marks``: of the images, which their files get; none: none.
+    """
     from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.images import contact_sheet
+    from redif_sdk.marks.xmp import options_of
 
     path = Path(output)
     as_folder = output.endswith(("/", "\\")) or path.is_dir()
     files = [path / f"{index}.png" for index in range(len(images))] if as_folder else [path]
-    sheets = list(images) if as_folder else [contact_sheet(images)]
+    sheets = [image.copy() for image in images] if as_folder else [contact_sheet(images)]
     encoded = []
-    for sheet, file in zip(sheets, files, strict=True):
+    for place, (sheet, file) in enumerate(zip(sheets, files, strict=True)):
         buffer = io.BytesIO()
         try:
-            sheet.save(buffer, format=_format(file))
+            kind = _format(file)
+            sheet.save(buffer, format=kind, **options_of(marks[place : place + 1] if as_folder else marks, kind))
         except (KeyError, ValueError) as error:
             raise InvalidRequest(
                 f"{file} is not a valid output file name ({error}); use one that ends in .png"

@@ -36,6 +36,7 @@ from redif_sdk.cli.serve_reward import serve_reward_command
 from redif_sdk.cli.settings import CommandWithSettings
 from redif_sdk.cli.terminal import BAD_INPUT, GATE_FAILED, INTERRUPTED, fail
 from redif_sdk.cli.verify import verify_command
+from redif_sdk.cli.whence import whence_command
 from redif_sdk.errors import ParityError, RedifError, TrainingDiverged
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "push": push_command,
     "pull": pull_command,
+    "whence": whence_command,
     "card": card_command,
     "doctor": doctor_command,
 }

@@ -10,6 +10,7 @@ import typer
 
 from redif_sdk.cli.terminal import (
     Device,
+    NoMarks,
     Precision,
     Quiet,
     Runtime,
@@ -62,6 +63,7 @@ def serve_command(
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
+    no_marks: NoMarks = False,
     revision: StudentRevision = None,
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}; logs are JSON lines on stderr.")] = "info",
     quiet: Quiet = False,
@@ -89,6 +91,7 @@ def serve_command(
         api_keys=_keys(api_keys_file),
         cors_origins=tuple(listed(cors_origin)),
         root_path=root_path.rstrip("/"),
+        marks=not no_marks,
     )
     log_to_stderr("error" if quiet else log_level)
     pipelines: dict[str, FastPipeline] = {}

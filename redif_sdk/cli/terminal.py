@@ -23,6 +23,7 @@ __all__ = [
     "GuidanceScale",
     "Height",
     "Json",
+    "NoMarks",
     "Precision",
     "PromptFile",
     "Quiet",
@@ -56,6 +57,9 @@ StudentsArgument = Annotated[
     list[str], typer.Argument(metavar="DIR...", help="Folders of students, or their ids on the Hub.")
 ]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
+NoMarks = Annotated[
+    bool, typer.Option("--no-marks", help="Do not write into files that they were generated, and by what.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")]

@@ -54,6 +54,12 @@ def decode(latents: NDArray[np.float32], decoder: Decoder) -> NDArray[np.float32
     return (chosen + np.float32(decoder.shift_factor)).repeat(decoder.scale, 2).repeat(decoder.scale, 3)
 
 
+def encode_image(image: NDArray[np.float32], decoder: Decoder, channels: int) -> NDArray[np.float32]:
+    """What `decode` makes an image of, where its pixels are blocks: (B, `channels`, H / scale, W / scale)."""
+    seen = image[:, np.arange(channels) % image.shape[1], :: decoder.scale, :: decoder.scale]
+    return (seen - np.float32(decoder.shift_factor)) * np.float32(decoder.scaling_factor)
+
+
 class FakeRuntime:
     """Computes a student's graphs with `network` in place of its weights."""
 
@@ -81,6 +87,9 @@ class FakeRuntime:
         if self.info.component == "decoder":
             assert manifest.postprocess.decoder is not None
             return {"sample": decode(inputs["latents"], manifest.postprocess.decoder)}
+        if self.info.component == "encoder":
+            assert manifest.postprocess.decoder is not None
+            return {"latents": encode_image(inputs["image"], manifest.postprocess.decoder, manifest.latents.channels)}
         conditions = {spec.name: inputs[spec.name] for spec in manifest.condition_tensors}
         if self.info.component == "denoiser":
             return {"f": network(inputs["sample"], inputs["timestep"], conditions)}

@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import LONGEST_PROMPT, check_request
-from redif_sdk.serving.backend import ImageJob
+from redif_sdk.inputs.pictures import Start, open_image
+from redif_sdk.marks.xmp import Mark
+from redif_sdk.serving.backend import ImageJob, Source
 
-__all__ = ["ImageRequest", "jobs_of", "model_card"]
+__all__ = ["ImageRequest", "jobs_of", "mark_of_job", "model_card"]
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _CREATED = 0  # of models: a manifest has no date
@@ -50,8 +52,10 @@ class ImageRequest(BaseModel):
     class_label: Annotated[int, Field(strict=True)] | str | None = None
 
 
-def jobs_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int) -> list[ImageJob]:
-    """The images that a request asks for, from the student `name`.
+def jobs_of(
+    request: ImageRequest, name: str, manifest: Manifest, *, most: int, pixels: int, source: Source | None = None
+) -> list[ImageJob]:
+    """The images that a request asks for, from the student `name`; of an edit, from the image `source`.
 
     Raises InvalidRequest for more than `most` images, for more than `pixels` pixels in one, and for what the student
     does not support.
@@ -60,19 +64,40 @@ def jobs_of(request: ImageRequest, name: str, manifest: Manifest, *, most: int, 
     if n > most:
         raise InvalidRequest(f"n is {n}; this server allows at most {most} images per request")
     height, width = _size(request.size)
+    start = None
+    if source is not None:
+        mask = None if source.mask is None else open_image(source.mask, "mask")
+        image = open_image(source.image, "image")
+        start = Start.of(manifest, image, mask, source.strength, height, width)
+        height, width = (height, width) if start is None else start.size
     prompt, label = _asked(request, manifest)
     checked = check_request(manifest, prompt, label, n, request.num_inference_steps, request.seed, None, height, width)
     scale = manifest.postprocess.scale
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
         raise InvalidRequest(f"size is {width}x{height}; this server allows at most {pixels} pixels per image")
+    if start is not None:
+        start.steps(checked.table)
     steps = checked.table.num_inference_steps
     labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
     prompts: list[str] | list[None] = checked.prompts or [None] * n
     return [
-        ImageJob(name, label, seed, index, steps, height, width, prompt)
+        ImageJob(name, label, seed, index, steps, height, width, prompt, source)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
+
+
+def mark_of_job(job: ImageJob, manifest: Manifest) -> Mark:
+    """What an image's file says of how it was made."""
+    mark: Mark = {"student": manifest.name, "digest": manifest.digest, "seed": job.seed, "index": job.index}
+    mark |= {"num_inference_steps": job.num_inference_steps, "height": job.height, "width": job.width}
+    if job.prompt is not None:
+        mark["prompt"] = job.prompt
+    if job.label is not None:
+        mark["class_label"] = job.label
+    if job.source is not None:
+        mark["begins_with"] = "image" if job.source.mask is None else "mask"
+    return mark
 
 
 def _asked(request: ImageRequest, manifest: Manifest) -> tuple[str | None, int | None]:

@@ -11,6 +11,7 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,10 +25,12 @@ from starlette.exceptions import HTTPException
 import redif_sdk
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
+from redif_sdk.marks.xmp import Mark
 from redif_sdk.serving.admission import Admission, Busy
-from redif_sdk.serving.api import ImageRequest, jobs_of, model_card
-from redif_sdk.serving.backend import Backend, ImageJob
+from redif_sdk.serving.api import ImageRequest, jobs_of, mark_of_job, model_card
+from redif_sdk.serving.backend import Backend, ImageJob, Source
 from redif_sdk.serving.body import BadBody, CheckedRoute, field_message, shown
+from redif_sdk.serving.edits import edit_of, form_schema
 from redif_sdk.serving.encode import KeptFiles, encode
 from redif_sdk.serving.events import EventStream, gone_client, image_event
 from redif_sdk.serving.guard import Guard, Prefix, RequestId, error_body
@@ -139,7 +142,8 @@ def _routing_message(request: Request, error: HTTPException) -> str | None:
         allowed = (error.headers or {}).get("Allow", "another method")
         return f"{path} does not support {shown(request.method)}; use {allowed}"
     if error.status_code == 404 and error.detail == "Not Found":
-        return f"there is no {path}; this server has POST /v1/images/generations and GET /v1/models, see /docs"
+        posts = "POST /v1/images/generations, /v1/images/edits and /v1/images/variations"
+        return f"there is no {path}; this server has {posts} and GET /v1/models, see /docs"
     return None
 
 
@@ -200,6 +204,9 @@ class _Images:
             tags=["images"],
             route_class_override=CheckedRoute,
         )
+        for path, answer, mask in (("edits", self.edits, True), ("variations", self.variations, False)):
+            schema = form_schema(mask=mask)
+            app.post(f"/v1/images/{path}", tags=["images"], openapi_extra=schema)(answer)
         _add_get(app, "/v1/images/files/{name}", self.file, "images", name="image_file")
 
     async def models(self) -> dict[str, Any]:
@@ -232,9 +239,34 @@ class _Images:
         `data` has one entry per image; `seeds` has (seed, index) of each, which as `seed` give the same images again.
         With ``stream``, server-sent events: up to `partial_images` previews, and then the image; only one is allowed.
         """
+        return await self._answer(body, request, None)
+
+    async def edits(self, request: Request) -> Response:
+        """Images from an image: a form with the file ``image``, and ``mask`` for what is to be painted anew.
+
+        A mask that is transparent somewhere is painted anew there, another one where it is white. `strength` is the
+        share of the steps that are run from the image. The answer is that of a generation.
+        """
+        return await self._answer(*await self._uploaded(request, mask=True))
+
+    async def variations(self, request: Request) -> Response:
+        """Images from an image without a prompt, or of its class: a form with the file ``image``."""
+        return await self._answer(*await self._uploaded(request, mask=False))
+
+    async def _uploaded(self, request: Request, *, mask: bool) -> tuple[ImageRequest, Request, Source]:
+        body, source = await edit_of(request, mask=mask)
+        if not mask and body.prompt is None and self._student(body.model)[1].text is not None:
+            body.prompt = ""
+        return body, request, source
+
+    async def _answer(self, body: ImageRequest, request: Request, source: Source | None) -> Response:
+        """The answer to a generation, or to an edit of ``source``."""
         name, manifest = self._student(body.model)
         limits = self._settings
-        jobs = jobs_of(body, name, manifest, most=limits.max_images, pixels=limits.max_pixels)
+        asked = partial(jobs_of, body, name, manifest, most=limits.max_images, pixels=limits.max_pixels, source=source)
+        jobs = asked() if source is None else await asyncio.to_thread(asked)  # which decodes the image
+        if body.stream and source is not None:
+            raise InvalidRequest("stream is not supported with an image to start from; leave it out")
         if body.stream and len(jobs) != 1:
             raise InvalidRequest(f"a stream sends one image, not {len(jobs)}; leave n out")
         request.state.log = {"model": name, "pictures": len(jobs)}
@@ -251,7 +283,8 @@ class _Images:
         finally:
             self._admission.leave(len(jobs))
         self._metrics.pictures.labels(name).inc(len(images))
-        data = [await self._entry(body, request, image) for image in images]
+        entries = zip(images, jobs, strict=True)
+        data = [await self._entry(body, request, image, self._mark(job)) for image, job in entries]
         return JSONResponse(
             {
                 "created": int(time.time()),
@@ -293,9 +326,14 @@ class _Images:
                 one.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
 
-    async def _entry(self, body: ImageRequest, request: Request, image: NDArray[np.uint8]) -> dict[str, str]:
+    def _mark(self, job: ImageJob) -> Mark | None:
+        return mark_of_job(job, self._backend.manifests[job.model]) if self._settings.marks else None
+
+    async def _entry(
+        self, body: ImageRequest, request: Request, image: NDArray[np.uint8], mark: Mark | None
+    ) -> dict[str, str]:
         output = body.output_format or "png"
-        data = await _encoded(image, output, body.output_compression)
+        data = await _encoded(image, output, body.output_compression, mark)
         if body.response_format == "url":
             return {"url": _url(request, self._files.keep(data, output))}
         return {"b64_json": b64encode(data).decode()}
@@ -314,11 +352,11 @@ class _Images:
                     step = 0
                     async for image in self._backend.stream(job):
                         if last - wanted <= step < last:
-                            data = await _encoded(image, output, body.output_compression)
+                            data = await _encoded(image, output, body.output_compression, self._mark(job))
                             yield image_event(job, data, output, shown)
                             shown += 1
                         step += 1
-                data = await _encoded(image, output, body.output_compression)
+                data = await _encoded(image, output, body.output_compression, self._mark(job))
         except Exception as error:  # whatever it is, it is logged, and the client is told
             _log.error("stream failed", exc_info=error)
             if isinstance(error, NonFiniteOutput):
@@ -339,8 +377,8 @@ def _url(request: Request, name: str) -> str:
         raise InvalidRequest(f"the Host header is {host}, so there is no URL; use response_format b64_json") from None
 
 
-async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None) -> bytes:
+async def _encoded(image: NDArray[np.uint8], output: str, compression: int | None, mark: Mark | None) -> bytes:
     """The encoded file; large images are encoded in a thread, for small ones the thread would cost more."""
     if image.size <= 1 << 16:
-        return encode(image, output, compression)
-    return await asyncio.to_thread(encode, image, output, compression)
+        return encode(image, output, compression, mark)
+    return await asyncio.to_thread(encode, image, output, compression, mark)

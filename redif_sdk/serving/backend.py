@@ -15,7 +15,22 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
 
-__all__ = ["Backend", "ImageJob"]
+__all__ = ["Backend", "ImageJob", "Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an image starts from.
+
+    Attributes:
+        image: an image file's bytes.
+        mask: likewise; white is painted anew. None: everything is.
+        strength: share of the steps that are run; None: the usual one.
+    """
+
+    image: bytes
+    mask: bytes | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class ImageJob:
         height: in pixels.
         width: in pixels.
         prompt: text of a text-to-image student, else None.
+        source: the image that it starts from; None: noise.
     """
 
     model: str
@@ -41,6 +57,7 @@ class ImageJob:
     height: int
     width: int
     prompt: str | None = None
+    source: Source | None = None
 
 
 class Backend(Protocol):

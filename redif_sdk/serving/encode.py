@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.images import to_pil
+from redif_sdk.marks.xmp import Mark, options_of
 
 __all__ = ["MEDIA_TYPES", "KeptFiles", "encode"]
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
 
-def encode(pixels: NDArray[np.uint8], output_format: str = "png", compression: int | None = None) -> bytes:
+def encode(
+    pixels: NDArray[np.uint8], output_format: str = "png", compression: int | None = None, mark: Mark | None = None
+) -> bytes:
     """Encode an image uint8 (H, W, C). `compression`: quality of webp and jpeg, 0 to 100; webp at 100 is lossless."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if mark is None else options_of([mark], output_format.upper())
     if output_format != "png" and compression is not None:
         options["quality"] = compression
     if output_format == "webp":

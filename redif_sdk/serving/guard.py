@@ -30,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 PROTECTED = "/v1/"
+UPLOADS = ("/v1/images/edits", "/v1/images/variations")
 UNPROTECTED = "/v1/images/files/"  # the file names are secret
 BODY_SECONDS = 30.0  # for a client to send its body
 DRAINED = 1 << 20  # bytes beyond the limit that are read nevertheless: a proxy that still sends would miss the answer
@@ -136,7 +137,8 @@ class Guard:
 
     async def _body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes | JSONResponse | None:
         """The body of a request; a refusal if it is too large or too slow; None if the client left."""
-        limit = self._settings.max_body_bytes
+        upload = route_path(scope) in UPLOADS
+        limit = self._settings.max_upload_bytes if upload else self._settings.max_body_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         too_large = _error(413, f"the body has more than {limit} bytes; send less", _CLOSE)
         if declared.isdigit() and int(declared[:20]) > limit + DRAINED:

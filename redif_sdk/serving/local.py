@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable
+from redif_sdk.inputs.pictures import open_image
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.serving.backend import ImageJob
+from redif_sdk.serving.backend import ImageJob, Source
 from redif_sdk.serving.microbatch import MicroBatcher
 from redif_sdk.serving.settings import ServeSettings
 
@@ -19,9 +21,11 @@ __all__ = ["LocalBackend", "batch_key", "first_job", "previews", "render"]
 Pixels = NDArray[np.uint8]
 
 
-def batch_key(job: ImageJob) -> tuple[int, int, int]:
+def batch_key(job: ImageJob) -> tuple[int, int, int, str]:
     """Jobs of one student with equal keys can be computed in one batch."""
-    return job.num_inference_steps, job.height, job.width
+    source = job.source
+    begins = "" if source is None else f"strength {source.strength}, mask {source.mask is not None}"
+    return job.num_inference_steps, job.height, job.width, begins
 
 
 def first_job(name: str, manifest: Manifest) -> ImageJob:
@@ -60,9 +64,19 @@ def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> Pixels:
         height=first.height,
         width=first.width,
         output_type="uint8",
+        **_starts([job.source for job in jobs if job.source is not None]),
     )
     images: Pixels = out.images
     return images
+
+
+def _starts(sources: Sequence[Source]) -> dict[str, Any]:
+    """The arguments of a call that starts from images; none, for one that starts from noise."""
+    if not sources:
+        return {}
+    masks = [open_image(source.mask, "mask") for source in sources if source.mask is not None]
+    images = [open_image(source.image, "image") for source in sources]
+    return {"image": images, "mask_image": masks or None, "strength": sources[0].strength}
 
 
 def previews(pipeline: FastPipeline, job: ImageJob) -> Callable[[], Pixels]:

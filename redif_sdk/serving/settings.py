@@ -32,11 +32,13 @@ class ServeSettings:
         max_images: largest number of images per request.
         max_pixels: largest number of pixels per image, for students with free sizes.
         timeout_s: seconds for one request.
-        max_body_bytes: largest request body.
+        max_body_bytes: largest request body of JSON.
+        max_upload_bytes: largest request body with images.
         api_keys: the keys that are accepted; empty: no key is needed.
         cors_origins: origins whose pages may send requests from a browser.
         kept_bytes: total size of the images kept for URLs.
         kept_s: seconds that they are kept.
+        marks: whether files say that they were generated, and by what.
         root_path: the path below which a proxy publishes the server, such as "/images"; empty: none.
     """
 
@@ -48,14 +50,24 @@ class ServeSettings:
     max_pixels: int = 1 << 22
     timeout_s: float = 60.0
     max_body_bytes: int = 1 << 16
+    max_upload_bytes: int = 1 << 24
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     kept_bytes: int = 1 << 26
     kept_s: float = 3600.0
     root_path: str = ""
+    marks: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "concurrency", "max_queue", "max_images", "max_pixels", "max_body_bytes"):
+        for name in (
+            "max_batch",
+            "concurrency",
+            "max_queue",
+            "max_images",
+            "max_pixels",
+            "max_body_bytes",
+            "max_upload_bytes",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidRequest(f"{name} is {value!r}; give an integer of at least 1")

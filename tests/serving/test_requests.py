@@ -235,7 +235,7 @@ def test_other_methods_and_paths_are_named(ask: Client) -> None:
         "/v1/chat/completions",
         f"{PATH}/",
         "/v1",
-        "/v1/images/edits",
+        "/v1/images/upscales",
         "/favicon.ico",
         "/%ff%00",
         "/v1/%2e",

@@ -18,20 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import LONGEST_PROMPT, TensorSpec
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.marks.xmp import Mark
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
 __all__ = [
     "EMBEDS",
     "LONGEST_PROMPT",
-    "OUTPUT_TYPES",
     "Asked",
     "Conditions",
     "GenerationRequest",
     "Labels",
     "Seeds",
     "check_conditions",
-    "check_guidance",
     "check_latents",
     "check_noise",
     "check_request",
@@ -39,7 +38,6 @@ __all__ = [
     "count_of",
 ]
 
-OUTPUT_TYPES = ("pil", "np", "uint8")
 MOST_PROMPTS = 10_000  # a call
 
 #: diffusers' names for encoded prompts: argument -> tensor.
@@ -74,6 +72,23 @@ class GenerationRequest:
     seeds: list[tuple[int, int]]  # (seed, image index), B of them
     latents: NDArray[np.float32] | None  # (B, C, H, W)
     size: tuple[int, int]  # (H, W)
+
+    def marks(self, manifest: Manifest, precision: str, begins_with: str | None = None) -> list[Mark]:
+        """What makes each image, for its file. ``begins_with``: "image" or "mask", where it is not noise alone."""
+        scale = manifest.postprocess.scale
+        common: Mark = {"student": manifest.name, "digest": manifest.digest, "precision": precision}
+        common |= {"num_inference_steps": self.table.num_inference_steps}
+        common |= {"height": self.size[0] * scale, "width": self.size[1] * scale}
+        if begins_with is not None or self.latents is not None:
+            common["begins_with"] = begins_with or "latents"
+        labels = self.conditions.get("class_labels")
+        marks = [{**common, "seed": seed, "index": index} for seed, index in self.seeds]
+        for place, mark in enumerate(marks):
+            if self.prompts is not None:
+                mark["prompt"] = self.prompts[place]
+            elif labels is not None:
+                mark["class_label"] = int(labels[place])
+        return marks
 
     def noise(self, manifest: Manifest) -> NDArray[np.float32]:
         """The noise (N, B, C, H, W), with the given latents as its first slice."""
@@ -156,29 +171,6 @@ def check_request(
         prompts = [text for text in prompts for _ in range(per_prompt)]
     starts = None if latents is None else check_latents(manifest, latents, count, size)
     return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size)
-
-
-def check_guidance(manifest: Manifest, guidance_scale: float | None, negative_prompt: object) -> None:
-    """Check the guidance arguments of diffusers' pipelines. A student's guidance is in its graphs, or it has none.
-
-    The student's own scale is accepted; 0 and 1 both mean no guidance, as in diffusers.
-
-    Raises:
-        InvalidRequest: Another scale, or a negative prompt.
-    """
-    guidance = manifest.network.guidance
-    if negative_prompt is not None:
-        reason = (
-            f"it runs without guidance, at {manifest.network.calls_per_step} network call a step"
-            if guidance is None
-            else "its negative prompt is fixed in its graphs"
-        )
-        raise InvalidRequest(f"negative_prompt is not supported by {manifest.name}: {reason}; leave it out")
-    embedded = manifest.network.embedded_guidance
-    own = [guidance.scale] if guidance else [0.0, 1.0] if embedded is None else [embedded]
-    if guidance_scale is not None and guidance_scale not in own:
-        choice = f"use {own[0]:g}, or leave it out" if own[0] else "it runs without guidance; leave it out"
-        raise InvalidRequest(f"guidance_scale={guidance_scale!r:.30} is not supported by {manifest.name}: {choice}")
 
 
 def check_size(

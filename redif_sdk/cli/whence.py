@@ -1,0 +1,133 @@
+"""The command ``redif whence``: what made an image. It never imports torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from redif_sdk.cli.terminal import GATE_FAILED, Device, Json, Quiet, Runtime, StudentRevision, console_for, write_rows
+from redif_sdk.errors import InvalidRequest, RedifError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from redif_sdk.marks.xmp import Mark
+    from redif_sdk.pipeline import FastPipeline
+
+__all__ = ["whence_command"]
+
+MOST = 256  # images of a sheet that are made again
+LONGEST = 500  # characters of what a mark says that are shown
+
+
+def whence_command(
+    image: Annotated[Path, typer.Argument(metavar="FILE", help="A PNG, JPEG or WebP file.")],
+    student: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Make the image again with this student, and compare.")
+    ] = None,
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    revision: StudentRevision = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what made an image, by the mark in its file.
+
+    Exit code 1: the student makes another image. A file without a mark may have been generated nevertheless.
+    """
+    from redif_sdk.inputs.pictures import open_image
+    from redif_sdk.marks.xmp import mark_of
+
+    opened = open_image(image, str(image))
+    marks = mark_of(opened)
+    console = console_for(json, quiet)
+    if not marks:
+        raise InvalidRequest(
+            f"{image} has no mark of redif-sdk; it was made by something else, or the mark was removed"
+        )
+    for mark in marks:
+        said = ", ".join(f"{_shown(name)} {_shown(value)}" for name, value in mark.items() if value is not None)
+        console.print(said, soft_wrap=True, markup=False)
+    rows = [{"file": str(image), **mark} for mark in marks]
+    if student is None:
+        write_rows(json, "whence", rows)
+        return
+    from redif_sdk.pipeline import FastPipeline
+
+    precision = str(marks[0].get("precision", "auto"))
+    pipe = FastPipeline.from_pretrained(student, runtime=runtime, device=device, precision=precision, revision=revision)
+    found = remade(opened, marks, pipe)
+    write_rows(json, "whence", [row | {"same": found.same, "most": found.most} for row in rows])
+    if found.same:
+        console.print("it is that image, bit for bit")
+        return
+    lossy = opened.format != "PNG"
+    console.print(
+        f"it is not that image bit for bit: {found.different:.1%} of its values differ, by {found.most} levels at most"
+        + (f" ({opened.format} does not keep them; other engines differ by 1)" if lossy else "")
+    )
+    raise typer.Exit(GATE_FAILED)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An image beside what its student makes now.
+
+    Attributes:
+        same: bit for bit.
+        most: the largest difference, in levels of 255.
+        different: the share of values that differ.
+    """
+
+    same: bool
+    most: int
+    different: float
+
+
+def remade(image: Image, marks: Sequence[Mark], pipeline: FastPipeline) -> Comparison:
+    """What ``pipeline`` makes by the ``marks``, compared with ``image``.
+
+    Raises:
+        InvalidRequest: the marks are of another student, began with an image, or are not whole.
+    """
+    if not 1 <= len(marks) <= MOST:
+        raise InvalidRequest(f"the mark is of {len(marks)} images; it must be of 1 to {MOST}")
+    import numpy as np
+
+    from redif_sdk.images import contact_sheet, to_pil
+
+    made = []
+    for mark in marks:
+        if mark.get("digest") != pipeline.manifest.digest:
+            raise InvalidRequest(
+                f"the mark is of the student {_shown(mark.get('student'))} ({_shown(mark.get('digest'))}), not of "
+                f"{pipeline.manifest.name} ({pipeline.manifest.digest[:12]}); give --student that one"
+            )
+        if mark.get("begins_with") is not None:
+            raise InvalidRequest("the image was begun with another image, which the mark does not hold")
+        try:
+            seed = (operator.index(mark["seed"]), operator.index(mark["index"]))
+            asked: dict[str, Any] = {name: mark.get(name) for name in ("num_inference_steps", "height", "width")}
+            condition = {"class_labels": mark["class_label"]} if "class_label" in mark else {}
+            out = pipeline(mark.get("prompt"), seed=[seed], output_type="uint8", **condition, **asked)
+        except (KeyError, TypeError) as error:
+            raise InvalidRequest(f"the mark cannot be read ({error}); the file was altered") from error
+        made.append(out.images)
+    ours = contact_sheet([one for images in made for one in to_pil(images)])
+    if (ours.mode, ours.size) != (image.mode, image.size):
+        raise RedifError(
+            f"the image has {image.width} x {image.height} pixels ({image.mode}), and what the mark says "
+            f"{ours.width} x {ours.height} ({ours.mode})"
+        )
+    apart = np.abs(np.asarray(ours).astype(int) - np.asarray(image).astype(int))
+    return Comparison(not apart.any(), int(apart.max()), float((apart > 0).mean()))
+
+
+def _shown(value: object) -> str:
+    """What a file says, for a terminal: short, and without control characters."""
+    return "".join(c for c in str(value)[:LONGEST] if c.isprintable())

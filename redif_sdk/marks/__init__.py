@@ -1,0 +1,1 @@
+"""Images that say that they were generated, and by what."""

@@ -21,6 +21,7 @@ from gradio.events import api as named_endpoint
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.demo import charts, style
+from redif_sdk.demo.editor import image_editor, image_of, strength_slider
 from redif_sdk.demo.present import ImageFiles, figures
 from redif_sdk.demo.studio import NOTHING, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest, RedifError
@@ -156,6 +157,9 @@ class _Page:
         self.previews = gr.Checkbox(False, label="Show every step", interactive=True)
         comparisons = self.studio.comparisons()
         self.compare = gr.Dropdown(comparisons, value=NOTHING, label="Compare with", visible=len(comparisons) > 1)
+        with gr.Accordion("Start from an image", open=False, elem_id="start"):
+            gr.Markdown("Upload an image. Paint over what is to be made anew, or nothing for all of it.")
+            self.editor, self.strength = image_editor(max(height, width)), strength_slider()
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
             self.cancel = gr.Button("Cancel", min_width=90, elem_id="cancel")
@@ -218,7 +222,7 @@ class _Page:
     def _events(self, blocks: gr.Blocks) -> None:
         many = len(self.studio.students) > 1
         inputs: list[Any] = [self.prompt, self.steps, self.seed, self.number, self.student, self.previews, self.compare]
-        inputs += [self.height, self.width]
+        inputs += [self.height, self.width, self.editor, self.strength]
         outputs = [self.gallery, self.compared, self.formed, self.report, self.details]
         address = [self.student, self.prompt, self.steps, self.seed, self.number]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -298,9 +302,12 @@ class _Page:
         compare: str | None = None,
         height: float | None = None,
         width: float | None = None,
+        image: dict[str, Any] | None = None,
+        strength: float | None = None,
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the values of the outputs as images are finished."""
         try:
+            begun, mask = image_of(image)
             order = self.studio.order(
                 student,
                 prompt,
@@ -311,6 +318,9 @@ class _Page:
                 width=width,
                 previews=previews,
                 compare=compare,
+                image=begun,
+                mask=mask,
+                strength=strength,
             )
             with tempfile.TemporaryDirectory(prefix="redif-demo-") as folder:
                 files = ImageFiles(Path(folder), f"{order.student}-{order.prompt}" if order.prompt else order.student)

@@ -39,6 +39,9 @@ class Order:
     width: int | None = None
     previews: bool = False
     compare: str = NOTHING
+    image: Image | None = None  # to start from
+    mask: Image | None = None
+    strength: float | None = None
 
     @property
     def seeds(self) -> list[tuple[int, int]]:
@@ -132,6 +135,9 @@ class Studio:
         width: float | None = None,
         previews: bool = False,
         compare: str | None = None,
+        image: Image | None = None,
+        mask: Image | None = None,
+        strength: float | None = None,
     ) -> Order:
         """The checked request. Raises InvalidRequest for what the student does not support."""
         name = student or next(iter(self.students))
@@ -151,8 +157,11 @@ class Studio:
             int(number),
             int(height) if height else None,
             int(width) if width else None,
-            previews and table.num_inference_steps > 1,
+            previews and table.num_inference_steps > 1 and image is None,  # a stream starts from noise
             compare or NOTHING,
+            image,
+            mask,
+            max(strength, 1 / table.num_inference_steps) if strength and image is not None and mask is None else None,
         )
         self._teachers_steps(order)
         return order
@@ -213,6 +222,8 @@ def _arguments(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
     elif order.prompt is not None:
         text = str(order.prompt).strip()
         arguments["class_labels"] = int(text) if text.isdecimal() else text
+    if order.image is not None:
+        arguments |= {"image": order.image, "mask_image": order.mask, "strength": order.strength}
     return arguments
 
 

@@ -243,6 +243,40 @@ def test_a_page_of_prompts(tiny_student: Path, tmp_path: Path) -> None:
         client.close()
 
 
+def test_a_visitors_image_is_started_from(tiny_student: Path, pipe: FastPipeline, tmp_path: Path) -> None:
+    """As the editor sends it: what is painted over is made anew, the rest stays; with few steps the least there is."""
+    from gradio_client import Client, handle_file
+
+    height, width, _ = pipe.manifest.image_shape
+    given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).convert("L")
+    given.convert("RGBA").save(tmp_path / "given.png")
+    painted = Image.new("RGBA", (width, height))
+    painted.paste((255, 255, 255, 255), (4, 4, 20, 12))
+    painted.save(tmp_path / "painted.png")
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (4, 4, 20, 12))
+    steps = max(pipe.manifest.supported_steps)
+    asked: dict[str, Any] = {"seed": "7", "num_inference_steps": steps, "num_images": 2, "api_name": "/generate"}
+    wanted: dict[str, Any] = {"seed": 7, "num_inference_steps": steps, "num_images_per_prompt": 2}
+    with demo_of(tiny_student) as url:
+        client = Client(url, verbose=False)
+        for layers, strength, more in (
+            ([], 0.5, {"strength": 0.5}),
+            ([], 0.05, {"strength": 1 / steps}),
+            ([handle_file(tmp_path / "painted.png")], 0.5, {"mask_image": mask}),
+        ):
+            value = {"background": handle_file(tmp_path / "given.png"), "layers": layers, "composite": None}
+            made = client.predict(prompt="d", image=value, strength=strength, previews=True, **asked)
+            shown = [np.asarray(Image.open(io.BytesIO(Path(entry["image"]).read_bytes()))) for entry in made[0]]
+            plain = pipe("d", image=given, output_type="uint8", **wanted, **more).images[..., 0]
+            assert np.abs(np.stack(shown).astype(int) - plain.astype(int)).max() <= 1, more
+        empty = {"background": None, "layers": [], "composite": None}
+        made = client.predict(prompt="d", image=empty, strength=0.5, **asked)
+        first = np.asarray(Image.open(io.BytesIO(Path(made[0][0]["image"]).read_bytes())))
+        assert np.abs(first.astype(int) - pipe("d", output_type="uint8", **wanted).images[0, ..., 0]).max() <= 1
+        client.close()
+
+
 def test_a_studio_of_prompts(tmp_path: Path, pipe: FastPipeline) -> None:
     folder = build_prompted(tmp_path / "prompted")
     prompted = FastPipeline.from_pretrained(folder, runtime="onnxruntime")

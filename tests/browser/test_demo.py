@@ -109,6 +109,41 @@ def opened(page: Any, until: Until) -> None:
     until(page, lambda: page.get_by_label("Seed").first.input_value() != "0")
 
 
+def test_a_visitor_paints_over_what_is_to_be_made_anew(
+    url: str, pipe: FastPipeline, open_page: Opener, until: Until, look: Look, tmp_path: Path
+) -> None:
+    """An image is uploaded, its middle painted over; what is drawn keeps the rest to the bit."""
+    height, width, _ = pipe.manifest.image_shape
+    given = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    page = open_page(url)
+    opened(page, until)
+    choose(page, "Class", "c")
+    page.get_by_role("radio", name="3").check()
+    number_of_pictures(page, 1)
+    keep(page, "7")
+    page.get_by_text("Start from an image").click()
+    page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "given.png")
+    until(page, lambda: page.get_by_role("button", name="Clear canvas").is_enabled())
+    page.wait_for_timeout(1000)  # the canvas grows into its place
+    box = page.locator("#editor canvas").first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 20, middle[1], steps=10)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    look(page, "painted")
+    page.click("#generate")
+    finished(page, until, 1)
+    found = shown(page, 0)
+    changed = np.argwhere(found != given)
+    assert 2 < len(changed) < given.size / 4
+    assert np.abs(changed - [height / 2, width / 2]).max() < height / 3  # around the middle
+    assert np.array_equal(found[:4], given[:4])
+    assert not np.array_equal(found, pipe("c", num_inference_steps=3, seed=7, output_type="uint8").images[0, ..., 0])
+
+
 def test_a_visit(url: str, pipe: FastPipeline, open_page: Opener, until: Until) -> None:
     """A class, steps, a seed; the teacher beside it; the steps in between; a picture on the disk."""
     page = open_page(url)

@@ -152,7 +152,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @pytest.mark.parametrize(
-    "family", ["sd", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "flux"))]
+    "family", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux"))]
 )
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_image_to_image_is_that_of_diffusers(

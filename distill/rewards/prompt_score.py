@@ -47,17 +47,19 @@ class PromptScore:
             import transformers
         except ImportError as error:
             raise InvalidRequest(f'the reward {PREFIX} needs transformers; pip install "redif-sdk[distill]"') from error
+        model = None
         try:
-            named = transformers.AutoConfig.from_pretrained(source).architectures or [""]
-            if named[0] not in (*CONTRASTIVE, *MATCHING):
-                raise InvalidRequest(
-                    f"{source} is a {named[0] or 'model without a class'}, which gives no score of an image and a "
-                    f"prompt that is known; use {', '.join((*CONTRASTIVE, *MATCHING))}, or a reward of your own"
-                )
-            model = getattr(transformers, named[0]).from_pretrained(source)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            (kind, *_) = transformers.AutoConfig.from_pretrained(source).architectures or ["model without a class"]
+            if kind in (*CONTRASTIVE, *MATCHING):
+                model = getattr(transformers, kind).from_pretrained(source)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, AttributeError) as error:
             raise InvalidRequest(f"{source} cannot be loaded for {PREFIX}: {first_line(error, None)}") from error
+        if model is None:
+            raise InvalidRequest(
+                f"{source} is a {kind}, which gives no score of an image and a prompt that is known; use "
+                f"{', '.join((*CONTRASTIVE, *MATCHING))}, or a reward of your own"
+            )
         mean, std = _normalisation(source)
         return cls(model, tokenizer, f"{PREFIX}{Path(source).name}", mean=mean, std=std)
 

@@ -14,7 +14,9 @@ from PIL.Image import Image
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.inputs.pictures import USUAL
 from redif_sdk.pipeline import FastPipeline
+from redif_sdk.sampling.entry import steps_of
 
 __all__ = ["NOTHING", "SAME_STEPS", "Captioned", "Order", "Shown", "Studio", "parse_seed", "random_seed"]
 
@@ -157,7 +159,7 @@ class Studio:
             int(number),
             int(height) if height else None,
             int(width) if width else None,
-            previews and table.num_inference_steps > 1 and image is None,  # a stream starts from noise
+            previews and table.num_inference_steps > 1,
             compare or NOTHING,
             image,
             mask,
@@ -185,7 +187,7 @@ class Studio:
         for place, seeds in enumerate(batches):
             if order.previews:
                 for step, preview in enumerate(_previews(pipeline, order, seeds[0])):
-                    caption = f"step {step + 1} of {order.num_inference_steps}"
+                    caption = f"step {step + 1} of {_rows(pipeline, order)}"
                     formed = [*shown.formed, (preview, f"{place + 1}, step {step + 1}")]
                     shown = replace(shown, formed=formed)
                     yield replace(shown, pictures=[*shown.pictures, (preview, caption)], note="forming")
@@ -230,8 +232,16 @@ def _arguments(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
 def _previews(pipeline: FastPipeline, order: Order, seed: tuple[int, int]) -> Iterator[Image]:
     """The clean-image estimate after every step but the last: the image itself comes from the fused graph."""
     stream = pipeline.stream(num_inference_steps=order.num_inference_steps, seed=[seed], **_arguments(pipeline, order))
-    for _ in range(order.num_inference_steps - 1):
+    for _ in range(_rows(pipeline, order) - 1):
         yield next(stream)
+
+
+def _rows(pipeline: FastPipeline, order: Order) -> int:
+    """The steps that an order runs."""
+    table = pipeline.manifest.step_table(order.num_inference_steps)
+    if order.image is None:
+        return table.num_inference_steps
+    return steps_of(table, order.strength, USUAL if order.mask is None else 1.0)
 
 
 def _render(

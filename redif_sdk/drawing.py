@@ -81,9 +81,10 @@ class Drawing:
         require_finite(x)
         return x
 
-    def previews(self) -> Iterator[NDArray[np.uint8]]:
+    def previews(self, on_state: OnState | None = None) -> Iterator[NDArray[np.uint8]]:
         """The clean-image estimate after each step but the last, then the images: each (B, H, W, C)."""
         for k, x, x0 in self._steps():
+            self._show(on_state, k, x)
             yield self.graphs.images(x if k == self.table.num_inference_steps - 1 else x0)
 
     def _stepped(self, on_state: OnState | None = None, decode_tile: int | None = None) -> NDArray[np.uint8]:
@@ -94,10 +95,14 @@ class Drawing:
         """The state after the last step; each is shown to `on_state`."""
         x: Floats = self.noise[0]
         for k, x, _ in self._steps():
-            other = on_state(k, float(self.table.timesteps[k]), x) if on_state else None
-            if other is not None:
-                x[...] = other
+            self._show(on_state, k, x)
         return x
+
+    def _show(self, on_state: OnState | None, k: int, x: Floats) -> None:
+        """Show the state after step ``k``, and take over the one that is returned."""
+        other = on_state(k, float(self.table.timesteps[k]), x) if on_state else None
+        if other is not None:
+            x[...] = other
 
     def _steps(self) -> Iterator[tuple[int, Floats, Floats]]:
         """(k, x', x0) after each step, as `iterate_steps` yields them: the caller may write into x'."""

@@ -40,7 +40,7 @@ from redif_sdk.inputs import (
     check_request,
     precision_of,
 )
-from redif_sdk.inputs.pictures import Start
+from redif_sdk.inputs.pictures import Given, Start
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
 from redif_sdk.sampling.table import StepTable
 
@@ -312,6 +312,9 @@ class FastPipeline:
         latents: ArrayLike | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         prompt_embeds: ArrayLike | None = None,
         pooled_prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
@@ -321,17 +324,23 @@ class FastPipeline:
         The arguments are those of a call. The request is checked at once, each step is computed when it is asked for.
         Raises InvalidRequest, and NonFiniteOutput at a step whose estimate holds NaN or infinite values.
         """
-        asked = (prompt, class_labels, 1, num_inference_steps, seed, latents, height, width)
+        begin = Start.of(self.manifest, image, mask_image, strength, height, width)
+        size = begin.size if begin else (height, width)
+        asked = (prompt, class_labels, 1, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         if len(request.seeds) != 1:
             raise InvalidRequest(f"stream generates one image, not {len(request.seeds)}; give one prompt or class")
+        given = begin.fitted(self.manifest, request) if begin else None
         self._components.prepare_steps()
-        return self._previews(request)
+        return self._previews(request, given)
 
-    def _previews(self, request: GenerationRequest) -> Iterator[Image.Image]:
+    def _previews(self, request: GenerationRequest, given: Given | None) -> Iterator[Image.Image]:
         noise, conditions = request.noise(self.manifest), self._conditions(request)
-        for images in Drawing(self._components, noise, conditions, request.table).previews():
+        drawing, on_state = Drawing(self._components, noise, conditions, request.table), None
+        if given:
+            drawing, on_state = started(drawing, given, on_state)
+        for images in drawing.previews(on_state):
             yield to_pil(images)[0]
 
     def generate_array(

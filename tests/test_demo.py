@@ -270,6 +270,8 @@ def test_a_visitors_image_is_started_from(tiny_student: Path, pipe: FastPipeline
             shown = [np.asarray(Image.open(io.BytesIO(Path(entry["image"]).read_bytes()))) for entry in made[0]]
             plain = pipe("d", image=given, output_type="uint8", **wanted, **more).images[..., 0]
             assert np.abs(np.stack(shown).astype(int) - plain.astype(int)).max() <= 1, more
+            rows = steps if layers else max(1, int(strength * steps))
+            assert len(made[2]["value"] if isinstance(made[2], dict) else made[2]) == 2 * (rows - 1)  # after each step
         empty = {"background": None, "layers": [], "composite": None}
         made = client.predict(prompt="d", image=empty, strength=0.5, **asked)
         first = np.asarray(Image.open(io.BytesIO(Path(made[0][0]["image"]).read_bytes())))

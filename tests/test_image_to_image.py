@@ -242,6 +242,19 @@ def test_few_steps_stay_near_the_image(pixels: FastPipeline) -> None:
         assert rows < steps or np.abs(found.astype(int) - plain.astype(int)).max() <= 1
 
 
+def test_a_stream_from_an_image_ends_with_what_a_call_gives(pixels: FastPipeline) -> None:
+    steps, image = max(pixels.manifest.supported_steps), array(pixels)[0]
+    mask = np.zeros(image.shape[:2], dtype=bool)
+    mask[3:9, 5:12] = True
+    asked: dict[str, Any] = {"class_labels": 1, "seed": 3, "num_inference_steps": steps}
+    for more, rows in (({"strength": (steps - 1) / steps}, steps - 1), ({"mask_image": mask}, steps)):
+        formed = [np.asarray(one) for one in pixels.stream(image=image, **asked, **more)]
+        assert len(formed) == rows
+        whole = np.asarray(pixels(image=image, **asked, **more).images[0])
+        assert np.abs(formed[-1].astype(int) - whole.astype(int)).max() <= 1
+        assert not np.array_equal(formed[0], formed[-1])
+
+
 def test_images_are_scaled_cut_and_turned(pixels: FastPipeline) -> None:
     height, width, channels = own_size(pixels)
     asked: dict[str, Any] = {"class_labels": 1, "seed": 3, "output_type": "uint8"}

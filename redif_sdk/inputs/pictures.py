@@ -23,7 +23,7 @@ from redif_sdk.inputs.request import GenerationRequest
 from redif_sdk.sampling.entry import steps_of
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Given", "Start", "open_image"]
+__all__ = ["USUAL", "Given", "Start", "open_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 LARGEST_FILE = 64 << 20  # bytes

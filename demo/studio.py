@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.inputs.pictures import USUAL
+from redif_sdk.inputs.images import DEFAULT_STRENGTH
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.sampling.entry import steps_of
 
@@ -241,7 +241,7 @@ def _rows(pipeline: FastPipeline, order: Order) -> int:
     table = pipeline.manifest.step_table(order.num_inference_steps)
     if order.image is None:
         return table.num_inference_steps
-    return steps_of(table, order.strength, USUAL if order.mask is None else 1.0)
+    return steps_of(table, order.strength, DEFAULT_STRENGTH if order.mask is None else 1.0)
 
 
 def _render(

@@ -15,7 +15,7 @@ from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import pixel_unshuffle
 from redif_sdk.inputs import Conditions, check_latents
-from redif_sdk.inputs.pictures import Given
+from redif_sdk.inputs.images import Given
 from redif_sdk.runtimes.finite import LEVELS, require_finite
 from redif_sdk.sampling.entry import from_row, levels
 from redif_sdk.sampling.loop import iterate_steps

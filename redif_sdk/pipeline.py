@@ -40,7 +40,7 @@ from redif_sdk.inputs import (
     check_request,
     precision_of,
 )
-from redif_sdk.inputs.pictures import Given, Start
+from redif_sdk.inputs.images import Given, Start
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
 from redif_sdk.sampling.table import StepTable
 

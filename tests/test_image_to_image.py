@@ -29,7 +29,7 @@ from redif_sdk.distill import import_pipeline
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
 from redif_sdk.images import from_uint8, to_uint8
-from redif_sdk.inputs.pictures import LARGEST_IMAGE, open_image
+from redif_sdk.inputs.images import LARGEST_IMAGE, open_image
 from redif_sdk.sampling.entry import from_row, levels, steps_of
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.noise_schedule import NoiseSchedule

@@ -78,15 +78,15 @@ class ChatReward:
         subjects = batch.prompts or batch.class_names
         if subjects is None and "{prompt}" in self.question:
             raise InvalidRequest("the images have neither prompts nor class names; give a question without {prompt}")
-        pictures = encoded(batch.images)
-        bodies = [self._body(picture, subjects[place] if subjects else "") for place, picture in enumerate(pictures)]
+        images = encoded(batch.images)
+        bodies = [self._body(image, subjects[place] if subjects else "") for place, image in enumerate(images)]
         score, known = judged(self.name, self.server.ask_all(bodies, self._read))
         self.unjudged += int((~known).sum())
         return score
 
-    def _body(self, picture: str, subject: str) -> dict[str, Any]:
+    def _body(self, image: str, subject: str) -> dict[str, Any]:
         content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
             {"type": "text", "text": self.question.replace("{prompt}", subject)},
         ]
         messages = [{"role": "user", "content": content}]

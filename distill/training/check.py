@@ -30,8 +30,8 @@ CHECK_PAIRS = 192  # pool entries on which a run is watched, at most
 FEWEST = 32  # at least
 SHARE = 0.02  # of what the training costs
 CHECK_SEED = 7_777_777  # of the noises of checks, where the pool is too small to keep some of it from training
-FALL = 0.1  # of recall, from which on a check looks hacked
-AWAY = 1.5  # a factor between a student's spectrum and the teacher's, likewise
+LARGEST_FALL = 0.1  # of recall, from which on a check looks hacked
+LARGEST_RATIO = 1.5  # a factor between a student's spectrum and the teacher's, likewise
 SMALLEST = 8  # pixels of a side that has a spectrum to speak of
 HELD_BACK_FACTOR = 8  # a pool of at least so many times CHECK_PAIRS keeps them from training
 
@@ -207,8 +207,8 @@ def _spectra(images: Tensor, wanted: Tensor) -> dict[str, float]:
 class Watch:
     """Compares a run's checks: warns of reward hacking, and ends the run after ``early_stop`` idle ones (0: never).
 
-    A check looks hacked where the reward has risen since the one before, and recall fell by more than `FALL`, or fine
-    detail is further than a factor of `AWAY` from the teacher's and went further, or the grid is more than `AWAY` times
+    A check looks hacked where the reward has risen since the one before, and recall fell by more than `LARGEST_FALL`, or fine
+    detail is further than a factor of `LARGEST_RATIO` from the teacher's and went further, or the grid is more than `LARGEST_RATIO` times
     the teacher's and grew.
     """
 
@@ -238,12 +238,12 @@ class Watch:
     @staticmethod
     def _hacked(before: dict[str, float], now: dict[str, float]) -> str:
         """What of a check looks hacked beside the one before; empty: nothing."""
-        if now["recall"] < before["recall"] - FALL:
+        if now["recall"] < before["recall"] - LARGEST_FALL:
             return "recall falls"
         detail, was = (abs(math.log(max(check.get("detail", 1.0), 1e-9))) for check in (now, before))
-        if detail > max(math.log(AWAY), was):
+        if detail > max(math.log(LARGEST_RATIO), was):
             return f"fine detail goes to {now['detail']:.2g} times the teacher's"
-        if now.get("grid", 1.0) > max(AWAY, before.get("grid", 1.0)):
+        if now.get("grid", 1.0) > max(LARGEST_RATIO, before.get("grid", 1.0)):
             return f"a grid of pixels grows to {now['grid']:.2g} times the teacher's"
         return ""
 

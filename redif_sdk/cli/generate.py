@@ -78,7 +78,7 @@ def generate_command(
 ) -> None:
     """Generate images."""
     from redif_sdk.hub import is_hub_id
-    from redif_sdk.inputs.pictures import open_image
+    from redif_sdk.inputs.images import open_image
     from redif_sdk.marks.xmp import marks_of
     from redif_sdk.pipeline import FastPipeline
 

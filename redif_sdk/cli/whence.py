@@ -40,7 +40,7 @@ def whence_command(
 
     Exit code 1: the student makes another image. A file without a mark may have been generated nevertheless.
     """
-    from redif_sdk.inputs.pictures import open_image
+    from redif_sdk.inputs.images import open_image
     from redif_sdk.marks.xmp import mark_of
 
     opened = open_image(image, str(image))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import LONGEST_PROMPT, check_request
-from redif_sdk.inputs.pictures import Start, open_image
+from redif_sdk.inputs.images import Start, open_image
 from redif_sdk.marks.xmp import Mark
 from redif_sdk.serving.backend import ImageJob, Source
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable
-from redif_sdk.inputs.pictures import open_image
+from redif_sdk.inputs.images import open_image
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.backend import ImageJob, Source
 from redif_sdk.serving.microbatch import MicroBatcher

@@ -23,12 +23,12 @@ from redif_sdk.inputs.request import GenerationRequest
 from redif_sdk.sampling.entry import steps_of
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["USUAL", "Given", "Start", "open_image"]
+__all__ = ["DEFAULT_STRENGTH", "Given", "Start", "open_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 LARGEST_FILE = 64 << 20  # bytes
 LARGEST_IMAGE = 1 << 26  # pixels
-USUAL = 0.8  # strength, without a mask, as in diffusers
+DEFAULT_STRENGTH = 0.8  # strength, without a mask, as in diffusers
 MOST_TIMES = 16  # the pixels of a student's own size, unless a size is asked for
 REPAINTED = 128  # of 255: a mask's value from which on a place is painted anew
 
@@ -115,7 +115,7 @@ class Start:
 
     def steps(self, table: StepTable) -> int:
         """The table's last rows that are run. Raises InvalidRequest if there are none."""
-        return steps_of(table, self.strength, USUAL if self.masks is None else 1.0)
+        return steps_of(table, self.strength, DEFAULT_STRENGTH if self.masks is None else 1.0)
 
     def fitted(self, manifest: Manifest, request: GenerationRequest) -> Given:
         """Images and masks for a checked request: scaled to its size, and what is beyond it cut evenly.

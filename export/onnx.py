@@ -203,29 +203,25 @@ def text_encoder_model(encoders: TextEncoders, manifest: Manifest, precision: st
 
 def decoder_model(decoder: LatentDecoder, manifest: Manifest, precision: str = "fp32") -> LazyModel:
     """The decoder's graph with a free batch axis: latents -> sample in the manifest's value range, both float32."""
-    if precision in WEIGHT_ONLY:
-        return weight_only(decoder_model(decoder, manifest), precision)
-    scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
-    x = _state(manifest, "latents", manifest.latents.channels)
-    sides = [f"image_{side}" if isinstance(side, str) else side * scale for side in x.shape[2:]]
-    outputs = [TensorSpec(name="sample", dtype="float32", shape=["batch", channels, *sides])]
-    module = _InDtype(_in_dtype(decoder, DTYPES[precision]), DTYPES[precision])
-    model = trace_graph(module, manifest, [x], outputs, precision)
-    model.proto.graph.name = "decoder"
-    return model
+    latents = _state(manifest, "latents", manifest.latents.channels)
+    return _autoencoder_model("decoder", decoder, manifest, [latents, _image(manifest, "sample")], precision)
 
 
 def encoder_model(encoder: LatentEncoder, manifest: Manifest, precision: str = "fp32") -> LazyModel:
     """The encoder's graph with a free batch axis: image, in the manifest's value range, -> latents, both float32."""
+    latents = _state(manifest, "latents", manifest.latents.channels)
+    return _autoencoder_model("encoder", encoder, manifest, [_image(manifest, "image"), latents], precision)
+
+
+def _autoencoder_model(
+    name: str, half: torch.nn.Module, manifest: Manifest, sides: Sequence[TensorSpec], precision: str
+) -> LazyModel:
+    """The graph of one half of an autoencoder, from the first of ``sides`` to the second."""
     if precision in WEIGHT_ONLY:
-        return weight_only(encoder_model(encoder, manifest), precision)
-    scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
-    x = _state(manifest, "latents", manifest.latents.channels)
-    sides = [f"image_{side}" if isinstance(side, str) else side * scale for side in x.shape[2:]]
-    image = TensorSpec(name="image", dtype="float32", shape=["batch", channels, *sides])
-    module = _InDtype(_in_dtype(encoder, DTYPES[precision]), DTYPES[precision])
-    model = trace_graph(module, manifest, [image], [x], precision)
-    model.proto.graph.name = "encoder"
+        return weight_only(_autoencoder_model(name, half, manifest, sides, "fp32"), precision)
+    module = _InDtype(_in_dtype(half, DTYPES[precision]), DTYPES[precision])
+    model = trace_graph(module, manifest, sides[:1], sides[1:], precision)
+    model.proto.graph.name = name
     return model
 
 
@@ -250,6 +246,14 @@ def _state(manifest: Manifest, name: str, channels: int) -> TensorSpec:
     """The latents as a graph's input; free axes have names."""
     latents = manifest.latents
     sides = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
+    return TensorSpec(name=name, dtype="float32", shape=["batch", channels, *sides])
+
+
+def _image(manifest: Manifest, name: str) -> TensorSpec:
+    """The images of the latents as a graph's input or output."""
+    scale, channels = manifest.postprocess.scale, manifest.postprocess.channels(manifest.latents.channels)
+    latents = _state(manifest, name, manifest.latents.channels)
+    sides = [f"image_{side}" if isinstance(side, str) else side * scale for side in latents.shape[2:]]
     return TensorSpec(name=name, dtype="float32", shape=["batch", channels, *sides])
 
 

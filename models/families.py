@@ -276,16 +276,20 @@ class TextEncoders(nn.Module):
         return out.hidden_states[-2], out[0]
 
 
-class LatentEncoder(nn.Module):
-    """An autoencoder's encoder: images (B, C', H, W) in about [-1, 1] -> latents (B, C, H / scale, W / scale).
-
-    Of a variational one (`AutoencoderKL`) the mean of its distribution, which is what diffusers draws from.
-    """
+class _Autoencoded(nn.Module):
+    """An autoencoder, with the scale and the shift of its latents."""
 
     def __init__(self, autoencoder: nn.Module, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+
+
+class LatentEncoder(_Autoencoded):
+    """An autoencoder's encoder: images (B, C', H, W) in about [-1, 1] -> latents (B, C, H / scale, W / scale).
+
+    Of a variational one (`AutoencoderKL`) the mean of its distribution, which is what diffusers draws from.
+    """
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode images (B, C', H, W); returns (B, C, H / scale, W / scale)."""
@@ -295,13 +299,8 @@ class LatentEncoder(nn.Module):
         return (latents - self.shift_factor) * self.scaling_factor
 
 
-class LatentDecoder(nn.Module):
+class LatentDecoder(_Autoencoded):
     """An autoencoder's decoder: latents (B, C, H, W) -> images (B, C', H scale, W scale), in about [-1, 1]."""
-
-    def __init__(self, autoencoder: nn.Module, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, H, W); returns (B, C', H scale, W scale)."""

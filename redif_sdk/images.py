@@ -103,7 +103,7 @@ def converted(made: NDArray[Any], output_type: str, marks: Sequence[Mark] = ()) 
     """
     if output_type == "pil":
         images = to_pil(made)
-        return [marked(image, mark) for image, mark in zip(images, marks, strict=True)] if marks else images
+        return [marked(image, [mark]) for image, mark in zip(images, marks, strict=True)] if marks else images
     if output_type not in ("np", "pt"):
         return made
     shares = made.astype(np.float32) / np.float32(255)

@@ -96,7 +96,7 @@ def test_strengths_are_steps() -> None:
         steps_of(table, 0.2, 0.8)
     for wrong in (0, -1, 1.01, math.nan, True, "half"):
         with pytest.raises(InvalidRequest, match="give a number above 0, up to 1"):
-            steps_of(table, wrong, 0.8)  # type: ignore[arg-type]
+            steps_of(table, wrong, 0.8)
 
 
 # ---------------------------------------------------------------- diffusers

@@ -121,6 +121,7 @@ def test_whence_tells_and_makes_it_again(full_student: Path, tmp_path: Path, pip
     done = run.invoke(app, ["whence", str(tmp_path / "altered.png"), "--student", str(full_student)])
     assert done.exit_code == 1
     assert "it is not that image bit for bit" in done.output
+    assert "does not keep them" not in done.output  # a PNG does
 
 
 def test_what_whence_cannot_say_is_one_line(

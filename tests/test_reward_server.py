@@ -72,7 +72,7 @@ def reward_server(scorer: Path, function: str) -> Iterator[str]:
     program = "import sys; from redif_sdk.cli.main import main; sys.argv = ['redif', *sys.argv[1:]]; main()"
     command = [sys.executable, "-c", program, "serve-reward", f"{scorer}:{function}", "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         try:
             said = ""
             while not (found := re.search(r"http://\S+/score", said)):
@@ -148,7 +148,7 @@ def sum_of(*arguments: Any, scale: float = 1.0) -> Tensor:
 def test_a_users_scorer_sees_the_prompts_of_a_run(teacher: Teacher, scorer: Path) -> None:
     with reward_server(scorer, "score") as url:
         batch = Batch(coloured(0, 0, 1), coloured(0, 0, 1), torch.tensor([0, 1, 2]), teacher)
-        red, blue, green = EndpointReward(url)(batch).tolist()  # type: ignore[union-attr]
+        red, blue, green = EndpointReward(url)(batch).tolist()
         assert red == green > 0 > blue
         assert httpx.get(url.replace("/score", "/health")).json() == {"status": "ok"}
         config = DistillConfig.checked(
@@ -261,7 +261,7 @@ def test_a_chat_model_is_asked_about_each_prompt(teacher: Teacher, monkeypatch: 
 
     batch = Batch(coloured(0, 1, 2), coloured(0, 1, 2), torch.tensor([2, 0, 1]), teacher)
     with serving(judge) as url:
-        ((reward, _),) = make_rewards(f"chat:{url.removesuffix('/score')}/v1#tiny-vlm", teacher, pool.Pairs, 0)  # type: ignore[arg-type]
+        ((reward, _),) = make_rewards(f"chat:{url.removesuffix('/score')}/v1#tiny-vlm", teacher, pool.Pairs, 0)
         assert isinstance(reward, ChatReward)
         assert reward(batch).tolist() == [7.5, 3, 3]
         assert reward.unjudged == 1
@@ -313,7 +313,7 @@ def image_text_model(kind: str, folder: Path) -> Any:
 def test_image_text_models_score_images_by_their_prompts(teacher: Teacher, tmp_path: Path, kind: str) -> None:
     """As transformers' own forward pass has it, whatever prompts come together; with a gradient."""
     model, tokenizer = image_text_model(kind, tmp_path / "model")
-    ((reward, _),) = make_rewards(f"prompt-score:{tmp_path / 'model'}", teacher, pool.Pairs, 0)  # type: ignore[arg-type]
+    ((reward, _),) = make_rewards(f"prompt-score:{tmp_path / 'model'}", teacher, pool.Pairs, 0)
     images = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = Batch(images.clone().requires_grad_(), images, torch.tensor([0, 2, 0, 1]), teacher)
     scores = reward(batch)

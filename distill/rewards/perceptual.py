@@ -23,6 +23,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def pixel_values(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] as transformers' image encoders take them: (N, 3, size, size), standardised."""
+    pixels = F.interpolate(images.expand(-1, 3, -1, -1), size=(size, size), mode="bicubic", antialias=True)
+    return ((pixels.clamp(-1, 1) + 1) / 2 - mean) / std
+
+
 class LpipsReward:
     """Minus the distance of LPIPS (Zhang et al. 2018, eq. 1, all weights 1) on EfficientNet-Lite0's maps."""
 
@@ -64,8 +70,7 @@ class EmbeddingReward:
     def _embed(self, images: Tensor) -> Tensor:
         if self.mean.device != images.device:
             self.network, self.mean, self.std = (part.to(images.device) for part in (self.network, self.mean, self.std))
-        pixels = F.interpolate(images.expand(-1, 3, -1, -1), size=(self.size,) * 2, mode="bicubic", antialias=True)
-        out = self.network(pixel_values=((pixels.clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
+        out = self.network(pixel_values=pixel_values(images, self.size, self.mean, self.std))
         embedding = getattr(out, "image_embeds", None)
         return F.normalize(out.pooler_output if embedding is None else embedding, dim=1)
 

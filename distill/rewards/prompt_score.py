@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.distill.rewards.batch import Batch
+from redif_sdk.distill.rewards.perceptual import CLIP_MEAN, CLIP_STD, pixel_values
 from redif_sdk.errors import InvalidRequest, first_line
 
 __all__ = ["PREFIX", "PromptScore"]
@@ -18,7 +19,6 @@ __all__ = ["PREFIX", "PromptScore"]
 PREFIX = "prompt-score:"
 CONTRASTIVE = ("CLIPModel", "SiglipModel", "Siglip2Model")
 MATCHING = ("BlipForImageTextRetrieval",)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class PromptScore:
@@ -75,10 +75,7 @@ class PromptScore:
         device = batch.images.device
         if self.mean.device != device:
             self.model, self.mean, self.std = (part.to(device) for part in (self.model, self.mean, self.std))
-        pixels = F.interpolate(
-            batch.images.expand(-1, 3, -1, -1), size=(self.size,) * 2, mode="bicubic", antialias=True
-        )
-        pixels = ((pixels.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        pixels = pixel_values(batch.images, self.size, self.mean, self.std)
         each = sorted(set(subjects))
         places = torch.tensor([each.index(subject) for subject in subjects], device=device)
         return self._compared(pixels, each, places) if self.contrastive else self._matched(pixels, each, places)

@@ -207,9 +207,9 @@ def _spectra(images: Tensor, wanted: Tensor) -> dict[str, float]:
 class Watch:
     """Compares a run's checks: warns of reward hacking, and ends the run after ``early_stop`` idle ones (0: never).
 
-    A check looks hacked where the reward has risen since the one before, and recall fell by more than `LARGEST_FALL`, or fine
-    detail is further than a factor of `LARGEST_RATIO` from the teacher's and went further, or the grid is more than `LARGEST_RATIO` times
-    the teacher's and grew.
+    A check looks hacked where the reward has risen since the one before, and recall fell by more than `LARGEST_FALL`,
+    or fine detail is further than a factor of `LARGEST_RATIO` from the teacher's and went further, or the grid is more
+    than `LARGEST_RATIO` times the teacher's and grew.
     """
 
     early_stop: int

@@ -27,8 +27,6 @@ from redif_sdk.errors import InvalidRequest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from redif_sdk.marks.xmp import Mark
-
 __all__ = ["generate_command"]
 
 ClassLabels = Annotated[list[str] | None, typer.Option(help="A class by number or name; may be repeated.")]
@@ -79,7 +77,6 @@ def generate_command(
     """Generate images."""
     from redif_sdk.hub import is_hub_id
     from redif_sdk.inputs.images import open_image
-    from redif_sdk.marks.xmp import marks_of
     from redif_sdk.pipeline import FastPipeline
 
     if is_hub_id(student) and not Path(student).is_dir():
@@ -98,6 +95,7 @@ def generate_command(
         low_memory=low_memory,
         revision=revision,
     )
+    pipe.marked = not no_marks
     out = pipe(
         prompt or None,
         class_labels=labels or None,
@@ -110,7 +108,7 @@ def generate_command(
         mask_image=masks,
         strength=strength,
     )
-    files = _save(out.images, output, [] if no_marks else marks_of(out.images))
+    files = _save(out.images, output)
     used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
     seconds = out.timings["total"] / len(files)
     rows = [
@@ -125,25 +123,21 @@ def generate_command(
     )
 
 
-def _save(images: Sequence[Image], output: str, marks: Sequence[Mark]) -> list[str]:
-    """Write all images as one sheet, or each into a folder; every file is written whole. Returns each image's file.
-
-    ``marks``: of the images, which their files get; none: none.
-    """
+def _save(images: Sequence[Image], output: str) -> list[str]:
+    """Write all images as one sheet, or each into a folder; every file is written whole. Returns each image's file."""
     from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.images import contact_sheet
-    from redif_sdk.marks.xmp import options_of
+    from redif_sdk.marks.xmp import marked, marks_of
 
     path = Path(output)
     as_folder = output.endswith(("/", "\\")) or path.is_dir()
     files = [path / f"{index}.png" for index in range(len(images))] if as_folder else [path]
-    sheets = [image.copy() for image in images] if as_folder else [contact_sheet(images)]
+    sheets = list(images) if as_folder else [marked(contact_sheet(images), marks_of(images))]
     encoded = []
-    for place, (sheet, file) in enumerate(zip(sheets, files, strict=True)):
+    for sheet, file in zip(sheets, files, strict=True):
         buffer = io.BytesIO()
         try:
-            kind = _format(file)
-            sheet.save(buffer, format=kind, **options_of(marks[place : place + 1] if as_folder else marks, kind))
+            sheet.save(buffer, format=_format(file))
         except (KeyError, ValueError) as error:
             raise InvalidRequest(
                 f"{file} is not a valid output file name ({error}); use one that ends in .png"

@@ -140,8 +140,14 @@ class Start:
         return Given(images, (np.stack(grey) >= REPAINTED).repeat(each, 0), steps)
 
 
-def open_image(source: str | Path | bytes, name: str = "the image") -> Image.Image:
-    """An image file, or its bytes, decoded.
+def open_image(
+    source: str | Path | bytes,
+    name: str = "the image",
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    most: int = LARGEST_IMAGE,
+) -> Image.Image:
+    """An image file, or its bytes, decoded: of one of ``formats``, and of at most so many pixels.
 
     Raises:
         InvalidRequest: It is not there, is too large, is of no known format, is cut, or holds several images.
@@ -158,12 +164,12 @@ def open_image(source: str | Path | bytes, name: str = "the image") -> Image.Ima
         raise InvalidRequest(f"{name} has more than {LARGEST_FILE >> 20} MB; give a smaller file")
     try:
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # refused below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        raise InvalidRequest(f"{name} is none of {', '.join(FORMATS)}, or is damaged; give another file") from error
+        raise InvalidRequest(f"{name} is none of {', '.join(formats)}, or is damaged; give another file") from error
     except _FAULTS as error:
         raise InvalidRequest(f"{name} cannot be read ({_line(error)}); give another file") from error
-    return _decoded(image, name)
+    return _decoded(image, name, most)
 
 
 def _own_size(manifest: Manifest, image: Image.Image) -> tuple[int | None, int | None]:
@@ -213,17 +219,17 @@ def _picture(given: Any, name: str) -> Image.Image:
     return Image.fromarray(given[:, :, 0] if given.ndim == 3 and given.shape[2] == 1 else given)
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
+def _decoded(image: Image.Image, name: str, most: int = LARGEST_IMAGE) -> Image.Image:
     """An image with its pixels read, turned as its EXIF says."""
-    if image.width * image.height > LARGEST_IMAGE:
-        raise InvalidRequest(
-            f"{name} has {image.width} x {image.height} pixels; give at most {LARGEST_IMAGE >> 20} million"
-        )
+    if image.width * image.height > most:
+        raise InvalidRequest(f"{name} has {image.width} x {image.height} pixels; give at most {most >> 20} million")
     try:
         frames = getattr(image, "n_frames", 1)
         if frames == 1:
             image.load()
-            return ImageOps.exif_transpose(image)
+            turned = ImageOps.exif_transpose(image)
+            turned.format = image.format  # which a copy has not
+            return turned
     except _FAULTS as error:
         raise InvalidRequest(f"{name} is damaged or cut ({_line(error)}); give another one") from error
     raise InvalidRequest(f"{name} holds {frames} frames; give a single image")

@@ -44,11 +44,11 @@ class GeneratedImage(Image.Image):
         super().save(fp, format, **{**options_of(self.info.get(_KEY, []), kind), **params})
 
 
-def marked(image: Image.Image, mark: Mark) -> GeneratedImage:
-    """``image`` itself, with a mark that its files will have."""
-    image.__class__ = GeneratedImage
-    image.info[_KEY] = [mark]
-    assert isinstance(image, GeneratedImage)
+def marked(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
+    """``image`` itself, with marks that its files will have: its own, or of a sheet those of its images."""
+    if marks:
+        image.__class__ = GeneratedImage
+        image.info[_KEY] = list(marks)
     return image
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import importlib
 import importlib.util
-import io
 import logging
 import math
 import sys
@@ -23,6 +22,7 @@ from fastapi import FastAPI, HTTPException
 from PIL import Image
 
 from redif_sdk.errors import InvalidRequest, first_line
+from redif_sdk.inputs.images import open_image
 from redif_sdk.reward_server.protocol import RewardAnswer, RewardRequest
 
 __all__ = ["create_app", "load_scorer"]
@@ -45,7 +45,7 @@ def load_scorer(name: str) -> Scorer:
         raise InvalidRequest(f"{name!r} names no function; give MODULE:FUNCTION or FILE.py:FUNCTION")
     try:
         module = _of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:
+    except Exception as error:  # a user's module may raise anything
         raise InvalidRequest(f"{where} cannot be imported: {first_line(error, None)}") from error
     found: Scorer | None = getattr(module, function, None)
     if found is None or not callable(found):
@@ -99,7 +99,7 @@ def create_app(scorer: Scorer, *, max_images: int = 256) -> FastAPI:
         with lock:
             try:
                 answer = scorer(**{name: value for name, value in given.items() if value is not None})
-            except Exception as error:
+            except Exception as error:  # a user's function may raise anything; it is logged, and the run is told
                 _log.exception("the reward failed")
                 raise HTTPException(500, f"the reward failed: {first_line(error, None)}") from error
         return _answer(answer, len(request.images))
@@ -127,13 +127,9 @@ def _of_file(path: Path) -> Any:
 
 def _image(text: str, place: int, name: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",))
-        if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        image.load()
-    except Exception as error:
+        return open_image(base64.b64decode(text, validate=True), "it", formats=("PNG",), most=LARGEST_IMAGE)
+    except ValueError as error:  # of base64, and of what is no image
         raise HTTPException(422, f"{name}[{place}] is no PNG in base64: {first_line(error, None)}") from error
-    return image
 
 
 def _numbers(values: Any, count: int, of: str) -> list[float | None]:

@@ -74,8 +74,10 @@ def _starts(sources: Sequence[Source]) -> dict[str, Any]:
     """The arguments of a call that starts from images; none, for one that starts from noise."""
     if not sources:
         return {}
-    masks = [open_image(source.mask, "mask") for source in sources if source.mask is not None]
-    images = [open_image(source.image, "image") for source in sources]
+    each = list(dict.fromkeys(sources))  # a request for several images has one
+    decoded = {source: open_image(source.image, "image") for source in each}
+    painted = {source: open_image(source.mask, "mask") for source in each if source.mask is not None}
+    images, masks = [decoded[source] for source in sources], [painted[source] for source in sources if source.mask]
     return {"image": images, "mask_image": masks or None, "strength": sources[0].strength}
 
 

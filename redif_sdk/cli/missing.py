@@ -34,6 +34,7 @@ EXTRA_OF = {
     "asgi_correlation_id": "serve",
     "cachetools": "serve",
     "fastapi": "serve",
+    "python_multipart": "serve",
     "pythonjsonlogger": "serve",
     "sse_starlette": "serve",
     "prometheus_client": "serve",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import python_multipart  # noqa: F401  starlette reads forms with it, and says so only at the first request
 from fastapi import Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile

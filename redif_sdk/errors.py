@@ -12,6 +12,7 @@
     ├── HubError             the Hub refused, or could not be reached; `kind` says which
     ├── TrainingDiverged     an in-training check failed
     ├── NonFiniteOutput      generated images hold NaN or infinite values; also a RuntimeError
+    ├── UnsafeContent        generated images were flagged by the safety filter
     └── InvalidRequest       an argument is wrong; also a ValueError
 
 and one warning, WorseThanStart: a distillation ended worse than its untrained start.
@@ -34,6 +35,7 @@ __all__ = [
     "HubError",
     "TrainingDiverged",
     "NonFiniteOutput",
+    "UnsafeContent",
     "InvalidRequest",
     "WorseThanStart",
     "first_line",
@@ -106,6 +108,26 @@ class NonFiniteOutput(RedifError, RuntimeError):
         )
 
     def __reduce__(self) -> tuple[type[NonFiniteOutput], tuple[tuple[int, ...], int]]:
+        return type(self), (self.images, self.batch)  # it travels between processes
+
+
+class UnsafeContent(RedifError):
+    """Generated images were flagged by the safety filter, so there is nothing to show.
+
+    Attributes:
+        images: positions of these images in the batch, ascending.
+        batch: number of images in the batch.
+    """
+
+    def __init__(self, images: Sequence[int], batch: int) -> None:
+        self.images, self.batch = tuple(images), batch
+        shown = ", ".join(map(str, self.images[:8])) + ", ..." * (len(self.images) > 8)
+        super().__init__(
+            f"the safety filter flagged {len(self.images)} of {batch} images (positions {shown}); give another prompt "
+            f"or seed"
+        )
+
+    def __reduce__(self) -> tuple[type[UnsafeContent], tuple[tuple[int, ...], int]]:
         return type(self), (self.images, self.batch)  # it travels between processes
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "scale_and_offset",
+    "timings_of",
     "to_pil",
     "to_uint8",
 ]
@@ -41,12 +42,27 @@ class PipelineOutput:
         timings: seconds by stage: noise, text (tokens and text encoder; text-to-image students only), network, output,
             total.
         runtime_info: what computed the images; see `FastPipeline.runtime_info`.
+        nsfw_content_detected: whether the safety filter flagged each image; None without a filter.
     """
 
     images: Any
     seeds: list[tuple[int, int]]
     timings: dict[str, float]
     runtime_info: dict[str, Any]
+    nsfw_content_detected: list[bool] | None = None
+
+
+def timings_of(*times: float, encodes: bool) -> dict[str, float]:
+    """The seconds of each stage of a call, from the times at which they begin and end.
+
+    Args:
+        times: Begin, then the ends of noise, text, network and output.
+        encodes: Whether there are prompts to encode; without, the stage "text" is part of "noise".
+    """
+    stages = {name: times[k + 1] - times[k] for k, name in enumerate(("noise", "text", "network", "output"))}
+    if not encodes:  # there is no such stage, but a microsecond
+        stages["noise"] += stages.pop("text")
+    return stages | {"total": times[-1] - times[0]}
 
 
 def pixel_shuffle(x: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

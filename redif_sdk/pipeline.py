@@ -25,7 +25,7 @@ from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.drawing import Drawing, shown_to, started
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
-from redif_sdk.images import PipelineOutput, converted, to_pil
+from redif_sdk.images import PipelineOutput, converted, timings_of, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
     Asked,
@@ -42,6 +42,7 @@ from redif_sdk.inputs import (
 )
 from redif_sdk.inputs.images import Given, Start
 from redif_sdk.runtimes import RuntimeInfo, RuntimeOptions
+from redif_sdk.safety import SafetyFilter, filtered
 from redif_sdk.sampling.table import StepTable
 
 __all__ = ["FastPipeline", "PipelineOutput"]
@@ -76,8 +77,9 @@ class FastPipeline:
         provider: str | None = None,
         engine_dir: str | Path | None = None,
         low_memory: bool = False,
+        safety_filter: SafetyFilter | None = None,
     ) -> None:
-        self._student = student
+        self._student, self.safety_filter = student, safety_filter
         self._asked: dict[str, Any] = {
             "runtime": runtime,
             "device": device,
@@ -110,6 +112,7 @@ class FastPipeline:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         torch_dtype: Any = None,
+        safety_filter: str | Path | SafetyFilter | None = None,
     ) -> FastPipeline:
         """Load a student from a folder, or from the Hub by its id ("org/name"); only the files that are needed.
 
@@ -126,6 +129,7 @@ class FastPipeline:
             low_memory: free text encoder, network and decoder after their use; each call loads and checks them again.
             revision: branch, tag or commit on the Hub; `token`, `cache_dir`, `local_files_only` are the Hub's too.
             torch_dtype: diffusers' name for `precision`: torch.float16 is "fp16", and so on.
+            safety_filter: an ONNX classifier that is asked about every image; see `redif_sdk.safety`.
 
         Returns:
             The pipeline. `runtime_info` and the log say what was chosen; `origin` has the commit.
@@ -141,6 +145,7 @@ class FastPipeline:
             "provider": provider,
             "engine_dir": engine_dir,
             "low_memory": low_memory,
+            "safety_filter": SafetyFilter.of(safety_filter),
         }
         if Path(source).is_dir():
             hub.check_local(
@@ -252,10 +257,10 @@ class FastPipeline:
 
         Raises:
             InvalidRequest: the student does not support the request; the message names what it supports.
-            NonFiniteOutput: images hold NaN or infinite values.
+            NonFiniteOutput, UnsafeContent: images hold NaN or infinite values, or the safety filter refuses them.
         """
         start = time.perf_counter()
-        check_output(output_type, generator, callback_on_step_end_tensor_inputs)
+        check_output(output_type, generator, callback_on_step_end_tensor_inputs, self.safety_filter)
         check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
         begin = Start.of(self.manifest, image, mask_image, strength, height, width)
@@ -275,12 +280,12 @@ class FastPipeline:
         raw = output_type == "latent"
         made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
+        made, flagged = filtered(self.safety_filter, made)
         info = self._info(self._components.info(stepped=raw or on_state is not None or decode_tile is not None))
         marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
         result = converted(made, output_type, marks)
-        end = time.perf_counter()
-        timings = _timings(self.manifest, start, ready, encoded, done, end)
-        return PipelineOutput(result, request.seeds, timings, info)
+        timings = timings_of(start, ready, encoded, done, time.perf_counter(), encodes=self.manifest.text is not None)
+        return PipelineOutput(result, request.seeds, timings, info, flagged)
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
         """A call in a thread of its own, while the event loop goes on; the arguments are those of a call."""
@@ -341,7 +346,7 @@ class FastPipeline:
         if given:
             drawing, on_state = started(drawing, given, on_state)
         for images in drawing.previews(on_state):
-            yield to_pil(images)[0]
+            yield to_pil(filtered(self.safety_filter, images)[0])[0]
 
     def generate_array(
         self, noise: NDArray[np.float32], conditions: Asked = None, num_inference_steps: int | None = None
@@ -426,14 +431,6 @@ class FastPipeline:
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
-
-
-def _timings(manifest: Manifest, *times: float) -> dict[str, float]:
-    """The seconds of each stage of a call, from the times at which they begin and end."""
-    stages = {name: times[k + 1] - times[k] for k, name in enumerate(("noise", "text", "network", "output"))}
-    if manifest.text is None:  # there is no such stage, but a microsecond
-        stages["noise"] += stages.pop("text")
-    return stages | {"total": times[-1] - times[0]}
 
 
 def _load_again(kind: type[FastPipeline], source: str, digest: str, options: dict[str, Any]) -> FastPipeline:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from redif_sdk.cli.terminal import (
     Precision,
     Quiet,
     Runtime,
+    SafetyFilterFile,
     StudentRevision,
     Threads,
     console_for,
@@ -26,6 +27,8 @@ from redif_sdk.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from redif_sdk.images import PipelineOutput
 
 __all__ = ["generate_command"]
 
@@ -69,6 +72,7 @@ def generate_command(
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of TensorRT engines; default: the cache.")] = None,
     threads: Threads = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep one graph in memory at a time.")] = False,
+    safety_filter: SafetyFilterFile = None,
     no_marks: NoMarks = False,
     revision: StudentRevision = None,
     json: Json = None,
@@ -94,6 +98,7 @@ def generate_command(
         engine_dir=engine_dir,
         low_memory=low_memory,
         revision=revision,
+        safety_filter=safety_filter,
     )
     pipe.marked = not no_marks
     out = pipe(
@@ -109,18 +114,27 @@ def generate_command(
         strength=strength,
     )
     files = _save(out.images, output)
-    used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
-    seconds = out.timings["total"] / len(files)
-    rows = [
-        {"file": file, "seed": number, "index": index, "seconds": seconds, **used}
-        for file, (number, index) in zip(files, out.seeds, strict=True)
-    ]
-    write_rows(json, "generate", rows, device=out.runtime_info["device"])
+    flags = out.nsfw_content_detected or []
+    write_rows(json, "generate", _rows(out, files), device=out.runtime_info["device"])
     console_for(json, quiet).print(
         f"{', '.join(dict.fromkeys(files))}: {len(files)} image(s), seed {out.seeds[0][0]}, "
-        f"{out.timings['total']:.3f} s on {out.runtime_info['device']}",
+        f"{out.timings['total']:.3f} s on {out.runtime_info['device']}"
+        + (f"; {sum(flags)} black: flagged by the safety filter" if any(flags) else ""),
         soft_wrap=True,
     )
+
+
+def _rows(out: PipelineOutput, files: Sequence[str]) -> list[dict[str, Any]]:
+    """One result an image."""
+    used: dict[str, Any] = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}
+    used["seconds"] = out.timings["total"] / len(files)
+    rows = [
+        {"file": file, "seed": seed, "index": index, **used}
+        for file, (seed, index) in zip(files, out.seeds, strict=True)
+    ]
+    for row, flag in zip(rows, out.nsfw_content_detected or [], strict=False):
+        row["nsfw_content_detected"] = flag
+    return rows
 
 
 def _save(images: Sequence[Image], output: str) -> list[str]:

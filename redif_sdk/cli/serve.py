@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from redif_sdk.cli.terminal import (
     Precision,
     Quiet,
     Runtime,
+    SafetyFilterFile,
     StudentRevision,
     StudentsArgument,
     Threads,
@@ -23,6 +24,9 @@ from redif_sdk.cli.terminal import (
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.serving.settings import KEYS, ServeSettings, keys_of_environment
 from redif_sdk.textfile import read_lines
+
+if TYPE_CHECKING:
+    from redif_sdk.safety import SafetyFilter
 
 __all__ = ["serve_command"]
 
@@ -64,6 +68,7 @@ def serve_command(
     precision: Precision = "auto",
     threads: Threads = None,
     no_marks: NoMarks = False,
+    safety_filter: SafetyFilterFile = None,
     revision: StudentRevision = None,
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}; logs are JSON lines on stderr.")] = "info",
     quiet: Quiet = False,
@@ -94,11 +99,10 @@ def serve_command(
         marks=not no_marks,
     )
     log_to_stderr("error" if quiet else log_level)
+    options: dict[str, Any] = {"runtime": runtime, "device": device, "precision": precision, "num_threads": threads}
+    options |= {"revision": revision, "safety_filter": _filter(safety_filter, threads)}
     pipelines: dict[str, FastPipeline] = {}
-    for student in students:
-        pipeline = FastPipeline.from_pretrained(
-            student, runtime=runtime, device=device, precision=precision, num_threads=threads, revision=revision
-        )
+    for pipeline in (FastPipeline.from_pretrained(student, **options) for student in students):
         name = pipeline.manifest.name
         if name in pipelines:
             raise InvalidRequest(f"two students are named {name}; serve them from two servers, or rename one")
@@ -121,6 +125,13 @@ def serve_command(
         forwarded_allow_ips=forwarded_allow_ips,
         started=started,
     )
+
+
+def _filter(file: Path | None, threads: int | None) -> SafetyFilter | None:
+    """The filter of all students. It never raises: a batch is of several requests, each with an answer of its own."""
+    from redif_sdk.safety import SafetyFilter
+
+    return None if file is None else SafetyFilter.load(file, action="black", num_threads=threads)
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

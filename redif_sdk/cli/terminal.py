@@ -28,6 +28,7 @@ __all__ = [
     "PromptFile",
     "Quiet",
     "Runtime",
+    "SafetyFilterFile",
     "StudentFolderArgument",
     "StudentRevision",
     "StudentsArgument",
@@ -59,6 +60,14 @@ StudentsArgument = Annotated[
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
 NoMarks = Annotated[
     bool, typer.Option("--no-marks", help="Do not write into files that they were generated, and by what.")
+]
+SafetyFilterFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--safety-filter",
+        metavar="FILE",
+        help="ONNX classifier (with its JSON beside it) that is asked about every image.",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]

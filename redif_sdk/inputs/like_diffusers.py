@@ -14,16 +14,19 @@ OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def check_output(output_type: str, generator: object, tensors: Sequence[str]) -> None:
+def check_output(output_type: str, generator: object, tensors: Sequence[str], safety_filter: object = None) -> None:
     """Check what diffusers' pipelines take beside the request itself.
 
     Raises:
-        InvalidRequest: An unknown `output_type`; a generator; or another tensor for callbacks than the latents.
+        InvalidRequest: An unknown `output_type`; a generator; or another tensor for callbacks than the latents;
+            latents as output with a safety filter, which sees images.
     """
     if output_type not in OUTPUT_TYPES:
         raise InvalidRequest(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
     if output_type == "pt" and importlib.util.find_spec("torch") is None:
         raise InvalidRequest("output_type pt needs torch, which is not installed; use np")
+    if output_type == "latent" and safety_filter is not None:
+        raise InvalidRequest("output_type latent is not supported with a safety filter, which sees images; use np")
     if generator is not None:
         raise InvalidRequest(
             "generator is not supported, since noise is drawn without torch; give seed=, the same everywhere, or what "

@@ -8,6 +8,7 @@ and keeps no copy.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ except ImportError as error:  # not installed, or one of the two packages remove
         f'onnxruntime cannot be imported ({error}); pip install "redif-sdk[cpu]", or "redif-sdk[gpu]" for NVIDIA GPUs'
     ) from error
 
-__all__ = ["PROBE", "PROVIDERS", "VERSION", "OnnxRuntime", "available", "usable"]
+__all__ = ["ENGINE_ERRORS", "PROBE", "PROVIDERS", "VERSION", "OnnxRuntime", "available", "session_of", "usable"]
 
 if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # Windows ignores the variable
     onnxruntime.disable_telemetry_events()
@@ -198,6 +199,15 @@ def _session(model: bytes, place: Place, options: Any) -> Any:
             f"reason"
         )
     return session
+
+
+def session_of(model: bytes, *, device: str = "cpu", num_threads: int | None = None) -> Any:
+    """A session for a graph that is not a student's, such as a classifier. Raises RuntimeUnavailable."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    return _session(model, _place(RuntimeOptions(device=device), hashlib.sha256(model).hexdigest()[:16]), options)
 
 
 @cache

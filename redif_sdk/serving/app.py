@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 import redif_sdk
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
+from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable, UnsafeContent
 from redif_sdk.marks.xmp import Mark
 from redif_sdk.serving.admission import Admission, Busy
 from redif_sdk.serving.api import ImageRequest, jobs_of, mark_of_job, model_card
@@ -121,6 +121,10 @@ def _add_errors(app: FastAPI) -> None:
     async def _unavailable(request: Request, error: RuntimeUnavailable) -> Response:
         return JSONResponse(error_body(503, str(error)), 503, {"Retry-After": "1"})
 
+    @app.exception_handler(UnsafeContent)
+    async def _flagged(request: Request, error: UnsafeContent) -> Response:
+        return JSONResponse(_failure(error), 400)
+
     @app.exception_handler(RedifError)
     async def _failed(request: Request, error: RedifError) -> Response:
         _log.error("request failed", exc_info=error)
@@ -154,7 +158,10 @@ def _add_get(app: FastAPI, path: str, answer: Callable[..., Any], tag: str, **op
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    """The body of an answer with status 500."""
+    """The body of an answer to a valid request that failed: with status 400 for flagged images, else 500."""
+    if isinstance(error, UnsafeContent):
+        message = "the safety filter rejected the generated image; give another prompt or seed"
+        return error_body(400, message, code="content_policy_violation")
     if isinstance(error, NonFiniteOutput):
         message = "the generated image holds NaN or infinite values; try another seed, or ask the server's operator"
         return error_body(500, message, code="non_finite_output")
@@ -277,8 +284,8 @@ class _Images:
             return EventStream(self._events(body, jobs[0]), self._stream_ended)
         try:
             images = await self._while_connected(request, self._generate(jobs))
-        except NonFiniteOutput:
-            self._metrics.nonfinite.labels(name).inc()
+        except (NonFiniteOutput, UnsafeContent) as error:
+            self._count(error, name)
             raise
         finally:
             self._admission.leave(len(jobs))
@@ -297,6 +304,13 @@ class _Images:
                 "seeds": [[job.seed, job.index] for job in jobs],
             }
         )
+
+    def _count(self, error: Exception, name: str) -> None:
+        """Count a request whose images cannot be shown."""
+        if isinstance(error, NonFiniteOutput):
+            self._metrics.nonfinite.labels(name).inc()
+        elif isinstance(error, UnsafeContent):
+            self._metrics.flagged.labels(name).inc()
 
     def _stream_ended(self, client_left: bool) -> None:
         self._admission.leave(1)
@@ -359,8 +373,7 @@ class _Images:
                 data = await _encoded(image, output, body.output_compression, self._mark(job))
         except Exception as error:  # whatever it is, it is logged, and the client is told
             _log.error("stream failed", exc_info=error)
-            if isinstance(error, NonFiniteOutput):
-                self._metrics.nonfinite.labels(job.model).inc()
+            self._count(error, job.model)
             late = error_body(504, "the image was not ready in time")
             yield {"type": "error", **(late if isinstance(error, TimeoutError) else _failure(error))}
             return

@@ -83,7 +83,7 @@ class Backend(Protocol):
     async def generate(self, job: ImageJob) -> NDArray[np.uint8]:
         """The image, uint8 (H, W, C). Cancelling takes it out of the queue unless it was begun.
 
-        Raises NonFiniteOutput.
+        Raises NonFiniteOutput, and UnsafeContent if the safety filter flags it.
         """
         ...
 

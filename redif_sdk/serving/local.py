@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable
+from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable, UnsafeContent
 from redif_sdk.inputs.images import open_image
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.backend import ImageJob, Source
 from redif_sdk.serving.microbatch import MicroBatcher
 from redif_sdk.serving.settings import ServeSettings
 
-__all__ = ["LocalBackend", "batch_key", "first_job", "previews", "render"]
+__all__ = ["LocalBackend", "Rendered", "batch_key", "first_job", "previews", "render"]
 
 Pixels = NDArray[np.uint8]
+#: An image, or why there is none.
+Rendered = Pixels | NonFiniteOutput | UnsafeContent
 
 
 def batch_key(job: ImageJob) -> tuple[int, int, int, str]:
@@ -36,22 +38,21 @@ def first_job(name: str, manifest: Manifest) -> ImageJob:
     return ImageJob(name, label, 0, 0, manifest.supported_steps[0], height, width, prompt)
 
 
-def render(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> list[Pixels | NonFiniteOutput]:
+def render(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> list[Rendered]:
     """Generate the images of jobs with equal `batch_key` in one engine call, each uint8 (H, W, C).
 
-    An image that holds NaN or infinite values has its error in place of the image; the others are computed again
-    without it.
+    An image that holds NaN or infinite values, or that the safety filter flags, has its error in place of the image. If
+    the pipeline raises it, the others are computed again without that image.
     """
     try:
-        return list(_images(pipeline, jobs))
-    except NonFiniteOutput as error:
+        return _images(pipeline, jobs) if jobs else []
+    except (NonFiniteOutput, UnsafeContent) as error:
         bad = set(error.images)
-        good = [job for place, job in enumerate(jobs) if place not in bad]
-        sound: Iterator[Pixels] = iter(_images(pipeline, good) if good else ())
-        return [NonFiniteOutput([0], 1) if place in bad else next(sound) for place in range(len(jobs))]
+        sound = iter(render(pipeline, [job for place, job in enumerate(jobs) if place not in bad]))
+        return [type(error)([0], 1) if place in bad else next(sound) for place in range(len(jobs))]
 
 
-def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> Pixels:
+def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> list[Rendered]:
     first = jobs[0]
     prompts = [job.prompt for job in jobs if job.prompt is not None]
     labels = [job.label for job in jobs if job.label is not None]
@@ -66,8 +67,8 @@ def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> Pixels:
         output_type="uint8",
         **_starts([job.source for job in jobs if job.source is not None]),
     )
-    images: Pixels = out.images
-    return images
+    flags = out.nsfw_content_detected or [False] * len(jobs)
+    return [UnsafeContent([0], 1) if flag else image for image, flag in zip(out.images, flags, strict=True)]
 
 
 def _starts(sources: Sequence[Source]) -> dict[str, Any]:

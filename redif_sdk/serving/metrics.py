@@ -36,6 +36,12 @@ class Metrics:
             ["model"],
             registry=self.registry,
         )
+        self.flagged = Counter(
+            "redif_flagged",
+            "Requests that failed because the safety filter flagged an image.",
+            ["model"],
+            registry=self.registry,
+        )
         self.batches = Histogram(
             "redif_batch_pictures", "Images per engine call.", ["model"], buckets=_BATCH, registry=self.registry
         )

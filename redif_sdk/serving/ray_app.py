@@ -24,11 +24,11 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerC
 from ray.util.metrics import Histogram
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
+from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.app import create_app
 from redif_sdk.serving.backend import ImageJob
-from redif_sdk.serving.local import batch_key, first_job, previews, render
+from redif_sdk.serving.local import Rendered, batch_key, first_job, previews, render
 from redif_sdk.serving.logs import keep_prompts_out
 from redif_sdk.serving.settings import ServeSettings, keys_of_environment
 
@@ -46,7 +46,8 @@ class RayArguments(BaseModel):
 
     Attributes:
         student: a folder that every node has, or an id on the Hub; several separated by commas.
-        runtime: as in `FastPipeline.from_pretrained`; so are `device`, `precision` and `revision`.
+        runtime: as in `FastPipeline.from_pretrained`; so are `device`, `precision`, `revision` and
+            `safety_filter`, a file that every node has.
         num_cpus: CPUs and engine threads per replica.
         num_gpus: GPUs per replica.
         min_replicas: with `max_replicas` and `target_ongoing_pictures`, how many replicas there are.
@@ -61,6 +62,7 @@ class RayArguments(BaseModel):
     device: str = "auto"
     precision: str = "auto"
     revision: str | None = None
+    safety_filter: str | None = None
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
     min_replicas: int = Field(default=1, ge=1)
@@ -100,6 +102,7 @@ class Generator:
             precision=arguments.precision,
             num_threads=max(1, int(arguments.num_cpus)),
             revision=arguments.revision,
+            safety_filter=arguments.safety_filter,
         )
         self._observed = Histogram(
             "redif_batch_pictures", "Images per engine call.", [1, 2, 4, 8, 16, 32, 64], ("model",)
@@ -114,10 +117,10 @@ class Generator:
         return self._pipeline.manifest
 
     @serve.batch
-    async def _batch(self, jobs: list[ImageJob]) -> list[Pixels | NonFiniteOutput]:
+    async def _batch(self, jobs: list[ImageJob]) -> list[Rendered]:
         """The images of jobs that came together; those of one size and number of steps by one engine call."""
         order = sorted(range(len(jobs)), key=lambda place: batch_key(jobs[place]))
-        results: dict[int, Pixels | NonFiniteOutput] = {}
+        results: dict[int, Rendered] = {}
         for _, group in groupby(order, key=lambda place: batch_key(jobs[place])):
             places = list(group)
             images = await asyncio.to_thread(render, self._pipeline, [jobs[place] for place in places])
@@ -126,10 +129,10 @@ class Generator:
         return [results[place] for place in range(len(jobs))]
 
     async def generate(self, job: ImageJob) -> Pixels:
-        """The image, uint8 (H, W, C). Raises NonFiniteOutput."""
+        """The image, uint8 (H, W, C). Raises NonFiniteOutput and UnsafeContent."""
         batch: Any = self._batch
-        result: Pixels | NonFiniteOutput = await batch(job)
-        if isinstance(result, NonFiniteOutput):
+        result: Rendered = await batch(job)
+        if isinstance(result, Exception):
             raise result
         return result
 

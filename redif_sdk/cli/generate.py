@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from redif_sdk.images import PipelineOutput
+    from redif_sdk.marks.signature import ContentSigner
 
 __all__ = ["generate_command"]
 
@@ -46,6 +47,10 @@ Mask = Annotated[Path | None, typer.Option(metavar="FILE", help="White is painte
 Strength = Annotated[
     float | None, typer.Option(help="Share of the steps that are run from the image; default: 0.8, with a mask 1.")
 ]
+C2paCert = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Sign the files (C2PA) with this certificate, PEM.")
+]
+C2paKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --c2pa-cert, PEM.")]
 
 
 def generate_command(
@@ -74,6 +79,8 @@ def generate_command(
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep one graph in memory at a time.")] = False,
     safety_filter: SafetyFilterFile = None,
     no_marks: NoMarks = False,
+    c2pa_cert: C2paCert = None,
+    c2pa_key: C2paKey = None,
     revision: StudentRevision = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -85,6 +92,7 @@ def generate_command(
 
     if is_hub_id(student) and not Path(student).is_dir():
         show_transfers(json, quiet)
+    signer = _signer(c2pa_cert, c2pa_key, output)
     images = [open_image(file, str(file)) for file in image or []]
     masks = [open_image(mask, str(mask))] if mask is not None else None
     labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
@@ -113,7 +121,7 @@ def generate_command(
         mask_image=masks,
         strength=strength,
     )
-    files = _save(out.images, output)
+    files = _save(out.images, output, signer)
     flags = out.nsfw_content_detected or []
     write_rows(json, "generate", _rows(out, files), device=out.runtime_info["device"])
     console_for(json, quiet).print(
@@ -137,7 +145,23 @@ def _rows(out: PipelineOutput, files: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _save(images: Sequence[Image], output: str) -> list[str]:
+def _signer(certificate: Path | None, key: Path | None, output: str) -> ContentSigner | None:
+    """What signs the files; checked before anything is generated."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        given, other = ("--c2pa-key", "--c2pa-cert") if certificate is None else ("--c2pa-cert", "--c2pa-key")
+        raise InvalidRequest(f"{given} needs {other} too; give a certificate and its private key")
+    from redif_sdk.marks.signature import MEDIA_TYPES, ContentSigner
+
+    signer = ContentSigner.load(certificate, key)
+    path = Path(output)
+    if not (output.endswith(("/", "\\")) or path.is_dir()) and _format(path) not in MEDIA_TYPES:
+        raise InvalidRequest(f"{output} cannot be signed; use a name that ends in .png, .jpg or .webp")
+    return signer
+
+
+def _save(images: Sequence[Image], output: str, signer: ContentSigner | None) -> list[str]:
     """Write all images as one sheet, or each into a folder; every file is written whole. Returns each image's file."""
     from redif_sdk.artifact.atomic import atomic_write
     from redif_sdk.images import contact_sheet
@@ -156,7 +180,8 @@ def _save(images: Sequence[Image], output: str) -> list[str]:
             raise InvalidRequest(
                 f"{file} is not a valid output file name ({error}); use one that ends in .png"
             ) from error
-        encoded.append(buffer.getvalue())
+        data = buffer.getvalue()
+        encoded.append(data if signer is None else signer.sign(data, _format(file)))
     files[0].parent.mkdir(parents=True, exist_ok=True)
     for file, data in zip(files, encoded, strict=True):
         atomic_write(file, data)
@@ -166,4 +191,4 @@ def _save(images: Sequence[Image], output: str) -> list[str]:
 def _format(file: Path) -> str:
     from PIL import Image
 
-    return Image.registered_extensions()[file.suffix.lower()]
+    return Image.registered_extensions().get(file.suffix.lower(), file.suffix)

@@ -28,6 +28,7 @@ EXTRA_OF = {
     "cuda": "tensorrt",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
+    "c2pa": "c2pa",
     "gradio": "demo",
     "matplotlib": "plot",
     "httpx": "distill",

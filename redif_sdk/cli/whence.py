@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,9 @@ from redif_sdk.errors import InvalidRequest, RedifError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.console import Console
 
+    from redif_sdk.marks.signature import Signature
     from redif_sdk.marks.xmp import Mark
     from redif_sdk.pipeline import FastPipeline
 
@@ -32,13 +35,17 @@ def whence_command(
     ] = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
+    c2pa_trust: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificates (PEM) whose C2PA signatures are trusted.")
+    ] = None,
     revision: StudentRevision = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what made an image, by the mark in its file.
+    """Say what made an image, by the mark in its file, and verify its signature (C2PA) if it has one.
 
-    Exit code 1: the student makes another image. A file without a mark may have been generated nevertheless.
+    Exit code 1: the student makes another image, or the file was changed since it was signed. A file without a mark may
+    have been generated nevertheless.
     """
     from redif_sdk.inputs.images import open_image
     from redif_sdk.marks.xmp import mark_of
@@ -46,16 +53,21 @@ def whence_command(
     opened = open_image(image, str(image))
     marks = mark_of(opened)
     console = console_for(json, quiet)
-    if not marks:
+    signature = _verified(image, str(opened.format), c2pa_trust, console)
+    signed = {} if signature is None else {"c2pa": asdict(signature)}
+    changed = signature is not None and not signature.unchanged
+    if not marks and signature is None:
         raise InvalidRequest(
             f"{image} has no mark of redif-sdk; it was made by something else, or the mark was removed"
         )
     for mark in marks:
         said = ", ".join(f"{_shown(name)} {_shown(value)}" for name, value in mark.items() if value is not None)
         console.print(said, soft_wrap=True, markup=False)
-    rows = [{"file": str(image), **mark} for mark in marks]
+    rows = [{"file": str(image), **mark, **signed} for mark in marks or [{}]]
     if student is None:
         write_rows(json, "whence", rows)
+        if changed:
+            raise typer.Exit(GATE_FAILED)
         return
     from redif_sdk.pipeline import FastPipeline
 
@@ -65,6 +77,8 @@ def whence_command(
     write_rows(json, "whence", [row | {"same": found.same, "most": found.most} for row in rows])
     if found.same:
         console.print("it is that image, bit for bit")
+        if changed:
+            raise typer.Exit(GATE_FAILED)
         return
     lossy = opened.format != "PNG"
     console.print(
@@ -72,6 +86,26 @@ def whence_command(
         + (f" ({opened.format} does not keep them; other engines differ by 1)" if lossy else "")
     )
     raise typer.Exit(GATE_FAILED)
+
+
+def _verified(file: Path, kind: str, trusted: Path | None, console: Console) -> Signature | None:
+    """The signature of a file, said on the console; None if there is none, or nothing here can read it."""
+    from redif_sdk.marks.signature import has_manifest, signature_of
+
+    data = file.read_bytes()
+    if trusted is None and (not has_manifest(data, kind) or find_spec("c2pa") is None):
+        if has_manifest(data, kind):
+            console.print('it has a C2PA manifest, which was not verified: pip install "redif-sdk[c2pa]"', markup=False)
+        return None
+    signature = signature_of(data, kind, trusted)
+    if signature is None:
+        raise InvalidRequest(f"{file} has no C2PA manifest; leave --c2pa-trust out")
+    state = "unchanged since" if signature.unchanged else f"CHANGED since ({', '.join(signature.problems)})"
+    trust = {None: "no certificate is trusted here, see --c2pa-trust", True: "trusted", False: "NOT trusted"}
+    source = "" if signature.generated else "; it does not say that the image was generated"
+    said = f"signed by {_shown(signature.signer)} ({trust[signature.trusted]}), {state}{source}"
+    console.print(said, soft_wrap=True, markup=False)
+    return signature
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 // A student in the browser: its graphs by ONNX Runtime Web, its noise by noise.js, its steps by its own tables.
+// The npm package (integrations/npm) is made of this file, too; there the engine is given, also ONNX Runtime for Node.
 //
 // The arithmetic is that of redif_sdk/sampling/table.py and redif_sdk/images.py. Nothing here touches the page.
 
@@ -18,16 +19,26 @@ async function webGpu() {
 export class Generator {
   /**
    * `config` is student.json; `engine` is "auto", "wasm" or "webgpu"; `onProgress(done, total)` counts bytes.
-   * `load` throws an Error whose message is for people.
+   * `base` is the URL that files are relative to, `read(url)` their Response. With `ort`, an ONNX Runtime for
+   * JavaScript, `engine` is one of its execution providers. `load` throws an Error whose message is for people.
    */
-  constructor(config, engine, onProgress) {
+  constructor(config, engine, onProgress, { ort = null, base = globalThis.location?.href, read = fetch } = {}) {
     this.config = config;
+    this.given = ort;
+    this.base = base;
+    this.read = read;
     this.wanted = engine;
     this.onProgress = onProgress;
     this.sessions = new Map(); // component -> promise of a session
   }
 
   async load() {
+    if (this.given !== null) {
+      this.ort = this.given;
+      this.engine = this.wanted;
+      await this.session(this.main());
+      return;
+    }
     const found = this.wanted !== "wasm" && this.config.engines.webgpu ? await webGpu() : "none";
     const gpu = found === "hardware" || (found === "software" && this.wanted === "webgpu");
     if (this.wanted === "webgpu" && !gpu) {
@@ -49,10 +60,10 @@ export class Generator {
   }
 
   async open() {
-    this.ort = await import(new URL(this.config.engines[this.engine], self.location.href).href);
+    this.ort = await import(new URL(this.config.engines[this.engine], this.base).href);
     this.threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
     this.ort.env.wasm.numThreads = this.threads;
-    this.ort.env.wasm.wasmPaths = new URL("ort/", self.location.href).href;
+    this.ort.env.wasm.wasmPaths = new URL("ort/", this.base).href;
     this.ort.env.logLevel = "error";
   }
 
@@ -78,7 +89,7 @@ export class Generator {
     let before = 0;
     const bytes = [];
     for (const file of all) {
-      bytes.push(await fetchChecked(file, (done) => this.onProgress(before + done, total)));
+      bytes.push(await fetchChecked(file, this.base, this.read, (done) => this.onProgress(before + done, total)));
       before += file.bytes;
     }
     const options = { executionProviders: [this.engine], graphOptimizationLevel: "all", logSeverityLevel: 3 };
@@ -190,8 +201,8 @@ export class Generator {
 }
 
 /** The bytes of a file of student.json. Throws unless they are the very ones that were exported. */
-async function fetchChecked(file, onProgress) {
-  const response = await fetch(new URL(file.file, self.location.href));
+async function fetchChecked(file, base, read, onProgress) {
+  const response = await read(new URL(file.file, base));
   if (!response.ok) {
     throw new Error(`${file.file} cannot be had: the server answers ${response.status}. Publish the whole folder.`);
   }
@@ -212,8 +223,8 @@ async function fetchChecked(file, onProgress) {
   if (done !== file.bytes) {
     throw new Error(`${file.file} came incomplete: ${done} of ${file.bytes} bytes. Load the page again.`);
   }
-  if (self.crypto?.subtle) { // a page that comes over plain HTTP from another machine has none
-    const digest = new Uint8Array(await self.crypto.subtle.digest("SHA-256", bytes));
+  if (globalThis.crypto?.subtle) { // a page that comes over plain HTTP from another machine has none
+    const digest = new Uint8Array(await globalThis.crypto.subtle.digest("SHA-256", bytes));
     const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
     if (hex !== file.sha256) {
       throw new Error(`${file.file} is not what was exported: its SHA-256 differs. Publish the folder again.`);

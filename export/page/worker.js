@@ -7,10 +7,10 @@ const cancelled = new Set(); // ids of requests that nobody waits for any more
 
 self.onmessage = async ({ data }) => {
   try {
-    if (data.type === "load") { // {config, engine} -> progress..., ready {engine, threads}
+    if (data.type === "load") { // {config, engine, base: URL of the files; default: the worker's} -> progress..., ready {engine, threads}
       generator = new Generator(data.config, data.engine, (done, total) => {
         self.postMessage({ type: "progress", done, total });
-      });
+      }, { base: data.base ?? self.location.href });
       await generator.load();
       self.postMessage({ type: "ready", engine: generator.engine, threads: generator.threads });
     } else if (data.type === "generate") { // {id, requests, previews} -> preview..., image..., done {cancelled}

@@ -42,10 +42,10 @@ def whence_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what made an image, by the mark in its file, and verify its signature (C2PA) if it has one.
+    """Say what made an image, by the mark in its file.
 
-    Exit code 1: the student makes another image, or the file was changed since it was signed. A file without a mark may
-    have been generated nevertheless.
+    The file's signature (C2PA) is verified, if it has one. Exit code 1: the student makes another image, or the file
+    was changed since it was signed. A file without a mark may have been generated nevertheless.
     """
     from redif_sdk.inputs.images import open_image
     from redif_sdk.marks.xmp import mark_of

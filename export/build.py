@@ -16,7 +16,7 @@ import torch
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import Graph, Latents
+from redif_sdk.artifact.records import Graph, Latents, Network
 from redif_sdk.card.render import read_card, write_card
 from redif_sdk.card.sections import user_sections
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable, UnsupportedModel
@@ -117,7 +117,8 @@ def _make(
     loaded = load_network(student, new) if network is None else given_network(student, network)
     manifest, recorded = _with_sizes(student.manifest, loaded, sizes)
     shapes = _shapes(recorded, batches, large=is_large(loaded))
-    source = _source(student, loaded, new)
+    manifest = manifest.model_copy(update={"network": _with_guidance(manifest)})
+    source = _source(student, manifest, loaded, new)
     on_progress(None, "recording what torch computes")
     entries = golden.record_golden(source.denoiser, source.decoder, source.conditions, manifest, new, shapes)
     graphs = _Graphs(source, manifest, new, on_progress).write(precisions)
@@ -172,12 +173,19 @@ def _shapes(
     return [(size, batch) for size in sizes for batch in batches or BATCHES]
 
 
-def _source(student: StudentFolder, network: torch.nn.Module, checked: Path) -> TorchStudent:
-    """The student's parts in torch, from its checked copy."""
+def _source(student: StudentFolder, manifest: Manifest, network: torch.nn.Module, checked: Path) -> TorchStudent:
+    """The student's parts in torch, from its checked copy; `manifest` is its new one."""
     encoders = load_encoders(student, checked)
-    conditions = ExampleConditions(student, encoders)
-    denoiser = GraphDenoiser.of(network, student.manifest, conditions)
+    conditions = ExampleConditions(student, encoders, manifest)
+    denoiser = GraphDenoiser.of(network, manifest)
     return TorchStudent(denoiser, encoders, load_decoder(student, checked), conditions)
+
+
+def _with_guidance(manifest: Manifest) -> Network:
+    """The manifest's network, whose graphs take the guidance as inputs where it has any."""
+    network = manifest.network
+    guided = network.guidance is not None and manifest.condition is not None
+    return network.model_copy(update={"guidance_inputs": guided or network.embedded_guidance is not None})
 
 
 def _with_sizes(

@@ -4,7 +4,8 @@ One compressed ``.npz`` holds, for one step table and one batch of B images: ``s
 int64, the steps looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and
 ``images`` (B, H', W', C') uint8. A student with a decoder also has ``latents`` (B, C, H, W) float32, the final ones; a
 class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts`` (B,) text, ``tokens.NAME`` (B, L)
-int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs.
+int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs. With guidance at run time,
+there are ``guidance_scale`` (B,) float32, and for classifier-free guidance ``null.NAME`` (B, ...), the null conditions.
 
 Reading needs numpy only; torch is imported when something is recorded.
 """
@@ -20,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import Golden
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
+from redif_sdk.artifact.records import Golden, TensorSpec
 from redif_sdk.artifact.untrusted.npz import npz_arrays
 from redif_sdk.errors import ManifestError
 from redif_sdk.images import from_uint8
+from redif_sdk.runtimes.guided import NULL
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -92,9 +94,15 @@ def _asked(conditions: ExampleConditions, manifest: Manifest, indices: range) ->
     given = {name: value.numpy() for name, value in conditions.of(indices).items()}
     if manifest.text is None:
         return given
+    guiding = {name: given.pop(name) for name in list(given) if name == GUIDANCE_SCALE or name.startswith(NULL)}
     prompts = conditions.prompts(indices)
     tokens = {f"tokens.{name}": value for name, value in conditions.tokens(prompts).items()}
-    return {"prompts": np.array(prompts), **tokens, **{f"conditions.{name}": value for name, value in given.items()}}
+    return {
+        "prompts": np.array(prompts),
+        **tokens,
+        **{f"conditions.{name}": value for name, value in given.items()},
+        **guiding,
+    }
 
 
 def _run(
@@ -113,13 +121,13 @@ def _run(
 
     seeds = [(SEED, index) for index in indices]
     noise = torch.from_numpy(draw(seeds, (manifest.latents.channels, *size), slices=table.noise_slices))
-    asked = conditions.of(indices).values()
+    asked = conditions.of(indices)
     steps = table.num_inference_steps
     rows = sorted({round(row) for row in np.linspace(0, steps - 1, min(steps, MOST_ROWS))})
     states, outputs = [], []
 
     def predict(k: int, x: Tensor) -> Tensor:
-        f = denoiser(x, torch.full((len(x),), float(table.timesteps[k])), *asked)
+        f = denoiser.guided(x, torch.full((len(x),), float(table.timesteps[k])), asked)
         if k in rows:
             states.append(x)
             outputs.append(f)
@@ -200,7 +208,8 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             {
                 spec.name: arrays[f"conditions.{spec.name}" if text else spec.name].astype(spec.dtype)
                 for spec in manifest.condition_tensors
-            },
+            }
+            | {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _guiding(manifest)},
             [str(prompt) for prompt in arrays["prompts"]] if text else [],
             {name: arrays[f"tokens.{name}"].astype(np.int64) for name in _token_shapes(manifest, 0)},
             [int(row) for row in arrays["rows"]],
@@ -218,6 +227,16 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
     if _shapes(record) != expected or record.rows[:1] != [0]:
         raise ManifestError(f"{golden.file} in {student.path} has arrays of other shapes; export the student again")
     return record
+
+
+def _guiding(manifest: Manifest) -> list[TensorSpec]:
+    """What guides the recorded images: the scale, and the null conditions."""
+    if manifest.guidance_at_run_time is None:
+        return []
+    scale = manifest.graph_conditions[-1]
+    if manifest.guidance_at_run_time == "embedded":
+        return [scale]
+    return [scale, *(spec.model_copy(update={"name": NULL + spec.name}) for spec in manifest.condition_tensors)]
 
 
 def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
@@ -246,7 +265,8 @@ def _expected_shapes(manifest: Manifest, golden: Golden, rows: int, *, encoded: 
     height, width = golden.height or latents.height, golden.width or latents.width
     scale, channels = postprocess.scale, postprocess.channels(latents.channels)
     state = (batch, latents.channels, height, width)
-    shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in manifest.condition_tensors}
+    given = [*manifest.condition_tensors, *_guiding(manifest)]
+    shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in given}
     shapes |= _token_shapes(manifest, batch)
     shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
     if postprocess.decoder is not None:

@@ -86,6 +86,7 @@ def check_text_encoder(runtime: Runtime, record: GoldenRecord) -> Row:
     rows = [
         _row("text_encoder", runtime, record, outputs[name], expected, threshold)
         for name, expected in record.conditions.items()
+        if name in outputs
     ]
     return max(rows, key=lambda row: (not row["passed"], row["relative_rmse"] or 0.0))
 

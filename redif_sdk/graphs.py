@@ -22,7 +22,7 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.images import from_uint8, to_uint8
-from redif_sdk.inputs import Conditions
+from redif_sdk.inputs import Conditions, GenerationRequest, guiding_inputs, own_nulls
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
 from redif_sdk.sampling.tiles import LEAST_TILE, decode_in_tiles
@@ -75,6 +75,7 @@ class LoadedGraphs:
         _living.add(self)
         for component in self._needed(stepped=self.generator is None):
             self._graph(component)
+        self._null: Conditions | None = None  # of one image, when it was needed
         self._tokenizer: PromptTokenizer | None = None
         if student.manifest.text is not None:
             from redif_sdk.tokenizer import PromptTokenizer  # a package that other students need not load
@@ -139,6 +140,33 @@ class LoadedGraphs:
         """Load the graphs that sampling step by step needs, unless memory is to be low."""
         for component in () if self._low_memory else self._needed(stepped=True):
             self[component]
+
+    def conditions(self, request: GenerationRequest) -> Conditions:
+        """The conditions of a request's images, with its prompts encoded and what guides them."""
+        guiding, prompts = request.guiding, request.prompts or []
+        negatives = (guiding and guiding.negatives) or []
+        encoded = self.encode([*prompts, *negatives]) if prompts or negatives else {}
+        own = request.conditions or {name: value[: len(prompts)] for name, value in encoded.items()}
+        if guiding is None:
+            return own
+        nulls = guiding.embeds or {name: value[len(prompts) :] for name, value in encoded.items() if negatives}
+        return own | self.guidance(len(request.seeds), guiding.scale, nulls)
+
+    def guidance(self, batch: int, scale: float | None = None, nulls: Conditions | None = None) -> Conditions:
+        """What guides a batch, beside its conditions; empty for a student whose graphs take no guidance.
+
+        Args:
+            batch: Number of images.
+            scale: None: the student's own.
+            nulls: The null conditions, a row an image; None or empty: the student's own.
+        """
+        return guiding_inputs(self._student.manifest, batch, scale, nulls or self._nulls)
+
+    def _nulls(self) -> Conditions:
+        """The student's own null condition, for one image."""
+        if self._null is None:
+            self._null = own_nulls(self._student.manifest, self.encode)
+        return self._null
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """The conditions of prompts, one row a prompt. Equal prompts are encoded once."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import Postprocess
 from redif_sdk.marks.xmp import Mark, marked
 
@@ -26,6 +27,7 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "scale_and_offset",
+    "seconds_of_stages",
     "to_pil",
     "to_uint8",
 ]
@@ -47,6 +49,14 @@ class PipelineOutput:
     seeds: list[tuple[int, int]]
     timings: dict[str, float]
     runtime_info: dict[str, Any]
+
+
+def seconds_of_stages(manifest: Manifest, *times: float) -> dict[str, float]:
+    """The seconds of each stage of a call, from the times at which they begin and end."""
+    stages = {name: times[k + 1] - times[k] for k, name in enumerate(("noise", "text", "network", "output"))}
+    if manifest.text is None:  # there is no such stage, but a microsecond
+        stages["noise"] += stages.pop("text")
+    return stages | {"total": times[-1] - times[0]}
 
 
 def pixel_shuffle(x: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

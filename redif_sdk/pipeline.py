@@ -25,9 +25,10 @@ from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
 from redif_sdk.drawing import Drawing, shown_to, started
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
-from redif_sdk.images import PipelineOutput, converted, to_pil
+from redif_sdk.images import PipelineOutput, converted, seconds_of_stages, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
+    NEGATIVE_EMBEDS,
     Asked,
     Conditions,
     GenerationRequest,
@@ -220,6 +221,9 @@ class FastPipeline:
         prompt_attention_mask: ArrayLike | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
+        negative_prompt_embeds: ArrayLike | None = None,
+        negative_pooled_prompt_embeds: ArrayLike | None = None,
+        negative_prompt_attention_mask: ArrayLike | None = None,
         output_type: str = "pil",
         decode_tile: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
@@ -240,8 +244,9 @@ class FastPipeline:
             mask_image: of the size of `image`; white is painted anew, the rest stays.
             strength: of K steps the last floor(strength K) are run, from `image`; default .8, with a mask 1.
             prompt_embeds: like the two after it what `encode_prompt` returns, a row a prompt; replaces `prompt`.
-            negative_prompt: not supported; refused.
-            guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
+            negative_prompt: what images are guided away from (one, or one a prompt), or encoded as the three
+                `negative_*_embeds` after it. Distilled students make one network call a step, and refuse it.
+            guidance_scale: 0 or 1 for none; None for the student's own. Distilled students take no other.
             output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C); "pt", a torch tensor
                 (B, C, H, W) in [0, 1]; "latent", what the decoder would take, float32 (B, C, H, W).
             decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
@@ -256,17 +261,19 @@ class FastPipeline:
         """
         start = time.perf_counter()
         check_output(output_type, generator, callback_on_step_end_tensor_inputs)
-        check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
         begin = Start.of(self.manifest, image, mask_image, strength, height, width)
         size = begin.size if begin else (height, width)
         asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
+        nulls = (negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask)
+        guidance = (guidance_scale, negative_prompt, dict(zip(NEGATIVE_EMBEDS, nulls, strict=True)))
+        request = check_guidance(self.manifest, request, *guidance)
         noise = request.noise(self.manifest)
         given = begin.fitted(self.manifest, request) if begin else None
         ready = time.perf_counter()
-        conditions = self._conditions(request)
+        conditions = self._components.conditions(request)
         encoded = time.perf_counter()
         drawing = Drawing(self._components, noise, conditions, request.table)
         on_state = shown_to(callback_on_step_end, self, self.manifest)
@@ -279,7 +286,7 @@ class FastPipeline:
         marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
         result = converted(made, output_type, marks)
         end = time.perf_counter()
-        timings = _timings(self.manifest, start, ready, encoded, done, end)
+        timings = seconds_of_stages(self.manifest, start, ready, encoded, done, end)
         return PipelineOutput(result, request.seeds, timings, info)
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
@@ -318,6 +325,8 @@ class FastPipeline:
         prompt_embeds: ArrayLike | None = None,
         pooled_prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
     ) -> Iterator[Image.Image]:
         """Yield one image as it forms: the clean-image estimate x0 after each step, and last the image itself.
 
@@ -331,12 +340,13 @@ class FastPipeline:
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         if len(request.seeds) != 1:
             raise InvalidRequest(f"stream generates one image, not {len(request.seeds)}; give one prompt or class")
+        request = check_guidance(self.manifest, request, guidance_scale, negative_prompt)
         given = begin.fitted(self.manifest, request) if begin else None
         self._components.prepare_steps()
         return self._previews(request, given)
 
     def _previews(self, request: GenerationRequest, given: Given | None) -> Iterator[Image.Image]:
-        noise, conditions = request.noise(self.manifest), self._conditions(request)
+        noise, conditions = request.noise(self.manifest), self._components.conditions(request)
         drawing, on_state = Drawing(self._components, noise, conditions, request.table), None
         if given:
             drawing, on_state = started(drawing, given, on_state)
@@ -360,6 +370,7 @@ class FastPipeline:
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
         given = check_conditions(self.manifest, conditions, checked.shape[1])
+        given |= self._components.guidance(checked.shape[1])
         return Drawing(self._components, checked, given, table).images()
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
@@ -369,11 +380,7 @@ class FastPipeline:
         """
         if self.manifest.text is None:
             raise InvalidRequest(f"{self.manifest.name} is not a text-to-image model; there is no prompt to encode")
-        return self._conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
-
-    def _conditions(self, request: GenerationRequest) -> Conditions:
-        """The conditions of a request, with its prompts encoded."""
-        return request.conditions if request.prompts is None else self._components.encode(request.prompts)
+        return self._components.conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.
@@ -426,14 +433,6 @@ class FastPipeline:
         if current.manifest.digest != self.manifest.digest:
             raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
         return student
-
-
-def _timings(manifest: Manifest, *times: float) -> dict[str, float]:
-    """The seconds of each stage of a call, from the times at which they begin and end."""
-    stages = {name: times[k + 1] - times[k] for k, name in enumerate(("noise", "text", "network", "output"))}
-    if manifest.text is None:  # there is no such stage, but a microsecond
-        stages["noise"] += stages.pop("text")
-    return stages | {"total": times[-1] - times[0]}
 
 
 def _load_again(kind: type[FastPipeline], source: str, digest: str, options: dict[str, Any]) -> FastPipeline:

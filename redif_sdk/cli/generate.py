@@ -59,6 +59,12 @@ def generate_command(
     output: Output = "out.png",
     height: Annotated[int | None, typer.Option(help="Image height in pixels, if the student supports it.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels, if the student supports it.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale, where the student takes one; 1: none. Default: its own.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the images are guided away from, where the student takes it.")
+    ] = None,
     image: Images = None,
     mask: Mask = None,
     strength: Strength = None,
@@ -107,6 +113,8 @@ def generate_command(
         image=images or None,
         mask_image=masks,
         strength=strength,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
     )
     files = _save(out.images, output)
     used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}

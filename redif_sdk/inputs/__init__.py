@@ -1,6 +1,7 @@
 """Checks of what a caller asks for, before anything is computed."""
 
-from redif_sdk.inputs.like_diffusers import OUTPUT_TYPES, check_guidance, check_output, precision_of
+from redif_sdk.inputs.guiding import NEGATIVE_EMBEDS, Guiding, check_guidance, guiding_inputs, own_nulls
+from redif_sdk.inputs.like_diffusers import OUTPUT_TYPES, check_output, precision_of
 from redif_sdk.inputs.request import (
     EMBEDS,
     LONGEST_PROMPT,
@@ -20,10 +21,12 @@ from redif_sdk.inputs.request import (
 __all__ = [
     "EMBEDS",
     "LONGEST_PROMPT",
+    "NEGATIVE_EMBEDS",
     "OUTPUT_TYPES",
     "Asked",
     "Conditions",
     "GenerationRequest",
+    "Guiding",
     "Labels",
     "Seeds",
     "check_conditions",
@@ -34,5 +37,7 @@ __all__ = [
     "check_request",
     "check_size",
     "count_of",
+    "guiding_inputs",
+    "own_nulls",
     "precision_of",
 ]

@@ -47,6 +47,8 @@ class ImageJob:
         width: in pixels.
         prompt: text of a text-to-image student, else None.
         source: the image that it starts from; None: noise.
+        guidance_scale: None: the student's own.
+        negative_prompt: what it is guided away from.
     """
 
     model: str
@@ -58,6 +60,8 @@ class ImageJob:
     width: int
     prompt: str | None = None
     source: Source | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
 
 
 class Backend(Protocol):

@@ -21,11 +21,12 @@ __all__ = ["LocalBackend", "batch_key", "first_job", "previews", "render"]
 Pixels = NDArray[np.uint8]
 
 
-def batch_key(job: ImageJob) -> tuple[int, int, int, str]:
+def batch_key(job: ImageJob) -> tuple[int | float | str | None, ...]:
     """Jobs of one student with equal keys can be computed in one batch."""
     source = job.source
     begins = "" if source is None else f"strength {source.strength}, mask {source.mask is not None}"
-    return job.num_inference_steps, job.height, job.width, begins
+    guided = job.guidance_scale, job.negative_prompt is not None
+    return job.num_inference_steps, job.height, job.width, begins, *guided
 
 
 def first_job(name: str, manifest: Manifest) -> ImageJob:
@@ -63,6 +64,8 @@ def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> Pixels:
         seed=[(job.seed, job.index) for job in jobs],
         height=first.height,
         width=first.width,
+        guidance_scale=first.guidance_scale,
+        negative_prompt=[job.negative_prompt for job in jobs if job.negative_prompt is not None] or None,
         output_type="uint8",
         **_starts([job.source for job in jobs if job.source is not None]),
     )
@@ -90,6 +93,8 @@ def previews(pipeline: FastPipeline, job: ImageJob) -> Callable[[], Pixels]:
         seed=[(job.seed, job.index)],
         height=job.height,
         width=job.width,
+        guidance_scale=job.guidance_scale,
+        negative_prompt=job.negative_prompt,
     )
 
     def step() -> Pixels:

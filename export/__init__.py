@@ -39,6 +39,7 @@ def export(
     network: torch.nn.Module | None = None,
     decoder: str | Path | None = None,
     max_memory: int | None = None,
+    nag: bool = False,
     on_progress: Callable[[float | None, str], object] = lambda done, note: None,
 ) -> Manifest:
     """Compile the student in `folder`.
@@ -65,6 +66,8 @@ def export(
         decoder: An autoencoder to decode with from now on (TAESD): its folder or Hub id. How far its images are from
             the former ones is added to the figures.
         max_memory: Bytes of memory that may be used; None: what is free.
+        nag: Make the graph "nag" too, with which students of one call a step take negative prompts (UNets of Stable
+            Diffusion, SDXL and LCM).
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
@@ -97,6 +100,7 @@ def export(
             network=network,
             decoder=decoder,
             max_memory=max_memory,
+            nag=nag,
             on_progress=on_progress,
         )
     for flavour in targets:

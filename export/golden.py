@@ -6,6 +6,7 @@ int64, the steps looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network
 class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts`` (B,) text, ``tokens.NAME`` (B, L)
 int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs. With guidance at run time,
 there are ``guidance_scale`` (B,) float32, and for classifier-free guidance ``null.NAME`` (B, ...), the null conditions.
+A student with the graph "nag" has that graph's further inputs under their names, and its outputs ``nag.f`` like ``f``.
 
 Reading needs numpy only; torch is imported when something is recorded.
 """
@@ -57,6 +58,8 @@ def record_golden(
     manifest: Manifest,
     folder: Path,
     shapes: Sequence[tuple[Size, int]],
+    *,
+    nag: bool = False,
 ) -> list[Golden]:
     """Write a golden file for each table and shape into `folder`.
 
@@ -67,6 +70,7 @@ def record_golden(
         manifest: The student's manifest.
         folder: The student's folder; the files go into its subfolder `FOLDER`.
         shapes: What to record: (height and width of latents, batch).
+        nag: Whether to record negative prompts.
 
     Returns:
         The manifest's entries of the files.
@@ -82,6 +86,7 @@ def record_golden(
             indices = range(first, first + batch)
             arrays = _asked(conditions, manifest, indices)
             arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
+            arrays |= _nag(denoiser, conditions.of(indices), manifest.step_table(steps), arrays) if nag else {}
             np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type] # numpy: one of these may be allow_pickle
             other = {} if size == own else {"height": size[0], "width": size[1]}
             entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
@@ -152,6 +157,19 @@ def _run(
     return arrays | {"latents": x.numpy(), "encoded": encoded.numpy()}
 
 
+def _nag(denoiser: GraphDenoiser, asked: Mapping[str, Tensor], table: StepTable, recorded: Arrays) -> Arrays:
+    """The outputs with negative prompts at the recorded states."""
+    import torch
+
+    from redif_sdk.export.nag import nag_example, nag_reference
+
+    example, outputs = nag_example(asked), []
+    for row, x in zip(recorded["rows"], recorded["x"], strict=True):
+        t = torch.full((len(x),), float(table.timesteps[row]))
+        outputs.append(nag_reference(denoiser, torch.from_numpy(x), t, asked, example))
+    return {**example, "nag.f": np.stack(outputs)}
+
+
 def _images(x: Tensor, decoder: LatentDecoder | None, manifest: Manifest) -> Tensor:
     """Latents (B, C, H, W) to images, uint8 (B, H', W', C')."""
     import torch
@@ -184,6 +202,7 @@ class GoldenRecord:
     latents: NDArray[np.float32] | None
     encoded: NDArray[np.float32] | None  # the latents of `images`; None: recorded before format 1.6
     images: NDArray[np.uint8]
+    nag: Arrays  # further inputs of the graph "nag", and its output as "nag.f"; empty where there is no such graph
 
     def noise(self) -> NDArray[np.float32]:
         """The noise of the recorded images, drawn from their seeds: float32 (slices, B, C, H, W)."""
@@ -218,6 +237,7 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             arrays["latents"].astype(np.float32) if manifest.postprocess.decoder is not None else None,
             arrays["encoded"].astype(np.float32) if "encoded" in arrays else None,
             arrays["images"].astype(np.uint8),
+            {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _nag_specs(manifest)},
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(
@@ -239,6 +259,16 @@ def _guiding(manifest: Manifest) -> list[TensorSpec]:
     return [scale, *(spec.model_copy(update={"name": NULL + spec.name}) for spec in manifest.condition_tensors)]
 
 
+def _nag_specs(manifest: Manifest) -> list[TensorSpec]:
+    """The arrays of negative prompts."""
+    graph = next((graph for graph in manifest.graphs if graph.component == "nag"), None)
+    if graph is None:
+        return []
+    known = {"sample", "timestep", *(spec.name for spec in manifest.graph_conditions)}
+    inputs = [spec for spec in graph.inputs if spec.name not in known]
+    return [*inputs, TensorSpec(name="nag.f", dtype="float32", shape=[])]
+
+
 def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the text encoder's inputs by name."""
     return {
@@ -251,6 +281,7 @@ def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
 
 def _shapes(record: GoldenRecord) -> Mapping[str, Any]:
     arrays = {**record.conditions, **record.tokens, "x": record.x, "f": record.f, "images": record.images}
+    arrays |= record.nag
     if record.latents is not None:
         arrays["latents"] = record.latents
     if record.encoded is not None:
@@ -269,6 +300,8 @@ def _expected_shapes(manifest: Manifest, golden: Golden, rows: int, *, encoded: 
     shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in given}
     shapes |= _token_shapes(manifest, batch)
     shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
+    shapes |= {spec.name: (batch, *spec.shape[1:]) for spec in _nag_specs(manifest) if spec.shape}
+    shapes |= {"nag.f": (rows, *state)} if manifest.takes_nag else {}
     if postprocess.decoder is not None:
         shapes |= {"latents": state, **({"encoded": state} if encoded else {})}
     return {**shapes, "seeds": batch, "prompts": batch if manifest.text is not None else 0}

@@ -6,7 +6,7 @@ torch's exporter, `fuse.py` adds the sampling loop, `store.py` writes files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "part_precision",
     "size_multiple",
     "text_encoder_model",
+    "traced_denoiser",
 ]
 
 
@@ -173,15 +174,36 @@ def denoiser_model(
         return LazyModel(int8_model(denoiser_model(denoiser, manifest).filled(), manifest, conditions))
     if precision in WEIGHT_ONLY:
         return weight_only(denoiser_model(denoiser, manifest), precision)
+    model = traced_denoiser(denoiser, manifest, precision)
+    if denoiser.guidance == "classifier-free":
+        add_guidance(model.proto, manifest.graph_conditions)
+    return model
+
+
+def traced_denoiser(
+    denoiser: GraphDenoiser,
+    manifest: Manifest,
+    precision: str,
+    more: Sequence[TensorSpec] = (),
+    around: Callable[[GraphDenoiser], torch.nn.Module] = lambda denoiser: denoiser,
+) -> LazyModel:
+    """The graph of one call, in a precision of floating-point weights.
+
+    Args:
+        denoiser: The denoiser in float32.
+        manifest: The student's manifest.
+        precision: Of the weights.
+        more: Further inputs.
+        around: What takes these.
+    """
     network = denoiser.bare(_in_dtype(denoiser.network, DTYPES[precision]), DTYPES[precision])
     x = _state(manifest, "sample", manifest.latents.channels)
     inputs = [x, TensorSpec(name="timestep", dtype="float32", shape=["batch"]), *manifest.condition_tensors]
     if denoiser.guidance == "embedded":
         inputs.append(manifest.graph_conditions[-1])
-    model = trace_graph(network, manifest, inputs, [x.model_copy(update={"name": "f"})], precision)
+    outputs = [x.model_copy(update={"name": "f"})]
+    model = trace_graph(around(network), manifest, [*inputs, *more], outputs, precision)
     model.proto.graph.name = "denoiser"
-    if denoiser.guidance == "classifier-free":
-        add_guidance(model.proto, manifest.graph_conditions)
     return model
 
 
@@ -230,11 +252,12 @@ def _autoencoder_model(
 def part_precision(component: str, precision: str, manifest: Manifest, decoder: LatentDecoder | None = None) -> str:
     """The precision of a component in a student of `precision`.
 
-    Only the denoiser is int8; beside it, text encoders, decoder and encoder stay fp32. Only the denoiser's weights are
-    int4; theirs are int8. SDXL's decoder and encoder stay fp32 in fp16 students too, where they overflow unless their
-    configuration says otherwise (``force_upcast``, which diffusers reads in SDXL's pipelines only).
+    Only the denoiser is int8; beside it, its graph with negative prompts, text encoders, decoder and encoder stay fp32.
+    Only the denoiser's weights are int4; those of the others are int8. SDXL's decoder and encoder stay fp32 in fp16
+    students too, where they overflow unless their configuration says otherwise (``force_upcast``, which diffusers reads
+    in SDXL's pipelines only).
     """
-    if component == "denoiser":
+    if component == "denoiser" or (component == "nag" and precision != "int8"):
         return precision
     if precision in WEIGHT_ONLY:
         return "int8wo"

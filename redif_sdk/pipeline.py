@@ -28,6 +28,7 @@ from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import PipelineOutput, converted, seconds_of_stages, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
+    NAG_SCALE,
     NEGATIVE_EMBEDS,
     Asked,
     Conditions,
@@ -221,6 +222,7 @@ class FastPipeline:
         prompt_attention_mask: ArrayLike | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
+        nag_scale: float | None = None,
         negative_prompt_embeds: ArrayLike | None = None,
         negative_pooled_prompt_embeds: ArrayLike | None = None,
         negative_prompt_attention_mask: ArrayLike | None = None,
@@ -245,8 +247,9 @@ class FastPipeline:
             strength: of K steps the last floor(strength K) are run, from `image`; default .8, with a mask 1.
             prompt_embeds: like the two after it what `encode_prompt` returns, a row a prompt; replaces `prompt`.
             negative_prompt: what images are guided away from (one, or one a prompt), or encoded as the three
-                `negative_*_embeds` after it. Distilled students make one network call a step, and refuse it.
+                `negative_*_embeds` after it. Students of one call a step need the graph of `redif export --nag`.
             guidance_scale: 0 or 1 for none; None for the student's own. Distilled students take no other.
+            nag_scale: how far such a student goes away from the negative prompt.
             output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C); "pt", a torch tensor
                 (B, C, H, W) in [0, 1]; "latent", what the decoder would take, float32 (B, C, H, W).
             decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
@@ -269,7 +272,7 @@ class FastPipeline:
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         nulls = (negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask)
         guidance = (guidance_scale, negative_prompt, dict(zip(NEGATIVE_EMBEDS, nulls, strict=True)))
-        request = check_guidance(self.manifest, request, *guidance)
+        request = check_guidance(self.manifest, request, *guidance, nag_scale)
         noise = request.noise(self.manifest)
         given = begin.fitted(self.manifest, request) if begin else None
         ready = time.perf_counter()
@@ -282,7 +285,8 @@ class FastPipeline:
         raw = output_type == "latent"
         made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
-        info = self._info(self._components.info(stepped=raw or on_state is not None or decode_tile is not None))
+        stepped = raw or on_state is not None or decode_tile is not None
+        info = self._info(self._components.info(stepped=stepped, nag=NAG_SCALE in conditions))
         marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
         result = converted(made, output_type, marks)
         end = time.perf_counter()
@@ -327,6 +331,7 @@ class FastPipeline:
         prompt_attention_mask: ArrayLike | None = None,
         negative_prompt: str | None = None,
         guidance_scale: float | None = None,
+        nag_scale: float | None = None,
     ) -> Iterator[Image.Image]:
         """Yield one image as it forms: the clean-image estimate x0 after each step, and last the image itself.
 
@@ -340,7 +345,7 @@ class FastPipeline:
         request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
         if len(request.seeds) != 1:
             raise InvalidRequest(f"stream generates one image, not {len(request.seeds)}; give one prompt or class")
-        request = check_guidance(self.manifest, request, guidance_scale, negative_prompt)
+        request = check_guidance(self.manifest, request, guidance_scale, negative_prompt, None, nag_scale)
         given = begin.fitted(self.manifest, request) if begin else None
         self._components.prepare_steps()
         return self._previews(request, given)
@@ -373,14 +378,18 @@ class FastPipeline:
         given |= self._components.guidance(checked.shape[1])
         return Drawing(self._components, checked, given, table).images()
 
-    def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
+    def encode_prompt(self, prompt: str | Sequence[str], *, weighted: bool = False) -> Conditions:
         """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
 
-        Equal prompts are encoded once. Raises InvalidRequest, also for a student that is not text-to-image.
+        `weighted`: prompts are in compel's syntax, "a (red heart)1.4 on a table-", for `prompt_embeds`. Equal prompts
+        are encoded once. Raises InvalidRequest, also for a student that is not text-to-image.
         """
         if self.manifest.text is None:
             raise InvalidRequest(f"{self.manifest.name} is not a text-to-image model; there is no prompt to encode")
-        return self._components.conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
+        request = check_request(self.manifest, prompt, None, 1, None, 0, None)
+        if weighted:
+            return self._components.encode_weighted(request.prompts or [])
+        return self._components.conditions(request)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.

@@ -352,6 +352,8 @@ def test_the_page_s_example_runs(student: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(block, "guidance.md", "exec"), names)
+    exec(compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], "guidance.md", "exec"), names)
+    assert not np.array_equal(np.asarray(names["heavier"].images[0]), np.asarray(names["usual"].images[0]))
     usual, strong, without = (np.asarray(names[name].images[0]) for name in ("usual", "strong", "without"))
     assert not np.array_equal(usual, strong)
     assert not np.array_equal(usual, without)

@@ -213,6 +213,11 @@ class Manifest(BaseModel):
         return "embedded" if self.network.embedded_guidance is not None else "classifier-free"
 
     @property
+    def takes_nag(self) -> bool:
+        """Whether there is a graph that takes negative prompts by normalised attention guidance."""
+        return any(graph.component == "nag" for graph in self.graphs)
+
+    @property
     def default_guidance(self) -> float:
         """The guidance scale of a call that does not say one; 1: none."""
         network = self.network

@@ -68,7 +68,7 @@ Positive = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8wo", "int4wo"]
-Component = Literal["text_encoder", "denoiser", "decoder", "encoder", "generator"]
+Component = Literal["text_encoder", "denoiser", "decoder", "encoder", "generator", "nag"]
 
 
 #: How every model of ``redif.json`` reads: an unknown field, infinity or NaN is an error.

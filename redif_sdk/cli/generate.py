@@ -65,6 +65,10 @@ def generate_command(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the images are guided away from, where the student takes it.")
     ] = None,
+    nag_scale: Annotated[
+        float | None,
+        typer.Option(help="How far a student of one call a step goes away from the negative prompt (export --nag)."),
+    ] = None,
     image: Images = None,
     mask: Mask = None,
     strength: Strength = None,
@@ -115,6 +119,7 @@ def generate_command(
         strength=strength,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
+        nag_scale=nag_scale,
     )
     files = _save(out.images, output)
     used = {key: out.runtime_info[key] for key in ("runtime", "precision", "device", "component")}

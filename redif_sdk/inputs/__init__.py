@@ -1,6 +1,14 @@
 """Checks of what a caller asks for, before anything is computed."""
 
-from redif_sdk.inputs.guiding import NEGATIVE_EMBEDS, Guiding, check_guidance, guiding_inputs, own_nulls
+from redif_sdk.inputs.guiding import (
+    DEFAULT_NAG,
+    NAG_SCALE,
+    NEGATIVE_EMBEDS,
+    Guiding,
+    check_guidance,
+    guiding_inputs,
+    own_nulls,
+)
 from redif_sdk.inputs.like_diffusers import OUTPUT_TYPES, check_output, precision_of
 from redif_sdk.inputs.request import (
     EMBEDS,
@@ -19,8 +27,10 @@ from redif_sdk.inputs.request import (
 )
 
 __all__ = [
+    "DEFAULT_NAG",
     "EMBEDS",
     "LONGEST_PROMPT",
+    "NAG_SCALE",
     "NEGATIVE_EMBEDS",
     "OUTPUT_TYPES",
     "Asked",

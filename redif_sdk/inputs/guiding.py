@@ -15,7 +15,10 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs.request import EMBEDS, Conditions, GenerationRequest, check_embeds, check_prompts
 from redif_sdk.runtimes.guided import NULL, is_guiding
 
-__all__ = ["NEGATIVE_EMBEDS", "Guiding", "check_guidance", "guiding_inputs", "own_nulls"]
+#: The input of the graph "nag", the paper's s, and what it is unless a call says otherwise.
+NAG_SCALE, DEFAULT_NAG = "nag_scale", 3.0
+
+__all__ = ["NAG_SCALE", "NEGATIVE_EMBEDS", "Guiding", "check_guidance", "guiding_inputs", "own_nulls"]
 
 #: diffusers' names for encoded negative prompts: argument -> tensor.
 NEGATIVE_EMBEDS = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
@@ -29,11 +32,13 @@ class Guiding:
         scale: Of all of them.
         negatives: The negative prompt of each; None: the student's own, as for an empty one in diffusers.
         embeds: Encoded negative prompts in their place, by the names of the conditions.
+        nag: The scale of normalised attention guidance, where that takes the negative prompts.
     """
 
     scale: float
     negatives: list[str] | None = None
     embeds: Conditions | None = None
+    nag: float | None = None
 
 
 def check_guidance(
@@ -42,6 +47,7 @@ def check_guidance(
     guidance_scale: float | None,
     negative_prompt: str | Sequence[str] | None,
     embeds: Mapping[str, ArrayLike | None] | None = None,
+    nag_scale: float | None = None,
 ) -> GenerationRequest:
     """Check the guidance arguments of diffusers' pipelines.
 
@@ -51,6 +57,7 @@ def check_guidance(
         guidance_scale: 0 to 1: no guidance; None: the student's own.
         negative_prompt: One for all images, one a prompt, or one an image.
         embeds: Encoded negative prompts, by the names of `NEGATIVE_EMBEDS`; None counts as not given.
+        nag_scale: How far students of one call a step go away from the negative prompt; None: `DEFAULT_NAG`.
 
     Returns:
         The request with its guidance.
@@ -62,29 +69,38 @@ def check_guidance(
     if negative_prompt is not None and given:
         raise InvalidRequest(f"negative_prompt and {', '.join(given)} exclude each other; give one of them")
     negative = "negative_prompt" if negative_prompt is not None else ", ".join(given)
-    if (kind := manifest.guidance_at_run_time) is None:
+    kind = manifest.guidance_at_run_time
+    by_nag = manifest.takes_nag and bool(negative)
+    if nag_scale is not None and not by_nag:
+        reason = "give a negative prompt" if manifest.takes_nag else f"{manifest.name} has no graph for it"
+        raise InvalidRequest(f"nag_scale={nag_scale!r:.30} has no effect: {reason}")
+    if kind is None and not by_nag:
         _check_fixed(manifest, guidance_scale, negative)
         return request
+    if kind is None:
+        _check_fixed(manifest, guidance_scale, "")
     scale = manifest.default_guidance if guidance_scale is None else _scale(guidance_scale)
-    if negative:
+    if negative and not by_nag:
         if manifest.text is None or kind == "embedded":
             reason = (
-                "its network takes the guidance scale as an input, and no second prompt"
+                "its network takes the guidance scale as an input, and no second prompt (redif export --nag makes a "
+                "graph that does)"
                 if kind == "embedded"
                 else "it is class-conditional"
             )
             raise InvalidRequest(f"{negative} is not supported by {manifest.name}: {reason}; leave it out")
         if not is_guiding(scale):
             raise InvalidRequest(f"{negative} has no effect at guidance_scale={scale:g}; give one above 1")
+    nag = None if not by_nag else DEFAULT_NAG if nag_scale is None else _scale(nag_scale, "nag_scale")
     count = len(request.seeds)
     if given:
         encoded = check_embeds(manifest, given, NEGATIVE_EMBEDS)
-        return replace(request, guiding=Guiding(scale, embeds=_each(encoded, count, request.num_images_per_prompt)))
+        return replace(request, guiding=Guiding(scale, None, _each(encoded, count, request.num_images_per_prompt), nag))
     negatives = None
     if negative_prompt is not None:
         texts = np.array(check_prompts(manifest, negative_prompt, "negative_prompt"), dtype=object)
         negatives = _each({"negative_prompt": texts}, count, request.num_images_per_prompt)["negative_prompt"].tolist()
-    return replace(request, guiding=Guiding(scale, negatives))
+    return replace(request, guiding=Guiding(scale, negatives, nag=nag))
 
 
 def guiding_inputs(
@@ -127,7 +143,7 @@ def own_nulls(manifest: Manifest, encode: Callable[[list[str]], Conditions]) -> 
     return encode([guidance.null_prompt or ""])
 
 
-def _scale(value: Any) -> float:
+def _scale(value: Any, name: str = "guidance_scale") -> float:
     """A guidance scale."""
     try:
         if isinstance(value, bool | np.bool_):
@@ -136,7 +152,7 @@ def _scale(value: Any) -> float:
     except (TypeError, ValueError):
         scale = math.nan
     if not 0 <= scale < math.inf:
-        raise InvalidRequest(f"guidance_scale is {value!r:.30}; give a number from 0 on (0 and 1 mean no guidance)")
+        raise InvalidRequest(f"{name} is {value!r:.30}; give a number from 0 on (0 and 1 mean no guidance)")
     return scale
 
 
@@ -159,7 +175,8 @@ def _check_fixed(manifest: Manifest, guidance_scale: float | None, negative: str
     again = "export it again to give one" if guidance or embedded is not None else "leave it out"
     if negative:
         reason = (
-            f"it runs without guidance, at {manifest.network.calls_per_step} network call a step"
+            f"it runs without guidance, at {manifest.network.calls_per_step} network call a step (redif export --nag "
+            "makes a graph that takes it)"
             if guidance is None
             else "its negative prompt is fixed in its graphs"
         )

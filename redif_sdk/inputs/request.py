@@ -98,6 +98,7 @@ class GenerationRequest:
             if (guiding := self.guiding) is not None:
                 mark |= {} if guiding.scale == manifest.default_guidance else {"guidance_scale": guiding.scale}
                 mark |= {"negative_prompt": guiding.negatives[place]} if guiding.negatives else {}
+                mark |= {"nag_scale": guiding.nag} if guiding.nag is not None else {}
         return marks
 
     def noise(self, manifest: Manifest) -> NDArray[np.float32]:

@@ -49,6 +49,7 @@ class ImageJob:
         source: the image that it starts from; None: noise.
         guidance_scale: None: the student's own.
         negative_prompt: what it is guided away from.
+        nag_scale: how far, for students of one call a step; None: the usual.
     """
 
     model: str
@@ -62,6 +63,7 @@ class ImageJob:
     source: Source | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    nag_scale: float | None = None
 
 
 class Backend(Protocol):

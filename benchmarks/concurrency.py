@@ -73,7 +73,7 @@ def memory(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
     graph = student.manifest.graph("generator", "fp32")
     assert graph is not None
     model, work = student.read(graph.file), Workload.of(folder, batch=batch)
-    feed = work.inputs(work.noise)
+    feed = work.graph_inputs(work.noise)
     plain, bare = session(model, arena=True), session(model, arena=False)
     bound = plain.io_binding()
     for name, value in feed.items():

@@ -1,43 +1,81 @@
-"""Class agreement and distance to real images of the shipped teacher, for several guidance scales.
+"""What guidance inputs cost where no call uses them: one student's graphs with and without them, by turns.
 
-``python benchmarks/guidance.py`` (Debian's ``dataset-fashion-mnist``; about ten minutes on two cores). Its noises are
-used neither for training nor for evaluating a student, and its distances are to real *training* images, so that the
-scale is not chosen on the test images.
+    python -m benchmarks.guidance distill/shipped/mini-sd --steps 4 --json FILE
+
+Imports the pipeline at scale 1 and exports it twice: once so that calls may be guided, once as a distilled student is.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 
-from redif_sdk.distill import pool as pairs
-from redif_sdk.distill.evaluation import datasets as data
-from redif_sdk.distill.measures.distances import Statistics, frechet_distance
-from redif_sdk.distill.measures.features import embed
-from redif_sdk.distill.teachers.base import Teacher
-from zoo.publish_teacher import classify, train_classifier
+from redif_sdk import FastPipeline
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
+from redif_sdk.bench.interleave import interleave
+from redif_sdk.distill import import_pipeline
+from redif_sdk.export import export
+from redif_sdk.results import machine
 
-NAME, SAMPLES, STEPS, SEED, REAL = "fashion-mnist", 1000, 25, 3, 6000
-SCALES = (1.0, 1.5, 2.0, 3.0)
+RUNTIMES = ("onnxruntime", "openvino")
 
 
-def main() -> None:
-    train, test = data.load(NAME, "train"), data.load(NAME, "test")
-    classifier, accuracy = train_classifier(train, test, seed=11)
-    print(f"the classifier is right on {100 * accuracy:.1f} % of the real test set")
-    real = Statistics.of(embed(torch.tensor(train.images[:REAL]).float() / 127.5 - 1))
-    print("| guidance scale | requested class seen | FD to real |\n|---|---|---|")
-    for scale in SCALES:
-        teacher = replace(Teacher.load(NAME).guided(scale), num_inference_steps=STEPS)
-        made = pairs.compute(teacher, SAMPLES, "train", seed=SEED)
-        images = teacher.images(made.target).clamp(-1, 1)
-        seen = float((classify(classifier, images) == made.condition).float().mean())
-        print(
-            f"| {scale:g} | {100 * seen:.1f} % | {frechet_distance(Statistics.of(embed(images)), real):.2f} |",
-            flush=True,
-        )
+def measured(
+    with_: Path, without: Path, runtime: str, prompts: list[str], rounds: int, threads: int
+) -> dict[str, float | int | str]:
+    """Medians of one engine: seconds a call, and the ratios of the others to it, each of one round."""
+    inputs, plain = (
+        FastPipeline.from_pretrained(path, runtime=runtime, num_threads=threads) for path in (with_, without)
+    )
+    calls = {
+        "with": lambda: inputs(prompts, seed=0),
+        "without": lambda: plain(prompts, seed=0),
+        "guided": lambda: inputs(prompts, seed=0, guidance_scale=3),
+    }
+    times = {
+        name: [statistics.mean(turn) for turn in turns]
+        for name, turns in interleave(calls, rounds, min_seconds=0.0).items()
+    }
+    found = {
+        name: statistics.median(one / own for one, own in zip(times[name], times["with"], strict=True))
+        for name in ("without", "guided")
+    }
+    seconds = statistics.median(times["with"])
+    print(
+        f"{runtime}: {seconds * 1000:.1f} ms a call; without the inputs {found['without']:.3f} times as long, guided "
+        f"{found['guided']:.2f} times"
+    )
+    return {"runtime": runtime, "batch": len(prompts), "seconds": seconds, **found}
+
+
+def main(
+    pipeline: Annotated[Path, typer.Argument(help="A folder of a text-to-image pipeline.")],
+    steps: int = 4,
+    batch: int = 1,
+    rounds: int = 15,
+    threads: int = 2,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Print the ratio of seconds a call for each engine: without the inputs over with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        with_, without = Path(folder, "with"), Path(folder, "without")
+        for path in (with_, without):
+            import_pipeline(pipeline, path, [steps], guidance_scale=1.0)
+        manifest = StudentFolder(without).manifest
+        plain = manifest.network.model_copy(update={"guidance": None})
+        write_manifest(without, manifest.model_copy(update={"network": plain}))
+        for path in (with_, without):
+            export(path)
+        texts = manifest.text.examples if manifest.text is not None else [None]
+        rows = [measured(with_, without, runtime, (texts * batch)[:batch], rounds, threads) for runtime in RUNTIMES]
+        if json_file is not None:
+            json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

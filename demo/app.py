@@ -23,7 +23,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.demo import charts, style
 from redif_sdk.demo.editor import image_editor, image_of, strength_slider
 from redif_sdk.demo.present import ImageFiles, figures
-from redif_sdk.demo.studio import NOTHING, Studio, parse_seed, random_seed
+from redif_sdk.demo.studio import NOTHING, Studio, parse_seed, random_seed, takes_negatives
 from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.inputs import LONGEST_PROMPT
 
@@ -154,6 +154,11 @@ class _Page:
         with gr.Row(visible=any(few)):
             self.height = gr.Number(height, label="Height", precision=0, interactive=few[0], min_width=90)
             self.width = gr.Number(width, label="Width", precision=0, interactive=few[1], min_width=90)
+        with gr.Row():
+            self.guidance = gr.Number(label="Guidance scale", minimum=0, step=0.5, min_width=90, **_guidance(manifest))
+            self.negative = gr.Textbox(
+                "", label="Negative prompt", max_lines=2, scale=3, min_width=150, visible=takes_negatives(manifest)
+            )
         self.previews = gr.Checkbox(False, label="Show every step", interactive=True)
         comparisons = self.studio.comparisons()
         self.compare = gr.Dropdown(comparisons, value=NOTHING, label="Compare with", visible=len(comparisons) > 1)
@@ -222,7 +227,7 @@ class _Page:
     def _events(self, blocks: gr.Blocks) -> None:
         many = len(self.studio.students) > 1
         inputs: list[Any] = [self.prompt, self.steps, self.seed, self.number, self.student, self.previews, self.compare]
-        inputs += [self.height, self.width, self.editor, self.strength]
+        inputs += [self.height, self.width, self.editor, self.strength, self.guidance, self.negative]
         outputs = [self.gallery, self.compared, self.formed, self.report, self.details]
         address = [self.student, self.prompt, self.steps, self.seed, self.number]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -269,12 +274,9 @@ class _Page:
         ended.then(lambda: "Cancelled. Finished images are kept.", None, self.report, **hidden)  # no update follows
         self.random.click(lambda: (random_seed(), True), None, [self.seed, self.keep], **hidden)
         self.share.click(None, address, self.link, js=style.share(many))
-        self.student.input(
-            self._choose,
-            self.student,
-            [self.prompt, self.steps, self.previews, self.height, self.width, self.card, self.examples],
-            **hidden,
-        )
+        chosen_by_student = [self.prompt, self.steps, self.previews, self.height, self.width, self.card, self.examples]
+        chosen_by_student += [self.guidance, self.negative]
+        self.student.input(self._choose, self.student, chosen_by_student, **hidden)
         named_endpoint(self._students, api_name="students", api_description="The students, and what each supports.")
 
     def _students(self) -> list[dict[str, Any]]:
@@ -304,6 +306,8 @@ class _Page:
         width: float | None = None,
         image: dict[str, Any] | None = None,
         strength: float | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the values of the outputs as images are finished."""
         try:
@@ -321,6 +325,8 @@ class _Page:
                 image=begun,
                 mask=mask,
                 strength=strength,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
             )
             with tempfile.TemporaryDirectory(prefix="redif-demo-") as folder:
                 files = ImageFiles(Path(folder), f"{order.student}-{order.prompt}" if order.prompt else order.student)
@@ -358,6 +364,8 @@ class _Page:
             gr.update(value=width, interactive="width" in manifest.latents.dynamic),
             self.cards.get(student, ""),
             gr.update(samples=self._rows(manifest)),
+            gr.update(**_guidance(manifest)),
+            gr.update(value="", visible=takes_negatives(manifest)),
         )
 
     def _read_address(self, request: gr.Request) -> tuple[Any, ...]:
@@ -386,6 +394,12 @@ class _Page:
             linked,
             self.cards.get(str(student), ""),
         )
+
+
+def _guidance(manifest: Manifest) -> dict[str, Any]:
+    """Settings of the field of the guidance scale, which only some students take."""
+    takes = manifest.guidance_at_run_time is not None
+    return {"value": manifest.default_guidance if takes else None, "visible": takes}
 
 
 def _names(manifest: Manifest) -> list[str]:

@@ -18,7 +18,17 @@ from redif_sdk.inputs.images import DEFAULT_STRENGTH
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.sampling.entry import steps_of
 
-__all__ = ["NOTHING", "SAME_STEPS", "Captioned", "Order", "Shown", "Studio", "parse_seed", "random_seed"]
+__all__ = [
+    "NOTHING",
+    "SAME_STEPS",
+    "Captioned",
+    "Order",
+    "Shown",
+    "Studio",
+    "parse_seed",
+    "random_seed",
+    "takes_negatives",
+]
 
 BATCH = 8  # images per call; each batch is shown when it is finished
 NOTHING = "nothing"
@@ -44,6 +54,8 @@ class Order:
     image: Image | None = None  # to start from
     mask: Image | None = None
     strength: float | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
 
     @property
     def seeds(self) -> list[tuple[int, int]]:
@@ -140,6 +152,8 @@ class Studio:
         image: Image | None = None,
         mask: Image | None = None,
         strength: float | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> Order:
         """The checked request. Raises InvalidRequest for what the student does not support."""
         name = student or next(iter(self.students))
@@ -164,6 +178,8 @@ class Studio:
             image,
             mask,
             max(strength, 1 / table.num_inference_steps) if strength and image is not None and mask is None else None,
+            guidance_scale,
+            negative_prompt or None,
         )
         self._teachers_steps(order)
         return order
@@ -206,6 +222,11 @@ class Studio:
             yield shown
 
 
+def takes_negatives(manifest: Manifest) -> bool:
+    """Whether a student takes negative prompts."""
+    return manifest.text is not None and manifest.guidance_at_run_time == "classifier-free"
+
+
 def _kind(manifest: Manifest) -> tuple[Any, ...]:
     latents, classes = manifest.latents, manifest.classes
     asked = "prompts" if manifest.text is not None else None if classes is None else classes.num_classes
@@ -224,6 +245,10 @@ def _arguments(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
     elif order.prompt is not None:
         text = str(order.prompt).strip()
         arguments["class_labels"] = int(text) if text.isdecimal() else text
+    if order.guidance_scale is not None:
+        arguments["guidance_scale"] = order.guidance_scale
+    if order.negative_prompt is not None:
+        arguments["negative_prompt"] = order.negative_prompt
     if order.image is not None:
         arguments |= {"image": order.image, "mask_image": order.mask, "strength": order.strength}
     return arguments

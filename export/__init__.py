@@ -39,6 +39,7 @@ def export(
     network: torch.nn.Module | None = None,
     decoder: str | Path | None = None,
     max_memory: int | None = None,
+    nag: bool = False,
     on_progress: Callable[[float | None, str], object] = lambda done, note: None,
 ) -> Manifest:
     """Compile the student in `folder`.
@@ -65,6 +66,7 @@ def export(
         decoder: An autoencoder to decode with from now on (TAESD): its folder or Hub id. How far its images are from
             the former ones is added to the figures.
         max_memory: Bytes of memory that may be used; None: what is free.
+        nag: Make the graph "nag" too, for negative prompts at one call a step (UNets of Stable Diffusion, SDXL, LCM).
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
@@ -84,11 +86,7 @@ def export(
 
         check_supported(StudentFolder(folder))  # before minutes are spent on graphs
     if "onnx" in targets:
-        try:
-            from redif_sdk.export.build import build_graphs
-        except ModuleNotFoundError as error:
-            raise RuntimeUnavailable(f'export needs {error.name}; pip install "redif-sdk[export]"') from error
-        build_graphs(
+        _build_graphs()(
             folder,
             precisions,
             batches=batches,
@@ -97,6 +95,7 @@ def export(
             network=network,
             decoder=decoder,
             max_memory=max_memory,
+            nag=nag,
             on_progress=on_progress,
         )
     for flavour in targets:
@@ -105,6 +104,15 @@ def export(
     if PAGE_TARGET in targets:
         build_page(folder, web_dir, precision=precisions[0] if precisions else "fp32")
     return StudentFolder(folder).manifest
+
+
+def _build_graphs() -> Callable[..., Manifest]:
+    """`build_graphs`, which needs torch."""
+    try:
+        from redif_sdk.export.build import build_graphs
+    except ModuleNotFoundError as error:
+        raise RuntimeUnavailable(f'export needs {error.name}; pip install "redif-sdk[export]"') from error
+    return build_graphs
 
 
 def _check_targets(targets: Sequence[str], decoder: str | Path | None) -> None:

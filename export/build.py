@@ -16,7 +16,7 @@ import torch
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import Graph, Latents
+from redif_sdk.artifact.records import Graph, Latents, Network
 from redif_sdk.card.render import read_card, write_card
 from redif_sdk.card.sections import user_sections
 from redif_sdk.errors import ExportError, InvalidRequest, ParityError, RuntimeUnavailable, UnsupportedModel
@@ -24,6 +24,7 @@ from redif_sdk.export import golden, samples, store
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.decoder import compared, replace_decoder
 from redif_sdk.export.fuse import generator_model
+from redif_sdk.export.nag import check_takes_nag, nag_model
 from redif_sdk.export.needs import check_fits
 from redif_sdk.export.networks import encoder_of, given_network, is_large, load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import (
@@ -37,6 +38,7 @@ from redif_sdk.export.onnx import (
     text_encoder_model,
 )
 from redif_sdk.export.verify import absent, summary, verify
+from redif_sdk.export.weight_only import WEIGHT_ONLY, weight_only
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.families import LatentDecoder, TextEncoders, is_supported
 from redif_sdk.runtimes import PRECISIONS, runnable
@@ -70,6 +72,7 @@ def build_graphs(
     network: torch.nn.Module | None = None,
     decoder: str | Path | None = None,
     max_memory: int | None = None,
+    nag: bool = False,
     on_progress: OnProgress = lambda done, note: None,
 ) -> Manifest:
     """The ONNX part of `redif_sdk.export.export`, where the arguments are described. Returns the new manifest."""
@@ -85,7 +88,7 @@ def build_graphs(
     student.check_all()
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
     with atomic_folder(student.path, overwrite=True) as new:
-        manifest = _make(student, new, precisions, batches, sizes, network, decoder, on_progress)
+        manifest = _make(student, new, precisions, batches, sizes, network, decoder, nag, on_progress)
         on_progress(None, "checking the graphs against torch")
         checked = _pass_gate(folder, new, manifest.graphs, engines)
         on_progress(None, "drawing samples")
@@ -103,6 +106,7 @@ def _make(
     sizes: Sequence[tuple[int, int]],
     network: torch.nn.Module | None,
     decoder: str | Path | None,
+    nag: bool,
     on_progress: OnProgress,
 ) -> Manifest:
     """The student in `new`, with graphs and golden files. All that torch loads for it is gone when it returns."""
@@ -117,10 +121,13 @@ def _make(
     loaded = load_network(student, new) if network is None else given_network(student, network)
     manifest, recorded = _with_sizes(student.manifest, loaded, sizes)
     shapes = _shapes(recorded, batches, large=is_large(loaded))
-    source = _source(student, loaded, new)
+    manifest = manifest.model_copy(update={"network": _with_guidance(manifest)})
+    if nag:
+        check_takes_nag(manifest, loaded)
+    source = _source(student, manifest, loaded, new)
     on_progress(None, "recording what torch computes")
-    entries = golden.record_golden(source.denoiser, source.decoder, source.conditions, manifest, new, shapes)
-    graphs = _Graphs(source, manifest, new, on_progress).write(precisions)
+    entries = golden.record_golden(source.denoiser, source.decoder, source.conditions, manifest, new, shapes, nag=nag)
+    graphs = _Graphs(source, manifest, new, on_progress, nag=nag).write(precisions)
     manifest = manifest.model_copy(update={"graphs": graphs, "golden": entries, "verification": []})
     manifest = write_manifest(new, manifest)
     if decoder is None:
@@ -172,12 +179,19 @@ def _shapes(
     return [(size, batch) for size in sizes for batch in batches or BATCHES]
 
 
-def _source(student: StudentFolder, network: torch.nn.Module, checked: Path) -> TorchStudent:
-    """The student's parts in torch, from its checked copy."""
+def _source(student: StudentFolder, manifest: Manifest, network: torch.nn.Module, checked: Path) -> TorchStudent:
+    """The student's parts in torch, from its checked copy; `manifest` is its new one."""
     encoders = load_encoders(student, checked)
-    conditions = ExampleConditions(student, encoders)
-    denoiser = GraphDenoiser.of(network, student.manifest, conditions)
+    conditions = ExampleConditions(student, encoders, manifest)
+    denoiser = GraphDenoiser.of(network, manifest)
     return TorchStudent(denoiser, encoders, load_decoder(student, checked), conditions)
+
+
+def _with_guidance(manifest: Manifest) -> Network:
+    """The manifest's network, whose graphs take the guidance as inputs where it has any."""
+    network = manifest.network
+    guided = network.guidance is not None and manifest.condition is not None
+    return network.model_copy(update={"guidance_inputs": guided or network.embedded_guidance is not None})
 
 
 def _with_sizes(
@@ -232,7 +246,10 @@ def _another(extent: int, latents: Latents) -> int:
 class _Graphs:
     """Makes a student's graphs and writes them into `folder`. A graph that two precisions share is written once."""
 
-    def __init__(self, source: TorchStudent, manifest: Manifest, folder: Path, on_progress: OnProgress) -> None:
+    def __init__(
+        self, source: TorchStudent, manifest: Manifest, folder: Path, on_progress: OnProgress, *, nag: bool
+    ) -> None:
+        self._nag = nag
         self._source = source
         self._say = on_progress
         self._manifest = manifest
@@ -259,6 +276,9 @@ class _Graphs:
         generator = generator_model(model, manifest, decoder) if fits else None
         self._say(None, f"writing the graphs in {precision}")
         graphs.append(store.write_graph(self._folder, "denoiser", precision, model))
+        if self._nag:
+            self._say(None, f"network with negative prompts in {precision}")
+            graphs.append(self._with_negatives(precision, graphs[-1]))
         if decoder is not None and source.decoder is not None:
             graphs.append(self._part("decoder", precision, decoder))
             encoder = encoder_model(encoder_of(source.decoder), manifest, self._computed("encoder", precision))
@@ -266,6 +286,15 @@ class _Graphs:
         if generator is not None:
             graphs.append(store.write_graph(self._folder, "generator", precision, generator))
         return graphs
+
+    def _with_negatives(self, precision: str, denoiser: Graph) -> Graph:
+        """The denoiser with negative prompts. Weights beside the denoiser's graph are not written again."""
+        computed = self._computed("nag", precision)
+        plain = "fp32" if computed in WEIGHT_ONLY else computed
+        model = nag_model(self._source.denoiser, self._manifest, plain)
+        model = model if plain == computed else weight_only(model, computed)
+        beside = denoiser if computed == precision else None
+        return store.write_graph(self._folder, "nag", precision, model, beside)
 
     def _part(self, component: str, precision: str, model: LazyModel | None) -> Graph:
         """The graph of the text encoders, or of another part (`model`), for a student in `precision`."""

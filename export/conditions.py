@@ -14,11 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redif_sdk.artifact.folder import StudentFolder
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
 from redif_sdk.artifact.records import Guidance
 from redif_sdk.errors import ExportError
 from redif_sdk.models.families import TextEncoders
+from redif_sdk.runtimes.guided import NULL
 
 __all__ = ["ExampleConditions"]
+
+#: The scale of recorded images of a student that is not guided unless a call asks for it.
+EXAMPLE_SCALE = 2.0
 
 
 class ExampleConditions:
@@ -27,14 +32,17 @@ class ExampleConditions:
     Args:
         student: The student's folder.
         encoders: The text encoders of a text-to-image student, else None.
+        manifest: In place of the folder's own.
 
     Raises:
         IntegrityError: A tokenizer was altered.
         ManifestError: A tokenizer's file is not a tokenizer.
     """
 
-    def __init__(self, student: StudentFolder, encoders: TextEncoders | None = None) -> None:
-        self._manifest = student.manifest
+    def __init__(
+        self, student: StudentFolder, encoders: TextEncoders | None = None, manifest: Manifest | None = None
+    ) -> None:
+        self._manifest = manifest or student.manifest
         self._encoders = encoders
         self._encoded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._tokenize: Any = None
@@ -44,15 +52,36 @@ class ExampleConditions:
             self._tokenize = PromptTokenizer(student)
 
     def of(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The network's conditioning inputs for these images, by name, each (B, ...); empty if it is unconditional."""
-        if self._manifest.text is not None:
-            return self.encode(self.prompts(indices))
-        classes = self._manifest.classes
-        if classes is None:
-            return {}
-        return {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
+        """What these images are conditioned on, by name, each (B, ...); empty for an unconditional student.
 
-    def nulls(self, guidance: Guidance) -> dict[str, Tensor]:
+        With guidance at run time, the scale and the null conditions too (`redif_sdk.runtimes.guided`).
+        """
+        found: dict[str, Tensor] = {}
+        if self._manifest.text is not None:
+            found = self.encode(self.prompts(indices))
+        elif (classes := self._manifest.classes) is not None:
+            found = {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
+        return found | self._guidance(indices)
+
+    def _guidance(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What guides these images: the student's own scale, every third one unguided, or with another embedded scale.
+
+        Where its own scale is 1, the others have `EXAMPLE_SCALE`.
+        """
+        manifest = self._manifest
+        if (kind := manifest.guidance_at_run_time) is None:
+            return {}
+        own = manifest.default_guidance
+        usual = own if own != 1 or kind == "embedded" else EXAMPLE_SCALE
+        other = own + 1 if kind == "embedded" else 1.0
+        found = {GUIDANCE_SCALE: torch.tensor([other if index % 3 == 2 else usual for index in indices])}
+        guidance = manifest.network.guidance
+        if kind == "classifier-free" and guidance is not None:
+            nulls = self._nulls(guidance)
+            found |= {NULL + name: value.expand(len(indices), *value.shape[1:]) for name, value in nulls.items()}
+        return found
+
+    def _nulls(self, guidance: Guidance) -> dict[str, Tensor]:
         """The conditions of guidance's unconditional half, by name, for one image: (1, ...)."""
         if self._manifest.text is None:
             return {"class_labels": torch.tensor([guidance.null_class])}

@@ -61,7 +61,7 @@ def generator_model(denoiser: LazyModel, manifest: Manifest, decoder: LazyModel 
     size = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
     height, width, channels = manifest.image_shape
     image = [f"image_{axis}" if axis in latents.dynamic else n for axis, n in (("height", height), ("width", width))]
-    conditions = manifest.condition_tensors
+    conditions = manifest.graph_conditions
     inputs = [
         _tensor("noise", TensorProto.FLOAT, ["slices", "batch", latents.channels, *size]),
         _tensor("table", TensorProto.FLOAT, ["steps", len(COLUMNS)]),

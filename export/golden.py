@@ -4,7 +4,9 @@ One compressed ``.npz`` holds, for one step table and one batch of B images: ``s
 int64, the steps looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and
 ``images`` (B, H', W', C') uint8. A student with a decoder also has ``latents`` (B, C, H, W) float32, the final ones; a
 class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts`` (B,) text, ``tokens.NAME`` (B, L)
-int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs.
+int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs. With guidance at run time,
+there are ``guidance_scale`` (B,) float32, and for classifier-free guidance ``null.NAME`` (B, ...), the null conditions.
+A student with the graph "nag" has that graph's further inputs under their names, and its outputs ``nag.f`` like ``f``.
 
 Reading needs numpy only; torch is imported when something is recorded.
 """
@@ -20,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import Golden
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
+from redif_sdk.artifact.records import Golden, TensorSpec
 from redif_sdk.artifact.untrusted.npz import npz_arrays
 from redif_sdk.errors import ManifestError
 from redif_sdk.images import from_uint8
+from redif_sdk.runtimes.guided import NULL
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -55,6 +58,8 @@ def record_golden(
     manifest: Manifest,
     folder: Path,
     shapes: Sequence[tuple[Size, int]],
+    *,
+    nag: bool = False,
 ) -> list[Golden]:
     """Write a golden file for each table and shape into `folder`.
 
@@ -65,6 +70,7 @@ def record_golden(
         manifest: The student's manifest.
         folder: The student's folder; the files go into its subfolder `FOLDER`.
         shapes: What to record: (height and width of latents, batch).
+        nag: Whether to record negative prompts.
 
     Returns:
         The manifest's entries of the files.
@@ -80,6 +86,7 @@ def record_golden(
             indices = range(first, first + batch)
             arrays = _asked(conditions, manifest, indices)
             arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
+            arrays |= _nag(denoiser, conditions.of(indices), manifest.step_table(steps), arrays) if nag else {}
             np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type] # numpy: one of these may be allow_pickle
             other = {} if size == own else {"height": size[0], "width": size[1]}
             entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
@@ -92,9 +99,15 @@ def _asked(conditions: ExampleConditions, manifest: Manifest, indices: range) ->
     given = {name: value.numpy() for name, value in conditions.of(indices).items()}
     if manifest.text is None:
         return given
+    guiding = {name: given.pop(name) for name in list(given) if name == GUIDANCE_SCALE or name.startswith(NULL)}
     prompts = conditions.prompts(indices)
     tokens = {f"tokens.{name}": value for name, value in conditions.tokens(prompts).items()}
-    return {"prompts": np.array(prompts), **tokens, **{f"conditions.{name}": value for name, value in given.items()}}
+    return {
+        "prompts": np.array(prompts),
+        **tokens,
+        **{f"conditions.{name}": value for name, value in given.items()},
+        **guiding,
+    }
 
 
 def _run(
@@ -113,13 +126,13 @@ def _run(
 
     seeds = [(SEED, index) for index in indices]
     noise = torch.from_numpy(draw(seeds, (manifest.latents.channels, *size), slices=table.noise_slices))
-    asked = conditions.of(indices).values()
+    asked = conditions.of(indices)
     steps = table.num_inference_steps
     rows = sorted({round(row) for row in np.linspace(0, steps - 1, min(steps, MOST_ROWS))})
     states, outputs = [], []
 
     def predict(k: int, x: Tensor) -> Tensor:
-        f = denoiser(x, torch.full((len(x),), float(table.timesteps[k])), *asked)
+        f = denoiser.guided(x, torch.full((len(x),), float(table.timesteps[k])), asked)
         if k in rows:
             states.append(x)
             outputs.append(f)
@@ -142,6 +155,19 @@ def _run(
     with torch.no_grad():
         encoded = torch.cat([encoder(one) for one in shown.split(1)])
     return arrays | {"latents": x.numpy(), "encoded": encoded.numpy()}
+
+
+def _nag(denoiser: GraphDenoiser, asked: Mapping[str, Tensor], table: StepTable, recorded: Arrays) -> Arrays:
+    """The outputs with negative prompts at the recorded states."""
+    import torch
+
+    from redif_sdk.export.nag import nag_example, nag_reference
+
+    example, outputs = nag_example(asked), []
+    for row, x in zip(recorded["rows"], recorded["x"], strict=True):
+        t = torch.full((len(x),), float(table.timesteps[row]))
+        outputs.append(nag_reference(denoiser, torch.from_numpy(x), t, asked, example))
+    return {**example, "nag.f": np.stack(outputs)}
 
 
 def _images(x: Tensor, decoder: LatentDecoder | None, manifest: Manifest) -> Tensor:
@@ -176,6 +202,7 @@ class GoldenRecord:
     latents: NDArray[np.float32] | None
     encoded: NDArray[np.float32] | None  # the latents of `images`; None: recorded before format 1.6
     images: NDArray[np.uint8]
+    nag: Arrays  # further inputs of the graph "nag", and its output as "nag.f"; empty where there is no such graph
 
     def noise(self) -> NDArray[np.float32]:
         """The noise of the recorded images, drawn from their seeds: float32 (slices, B, C, H, W)."""
@@ -200,7 +227,8 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             {
                 spec.name: arrays[f"conditions.{spec.name}" if text else spec.name].astype(spec.dtype)
                 for spec in manifest.condition_tensors
-            },
+            }
+            | {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _guiding(manifest)},
             [str(prompt) for prompt in arrays["prompts"]] if text else [],
             {name: arrays[f"tokens.{name}"].astype(np.int64) for name in _token_shapes(manifest, 0)},
             [int(row) for row in arrays["rows"]],
@@ -209,6 +237,7 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             arrays["latents"].astype(np.float32) if manifest.postprocess.decoder is not None else None,
             arrays["encoded"].astype(np.float32) if "encoded" in arrays else None,
             arrays["images"].astype(np.uint8),
+            {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _nag_specs(manifest)},
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(
@@ -218,6 +247,26 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
     if _shapes(record) != expected or record.rows[:1] != [0]:
         raise ManifestError(f"{golden.file} in {student.path} has arrays of other shapes; export the student again")
     return record
+
+
+def _guiding(manifest: Manifest) -> list[TensorSpec]:
+    """What guides the recorded images: the scale, and the null conditions."""
+    if manifest.guidance_at_run_time is None:
+        return []
+    scale = manifest.graph_conditions[-1]
+    if manifest.guidance_at_run_time == "embedded":
+        return [scale]
+    return [scale, *(spec.model_copy(update={"name": NULL + spec.name}) for spec in manifest.condition_tensors)]
+
+
+def _nag_specs(manifest: Manifest) -> list[TensorSpec]:
+    """The arrays of negative prompts."""
+    graph = next((graph for graph in manifest.graphs if graph.component == "nag"), None)
+    if graph is None:
+        return []
+    known = {"sample", "timestep", *(spec.name for spec in manifest.graph_conditions)}
+    inputs = [spec for spec in graph.inputs if spec.name not in known]
+    return [*inputs, TensorSpec(name="nag.f", dtype="float32", shape=[])]
 
 
 def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
@@ -232,6 +281,7 @@ def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
 
 def _shapes(record: GoldenRecord) -> Mapping[str, Any]:
     arrays = {**record.conditions, **record.tokens, "x": record.x, "f": record.f, "images": record.images}
+    arrays |= record.nag
     if record.latents is not None:
         arrays["latents"] = record.latents
     if record.encoded is not None:
@@ -246,9 +296,12 @@ def _expected_shapes(manifest: Manifest, golden: Golden, rows: int, *, encoded: 
     height, width = golden.height or latents.height, golden.width or latents.width
     scale, channels = postprocess.scale, postprocess.channels(latents.channels)
     state = (batch, latents.channels, height, width)
-    shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in manifest.condition_tensors}
+    given = [*manifest.condition_tensors, *_guiding(manifest)]
+    shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in given}
     shapes |= _token_shapes(manifest, batch)
     shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
+    shapes |= {spec.name: (batch, *spec.shape[1:]) for spec in _nag_specs(manifest) if spec.shape}
+    shapes |= {"nag.f": (rows, *state)} if manifest.takes_nag else {}
     if postprocess.decoder is not None:
         shapes |= {"latents": state, **({"encoded": state} if encoded else {})}
     return {**shapes, "seeds": batch, "prompts": batch if manifest.text is not None else 0}

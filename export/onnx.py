@@ -6,14 +6,14 @@ torch's exporter, `fuse.py` adds the sampling loop, `store.py` writes files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import Guidance, TensorSpec
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
+from redif_sdk.artifact.records import TensorSpec
 from redif_sdk.errors import UnsupportedModel
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.guidance import add_guidance
@@ -25,6 +25,7 @@ from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.denoiser import tensor_of
 from redif_sdk.models.families import LatentDecoder, LatentEncoder, TextEncoders, call_network, is_supported
 from redif_sdk.models.hollow import hollow
+from redif_sdk.runtimes.guided import NULL, is_guiding
 
 __all__ = [
     "GraphDenoiser",
@@ -35,6 +36,7 @@ __all__ = [
     "part_precision",
     "size_multiple",
     "text_encoder_model",
+    "traced_denoiser",
 ]
 
 
@@ -46,11 +48,9 @@ class GraphDenoiser(torch.nn.Module):
             ``network(sample, timestep, NAME=...)`` with each of `conditions` by its name, and returns a tensor, a
             tuple, or an object with ``.sample``.
         channels: C. Networks that learn their variance return 2C channels, of which f is the first C.
-        guidance: With guidance, the network is called with and without the condition, and f is the mix.
         dtype: Of the network's weights; inputs and f are float32 in any case.
         conditions: The names of the conditions.
-        nulls: The null condition of guidance by name, each for one image: (1, ...).
-        embedded_guidance: The guidance scale that the network takes as an input (Flux, LCM).
+        guidance: How a call may choose its guidance (`Manifest.guidance_at_run_time`).
         scale: Pixels a latent on each side.
         by_place: The network is called as ``network(sample, timestep, condition)`` with the one condition, or None.
     """
@@ -59,12 +59,10 @@ class GraphDenoiser(torch.nn.Module):
         self,
         network: torch.nn.Module,
         channels: int,
-        guidance: Guidance | None = None,
         dtype: torch.dtype = torch.float32,
         *,
         conditions: Sequence[str] = ("class_labels",),
-        nulls: Mapping[str, Tensor] | None = None,
-        embedded_guidance: float | None = None,
+        guidance: Literal["classifier-free", "embedded"] | None = None,
         scale: int = 1,
         by_place: bool = False,
     ) -> None:
@@ -75,57 +73,60 @@ class GraphDenoiser(torch.nn.Module):
         self.guidance = guidance
         self.dtype = dtype
         self.conditions = tuple(conditions)
-        self.nulls = dict(nulls or {})
-        self.embedded_guidance = embedded_guidance
         self.scale = scale
 
     @classmethod
-    def of(
-        cls, network: torch.nn.Module, manifest: Manifest, conditions: ExampleConditions | None = None
-    ) -> GraphDenoiser:
-        """The denoiser of a student. `conditions` is required for a guided student."""
-        guidance = manifest.network.guidance if manifest.condition is not None else None
-        nulls = conditions.nulls(guidance) if guidance is not None and conditions is not None else None
+    def of(cls, network: torch.nn.Module, manifest: Manifest) -> GraphDenoiser:
+        """The denoiser of a student."""
         return cls(
             network,
             manifest.latents.channels,
-            guidance,
             conditions=[spec.name for spec in manifest.condition_tensors],
-            nulls=nulls,
-            embedded_guidance=manifest.network.embedded_guidance,
+            guidance=manifest.guidance_at_run_time,
             scale=manifest.postprocess.scale,
             by_place=manifest.network.is_own,
         )
 
     def bare(self, network: torch.nn.Module, dtype: torch.dtype) -> GraphDenoiser:
-        """The same module around another copy of the network, without guidance."""
+        """The same module around another copy of the network."""
         return GraphDenoiser(
             network,
             self.channels,
             dtype=dtype,
             conditions=self.conditions,
-            embedded_guidance=self.embedded_guidance,
+            guidance=self.guidance,
             scale=self.scale,
             by_place=self.by_place,
         )
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        """f, float32 (B, C, H, W); `conditions` in the order of their names."""
+        """f, float32 (B, C, H, W), of one call; `conditions` in the order of their names, then an embedded scale (B,).
+
+        Classifier-free guidance is added to the graph (`guidance.py`); in torch, `guided` has it.
+        """
         _check_batch(sample, timestep, *conditions)
-        given = dict(zip(self.conditions, conditions, strict=False))
-        asked = self._call(sample, timestep, given)
-        if self.guidance is None or not given:
+        return self._call(sample, timestep, dict(zip((*self.conditions, GUIDANCE_SCALE), conditions, strict=False)))
+
+    def guided(self, sample: Tensor, timestep: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """f of per-image conditions by name, as `redif_sdk.runtimes.guided` describes them: the graph's reference."""
+        nulls = {name.removeprefix(NULL): value for name, value in given.items() if name.startswith(NULL)}
+        own = {name: value for name, value in given.items() if not name.startswith(NULL)}
+        if self.guidance != "classifier-free":
+            return self._call(sample, timestep, own)
+        scale = own.pop(GUIDANCE_SCALE).view(-1, 1, 1, 1)
+        asked = self._call(sample, timestep, own)
+        if not nulls:
             return asked
-        nothing = {name: self.nulls[name].expand_as(value) for name, value in given.items()}
-        mixed: Tensor = self.guidance.mix(asked, self._call(sample, timestep, nothing))
-        return mixed
+        unasked = self._call(sample, timestep, nulls)
+        return torch.where(is_guiding(scale), unasked + scale * (asked - unasked), asked)
 
     def _call(self, sample: Tensor, timestep: Tensor, given: dict[str, Tensor]) -> Tensor:
         x = sample.to(self.dtype)
+        scales = given.pop(GUIDANCE_SCALE, None)
         if self.by_place:
             return tensor_of(self.network(x, timestep, next(iter(given.values()), None)))[:, : self.channels].float()
         if is_supported(self.network):
-            return call_network(self.network, x, timestep, given, self.embedded_guidance, self.scale).float()
+            return call_network(self.network, x, timestep, given, scales, self.scale).float()
         given = {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in given.items()}
         return tensor_of(self.network(x, timestep, **given))[:, : self.channels].float()
 
@@ -173,13 +174,36 @@ def denoiser_model(
         return LazyModel(int8_model(denoiser_model(denoiser, manifest).filled(), manifest, conditions))
     if precision in WEIGHT_ONLY:
         return weight_only(denoiser_model(denoiser, manifest), precision)
+    model = traced_denoiser(denoiser, manifest, precision)
+    if denoiser.guidance == "classifier-free":
+        add_guidance(model.proto, manifest.graph_conditions)
+    return model
+
+
+def traced_denoiser(
+    denoiser: GraphDenoiser,
+    manifest: Manifest,
+    precision: str,
+    more: Sequence[TensorSpec] = (),
+    around: Callable[[GraphDenoiser], torch.nn.Module] = lambda denoiser: denoiser,
+) -> LazyModel:
+    """The graph of one call, in a precision of floating-point weights.
+
+    Args:
+        denoiser: The denoiser in float32.
+        manifest: The student's manifest.
+        precision: Of the weights.
+        more: Further inputs.
+        around: What takes these.
+    """
     network = denoiser.bare(_in_dtype(denoiser.network, DTYPES[precision]), DTYPES[precision])
     x = _state(manifest, "sample", manifest.latents.channels)
     inputs = [x, TensorSpec(name="timestep", dtype="float32", shape=["batch"]), *manifest.condition_tensors]
-    model = trace_graph(network, manifest, inputs, [x.model_copy(update={"name": "f"})], precision)
+    if denoiser.guidance == "embedded":
+        inputs.append(manifest.graph_conditions[-1])
+    outputs = [x.model_copy(update={"name": "f"})]
+    model = trace_graph(around(network), manifest, [*inputs, *more], outputs, precision)
     model.proto.graph.name = "denoiser"
-    if denoiser.guidance is not None:
-        add_guidance(model.proto, denoiser.guidance, {name: value.numpy() for name, value in denoiser.nulls.items()})
     return model
 
 
@@ -228,11 +252,12 @@ def _autoencoder_model(
 def part_precision(component: str, precision: str, manifest: Manifest, decoder: LatentDecoder | None = None) -> str:
     """The precision of a component in a student of `precision`.
 
-    Only the denoiser is int8; beside it, text encoders, decoder and encoder stay fp32. Only the denoiser's weights are
-    int4; theirs are int8. SDXL's decoder and encoder stay fp32 in fp16 students too, where they overflow unless their
-    configuration says otherwise (``force_upcast``, which diffusers reads in SDXL's pipelines only).
+    Only the denoiser is int8; beside it, its graph with negative prompts, text encoders, decoder and encoder stay fp32.
+    Only the denoiser's weights are int4; those of the others are int8. SDXL's decoder and encoder stay fp32 in fp16
+    students too, where they overflow unless their configuration says otherwise (``force_upcast``, which diffusers reads
+    in SDXL's pipelines only).
     """
-    if component == "denoiser":
+    if component == "denoiser" or (component == "nag" and precision != "int8"):
         return precision
     if precision in WEIGHT_ONLY:
         return "int8wo"

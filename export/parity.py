@@ -27,6 +27,7 @@ __all__ = [
     "check_encoder",
     "check_generator",
     "check_loop",
+    "check_nag",
     "check_noise",
     "check_text_encoder",
     "check_tokenizer",
@@ -86,6 +87,7 @@ def check_text_encoder(runtime: Runtime, record: GoldenRecord) -> Row:
     rows = [
         _row("text_encoder", runtime, record, outputs[name], expected, threshold)
         for name, expected in record.conditions.items()
+        if name in outputs
     ]
     return max(rows, key=lambda row: (not row["passed"], row["relative_rmse"] or 0.0))
 
@@ -97,6 +99,16 @@ def check_denoiser(runtime: Runtime, record: GoldenRecord) -> Row:
         t = np.full((len(x),), record.table.timesteps[row], dtype=np.float32)
         outputs.append(runtime.run({"sample": x, "timestep": t, **record.conditions})["f"])
     return _row("denoiser", runtime, record, np.stack(outputs), record.f, THRESHOLDS[runtime.info.precision][0])
+
+
+def check_nag(runtime: Runtime, record: GoldenRecord) -> Row:
+    """The network's output with negative prompts at each recorded step."""
+    own = {name: value for name, value in record.nag.items() if name != "nag.f"}
+    outputs = []
+    for row, x in zip(record.rows, record.x, strict=True):
+        t = np.full((len(x),), record.table.timesteps[row], dtype=np.float32)
+        outputs.append(runtime.run({"sample": x, "timestep": t, **record.conditions, **own})["f"])
+    return _row("nag", runtime, record, np.stack(outputs), record.nag["nag.f"], THRESHOLDS[runtime.info.precision][0])
 
 
 def check_decoder(runtime: Runtime, record: GoldenRecord) -> Row:

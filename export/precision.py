@@ -26,6 +26,7 @@ from redif_sdk.errors import ExportError
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.store import LARGEST_PROTOBUF
 from redif_sdk.export.weights import LazyModel
+from redif_sdk.runtimes.guided import GuidedInputs
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -142,6 +143,7 @@ def trajectories(
     session = onnxruntime.InferenceSession(denoiser.SerializeToString(), options, providers=["CPUExecutionProvider"])
     latents = manifest.latents
     shape = (latents.channels, latents.height, latents.width)
+    inputs_of = GuidedInputs(manifest.graph_conditions)
     for steps in manifest.supported_steps:
         table = manifest.step_table(steps)
         for first in range(0, CALIBRATION_IMAGES, PIECE):
@@ -149,7 +151,7 @@ def trajectories(
             seeds = [(CALIBRATION_SEED, index) for index in indices]
             noise = draw(seeds, shape, slices=table.noise_slices, first_slot=CALIBRATION_SLOT)
             asked = {name: value.numpy() for name, value in conditions.of(indices).items()}
-            yield from _inputs_of_steps(session, table, noise, asked)
+            yield from _inputs_of_steps(session, table, noise, inputs_of(asked))
 
 
 def _inputs_of_steps(

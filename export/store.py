@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import onnx
@@ -28,18 +29,22 @@ _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto
 _WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT4)
 
 
-def write_graph(folder: Path, component: str, precision: str, model: LazyModel) -> Graph:
+def write_graph(folder: Path, component: str, precision: str, model: LazyModel, other: Graph | None = None) -> Graph:
     """Write a model to ``onnx/COMPONENT.PRECISION.onnx`` and describe it.
 
     Its weights are in that file, or, where it would exceed `LARGEST_FILE`, in ``onnx/COMPONENT.PRECISION.onnx.data``.
-    They are made one at a time.
+    They are made one at a time. Weights that `other`, a graph of the same network, has in a file beside it are read
+    from there.
     """
     file = f"{FOLDER}/{component}.{precision}.onnx"
     (folder / FOLDER).mkdir(exist_ok=True)
     data = []
     if model.size > LARGEST_FILE:
-        data = [f"{file}.data"]
-        (folder / file).write_bytes(_beside(model, folder / data[0]).SerializeToString(deterministic=True))
+        places = _places(folder, other) if other is not None else {}
+        data = [*(other.data if other is not None else []), f"{file}.data"]
+        (folder / file).write_bytes(_beside(model, folder / data[-1], places).SerializeToString(deterministic=True))
+        if not (folder / data[-1]).stat().st_size:
+            (folder / data.pop()).unlink()
     else:
         (folder / file).write_bytes(model.filled().SerializeToString(deterministic=True))
     return Graph.model_validate(
@@ -55,8 +60,24 @@ def write_graph(folder: Path, component: str, precision: str, model: LazyModel) 
     )
 
 
-def _beside(model: LazyModel, path: Path) -> onnx.ModelProto:
-    """The model without its weights, which are written to the file `path`."""
+Places = dict[str, dict[str, str]]  # location, offset and length of tensors by their SHA-256
+
+
+def _places(folder: Path, graph: Graph) -> Places:
+    """Where a graph's weights are beside it."""
+    proto = onnx.load(folder / graph.file, load_external_data=False)
+    found: Places = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            with (folder / FOLDER / place["location"]).open("rb") as file:
+                file.seek(int(place["offset"]))
+                found[sha256(file.read(int(place["length"]))).hexdigest()] = place
+    return found
+
+
+def _beside(model: LazyModel, path: Path, known: Places) -> onnx.ModelProto:
+    """The model without its weights, which are written to the file `path` unless they are in a `known` place."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     with path.open("wb") as file:
@@ -70,9 +91,11 @@ def _beside(model: LazyModel, path: Path) -> onnx.ModelProto:
             if len(content) < LEAST_OUTSIDE:
                 tensor.raw_data = content
                 continue
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            places = {"location": path.name, "offset": str(file.tell()), "length": str(len(content))}
-            file.write(content)
+            places = known.get(sha256(content).hexdigest(), {}) if known else {}
+            if not places:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                places = {"location": path.name, "offset": str(file.tell()), "length": str(len(content))}
+                file.write(content)
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in places.items():

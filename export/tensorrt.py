@@ -228,6 +228,7 @@ def _axes(
         **sides,
         **{f"image_{side}": (scale * low, scale * best, scale * high) for side, (low, best, high) in sides.items()},
         "batch": _range("batches", batches),
+        "rows": (batches[0], 2 * batches[1], 2 * batches[2]),  # of images that are guided: `runtimes.guided`
         "steps": (1, tables[0].num_inference_steps, most),  # from an image on, a table's last rows
         "slices": (min(slices), slices[0], most_slices),
     }

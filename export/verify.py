@@ -25,7 +25,13 @@ from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, loops
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
 
 #: The graphs that are loaded and checked together: images of the denoiser need the decoder too.
-TOGETHER: tuple[tuple[Component, ...], ...] = (("text_encoder",), ("denoiser", "decoder"), ("encoder",), ("generator",))
+TOGETHER: tuple[tuple[Component, ...], ...] = (
+    ("text_encoder",),
+    ("denoiser", "decoder"),
+    ("encoder",),
+    ("nag",),
+    ("generator",),
+)
 
 Load = Callable[[Graph], Runtime]
 
@@ -158,6 +164,8 @@ def _check_group(load_graph: Load, group: Mapping[str, Graph], records: Sequence
             rows.append(parity.check_decoder(loaded["decoder"], record))
         if "denoiser" in loaded and ("decoder" in loaded or record.latents is None):
             rows.append(parity.check_loop(loaded["denoiser"], loaded.get("decoder"), record))
+        if "nag" in loaded:
+            rows.append(parity.check_nag(loaded["nag"], record))
         if "generator" in loaded:
             rows.append(parity.check_generator(loaded["generator"], record))
     return rows

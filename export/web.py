@@ -227,11 +227,20 @@ def _config(
         "pixelShuffle": manifest.postprocess.pixel_shuffle,
         "scale": float(scale),
         "offset": float(offset),
+        "guidance": _guidance(manifest),
         "tables": [{"initScale": table.init_scale, "rows": table.rows.tolist()} for table in manifest.tables],
         "graphs": graphs,
         "previews": second is None or second["bytes"] <= _LARGEST_PREVIEWER,
         "check": _recorded(student, precision),
     }
+
+
+def _guidance(manifest: Manifest) -> dict[str, Any] | None:
+    """The guidance that the graphs take as inputs: the student's own."""
+    guidance = manifest.network.guidance
+    if manifest.guidance_at_run_time is None or guidance is None:
+        return None
+    return {"scale": guidance.scale, "nullClass": guidance.null_class}
 
 
 def _recorded(student: StudentFolder, precision: str) -> list[dict[str, Any]]:

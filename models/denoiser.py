@@ -28,7 +28,7 @@ def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, co
 
     Without ``guidance`` or ``condition``, the plain output.
     """
-    if guidance is None or condition is None:
+    if guidance is None or not guidance.is_on or condition is None:
         return predict(x, t, condition)
     null = torch.full_like(condition, guidance.null_class)
     asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)

@@ -7,6 +7,7 @@ networks through this module, so that they compute the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +54,16 @@ class Call(NamedTuple):
     x: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
     conditions: Mapping[str, Tensor]
-    embedded_guidance: float | None
+    embedded_guidance: float | Tensor | None
     scale: int  # pixels a latent
+
+    @property
+    def scales(self) -> Tensor:
+        """The embedded guidance scale of each image, (B,) float32; 1 where none is given."""
+        given = self.embedded_guidance
+        if isinstance(given, Tensor):
+            return given.float()
+        return torch.full((len(self.x),), 1.0 if given is None else given, device=self.x.device)
 
     @property
     def labels(self) -> dict[str, Tensor]:
@@ -67,7 +76,7 @@ def call_network(
     x: Tensor,
     t: Tensor,
     conditions: Mapping[str, Tensor],
-    embedded_guidance: float | None = None,
+    embedded_guidance: float | Tensor | None = None,
     scale: int = 8,
 ) -> Tensor:
     """Call a diffusers network.
@@ -78,7 +87,8 @@ def call_network(
         t: (B,) float32, time in the units of the pipeline's scheduler; for a flow 1000 times the noise level.
         conditions: By name: ``class_labels`` (B,) int64, or ``encoder_hidden_states`` (B, L, D),
             ``pooled_projections`` (B, P), ``encoder_attention_mask`` (B, L). Floats are cast to x's dtype.
-        embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
+        embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM); one for all, or
+            (B,) float32.
         scale: Pixels a latent on each side, from which SDXL and PixArt get the image's size.
 
     Returns:
@@ -127,22 +137,20 @@ def _unet_with_text(network: Any, call: Call) -> Tensor:
     elif config.addition_embed_type is not None:
         raise UnsupportedModel(f"addition_embed_type {config.addition_embed_type!r} is not supported; text_time is")
     if config.time_cond_proj_dim is not None:
-        scale = 1.0 if call.embedded_guidance is None else call.embedded_guidance
-        row = guidance_embedding(scale, config.time_cond_proj_dim).to(call.x)
-        more["timestep_cond"] = row.expand(batch, -1)
+        more["timestep_cond"] = guidance_embedding(call.scales, config.time_cond_proj_dim).to(call.x)
     out: Tensor = network(
         call.x, call.t, encoder_hidden_states=call.conditions[HIDDEN], **call.labels, **more, return_dict=False
     )[0]
     return out
 
 
-def guidance_embedding(scale: float, width: int) -> Tensor:
-    """The guidance scale as LCM's network takes it (arXiv 2310.04378, section 4.3): (1, width) float32."""
+def guidance_embedding(scales: Tensor, width: int) -> Tensor:
+    """Guidance scales (B,) as LCM's network takes them (arXiv 2310.04378, section 4.3): (B, width) float32."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
-    angles = torch.tensor([(scale - 1.0) * 1000.0]) * frequencies
-    row = torch.cat([angles.sin(), angles.cos()])[None]
-    return nn.functional.pad(row, (0, width % 2))
+    places = torch.arange(half, dtype=torch.float32, device=scales.device)
+    frequencies = torch.exp(places * -(math.log(10000.0) / (half - 1)))
+    angles = ((scales.float() - 1.0) * 1000.0)[:, None] * frequencies
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
 def _sd3(network: Any, call: Call) -> Tensor:
@@ -167,7 +175,7 @@ def _flux(network: Any, call: Call) -> Tensor:
     hidden = call.conditions[HIDDEN]
     guidance = None
     if network.config.guidance_embeds:
-        guidance = torch.full((batch,), call.embedded_guidance or 1.0, device=x.device, dtype=torch.float32)
+        guidance = call.scales
     out: Tensor = network(
         hidden_states=tokens.reshape(batch, rows * columns, channels * 4),
         timestep=call.t / 1000,

@@ -14,7 +14,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import pixel_unshuffle
-from redif_sdk.inputs import Conditions, check_latents
+from redif_sdk.inputs import NAG_SCALE, Conditions, check_latents
 from redif_sdk.inputs.images import Given
 from redif_sdk.runtimes.finite import LEVELS, require_finite
 from redif_sdk.sampling.entry import from_row, levels
@@ -53,7 +53,7 @@ class Drawing:
             NonFiniteOutput: Images hold NaN or infinite values.
         """
         generator = self.graphs.generator
-        if generator is None or on_state is not None or decode_tile is not None:
+        if generator is None or on_state is not None or decode_tile is not None or NAG_SCALE in self.conditions:
             return self._stepped(on_state, decode_tile)
         inputs: dict[str, NDArray[Any]] = {
             "noise": self.noise,
@@ -106,7 +106,7 @@ class Drawing:
 
     def _steps(self) -> Iterator[tuple[int, Floats, Floats]]:
         """(k, x', x0) after each step, as `iterate_steps` yields them: the caller may write into x'."""
-        denoiser, table = self.graphs["denoiser"], self.table
+        denoiser, table = self.graphs["nag" if NAG_SCALE in self.conditions else "denoiser"], self.table
 
         def predict(k: int, x: Floats) -> Floats:
             t = np.full((len(x),), table.timesteps[k], dtype=np.float32)

@@ -22,9 +22,11 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.images import from_uint8, to_uint8
-from redif_sdk.inputs import Conditions
+from redif_sdk.inputs import NAG_SCALE, Conditions, GenerationRequest, guiding_inputs, own_nulls
+from redif_sdk.inputs.weighting import Fragment, mixed, parsed, without
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
+from redif_sdk.runtimes.guided import NULL
 from redif_sdk.sampling.tiles import LEAST_TILE, decode_in_tiles
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ _NEEDED_BY = {
     "text_encoder": "prompts need",
     "decoder": "decoding latents needs",
     "encoder": "starting from an image needs",
+    "nag": "negative prompts need",
 }
 
 _living: WeakSet[LoadedGraphs] = WeakSet()
@@ -75,6 +78,7 @@ class LoadedGraphs:
         _living.add(self)
         for component in self._needed(stepped=self.generator is None):
             self._graph(component)
+        self._null: Conditions | None = None  # of one image, when it was needed
         self._tokenizer: PromptTokenizer | None = None
         if student.manifest.text is not None:
             from redif_sdk.tokenizer import PromptTokenizer  # a package that other students need not load
@@ -104,9 +108,9 @@ class LoadedGraphs:
                 self._loaded[component], self._infos[component] = loaded, loaded.info
             return self._loaded[component]
 
-    def info(self, *, stepped: bool = False) -> RuntimeInfo:
+    def info(self, *, stepped: bool = False, nag: bool = False) -> RuntimeInfo:
         """What computes images: the fused graph, or the denoiser (`stepped`, or where there is no fused graph)."""
-        component: Component = "generator" if self._fused and not stepped else "denoiser"
+        component: Component = "nag" if nag else "generator" if self._fused and not stepped else "denoiser"
         return self._infos[component] if component in self._infos else self[component].info
 
     def close(self) -> None:
@@ -140,6 +144,40 @@ class LoadedGraphs:
         for component in () if self._low_memory else self._needed(stepped=True):
             self[component]
 
+    def conditions(self, request: GenerationRequest) -> Conditions:
+        """The conditions of a request's images, with its prompts encoded and what guides them."""
+        guiding, prompts = request.guiding, request.prompts or []
+        negatives = (guiding and guiding.negatives) or []
+        encoded = self.encode([*prompts, *negatives]) if prompts or negatives else {}
+        own = request.conditions or {name: value[: len(prompts)] for name, value in encoded.items()}
+        if guiding is None:
+            return own
+        nulls = guiding.embeds or {name: value[len(prompts) :] for name, value in encoded.items() if negatives}
+        if guiding.nag is not None:
+            own |= {NULL + name: nulls[name] for name in self._nag_inputs() if name in nulls}
+            own |= {NAG_SCALE: np.full((len(request.seeds),), guiding.nag, dtype=np.float32)}
+        return own | self.guidance(len(request.seeds), guiding.scale, nulls)
+
+    def guidance(self, batch: int, scale: float | None = None, nulls: Conditions | None = None) -> Conditions:
+        """What guides a batch, beside its conditions; empty for a student whose graphs take no guidance.
+
+        Args:
+            batch: Number of images.
+            scale: None: the student's own.
+            nulls: The null conditions, a row an image; None or empty: the student's own.
+        """
+        return guiding_inputs(self._student.manifest, batch, scale, nulls or self._nulls)
+
+    def _nag_inputs(self) -> list[str]:
+        """The conditions whose negative the graph "nag" takes."""
+        return [spec.name.removeprefix(NULL) for spec in self._graph("nag").inputs if spec.name.startswith(NULL)]
+
+    def _nulls(self) -> Conditions:
+        """The student's own null condition, for one image."""
+        if self._null is None:
+            self._null = own_nulls(self._student.manifest, self.encode)
+        return self._null
+
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """The conditions of prompts, one row a prompt. Equal prompts are encoded once."""
         assert self._tokenizer is not None
@@ -149,6 +187,45 @@ class LoadedGraphs:
         self._done("text_encoder")
         return {spec.name: arrays[spec.name][rows] for spec in self._student.manifest.condition_tensors}
 
+    def encode_weighted(self, prompts: Sequence[str]) -> Conditions:
+        """The conditions of prompts in compel's syntax (`inputs/weighting.py`), one row a prompt.
+
+        Raises:
+            InvalidRequest: The text encoders are not CLIP's alone, or a prompt is not of that syntax.
+        """
+        manifest, tokenizer = self._student.manifest, self._tokenizer
+        assert tokenizer is not None
+        assert manifest.text is not None
+        states = manifest.condition_tensors[0]
+        lengths = {part.max_length for part in manifest.text.tokenizers if part.mask is None}
+        kinds = [encoder.class_path.rpartition(".")[2] for encoder in manifest.text.encoders]
+        if {states.shape[1]} != lengths or not all(kind.startswith("CLIPText") for kind in kinds):
+            raise InvalidRequest(
+                f"weights in prompts are not supported by {manifest.name}, whose text encoders are {', '.join(kinds)}; "
+                "those of Stable Diffusion and SDXL have them"
+            )
+        rows, counts = [], []
+        for fragments in map(parsed, prompts):
+            asked = [fragments, *without(fragments), [Fragment("", 1.0)]]
+            rows += asked
+            counts.append(len(asked))
+        ids, weights = tokenizer.weighted(rows)
+        plain = tokenizer([" ".join(fragment.text for fragment in parsed(prompt)) for prompt in prompts])
+        arrays = self["text_encoder"].run({name: np.concatenate([value, plain[name]]) for name, value in ids.items()})
+        self._done("text_encoder")
+        ends = np.cumsum(counts)
+        found = {spec.name: arrays[spec.name][len(rows) :] for spec in manifest.condition_tensors}
+        encoded = arrays[states.name]
+        found[states.name] = np.stack(
+            [
+                mixed(
+                    rows[end - count], encoded[end - count : end - 1], encoded[end - 1], weights[end - count : end - 1]
+                )
+                for count, end in zip(counts, ends, strict=True)
+            ]
+        )
+        return found
+
     def images(self, latents: NDArray[np.float32], decode_tile: int | None = None) -> NDArray[np.uint8]:
         """Latents float32 (B, C, H, W) to images uint8 (B, H', W', C'), by the decoder where there is one.
 
@@ -157,6 +234,7 @@ class LoadedGraphs:
         postprocess = self._student.manifest.postprocess
         if postprocess.decoder is not None:
             self._done("denoiser")
+            self._done("nag")
             latents = decode_in_tiles(self._decode, latents, decode_tile or max(latents.shape[2:]))
             self._done("decoder")
         require_finite(latents)

@@ -19,15 +19,17 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from redif_sdk import hub, runtimes
-from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import MANIFEST_NAME, Manifest
-from redif_sdk.drawing import Drawing, shown_to, started
+from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.drawing import Drawing, OnState, shown_to, started
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.graphs import LoadedGraphs
+from redif_sdk.hub.saved import SavedStudent
 from redif_sdk.images import PipelineOutput, converted, timings_of, to_pil
 from redif_sdk.inputs import (
     EMBEDS,
+    NAG_SCALE,
+    NEGATIVE_EMBEDS,
     Asked,
     Conditions,
     GenerationRequest,
@@ -54,7 +56,7 @@ OnStepEnd = Callable[["FastPipeline", int, float, dict[str, Any]], dict[str, Any
 _FIELDS = ("_student", "_asked", "_remote", "_tables", "_choice", "_components")
 
 
-class FastPipeline:
+class FastPipeline(SavedStudent):
     """A loaded student. Thread-safe; a call keeps no state; copies share the graphs.
 
     Other processes can use it: a forked one loads the graphs again (OpenVINO and GPUs refuse, and name "spawn"), and it
@@ -225,6 +227,10 @@ class FastPipeline:
         prompt_attention_mask: ArrayLike | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
+        nag_scale: float | None = None,
+        negative_prompt_embeds: ArrayLike | None = None,
+        negative_pooled_prompt_embeds: ArrayLike | None = None,
+        negative_prompt_attention_mask: ArrayLike | None = None,
         output_type: str = "pil",
         decode_tile: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
@@ -245,15 +251,16 @@ class FastPipeline:
             mask_image: of the size of `image`; white is painted anew, the rest stays.
             strength: of K steps the last floor(strength K) are run, from `image`; default .8, with a mask 1.
             prompt_embeds: like the two after it what `encode_prompt` returns, a row a prompt; replaces `prompt`.
-            negative_prompt: not supported; refused.
-            guidance_scale: only the student's own scale is accepted; guidance is part of its graphs.
+            negative_prompt: what images are guided away from (one, or one a prompt), or encoded as the three
+                `negative_*_embeds` after it. Students of one call a step need the graph of `redif export --nag`.
+            guidance_scale: 0 or 1 for none; None for the student's own. Distilled students take no other.
+            nag_scale: how far such a student goes away from the negative prompt.
             output_type: "pil"; "np", float32 (B, H, W, C) in [0, 1]; "uint8", uint8 (B, H, W, C); "pt", a torch tensor
                 (B, C, H, W) in [0, 1]; "latent", what the decoder would take, float32 (B, C, H, W).
             decode_tile: decode latents in tiles of this side, for large images in little memory (`sampling/tiles.py`).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
                 return {"latents": other} to continue from those.
-            callback_on_step_end_tensor_inputs: the latents alone.
-            generator: refused; give `seed`.
+            callback_on_step_end_tensor_inputs: the latents alone; `generator` is refused, give `seed`.
 
         Raises:
             InvalidRequest: the student does not support the request; the message names what it supports.
@@ -261,30 +268,25 @@ class FastPipeline:
         """
         start = time.perf_counter()
         check_output(output_type, generator, callback_on_step_end_tensor_inputs, self.safety_filter)
-        check_guidance(self.manifest, guidance_scale, negative_prompt)
         self._components.check_tile(decode_tile)
         begin = Start.of(self.manifest, image, mask_image, strength, height, width)
         size = begin.size if begin else (height, width)
         asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
-        request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
-        noise = request.noise(self.manifest)
+        nulls = (negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask)
+        request = self._checked(asked, embeds, (guidance_scale, negative_prompt, nag_scale), nulls)
         given = begin.fitted(self.manifest, request) if begin else None
-        ready = time.perf_counter()
-        conditions = self._conditions(request)
-        encoded = time.perf_counter()
-        drawing = Drawing(self._components, noise, conditions, request.table)
-        on_state = shown_to(callback_on_step_end, self, self.manifest)
-        if given:
-            drawing, on_state = started(drawing, given, on_state)
+        shown = shown_to(callback_on_step_end, self, self.manifest)
+        drawing, on_state, times = self._drawing(request, given, shown)
         raw = output_type == "latent"
         made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
         made, flagged = filtered(self.safety_filter, made)
-        info = self._info(self._components.info(stepped=raw or on_state is not None or decode_tile is not None))
+        stepped = raw or on_state is not None or decode_tile is not None
+        info = self._info(self._components.info(stepped=stepped, nag=NAG_SCALE in drawing.conditions))
         marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
         result = converted(made, output_type, marks)
-        timings = timings_of(start, ready, encoded, done, time.perf_counter(), encodes=self.manifest.text is not None)
+        timings = timings_of(start, *times, done, time.perf_counter(), encodes=self.manifest.text is not None)
         return PipelineOutput(result, request.seeds, timings, info, flagged)
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
@@ -323,6 +325,9 @@ class FastPipeline:
         prompt_embeds: ArrayLike | None = None,
         pooled_prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        nag_scale: float | None = None,
     ) -> Iterator[Image.Image]:
         """Yield one image as it forms: the clean-image estimate x0 after each step, and last the image itself.
 
@@ -333,18 +338,37 @@ class FastPipeline:
         size = begin.size if begin else (height, width)
         asked = (prompt, class_labels, 1, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
-        request = check_request(self.manifest, *asked, dict(zip(EMBEDS, embeds, strict=True)))
+        request = self._checked(asked, embeds, (guidance_scale, negative_prompt, nag_scale))
         if len(request.seeds) != 1:
             raise InvalidRequest(f"stream generates one image, not {len(request.seeds)}; give one prompt or class")
         given = begin.fitted(self.manifest, request) if begin else None
         self._components.prepare_steps()
         return self._previews(request, given)
 
-    def _previews(self, request: GenerationRequest, given: Given | None) -> Iterator[Image.Image]:
-        noise, conditions = request.noise(self.manifest), self._conditions(request)
-        drawing, on_state = Drawing(self._components, noise, conditions, request.table), None
+    def _checked(
+        self, asked: tuple[Any, ...], embeds: tuple[Any, ...], guidance: tuple[Any, Any, Any], nulls: Any = (None,) * 3
+    ) -> GenerationRequest:
+        """The checked request, from the arguments of `check_request`, encoded prompts, and what guides it."""
+        arguments = (*asked, dict(zip(EMBEDS, embeds, strict=True)))
+        request = check_request(self.manifest, *arguments)
+        scale, negative, nag = guidance
+        negatives = dict(zip(NEGATIVE_EMBEDS, nulls, strict=True))
+        return check_guidance(self.manifest, request, scale, negative, negatives, nag)
+
+    def _drawing(
+        self, request: GenerationRequest, given: Given | None, on_state: OnState | None = None
+    ) -> tuple[Drawing, OnState | None, tuple[float, float]]:
+        """What generates a request's images, what sees each state, and when noise and prompts were ready."""
+        noise = request.noise(self.manifest)
+        ready = time.perf_counter()
+        drawing = Drawing(self._components, noise, self._components.conditions(request), request.table)
+        encoded = time.perf_counter()
         if given:
             drawing, on_state = started(drawing, given, on_state)
+        return drawing, on_state, (ready, encoded)
+
+    def _previews(self, request: GenerationRequest, given: Given | None) -> Iterator[Image.Image]:
+        drawing, on_state, _ = self._drawing(request, given)
         for images in drawing.previews(on_state):
             yield to_pil(filtered(self.safety_filter, images)[0])[0]
 
@@ -365,72 +389,21 @@ class FastPipeline:
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
         given = check_conditions(self.manifest, conditions, checked.shape[1])
+        given |= self._components.guidance(checked.shape[1])
         return Drawing(self._components, checked, given, table).images()
 
-    def encode_prompt(self, prompt: str | Sequence[str]) -> Conditions:
+    def encode_prompt(self, prompt: str | Sequence[str], *, weighted: bool = False) -> Conditions:
         """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
 
-        Equal prompts are encoded once. Raises InvalidRequest, also for a student that is not text-to-image.
+        `weighted`: prompts are in compel's syntax, "a (red heart)1.4 on a table-", for `prompt_embeds`. Equal prompts
+        are encoded once. Raises InvalidRequest, also for a student that is not text-to-image.
         """
         if self.manifest.text is None:
             raise InvalidRequest(f"{self.manifest.name} is not a text-to-image model; there is no prompt to encode")
-        return self._conditions(check_request(self.manifest, prompt, None, 1, None, 0, None))
-
-    def _conditions(self, request: GenerationRequest) -> Conditions:
-        """The conditions of a request, with its prompts encoded."""
-        return request.conditions if request.prompts is None else self._components.encode(request.prompts)
-
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.
-
-        A student from the Hub is first downloaded whole. Raises InvalidRequest if `folder` exists and is not empty, and
-        `overwrite` is not set.
-        """
-        student = self._whole()
-        if Path(folder).resolve().is_relative_to(student.path.resolve()):
-            raise InvalidRequest(f"{folder} is inside the student's own folder; give another one")
-        with atomic_folder(Path(folder), overwrite=overwrite) as new:
-            student.copy_to(new)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        tags: Sequence[str] = (),
-        git_tag: str | None = None,
-        token: str | bool | None = None,
-        allow_unverified: bool = False,
-        dry_run: bool = False,
-    ) -> hub.Pushed:
-        """Push the student to the Hub as ``org/name``; `redif_sdk.hub.push` describes the arguments.
-
-        Raises ParityError if the student did not pass its gate, unless `allow_unverified` is set, and HubError.
-        """
-        return hub.push(
-            self._whole(),
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            tags=tags,
-            git_tag=git_tag,
-            token=token,
-            allow_unverified=allow_unverified,
-            dry_run=dry_run,
-        )
-
-    def _whole(self) -> StudentFolder:
-        """The student with every file. Raises IntegrityError if it changed since it was loaded."""
-        student = self._student if self._remote is None else self._remote.whole()
-        current = StudentFolder(student.path)
-        if current.manifest.digest != self.manifest.digest:
-            raise IntegrityError(f"{MANIFEST_NAME} of {student.path} was altered since it was loaded; load it again")
-        return student
+        request = check_request(self.manifest, prompt, None, 1, None, 0, None)
+        if weighted:
+            return self._components.encode_weighted(request.prompts or [])
+        return self._components.conditions(request)
 
 
 def _load_again(kind: type[FastPipeline], source: str, digest: str, options: dict[str, Any]) -> FastPipeline:

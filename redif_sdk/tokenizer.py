@@ -20,6 +20,8 @@ from redif_sdk.errors import InvalidRequest, ManifestError, UnsupportedModel
 
 __all__ = ["PromptTokenizer", "prepared", "token_ids"]
 
+Floats = NDArray[np.float32]
+
 #: A server keeps this logger silent: its messages quote prompts.
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,26 @@ class PromptTokenizer:
             if part.mask is not None:
                 arrays[part.mask] = np.stack([mask for _, mask in rows]) if rows else empty
         return arrays
+
+    def weighted(self, prompts: Sequence[Sequence[tuple[str, float]]]) -> tuple[dict[str, NDArray[np.int64]], Floats]:
+        """The text encoder's inputs of prompts in fragments (text, weight), and each token's weight, float32 (B, L).
+
+        Fragments are tokenised one by one. Only CLIP's tokenizers are meant, which agree on the places of tokens.
+        """
+        arrays: dict[str, NDArray[np.int64]] = {}
+        weights: Floats = np.zeros((0, 0), np.float32)
+        for part, backend in self._parts:
+            begin, *end = _encode(backend, "").ids
+            ids = np.full((len(prompts), part.max_length), part.pad_token_id, dtype=np.int64)
+            weights = np.ones(ids.shape, np.float32)
+            for row, fragments in enumerate(prompts):
+                tokens = [(token, weight) for text, weight in fragments for token in _encode(backend, text).ids[1:-1]]
+                if len(tokens) > (room := part.max_length - 1 - len(end)):
+                    _warn(part, f"{len(tokens) - room} tokens at the end")
+                tokens = [(begin, 1.0), *tokens[:room], *((token, 1.0) for token in end)]
+                ids[row, : len(tokens)], weights[row, : len(tokens)] = zip(*tokens, strict=True)
+            arrays[part.input] = ids
+        return arrays, weights
 
 
 def token_ids(

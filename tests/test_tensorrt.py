@@ -97,7 +97,7 @@ def compile_student(folder: Path, precisions: list[str], free: tuple[str, ...] =
         latents = latents.model_copy(update={"dynamic": list(free), "multiple": size_multiple(network)})
     manifest = write_manifest(folder, student.manifest.model_copy(update={"latents": latents}))
     conditions = ExampleConditions(student, encoders)
-    denoiser = GraphDenoiser.of(network, manifest, conditions)
+    denoiser = GraphDenoiser.of(network, manifest)
     for precision in precisions:
         model = denoiser_model(denoiser, manifest, precision, conditions)
         decoded = decoder_model(decoder, manifest, precision) if decoder is not None else None

@@ -59,12 +59,13 @@ def import_pipeline(
     """Any existing pipeline as a student, as it is: its weights, its guidance, and a table for each of ``steps``.
 
     Nothing is trained, and the weights keep their dtype: those of a folder are copied from file to file, so that the
-    memory of the largest layer is enough. A guided pipeline still makes two network calls a step. The tables are those
+    memory of the largest layer is enough. A guided image still takes two network calls a step. The tables are those
     of the pipeline's own scheduler, which the student keeps. Clipping is no part of a table: where it is switched on, a
     warning says how far images differ without it. The pipeline itself is never changed.
 
     Args:
-        guidance_scale: in place of the pipeline's own: few-step pipelines are made for 1.
+        guidance_scale: in place of the pipeline's own: few-step pipelines are made for 1. It is the default of calls,
+            which may choose another where the pipeline is guided at all.
         prompts: examples of what a text-to-image pipeline can draw, for its page and its check; None: `EXAMPLES`.
         value_range: (low, high) of its images; None: diffusers' own [-1, 1], of a function the range of its outputs.
         variant: of the weights in a folder, such as fp16.
@@ -112,7 +113,7 @@ def import_pipeline(
     _warn_of_clipping(teacher, tables)
     network = teacher.make_student()
     if isinstance(network, Denoiser):
-        network.guidance = teacher.guidance
+        network.guidance = teacher.guidance or teacher.guidance_of_calls()
     student = Student(teacher, network, tables, teacher.name)
     if teacher.own is not None:
         student.scheduler = teacher.own.scheduler

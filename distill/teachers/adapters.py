@@ -177,7 +177,13 @@ def text_to_image(
         embedded_guidance=embedded,
         at_guidance=None if embedded is None else _at_guidance(network, bank, scale),
         pipeline=pipeline,
-        extra={"null_class": bank.null, "null_prompt": "", "null_zeros": bank.null_zeros, **about},
+        extra={
+            "null_class": bank.null,
+            "null_prompt": "",
+            "null_zeros": bank.null_zeros,
+            "guidable": kind.guidance != 1,
+            **about,
+        },
     )
     return teacher.guided(about.get("guidance_scale", embedded if embedded is not None else kind.guidance))
 
@@ -233,7 +239,7 @@ def class_to_image(
         sampler=own.sampler(),
         fingerprint=fingerprint([network], scheduler_config),
         pipeline=pipeline,
-        extra={"null_class": min(classes, NULL_CLASS), **about},
+        extra={"null_class": min(classes, NULL_CLASS), "guidable": True, **about},
     )
     return teacher.guided(about.get("guidance_scale", 4.0))
 

@@ -170,6 +170,12 @@ class Teacher(InRange):
         null = {key: self.extra[key] for key in ("null_prompt", "null_zeros") if key in self.extra}
         return replace(self, guidance=Guidance(scale=scale, null_class=null_class, **null))
 
+    def guidance_of_calls(self) -> Guidance | None:
+        """The guidance of scale 1 of an imported pipeline that is not guided, but whose calls may ask for it."""
+        guided = self.extra.get("guidable") and self.embedded_guidance is None
+        again = self.guided(2.0).guidance if guided else None
+        return again and again.model_copy(update={"scale": 1.0})
+
     def at_steps(self, num_inference_steps: int) -> Teacher:
         """This teacher with so many steps for an output, after a trial of its scheduler at these.
 

@@ -195,8 +195,23 @@ export class Generator {
     return { height, width, pixels: rgba(levels, channels) };
   }
 
+  /** The graph's inputs for a class. Guided, the network is called for it and for 'no class', in one batch of rows. */
   label(classLabel) {
-    return classLabel === null ? {} : { class_labels: new this.ort.Tensor("int64", [BigInt(classLabel)], [1]) };
+    if (classLabel === null) {
+      return {};
+    }
+    const int64 = (numbers) => new this.ort.Tensor("int64", numbers.map(BigInt), [numbers.length]);
+    const { guidance } = this.config;
+    if (guidance === null) {
+      return { class_labels: int64([classLabel]) };
+    }
+    const guided = guidance.scale > 1;
+    return {
+      class_labels: int64(guided ? [classLabel, guidance.nullClass] : [classLabel]),
+      guidance_rows: int64(guided ? [0, 0] : [0]),
+      null_rows: int64(guided ? [1] : [0]),
+      guidance_scale: new this.ort.Tensor("float32", Float32Array.of(guidance.scale), [1]),
+    };
   }
 }
 

@@ -31,11 +31,23 @@ from redif_sdk.artifact.untrusted import json as strict_json
 from redif_sdk.errors import IntegrityError, InvalidRequest, ManifestError
 from redif_sdk.sampling.table import COLUMNS, MAX_ROWS, PREDICTION_TYPES, StepTable
 
-__all__ = ["CARD_LIMIT", "CARD_NAME", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]
+__all__ = [
+    "CARD_LIMIT",
+    "CARD_NAME",
+    "FORMAT_VERSION",
+    "GUIDANCE_ROWS",
+    "GUIDANCE_SCALE",
+    "MANIFEST_NAME",
+    "NULL_ROWS",
+    "Manifest",
+]
 
-FORMAT_VERSION = "1.6"
+FORMAT_VERSION = "1.7"
 MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
+#: Inputs of graphs that are guided at run time (`redif_sdk.runtimes.guided`).
+GUIDANCE_SCALE, GUIDANCE_ROWS, NULL_ROWS = "guidance_scale", "guidance_rows", "null_rows"
+
 CARD_LIMIT = 1 << 20  # bytes of it that are read
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
 
@@ -101,6 +113,11 @@ class Manifest(BaseModel):
         tasks = {None: "unconditional", "class": "class-conditional", "text": "text-to-image"}
         if self.task != tasks[self.condition.kind if self.condition else None]:
             raise ValueError(f"task {self.task!r} does not go with condition {self.condition!r}")
+        network = self.network
+        if network.guidance_inputs and not (
+            network.embedded_guidance is not None or (network.guidance and self.condition)
+        ):
+            raise ValueError("guidance_inputs without guidance or embedded_guidance")
         if self.latents.channels % self.postprocess.pixel_shuffle**2:
             raise ValueError(
                 f"{self.latents.channels} channels cannot be pixel-shuffled by {self.postprocess.pixel_shuffle}"
@@ -187,6 +204,45 @@ class Manifest(BaseModel):
         if isinstance(self.condition, TextCondition):
             return self.condition.tensors
         return [TensorSpec(name="class_labels", dtype="int64", shape=["batch"])] if self.condition else []
+
+    @property
+    def guidance_at_run_time(self) -> Literal["classifier-free", "embedded"] | None:
+        """How a call may choose its guidance: by two network calls, by an input of the network, or not."""
+        if not self.network.guidance_inputs:
+            return None
+        return "embedded" if self.network.embedded_guidance is not None else "classifier-free"
+
+    @property
+    def takes_nag(self) -> bool:
+        """Whether there is a graph that takes negative prompts by normalised attention guidance."""
+        return any(graph.component == "nag" for graph in self.graphs)
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale of a call that does not say one; 1: none."""
+        network = self.network
+        if network.embedded_guidance is not None:
+            return network.embedded_guidance
+        return network.guidance.scale if network.guidance else 1.0
+
+    @property
+    def graph_conditions(self) -> list[TensorSpec]:
+        """The inputs of the denoiser's and the generator's graph beside the state, its time, the table and the noise.
+
+        With classifier-free guidance at run time, `runtimes.guided` says what these are.
+        """
+        if self.guidance_at_run_time is None:
+            return self.condition_tensors
+        scale = TensorSpec(name=GUIDANCE_SCALE, dtype="float32", shape=["batch"])
+        if self.guidance_at_run_time == "embedded":
+            return [*self.condition_tensors, scale]
+        rows = [spec.model_copy(update={"shape": ["rows", *spec.shape[1:]]}) for spec in self.condition_tensors]
+        return [
+            *rows,
+            TensorSpec(name=GUIDANCE_ROWS, dtype="int64", shape=["rows"]),
+            TensorSpec(name=NULL_ROWS, dtype="int64", shape=["batch"]),
+            scale,
+        ]
 
     def graph(self, component: str, precision: str) -> Graph | None:
         """The graph of that component and precision, or None."""

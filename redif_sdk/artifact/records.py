@@ -68,7 +68,7 @@ Positive = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=LARGEST_EXTENT)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8wo", "int4wo"]
-Component = Literal["text_encoder", "denoiser", "decoder", "encoder", "generator"]
+Component = Literal["text_encoder", "denoiser", "decoder", "encoder", "generator", "nag"]
 
 
 #: How every model of ``redif.json`` reads: an unknown field, infinity or NaN is an error.
@@ -315,26 +315,34 @@ class Guidance(_Part):
         """The guided output f from c (`asked`) and u (`unasked`), arrays or tensors of one shape."""
         return unasked + self.scale * (asked - unasked)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether images are guided unless a caller says otherwise: 1 means no guidance, as in diffusers."""
+        return self.scale != 1
+
 
 def calls_per_step(guidance: Guidance | None) -> int:
     """Network calls for one image and step: 2 under guidance."""
-    return 2 if guidance else 1
+    return 2 if guidance and guidance.is_on else 1
 
 
 class Network(_Part):
     """The class that loads the network for training and export, and its folder. Deployment does not import it.
 
-    ``guidance``: the graphs call the network twice a step and mix the outputs (an imported guided pipeline; distilled
-    students need none). ``embedded_guidance``: the guidance scale that a network takes as an input (Flux, LCM).
-    ``pipeline``: the diffusers class that loads the folder, if it is more than network and scheduler. ``call``: a
-    network of diffusers is called by its family, any other as ``network(x, t, condition)``; of such a network
-    ``class_path`` is a name for people, and nothing imports it (since 1.4).
+    ``guidance``: an image takes two network calls a step, whose outputs are mixed (an imported guided pipeline;
+    distilled students need none). ``embedded_guidance``: the guidance scale that a network takes as an input (Flux,
+    LCM). ``guidance_inputs``: the graphs take the scale as an input, and for ``guidance`` the null condition too, so
+    that each call chooses them; what is recorded here is the default (since 1.7). ``pipeline``: the diffusers class
+    that loads the folder, if it is more than network and scheduler. ``call``: a network of diffusers is called by its
+    family, any other as ``network(x, t, condition)``; of such a network ``class_path`` is a name for people, and
+    nothing imports it (since 1.4).
     """
 
     class_path: Text  # e.g. "diffusers.UNet2DModel"
     folder: SafeFolder
     guidance: Guidance | None = None
     embedded_guidance: float | None = None
+    guidance_inputs: bool = False
     pipeline: Text | None = None  # e.g. "StableDiffusionPipeline"
     call: Literal["diffusers", "x, t, condition"] = "diffusers"
 

@@ -104,7 +104,7 @@ def _onnxruntime(precision: str) -> Contender:
             raise RuntimeUnavailable(f"onnxruntime cannot run {graph.file}: {_line(error)}") from error
         if session.get_providers()[0] != provider:
             raise RuntimeUnavailable(f"onnxruntime took {session.get_providers()[0]} in place of {provider}")
-        return Prepared(lambda noise, _: session.run(["images"], work.inputs(noise))[0], "onnxruntime", precision)
+        return Prepared(lambda noise, _: session.run(["images"], work.graph_inputs(noise))[0], "onnxruntime", precision)
 
     def fresh(work: Workload) -> Fresh:
         path = work.student.path / _graph(work, "generator", precision).file
@@ -192,14 +192,14 @@ def _compiled(work: Workload, component: str, precision: str, shapes: dict[str, 
 
 
 def _openvino_fused(work: Workload, precision: str) -> Generate:
-    inputs = work.inputs(work.noise)
+    inputs = work.graph_inputs(work.noise)
     run = _compiled(work, "generator", precision, {name: list(value.shape) for name, value in inputs.items()})
-    return lambda noise, _: run(work.inputs(noise))
+    return lambda noise, _: run(work.graph_inputs(noise))
 
 
 def _openvino_stepped(work: Workload, precision: str) -> Generate:
     shapes = {"sample": list(work.noise.shape[1:]), "timestep": [work.batch]}
-    shapes |= {name: list(value.shape) for name, value in work.conditions.items()}
+    shapes |= {name: list(value.shape) for name, value in work.graph_conditions.items()}
     network = _compiled(work, "denoiser", precision, shapes)
     decode = None
     if work.manifest.postprocess.decoder is not None:
@@ -208,7 +208,9 @@ def _openvino_stepped(work: Workload, precision: str) -> Generate:
     times = [np.full((work.batch,), time, dtype=np.float32) for time in table.timesteps]
 
     def predict(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        clean: NDArray[np.float32] = table.clean(k, x, network({"sample": x, "timestep": times[k], **work.conditions}))
+        clean: NDArray[np.float32] = table.clean(
+            k, x, network({"sample": x, "timestep": times[k], **work.graph_conditions})
+        )
         return clean
 
     def generate(noise: NDArray[np.float32], _: Any) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.bench.interleave import Clock, interleave
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
+from redif_sdk.inputs import guiding_inputs, own_nulls
 from redif_sdk.runtimes import RuntimeOptions
+from redif_sdk.runtimes.guided import GuidedInputs
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
@@ -108,6 +111,7 @@ class Workload:
     condition: NDArray[np.int64] | dict[str, NDArray[Any]] | None
     num_threads: int | None = None
     device: str = "cpu"
+    guidance: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -129,7 +133,8 @@ class Workload:
         table, latents = manifest.step_table(steps), manifest.latents
         shape = (latents.channels, latents.height, latents.width)
         noise = draw([(seed, index) for index in range(batch)], shape, slices=table.noise_slices)
-        return cls(student, table, noise, _condition(student, batch), num_threads, device)
+        condition, guidance = _condition(student, batch)
+        return cls(student, table, noise, condition, num_threads, device, guidance)
 
     @property
     def batch(self) -> int:
@@ -158,10 +163,15 @@ class Workload:
 
     @property
     def conditions(self) -> dict[str, NDArray[Any]]:
-        """What the graphs take besides the state, by name."""
+        """What a `Runtime` takes besides the state, by name: the condition, and the student's own guidance."""
         if isinstance(self.condition, dict):
-            return self.condition
-        return {} if self.condition is None else {"class_labels": self.condition}
+            return self.condition | self.guidance
+        return {} if self.condition is None else {"class_labels": self.condition, **self.guidance}
+
+    @property
+    def graph_conditions(self) -> dict[str, NDArray[Any]]:
+        """What the graphs themselves take besides the state, by name."""
+        return GuidedInputs(self.manifest.graph_conditions)(self.conditions)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -171,24 +181,37 @@ class Workload:
         return {"num_images_per_prompt": self.batch} if self.labels is None else {"class_labels": self.labels.tolist()}
 
     def inputs(self, noise: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """Inputs of the fused generator's graph."""
+        """What a `Runtime` of the fused generator takes."""
         return {"noise": noise, "table": self.table.rows, "init_scale": self.table.scale, **self.conditions}
+
+    def graph_inputs(self, noise: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Inputs of the fused generator's graph itself."""
+        own = {"noise": noise, "table": self.table.rows, "init_scale": self.table.scale}
+        return own | self.graph_conditions
 
 
 def _in_turn(items: Sequence[Any], count: int) -> list[Any]:
     return [items[place % len(items)] for place in range(count)]
 
 
-def _condition(student: StudentFolder, batch: int) -> NDArray[np.int64] | dict[str, NDArray[Any]] | None:
-    """Classes in turn; of example prompts in turn what they become, by the student's own fp32 text encoder."""
+def _condition(
+    student: StudentFolder, batch: int
+) -> tuple[NDArray[np.int64] | dict[str, NDArray[Any]] | None, dict[str, NDArray[Any]]]:
+    """The condition and what guides the images.
+
+    Classes in turn; of example prompts in turn what they become, by the student's own fp32 text encoder.
+    """
     manifest = student.manifest
     if manifest.text is not None:
         options = RuntimeOptions(device="cpu")
         encoder, _ = runtimes.choose(student, "text_encoder", "auto", "fp32", options)
-        return LoadedGraphs(student, encoder, options).encode(_in_turn(manifest.text.examples, batch))
-    if manifest.classes is not None:
-        return np.arange(batch, dtype=np.int64) % manifest.classes.num_classes
-    return None
+        graphs = LoadedGraphs(student, encoder, options)
+        return graphs.encode(_in_turn(manifest.text.examples, batch)), graphs.guidance(batch)
+    if manifest.classes is None:
+        return None, {}
+    nulls = partial(own_nulls, manifest, lambda prompts: {})
+    labels = np.arange(batch, dtype=np.int64) % manifest.classes.num_classes
+    return labels, guiding_inputs(manifest, batch, nulls=nulls)
 
 
 @dataclass(frozen=True)

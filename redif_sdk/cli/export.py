@@ -101,6 +101,12 @@ DecoderFolder = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="ONNX: autoencoder to decode with in place of the student's own, e.g. TAESD."),
 ]
+Nag = Annotated[
+    bool,
+    typer.Option(
+        "--nag", help="ONNX: one more graph, with which students of one network call a step take negative prompts."
+    ),
+]
 TimingCache = Annotated[bool, typer.Option(help="TensorRT engines: keep the measured timings for later builds.")]
 
 
@@ -117,6 +123,7 @@ class _Export:
     sizes: list[tuple[int, int]]
     max_memory: int | None = None
     decoder: str | None = None
+    nag: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def graphs(self, names: list[str]) -> None:
@@ -135,6 +142,7 @@ class _Export:
                 sizes=self.sizes,
                 decoder=self.decoder,
                 max_memory=self.max_memory,
+                nag=self.nag,
                 on_progress=show,
             )
         self.rows += manifest.verification
@@ -203,6 +211,7 @@ def export_command(
     timing_cache: TimingCache = True,
     max_memory: MaxMemory = None,
     decoder: DecoderFolder = None,
+    nag: Nag = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -217,14 +226,15 @@ def export_command(
     targets, precisions = listed(target) or ["onnx"], listed(precision)
     if PAGE_TARGET in targets and len(precisions) > 1 and set(targets) <= {PAGE_TARGET}:
         raise InvalidRequest(f"a page has one precision; {', '.join(precisions)} were given")
-    if decoder is not None and "onnx" not in targets:
-        raise InvalidRequest("--decoder needs new graphs; add --target onnx")
+    for option, asked in (("--decoder", decoder is not None), ("--nag", nag)):
+        if asked and "onnx" not in targets:
+            raise InvalidRequest(f"{option} needs new graphs; add --target onnx")
     for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine)):
         if given and PAGE_TARGET not in targets:
             raise InvalidRequest(f"{option} needs --target web")
     console, sides = console_for(json, quiet), sizes_of(sizes)
     run = _Export(folder, console, Progress(quiet), targets, precisions, numbers("--batches", batches), sides)
-    run.max_memory, run.decoder = bytes_of("--max-memory", max_memory), decoder
+    run.max_memory, run.decoder, run.nag = bytes_of("--max-memory", max_memory), decoder, nag
     if graphs := [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]:
         run.graphs(graphs)
     options = {

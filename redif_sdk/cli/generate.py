@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["generate_command"]
 
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="Prompts, or names of classes of a class-conditional student.")
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Inference steps; default: the first that the student supports.")
+]
 ClassLabels = Annotated[list[str] | None, typer.Option(help="A class by number or name; may be repeated.")]
 Output = Annotated[
     str, typer.Option("-o", "--output", help="A file for all images, or a folder (DIR/) for one file each.")
@@ -47,6 +53,16 @@ Mask = Annotated[Path | None, typer.Option(metavar="FILE", help="White is painte
 Strength = Annotated[
     float | None, typer.Option(help="Share of the steps that are run from the image; default: 0.8, with a mask 1.")
 ]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Guidance scale, where the student takes one; 1: none. Default: its own.")
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What the images are guided away from, where the student takes it.")
+]
+NagScale = Annotated[
+    float | None,
+    typer.Option(help="How far a student of one call a step goes away from the negative prompt (export --nag)."),
+]
 C2paCert = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Sign the files (C2PA) with this certificate, PEM.")
 ]
@@ -55,18 +71,17 @@ C2paKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private 
 
 def generate_command(
     student: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the student, or its id on the Hub.")],
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="Prompts, or names of classes of a class-conditional student.")
-    ] = None,
+    prompt: Prompts = None,
     class_label: ClassLabels = None,
     number: Annotated[int, typer.Option("-n", "--num-images", help="Images for each prompt or class.")] = 1,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Inference steps; default: the first that the student supports.")
-    ] = None,
+    steps: Steps = None,
     seed: Annotated[int | None, typer.Option(help="Seed: the same one gives the same images.")] = None,
     output: Output = "out.png",
     height: Annotated[int | None, typer.Option(help="Image height in pixels, if the student supports it.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels, if the student supports it.")] = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    nag_scale: NagScale = None,
     image: Images = None,
     mask: Mask = None,
     strength: Strength = None,
@@ -120,6 +135,9 @@ def generate_command(
         image=images or None,
         mask_image=masks,
         strength=strength,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        nag_scale=nag_scale,
     )
     files = _save(out.images, output, signer)
     flags = out.nsfw_content_detected or []

@@ -147,6 +147,7 @@ def remade(image: Image, marks: Sequence[Mark], pipeline: FastPipeline) -> Compa
         try:
             seed = (operator.index(mark["seed"]), operator.index(mark["index"]))
             asked: dict[str, Any] = {name: mark.get(name) for name in ("num_inference_steps", "height", "width")}
+            asked |= {name: mark[name] for name in ("guidance_scale", "negative_prompt", "nag_scale") if name in mark}
             condition = {"class_labels": mark["class_label"]} if "class_label" in mark else {}
             out = pipeline(mark.get("prompt"), seed=[seed], output_type="uint8", **condition, **asked)
         except (KeyError, TypeError) as error:

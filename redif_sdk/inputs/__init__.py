@@ -1,6 +1,15 @@
 """Checks of what a caller asks for, before anything is computed."""
 
-from redif_sdk.inputs.like_diffusers import OUTPUT_TYPES, check_guidance, check_output, precision_of
+from redif_sdk.inputs.guiding import (
+    DEFAULT_NAG,
+    NAG_SCALE,
+    NEGATIVE_EMBEDS,
+    Guiding,
+    check_guidance,
+    guiding_inputs,
+    own_nulls,
+)
+from redif_sdk.inputs.like_diffusers import OUTPUT_TYPES, check_output, precision_of
 from redif_sdk.inputs.request import (
     EMBEDS,
     LONGEST_PROMPT,
@@ -18,12 +27,16 @@ from redif_sdk.inputs.request import (
 )
 
 __all__ = [
+    "DEFAULT_NAG",
     "EMBEDS",
     "LONGEST_PROMPT",
+    "NAG_SCALE",
+    "NEGATIVE_EMBEDS",
     "OUTPUT_TYPES",
     "Asked",
     "Conditions",
     "GenerationRequest",
+    "Guiding",
     "Labels",
     "Seeds",
     "check_conditions",
@@ -34,5 +47,7 @@ __all__ = [
     "check_request",
     "check_size",
     "count_of",
+    "guiding_inputs",
+    "own_nulls",
     "precision_of",
 ]

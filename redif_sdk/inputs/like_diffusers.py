@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 
-__all__ = ["OUTPUT_TYPES", "check_guidance", "check_output", "precision_of"]
+__all__ = ["OUTPUT_TYPES", "check_output", "precision_of"]
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -49,26 +48,3 @@ def precision_of(precision: str, torch_dtype: object) -> str:
         known = ", ".join(f"{dtype} is precision={own}" for dtype, own in DTYPES.items())
         raise InvalidRequest(f"torch_dtype is {torch_dtype}; give precision alone ({known})")
     return DTYPES[name]
-
-
-def check_guidance(manifest: Manifest, guidance_scale: float | None, negative_prompt: object) -> None:
-    """Check the guidance arguments of diffusers' pipelines. A student's guidance is in its graphs, or it has none.
-
-    The student's own scale is accepted; 0 and 1 both mean no guidance, as in diffusers.
-
-    Raises:
-        InvalidRequest: Another scale, or a negative prompt.
-    """
-    guidance = manifest.network.guidance
-    if negative_prompt is not None:
-        reason = (
-            f"it runs without guidance, at {manifest.network.calls_per_step} network call a step"
-            if guidance is None
-            else "its negative prompt is fixed in its graphs"
-        )
-        raise InvalidRequest(f"negative_prompt is not supported by {manifest.name}: {reason}; leave it out")
-    embedded = manifest.network.embedded_guidance
-    own = [guidance.scale] if guidance else [0.0, 1.0] if embedded is None else [embedded]
-    if guidance_scale is not None and guidance_scale not in own:
-        choice = f"use {own[0]:g}, or leave it out" if own[0] else "it runs without guidance; leave it out"
-        raise InvalidRequest(f"guidance_scale={guidance_scale!r:.30} is not supported by {manifest.name}: {choice}")

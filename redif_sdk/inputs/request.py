@@ -10,7 +10,7 @@ import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,9 @@ from redif_sdk.marks.xmp import Mark
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
 
+if TYPE_CHECKING:
+    from redif_sdk.inputs.guiding import Guiding
+
 __all__ = [
     "EMBEDS",
     "LONGEST_PROMPT",
@@ -31,8 +34,10 @@ __all__ = [
     "Labels",
     "Seeds",
     "check_conditions",
+    "check_embeds",
     "check_latents",
     "check_noise",
+    "check_prompts",
     "check_request",
     "check_size",
     "count_of",
@@ -72,6 +77,8 @@ class GenerationRequest:
     seeds: list[tuple[int, int]]  # (seed, image index), B of them
     latents: NDArray[np.float32] | None  # (B, C, H, W)
     size: tuple[int, int]  # (H, W)
+    num_images_per_prompt: int = 1
+    guiding: Guiding | None = None  # where a call chooses its guidance
 
     def marks(self, manifest: Manifest, precision: str, begins_with: str | None = None) -> list[Mark]:
         """What makes each image, for its file. ``begins_with``: "image" or "mask", where it is not noise alone."""
@@ -88,6 +95,10 @@ class GenerationRequest:
                 mark["prompt"] = self.prompts[place]
             elif labels is not None:
                 mark["class_label"] = int(labels[place])
+            if (guiding := self.guiding) is not None:
+                mark |= {} if guiding.scale == manifest.default_guidance else {"guidance_scale": guiding.scale}
+                mark |= {"negative_prompt": guiding.negatives[place]} if guiding.negatives else {}
+                mark |= {"nag_scale": guiding.nag} if guiding.nag is not None else {}
         return marks
 
     def noise(self, manifest: Manifest) -> NDArray[np.float32]:
@@ -149,9 +160,11 @@ def check_request(
                 f"{manifest.name} is a text-to-image model; class_labels is not supported: give a prompt"
             )
         if given:
-            conditions = _embeds(manifest, prompt, given)
+            if prompt is not None:
+                raise InvalidRequest(f"prompt and {', '.join(given)} exclude each other; give one of them")
+            conditions = check_embeds(manifest, given)
         else:
-            prompts = _prompts(manifest, prompt)
+            prompts = check_prompts(manifest, prompt)
         count = count_of(conditions) if prompts is None else len(prompts)
     elif manifest.classes is not None:
         if prompt is not None and class_labels is not None:
@@ -170,7 +183,7 @@ def check_request(
     if prompts is not None:
         prompts = [text for text in prompts for _ in range(per_prompt)]
     starts = None if latents is None else check_latents(manifest, latents, count, size)
-    return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size)
+    return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size, per_prompt)
 
 
 def check_size(
@@ -226,8 +239,12 @@ def check_conditions(manifest: Manifest, asked: Asked, batch: int) -> Conditions
     return {"class_labels": labels}
 
 
-def _prompts(manifest: Manifest, prompt: object) -> list[str]:
-    """The prompts of a string, or of a sequence of them."""
+def check_prompts(manifest: Manifest, prompt: object, name: str = "prompt") -> list[str]:
+    """The prompts of a string, or of a sequence of them; `name` is that of the argument.
+
+    Raises:
+        InvalidRequest: None, too many or too long ones, or something else than text.
+    """
     text = manifest.text
     assert text is not None
     if prompt is None:
@@ -236,32 +253,34 @@ def _prompts(manifest: Manifest, prompt: object) -> list[str]:
         )
     several = [prompt] if isinstance(prompt, str) else _several(prompt)
     if several is None or not all(isinstance(item, str) for item in several):
-        raise InvalidRequest(f"prompt is {prompt!r:.60}; give a string or a list of strings")
+        raise InvalidRequest(f"{name} is {prompt!r:.60}; give a string or a list of strings")
     if not 1 <= len(several) <= MOST_PROMPTS:
         raise InvalidRequest(f"{len(several)} prompts were given; give 1 to {MOST_PROMPTS}")
     for item in several:
         if len(item) > LONGEST_PROMPT:
-            raise InvalidRequest(f"a prompt has {len(item)} characters; give at most {LONGEST_PROMPT}")
+            raise InvalidRequest(f"a {name} has {len(item)} characters; give at most {LONGEST_PROMPT}")
         try:
             item.encode()
         except UnicodeEncodeError:  # half of a pair of surrogates
-            raise InvalidRequest(f"prompt {item!r:.60} cannot be encoded as UTF-8; give another prompt") from None
+            raise InvalidRequest(f"{name} {item!r:.60} cannot be encoded as UTF-8; give another prompt") from None
     return several
 
 
-def _embeds(manifest: Manifest, prompt: object, given: Mapping[str, ArrayLike]) -> Conditions:
-    """The conditions, from encoded prompts under diffusers' names."""
-    if prompt is not None:
-        raise InvalidRequest(f"prompt and {', '.join(given)} exclude each other; give one of them")
+def check_embeds(manifest: Manifest, given: Mapping[str, ArrayLike], names: Mapping[str, str] = EMBEDS) -> Conditions:
+    """The conditions, from encoded prompts under diffusers' `names`.
+
+    Raises:
+        InvalidRequest: A tensor is missing, not the student's, or of another shape.
+    """
     taken = [spec.name for spec in manifest.condition_tensors]
     for name in given:
-        if EMBEDS[name] not in taken:
+        if names[name] not in taken:
             raise InvalidRequest(
                 f"{name} is not supported by {manifest.name}; its encoded prompts are {', '.join(taken)}"
             )
-    if missing := [name for name, tensor in EMBEDS.items() if tensor in taken and name not in given]:
+    if missing := [name for name, tensor in names.items() if tensor in taken and name not in given]:
         raise InvalidRequest(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or a prompt")
-    return _tensors(manifest, {EMBEDS[name]: value for name, value in given.items()}, None)
+    return _tensors(manifest, {names[name]: value for name, value in given.items()}, None)
 
 
 def _tensors(manifest: Manifest, asked: Mapping[str, ArrayLike], batch: int | None) -> Conditions:

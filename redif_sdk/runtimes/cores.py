@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.records import Graph
+from redif_sdk.runtimes.guided import GuidedInputs
 
 __all__ = ["LARGEST_PIECE", "Arrays", "Batches", "Workers", "pieces"]
 
@@ -39,10 +40,15 @@ def pieces(batch: int, workers: int) -> list[int]:
 
 
 class Batches:
-    """Cuts a graph's inputs, and joins its outputs, along their batch axes."""
+    """Cuts a graph's inputs, and joins its outputs, along their batch axes.
+
+    Inputs are per image; `inputs_of` makes what the graph takes, of a whole batch or of a piece.
+    """
 
     def __init__(self, graph: Graph) -> None:
+        self.inputs_of = GuidedInputs(graph.inputs)
         self._axes = {spec.name: spec.shape.index("batch") for spec in graph.inputs if "batch" in spec.shape}
+        self._axes |= self.inputs_of.axes()
         self._first, self._first_axis = next(iter(self._axes.items()))
         self._outputs = {spec.name: spec.shape.index("batch") for spec in graph.outputs if "batch" in spec.shape}
 

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
 from redif_sdk.artifact.records import Decoder, Graph, TextCondition
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.images import to_uint8
 from redif_sdk.runtimes.finite import LEVELS
+from redif_sdk.runtimes.guided import NULL, is_guiding
 from redif_sdk.runtimes.protocol import RuntimeInfo, RuntimeOptions, parse_device
 from redif_sdk.sampling.loop import sample
 from redif_sdk.sampling.table import StepTable
@@ -24,6 +25,9 @@ from redif_sdk.sampling.table import StepTable
 __all__ = ["FakeRuntime", "decode", "encode", "network"]
 
 Arrays = Mapping[str, NDArray[Any]]
+
+#: The inputs of graphs that are no conditions.
+_NOT_CONDITIONS = ("sample", "timestep", "noise", "table", "init_scale")
 
 
 def network(x: NDArray[np.float32], t: NDArray[np.float32], conditions: Arrays) -> NDArray[np.float32]:
@@ -34,6 +38,19 @@ def network(x: NDArray[np.float32], t: NDArray[np.float32], conditions: Arrays) 
         shift = shift + (worth / np.float32(8) if name == "class_labels" else worth)
     result: NDArray[np.float32] = np.tanh(x + shift.astype(np.float32)[:, None, None, None])
     return result
+
+
+def guided(x: NDArray[np.float32], t: NDArray[np.float32], conditions: Arrays) -> NDArray[np.float32]:
+    """f of `network`, guided by the per-image conditions of `redif_sdk.runtimes.guided`."""
+    nulls = {name.removeprefix(NULL): value for name, value in conditions.items() if name.startswith(NULL)}
+    own = {name: value for name, value in conditions.items() if not name.startswith(NULL)}
+    if not nulls:
+        return network(x, t, own)
+    scale = own.pop(GUIDANCE_SCALE)
+    asked = network(x, t, own)
+    unasked = np.where(is_guiding(scale)[:, None, None, None], network(x, t, nulls), asked)
+    mixed: NDArray[np.float32] = unasked + scale[:, None, None, None] * (asked - unasked)
+    return mixed
 
 
 def encode(ids: Arrays, text: TextCondition) -> dict[str, NDArray[Any]]:
@@ -90,11 +107,11 @@ class FakeRuntime:
         if self.info.component == "encoder":
             assert manifest.postprocess.decoder is not None
             return {"latents": encode_image(inputs["image"], manifest.postprocess.decoder, manifest.latents.channels)}
-        conditions = {spec.name: inputs[spec.name] for spec in manifest.condition_tensors}
+        conditions = {name: value for name, value in inputs.items() if name not in _NOT_CONDITIONS}
         if self.info.component == "denoiser":
-            return {"f": network(inputs["sample"], inputs["timestep"], conditions)}
+            return {"f": guided(inputs["sample"], inputs["timestep"], conditions)}
         table = StepTable(inputs["table"], "sample", init_scale=float(inputs["init_scale"]))
-        x = sample(network, table, inputs["noise"], conditions)
+        x = sample(guided, table, inputs["noise"], conditions)
         if manifest.postprocess.decoder is not None:
             x = decode(x, manifest.postprocess.decoder)
         return {"images": to_uint8(x, manifest.postprocess), LEVELS: x}

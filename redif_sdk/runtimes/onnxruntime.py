@@ -325,4 +325,4 @@ class OnnxRuntime:
         return self._call(session, feed)
 
     def _call(self, session: Any, feed: Mapping[str, NDArray[Any]]) -> Arrays:
-        return dict(zip(self._outputs, session.run(self._outputs, feed), strict=True))
+        return dict(zip(self._outputs, session.run(self._outputs, self._batches.inputs_of(feed)), strict=True))

@@ -216,7 +216,7 @@ class OpenVino:
         return self._call(feed, {"NUM_STREAMS": str(number), "INFERENCE_NUM_THREADS": number})
 
     def _call(self, feed: Mapping[str, NDArray[Any]], threads: dict[str, Any]) -> Arrays:
-        arrays = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+        arrays = {name: np.ascontiguousarray(value) for name, value in self._batches.inputs_of(feed).items()}
         return self._compiled(arrays, threads).run(arrays, self._outputs)
 
     def _compiled(self, feed: Arrays, threads: dict[str, Any]) -> _Shape:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.inputs import LONGEST_PROMPT, check_request
+from redif_sdk.inputs import DEFAULT_NAG, LONGEST_PROMPT, check_guidance, check_request
 from redif_sdk.inputs.images import Start, open_image
 from redif_sdk.marks.xmp import Mark
 from redif_sdk.serving.backend import ImageJob, Source
@@ -27,8 +27,9 @@ class ImageRequest(BaseModel):
 
     As in OpenAI's API, except: `prompt` is the text of a text-to-image student, a class name of a class-conditional
     one, and empty for an unconditional one; `seed` (one number, or one number or [seed, index] per image),
-    `num_inference_steps` and `class_label` are ours (``extra_body`` in OpenAI's client). `quality`, `style`,
-    `moderation` and `user` have no effect; a transparent background and unknown fields are refused.
+    `num_inference_steps`, `class_label`, `guidance_scale`, `negative_prompt` and `nag_scale` are ours (``extra_body``
+    in OpenAI's client). `quality`, `style`, `moderation` and `user` have no effect; a transparent background and
+    unknown fields are refused.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +51,9 @@ class ImageRequest(BaseModel):
     seed: Annotated[int, Field(strict=True)] | Annotated[list[SeedPair | int], Field(max_length=1000)] | None = None
     num_inference_steps: Annotated[int, Field(strict=True)] | None = None
     class_label: Annotated[int, Field(strict=True)] | str | None = None
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
+    nag_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 def jobs_of(
@@ -72,6 +76,7 @@ def jobs_of(
         height, width = (height, width) if start is None else start.size
     prompt, label = _asked(request, manifest)
     checked = check_request(manifest, prompt, label, n, request.num_inference_steps, request.seed, None, height, width)
+    check_guidance(manifest, checked, request.guidance_scale, request.negative_prompt, None, request.nag_scale)
     scale = manifest.postprocess.scale
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
@@ -81,8 +86,9 @@ def jobs_of(
     steps = checked.table.num_inference_steps
     labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
     prompts: list[str] | list[None] = checked.prompts or [None] * n
+    guidance = (request.guidance_scale, request.negative_prompt, request.nag_scale)
     return [
-        ImageJob(name, label, seed, index, steps, height, width, prompt, source)
+        ImageJob(name, label, seed, index, steps, height, width, prompt, source, *guidance)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
 
@@ -95,6 +101,12 @@ def mark_of_job(job: ImageJob, manifest: Manifest) -> Mark:
         mark["prompt"] = job.prompt
     if job.label is not None:
         mark["class_label"] = job.label
+    if job.guidance_scale not in (None, manifest.default_guidance):
+        mark["guidance_scale"] = job.guidance_scale
+    if job.negative_prompt is not None:
+        mark["negative_prompt"] = job.negative_prompt
+        if manifest.takes_nag:
+            mark["nag_scale"] = DEFAULT_NAG if job.nag_scale is None else job.nag_scale
     if job.source is not None:
         mark["begins_with"] = "image" if job.source.mask is None else "mask"
     return mark
@@ -144,4 +156,5 @@ def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
         "num_classes": classes.num_classes if classes else None,
         "class_names": classes.class_names if classes else None,
         "example_prompts": text.examples if text else None,
+        "guidance_scale": manifest.default_guidance if manifest.guidance_at_run_time else None,
     }

@@ -47,6 +47,9 @@ class ImageJob:
         width: in pixels.
         prompt: text of a text-to-image student, else None.
         source: the image that it starts from; None: noise.
+        guidance_scale: None: the student's own.
+        negative_prompt: what it is guided away from.
+        nag_scale: how far, for students of one call a step; None: the usual.
     """
 
     model: str
@@ -58,6 +61,9 @@ class ImageJob:
     width: int
     prompt: str | None = None
     source: Source | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    nag_scale: float | None = None
 
 
 class Backend(Protocol):

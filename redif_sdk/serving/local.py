@@ -23,11 +23,12 @@ Pixels = NDArray[np.uint8]
 Rendered = Pixels | NonFiniteOutput | UnsafeContent
 
 
-def batch_key(job: ImageJob) -> tuple[int, int, int, str]:
+def batch_key(job: ImageJob) -> tuple[int | float | str | None, ...]:
     """Jobs of one student with equal keys can be computed in one batch."""
     source = job.source
     begins = "" if source is None else f"strength {source.strength}, mask {source.mask is not None}"
-    return job.num_inference_steps, job.height, job.width, begins
+    guided = job.guidance_scale, job.nag_scale, job.negative_prompt is not None
+    return job.num_inference_steps, job.height, job.width, begins, *guided
 
 
 def first_job(name: str, manifest: Manifest) -> ImageJob:
@@ -64,6 +65,9 @@ def _images(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> list[Rendered]:
         seed=[(job.seed, job.index) for job in jobs],
         height=first.height,
         width=first.width,
+        guidance_scale=first.guidance_scale,
+        nag_scale=first.nag_scale,
+        negative_prompt=[job.negative_prompt for job in jobs if job.negative_prompt is not None] or None,
         output_type="uint8",
         **_starts([job.source for job in jobs if job.source is not None]),
     )
@@ -91,6 +95,9 @@ def previews(pipeline: FastPipeline, job: ImageJob) -> Callable[[], Pixels]:
         seed=[(job.seed, job.index)],
         height=job.height,
         width=job.width,
+        guidance_scale=job.guidance_scale,
+        negative_prompt=job.negative_prompt,
+        nag_scale=job.nag_scale,
     )
 
     def step() -> Pixels:

@@ -211,8 +211,8 @@ def test_a_wrong_value_names_its_field(manifests: dict[str, Manifest], field: st
 
 
 def test_an_unknown_field_is_named_with_the_known_ones(ask: Client) -> None:
-    said = ask.error("POST", PATH, 400, json={"prompt": "a", "negative_prompt": "b"})
-    assert said.startswith("negative_prompt: there is no such field; use prompt, model, n,")
+    said = ask.error("POST", PATH, 400, json={"prompt": "a", "clip_skip": 2})
+    assert said.startswith("clip_skip: there is no such field; use prompt, model, n,")
 
 
 # ---------------------------------------------------------------- methods and paths

@@ -153,7 +153,7 @@ class _Limits:
             for axis, (label, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
                 if label == "batch":
                     batches.add(size)
-                elif not least[axis] <= size <= most[axis]:
+                elif label != "rows" and not least[axis] <= size <= most[axis]:  # rows are cut with their batch
                     what = label if isinstance(label, str) else f"on axis {axis}"
                     built = f"{least[axis]} to {most[axis]}"
                     raise RuntimeUnavailable(f"{name} has {size} {what}; {file} was built for {built}: build another")
@@ -321,8 +321,9 @@ class TensorRT:
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """As `Runtime.run`."""
-        self._limits.check(inputs)
-        pieces = self._batches.cut(inputs, self._limits.cut(self._batches.size(inputs)))
+        self._limits.check(self._batches.inputs_of(inputs))
+        cut = self._batches.cut(inputs, self._limits.cut(self._batches.size(inputs)))
+        pieces = [self._batches.inputs_of(piece) for piece in cut]
         self._cuda.use()
         with self._slot() as slot:
             outputs = self._batches.join([slot.run(piece) for piece in pieces])

@@ -76,13 +76,12 @@ def jobs_of(
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
         raise InvalidRequest(f"size is {width}x{height}; this server allows at most {pixels} pixels per image")
-    if start is not None:
-        start.steps(checked.table)
+    run = None if start is None else start.steps(checked.table)
     steps = checked.table.num_inference_steps
     labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
     prompts: list[str] | list[None] = checked.prompts or [None] * n
     return [
-        ImageJob(name, label, seed, index, steps, height, width, prompt, source)
+        ImageJob(name, label, seed, index, steps, height, width, prompt, source, run)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
 

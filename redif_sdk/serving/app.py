@@ -245,7 +245,8 @@ class _Images:
         """Images from an image: a form with the file ``image``, and ``mask`` for what is to be painted anew.
 
         A mask that is transparent somewhere is painted anew there, another one where it is white. `strength` is the
-        share of the steps that are run from the image. The answer is that of a generation.
+        share of the steps that are run from the image. The answer is that of a generation; so is a stream, whose events
+        are called ``image_edit.partial_image`` and ``image_edit.completed``.
         """
         return await self._answer(*await self._uploaded(request, mask=True))
 
@@ -265,8 +266,6 @@ class _Images:
         limits = self._settings
         asked = partial(jobs_of, body, name, manifest, most=limits.max_images, pixels=limits.max_pixels, source=source)
         jobs = asked() if source is None else await asyncio.to_thread(asked)  # which decodes the image
-        if body.stream and source is not None:
-            raise InvalidRequest("stream is not supported with an image to start from; leave it out")
         if body.stream and len(jobs) != 1:
             raise InvalidRequest(f"a stream sends one image, not {len(jobs)}; leave n out")
         request.state.log = {"model": name, "pictures": len(jobs)}
@@ -342,7 +341,7 @@ class _Images:
         """The events of a stream. An error is an event too, since the status was sent already."""
         wanted = body.partial_images or 0
         output = body.output_format or "png"
-        last = job.num_inference_steps - 1
+        last = job.steps_run - 1
         shown = 0
         try:
             async with asyncio.timeout(self._settings.timeout_s):

@@ -47,6 +47,7 @@ class ImageJob:
         width: in pixels.
         prompt: text of a text-to-image student, else None.
         source: the image that it starts from; None: noise.
+        last_steps: with a source, how many of the steps are run: the last ones.
     """
 
     model: str
@@ -58,6 +59,12 @@ class ImageJob:
     width: int
     prompt: str | None = None
     source: Source | None = None
+    last_steps: int | None = None
+
+    @property
+    def steps_run(self) -> int:
+        """How many steps are run."""
+        return self.num_inference_steps if self.last_steps is None else self.last_steps
 
 
 class Backend(Protocol):
@@ -88,5 +95,6 @@ class Backend(Protocol):
         ...
 
     def stream(self, job: ImageJob) -> AsyncIterator[NDArray[np.uint8]]:
-        """Yield the image as it forms, uint8 (H, W, C): the clean-image estimate of every step, and last the image."""
+        """Yield the image as it forms, uint8 (H, W, C): the clean-image estimate of every step that is run but
+        the last, and then the image."""
         ...

@@ -90,6 +90,7 @@ def previews(pipeline: FastPipeline, job: ImageJob) -> Callable[[], Pixels]:
         seed=[(job.seed, job.index)],
         height=job.height,
         width=job.width,
+        **_starts([job.source] if job.source is not None else []),
     )
 
     def step() -> Pixels:
@@ -153,6 +154,6 @@ class LocalBackend:
         """Previews by single steps; the last image by the fused graph like every other, so that it is the same."""
         batcher, pipeline = self._of(job), self._pipelines[job.model]
         step = await batcher.run(lambda: previews(pipeline, job))  # may load the graphs of single steps
-        for _ in range(job.num_inference_steps - 1):
+        for _ in range(job.steps_run - 1):
             yield await batcher.run(step)
         yield await batcher.submit(job)

@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
@@ -26,6 +26,7 @@ import redif_sdk
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable
 from redif_sdk.marks.xmp import Mark
+from redif_sdk.serving import documented
 from redif_sdk.serving.admission import Admission, Busy
 from redif_sdk.serving.api import ImageRequest, jobs_of, mark_of_job, model_card
 from redif_sdk.serving.backend import Backend, ImageJob, Source
@@ -149,7 +150,7 @@ def _routing_message(request: Request, error: HTTPException) -> str | None:
 
 def _add_get(app: FastAPI, path: str, answer: Callable[..., Any], tag: str, **options: Any) -> None:
     """Add a route for GET, and for HEAD, which proxies and monitors send."""
-    app.get(path, tags=[tag], **options)(answer)
+    app.get(path, tags=[tag], response_model=None, **options)(answer)
     app.head(path, include_in_schema=False)(answer)
 
 
@@ -178,8 +179,9 @@ def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
     async def docs(request: Request) -> Response:
         return HTMLResponse(page(app.openapi(), backend.manifests, request.scope.get("root_path", "")))
 
-    for path, answer in {"/healthz": healthz, "/readyz": readyz, "/metrics": prometheus}.items():
-        _add_get(app, path, answer, "health")
+    _add_get(app, "/healthz", healthz, "health", responses=documented.HEALTHY)
+    _add_get(app, "/readyz", readyz, "health", responses=documented.READY)
+    _add_get(app, "/metrics", prometheus, "health", responses=documented.METRICS, response_class=PlainTextResponse)
     for path in ("/", "/docs"):
         _add_get(app, path, docs, "health", include_in_schema=False)
 
@@ -195,19 +197,28 @@ class _Images:
         self._files = KeptFiles(settings.kept_bytes, settings.kept_s)
 
     def add_to(self, app: FastAPI) -> None:
-        _add_get(app, "/v1/models", self.models, "models")
-        _add_get(app, "/v1/models/{name:path}", self.model, "models")
+        _add_get(app, "/v1/models", self.models, "models", responses=documented.MODELS)
+        _add_get(app, "/v1/models/{name:path}", self.model, "models", responses=documented.MODEL)
         app.router.add_api_route(
             "/v1/images/generations",
             self.generations,
             methods=["POST"],
             tags=["images"],
+            responses=documented.IMAGES,
             route_class_override=CheckedRoute,
         )
         for path, answer, mask in (("edits", self.edits, True), ("variations", self.variations, False)):
             schema = form_schema(mask=mask)
-            app.post(f"/v1/images/{path}", tags=["images"], openapi_extra=schema)(answer)
-        _add_get(app, "/v1/images/files/{name}", self.file, "images", name="image_file")
+            app.post(f"/v1/images/{path}", tags=["images"], responses=documented.IMAGES, openapi_extra=schema)(answer)
+        _add_get(
+            app,
+            "/v1/images/files/{name}",
+            self.file,
+            "images",
+            name="image_file",
+            responses=documented.FILE,
+            response_class=Response,
+        )
 
     async def models(self) -> dict[str, Any]:
         """The students that this server runs."""

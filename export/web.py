@@ -18,6 +18,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 import redif_sdk
 from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import StudentFolder
@@ -30,7 +32,10 @@ from redif_sdk.card.metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub.space import SPACE_MARKER
 from redif_sdk.images import scale_and_offset
+from redif_sdk.marks.xmp import packet_of
 from redif_sdk.pipeline import FastPipeline
+from redif_sdk.sampling.entry import levels
+from redif_sdk.sampling.table import StepTable
 
 __all__ = ["RUNTIME_VERSION", "build_page", "check_supported"]
 
@@ -103,6 +108,7 @@ def build_page(
     *,
     precision: str = "fp32",
     engines: tuple[str, ...] = ENGINES,
+    marks: bool = True,
     overwrite: bool = True,
 ) -> Path:
     """Write the browser page of a student.
@@ -112,6 +118,7 @@ def build_page(
         output: The page's folder; None: beside the student, with ``-web`` added to its name.
         precision: The precision of the graphs, of `PRECISIONS`.
         engines: "wasm", which every browser runs, and "webgpu", which is loaded in browsers that have it.
+        marks: Whether downloaded images say that they were generated, and by what.
         overwrite: Whether to replace a page that is there. A page with changed files is never replaced.
 
     Returns:
@@ -153,7 +160,7 @@ def build_page(
         written = {component: _copy_graph(student, graph, new) for component, graph in graphs.items()}
         (new / "README.md").write_text(_readme(student.manifest), encoding="utf-8")
         (new / "THIRD_PARTY.txt").write_text(_LICENCE.format(version=RUNTIME_VERSION), encoding="utf-8")
-        config = _config(student, written, precision, engines)
+        config = _config(student, written, precision, engines) | {"mark": packet_of("{made}") if marks else None}
         config["files"] = {path: _sha256((new / path).read_bytes()) for path in list_files(new)}
         atomic_write(new / CONFIG_NAME, json.dumps(config, ensure_ascii=False, allow_nan=False).encode())
         for name in kept:
@@ -210,6 +217,7 @@ def _config(
     scale, offset = scale_and_offset(manifest.postprocess)
     classes, teacher, distillation = manifest.classes, manifest.teacher, manifest.distillation
     second = graphs.get("denoiser") if "generator" in graphs else None
+    tables = [_table(table) for table in manifest.tables]
     return {
         "format": FORMAT,
         "madeBy": f"redif-sdk {redif_sdk.__version__}",
@@ -228,7 +236,8 @@ def _config(
         "scale": float(scale),
         "offset": float(offset),
         "guidance": _guidance(manifest),
-        "tables": [{"initScale": table.init_scale, "rows": table.rows.tolist()} for table in manifest.tables],
+        "tables": tables,
+        "startsFrom": _starts(manifest, tables, graphs),
         "graphs": graphs,
         "previews": second is None or second["bytes"] <= _LARGEST_PREVIEWER,
         "check": _recorded(student, precision),
@@ -241,6 +250,22 @@ def _guidance(manifest: Manifest) -> dict[str, Any] | None:
     if manifest.guidance_at_run_time is None or guidance is None:
         return None
     return {"scale": guidance.scale, "nullClass": guidance.null_class}
+
+
+def _table(table: StepTable) -> dict[str, Any]:
+    """A sampler, with the noise levels (alpha, sigma) of its rows as the pipeline takes them; None: there are none."""
+    with np.errstate(all="ignore"):
+        of_rows = levels(table).astype(np.float32)
+    known = of_rows.tolist() if np.isfinite(of_rows).all() else None
+    return {"initScale": table.init_scale, "rows": table.rows.tolist(), "levels": known}
+
+
+def _starts(manifest: Manifest, tables: list[dict[str, Any]], graphs: dict[str, dict[str, Any]]) -> list[str]:
+    """What the page's images may start from beside noise: "image", and with the graph of single steps "mask"."""
+    channels = manifest.postprocess.channels(manifest.latents.channels)
+    if channels not in (1, 3, 4) or any(table["levels"] is None for table in tables):
+        return []
+    return ["image", "mask"] if "denoiser" in graphs else ["image"]
 
 
 def _recorded(student: StudentFolder, precision: str) -> list[dict[str, Any]]:

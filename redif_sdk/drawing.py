@@ -151,12 +151,11 @@ class Known:
         found: Floats = alpha * self.latents + sigma * self.noise
         return found
 
-    def blending(self, table: StepTable, then: OnState | None) -> OnState | None:
-        """What puts the known latents back after each step of ``table``, at its level, and calls ``then``."""
+    def blending(self, ends: NDArray[np.float64], then: OnState | None) -> OnState | None:
+        """What puts the known latents back after each step, at the level that it ends at, and calls ``then``."""
         kept = self.kept
         if kept is None:
             return then
-        ends = np.concatenate([levels(table)[1:], [[1.0, 0.0]]])
 
         def blend(step: int, timestep: float, x: Floats) -> Floats | None:
             np.copyto(x, self.at(ends[step]), where=kept)
@@ -170,10 +169,10 @@ def started(drawing: Drawing, given: Given, on_state: OnState | None) -> tuple[D
     level."""
     known = Known.of(drawing.graphs, given, drawing.noise[0])
     row = drawing.table.num_inference_steps - given.steps
-    noise = drawing.noise.copy()
-    noise[0] = known.at(levels(drawing.table)[row])
+    noise, begins = drawing.noise.copy(), levels(drawing.table)[row:]
+    noise[0] = known.at(begins[0])
     begun = replace(drawing, noise=noise, table=from_row(drawing.table, row))
-    return begun, known.blending(begun.table, on_state)
+    return begun, known.blending(np.concatenate([begins[1:], [[1.0, 0.0]]]), on_state)
 
 
 def shown_to(callback: Callable[..., Any] | None, pipeline: Any, manifest: Manifest) -> OnState | None:

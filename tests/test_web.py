@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image, ImageOps
 
 from redif_sdk.artifact.web_folder import check_page
 from redif_sdk.errors import ExportError, InvalidRequest, UnsupportedModel
 from redif_sdk.export import export
 from redif_sdk.export.web import RUNTIME_VERSION, build_page
+from redif_sdk.inputs.images import _coloured, open_image
+from redif_sdk.marks.xmp import mark_of, packet_of
 from redif_sdk.sampling.noise import normals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +43,62 @@ def test_the_noise_is_pythons_bit_for_bit(tmp_path: Path) -> None:
     assert np.array_equal(np.frombuffer(written, dtype=np.uint32), wanted.view(np.uint32))
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here: install Node.js")
+def test_an_image_is_brought_to_size_as_in_python(tmp_path: Path) -> None:
+    """Every value is Pillow's: larger and smaller images, cut on either axis, grey, colours, and transparent ones."""
+    script, drawn = tmp_path / "fit.mjs", np.random.default_rng(0)
+    cases = [(57, 91, 28, 28), (28, 28, 28, 28), (40, 28, 28, 28), (9, 200, 36, 28), (11, 5, 16, 24), (700, 9, 12, 20)]
+    wanted, calls = b"", []
+    for place, (height, width, *size) in enumerate(cases):
+        rgba = drawn.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        rgba[..., 3] |= 255 * (place % 2)
+        (tmp_path / str(place)).write_bytes(rgba.tobytes())
+        for channels in (1, 3, 4):
+            fitted = ImageOps.fit(
+                _coloured(Image.fromarray(rgba), channels), size=(size[1], size[0]), method=Image.Resampling.LANCZOS
+            )
+            wanted += np.asarray(fitted).tobytes()
+            calls.append([place, height, width, *size, channels])
+    script.write_text(
+        f"import {{ fit }} from {json.dumps((ROOT / 'export/page/fit.js').as_uri())};\n"
+        "import { readFileSync } from 'node:fs';\n"
+        f"for (const [place, rows, width, h, w, channels] of {json.dumps(calls)}) {{\n"
+        f"  const all = new Uint8Array(readFileSync({json.dumps(str(tmp_path))} + '/' + place));\n"
+        "  const read = (top, count) => all.subarray(top * width * 4, (top + count) * width * 4);\n"
+        "  process.stdout.write(Buffer.from(fit({ width, height: rows, read }, h, w, channels)));\n}\n"
+    )
+    written = subprocess.run(["node", script], capture_output=True, check=True, timeout=60).stdout
+    assert written == wanted
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here: install Node.js")
+def test_a_files_mark_is_pythons_whatever_the_student_is_called(tmp_path: Path) -> None:
+    """Grey, colours and transparency come back as they were drawn, and what made them: names, scripts, large seeds."""
+    script, name = tmp_path / "save.mjs", '<"tiny"> é {made} $& & \\ 😀'
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+    pixels[..., 1:3] = pixels[..., :1]
+    script.write_text(
+        f"import {{ markOf, png }} from {json.dumps((ROOT / 'export/page/png.js').as_uri())};\n"
+        "import { writeFileSync } from 'node:fs';\n"
+        f"const config = {{ name: {json.dumps(name)}, digest: 'd', precision: 'fp32' }};\n"
+        f"const request = {{ classLabel: 3, steps: 2, seed: {2**64 - 1}n, index: {2**53 + 1}n, height: 6, width: 5, "
+        "begin: { mask: [] } };\n"
+        f"const image = {{ height: 6, width: 5, pixels: Uint8ClampedArray.from({pixels.ravel().tolist()}) }};\n"
+        f"for (const [channels, packet] of [[1, {json.dumps(packet_of('{made}'))}], [3, null], [4, null]]) {{\n"
+        "  const blob = await png([{ ...image, channels }], 1, packet, [markOf(config, request)]);\n"
+        "  writeFileSync(`${process.argv[2]}/${channels}.png`, Buffer.from(await blob.arrayBuffer()));\n}\n"
+    )
+    subprocess.run(["node", script, tmp_path], check=True, timeout=60)
+    found = [open_image(tmp_path / f"{channels}.png") for channels in (1, 3, 4)]
+    assert mark_of(found[0]) == [
+        {"student": name, "digest": "d", "precision": "fp32", "num_inference_steps": 2, "height": 6, "width": 5}
+        | {"begins_with": "mask", "seed": 2**64 - 1, "index": 2**53 + 1, "class_label": 3}
+    ]
+    assert [image.info for image in found[1:]] == [{}, {}]
+    for image, channels in zip(found, (1, 3, 4), strict=True):
+        assert np.array_equal(np.asarray(image).reshape(6, 5, channels), pixels[..., :channels])
+
+
 @pytest.fixture(scope="module")
 def page(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("npm") is None:
@@ -52,6 +111,7 @@ def page(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder_is_whole_and_a_space(page: Path) -> None:
     config = check_page(page)
     assert set(config["engines"]) == {"wasm", "webgpu"}
+    assert config["startsFrom"] == ["image", "mask"]
     assert {path.name for path in (page / "model").iterdir()} == {"generator.fp32.onnx", "denoiser.fp32.onnx"}
     _, head, body = (page / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["sdk"] == "static"
@@ -160,7 +220,7 @@ def test_the_command(tiny_student: Path, page: Path, tmp_path: Path, copy_of: Ca
     redif = [sys.executable, "-m", "redif_sdk.cli.main", "export", str(student), "--target", "web"]
     code = "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *redif[3:], "--web-engine", "wasm", "--json", "-"],
+        [sys.executable, "-c", code, *redif[3:], "--web-engine", "wasm", "--no-marks", "--json", "-"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -168,7 +228,8 @@ def test_the_command(tiny_student: Path, page: Path, tmp_path: Path, copy_of: Ca
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)["rows"][0]
     assert row["folder"] == str(tmp_path / "tiny-web")
-    assert check_page(tmp_path / "tiny-web")["name"] == "tiny"
+    made = check_page(tmp_path / "tiny-web")
+    assert (made["name"], made["mark"]) == ("tiny", None)
     assert "python -m http.server" in done.stderr
     assert not list(student.glob("*web*"))
     wrong = subprocess.run(

@@ -1,12 +1,15 @@
 // The page: reads the form and the address, asks the worker, and shows what comes. No image is computed here.
 
+import { Editor } from "./editor.js";
 import { SEED_LIMIT } from "./noise.js";
+import { markOf, png } from "./png.js";
 
 const $ = (id) => document.getElementById(id);
 const SMALL = 128; // pixels: smaller images are shown with hard edges
 const MOST_SHOWN = 512;
 
 let config = null;
+let editor = null; // of the image that is started from
 let worker = null;
 let ready = false;
 let running = null; // {id, requests, start, made} of the request under way
@@ -30,6 +33,7 @@ async function start() {
   connect();
   addEventListener("hashchange", () => {
     if (readAddress() && ready && !running) {
+      editor.remove(); // a link names images from noise
       generate();
     }
   });
@@ -130,20 +134,23 @@ function settle(message) {
 
 function fail(message) {
   settle(ready ? "That did not work." : "This page cannot work.");
+  complain(message);
+}
+
+function complain(message) {
   $("error").textContent = message;
-  $("error").hidden = false;
+  $("error").hidden = message === null;
 }
 
 // ---------------------------------------------------------------- requests
 
 function generate() {
-  $("error").hidden = true;
+  complain(null);
   let requests;
   try {
     requests = readForm();
   } catch (error) {
-    $("error").textContent = error.message;
-    $("error").hidden = false;
+    complain(error.message);
     return;
   }
   while (shown.length > 0 && shown.length + requests.length > MOST_SHOWN) {
@@ -152,7 +159,8 @@ function generate() {
   const entries = requests.map(makeEntry);
   shown.unshift(...entries);
   $("gallery").prepend(...entries.map((entry) => entry.item));
-  history.replaceState(null, "", `#${address(requests[0], requests.length)}`);
+  const named = requests[0].begin === null ? `#${address(requests[0], requests.length)}` : location.pathname + location.search;
+  history.replaceState(null, "", named); // an address holds no image to start from
   send(requests, entries, $("previews").checked);
 }
 
@@ -177,8 +185,9 @@ function readForm() {
   const classLabel = readClass();
   const [height, width] = ["height", "width"].map(readExtent);
   const steps = Number($("steps").value);
+  const begin = editor.begin();
   return Array.from({ length: count }, (_, i) => ({
-    classLabel, steps, seed, index: index + BigInt(i), height, width,
+    classLabel, steps, seed, index: index + BigInt(i), height, width, begin,
   }));
 }
 
@@ -305,9 +314,9 @@ function paint(canvas, { height, width, pixels }) {
   canvas.getContext("2d").putImageData(new ImageData(pixels, width, height), 0, 0);
 }
 
-function caption({ classLabel, seed, index }) {
+function caption({ classLabel, seed, index, begin }) {
   const label = classLabel === null ? "" : `${config.classNames?.[classLabel] ?? classLabel}, `;
-  return `${label}seed ${seed}${index > 0n ? `:${index}` : ""}`;
+  return `${label}seed ${seed}${index > 0n ? `:${index}` : ""}${begin ? ", from an image" : ""}`;
 }
 
 function fileName({ classLabel, seed, index, steps }) {
@@ -335,7 +344,7 @@ function view(place) {
   }));
   URL.revokeObjectURL($("save").href);
   $("save").removeAttribute("href"); // until this image is encoded: the one before must not be saved under its name
-  $("large").toBlob((blob) => {
+  png([image], 1, config.mark, [markOf(config, request)]).then((blob) => {
     if (viewed === place) {
       $("save").href = URL.createObjectURL(blob);
       $("save").download = fileName(request);
@@ -349,32 +358,24 @@ function view(place) {
 }
 
 /** All images of the gallery that have the first one's size, on one sheet. */
-function sheet() {
-  const images = shown.map((entry) => entry.image).filter(Boolean);
-  const { height, width } = images[0];
-  const same = images.filter((image) => image.height === height && image.width === width);
+async function sheet() {
+  const made = shown.filter((entry) => entry.image);
+  const { height, width } = made[0].image;
+  const same = made.filter(({ image }) => image.height === height && image.width === width);
+  const marks = same.map(({ request }) => markOf(config, request));
   const columns = Math.ceil(Math.sqrt(same.length));
-  const canvas = document.createElement("canvas");
-  canvas.width = columns * width;
-  canvas.height = Math.ceil(same.length / columns) * height;
-  const context = canvas.getContext("2d");
-  same.forEach(({ pixels }, i) => {
-    context.putImageData(new ImageData(pixels, width, height), (i % columns) * width, Math.floor(i / columns) * height);
-  });
-  canvas.toBlob((blob) => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = `${config.name}.png`.replace(/[^A-Za-z0-9._-]+/g, "_");
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-  });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await png(same.map(({ image }) => image), columns, config.mark, marks));
+  link.download = `${config.name}.png`.replace(/[^A-Za-z0-9._-]+/g, "_");
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
 // ---------------------------------------------------------------- the check
 
 /** Make what was recorded at export, and say by how much it differs. */
 function verify() {
-  $("error").hidden = true;
+  complain(null);
   $("verified").textContent = "";
   const requests = config.check.map((each) => ({
     ...each.request, seed: BigInt(each.request.seed), index: BigInt(each.request.index),
@@ -424,6 +425,12 @@ function fillForm() {
   $("previews-field").hidden = !config.graphs.denoiser || config.tables.every((table) => table.rows.length === 1);
   $("previews").checked = config.previews && !$("previews-field").hidden;
   $("engine").querySelector('[value="webgpu"]').disabled = !config.engines.webgpu;
+  editor = new Editor(config, {
+    size: () => ["height", "width"].map(readExtent),
+    steps: () => Number($("steps").value),
+    onSize: (axis, value) => { $(axis).value = value; },
+    onError: complain,
+  });
   $("form").noValidate = true; // the messages are ours, and say what to do
 }
 
@@ -459,6 +466,7 @@ function buttons() {
   $("verify").disabled = !ready || running !== null || config.check.length === 0;
   $("cancel").disabled = running === null;
   $("tools").hidden = running !== null || shown.length === 0;
+  $("share").hidden = Boolean(shown[0]?.request.begin);
 }
 
 function say(text) {
@@ -500,6 +508,16 @@ $("share").addEventListener("click", async () => {
   }
 });
 $("sheet").addEventListener("click", sheet);
+$("steps").addEventListener("change", () => editor.show());
+for (const axis of ["height", "width"]) {
+  $(axis).addEventListener("change", () => {
+    try {
+      editor.resize();
+    } catch (error) {
+      complain(error.message);
+    }
+  });
+}
 $("verify").addEventListener("click", verify);
 $("engine").addEventListener("change", connect);
 $("previous").addEventListener("click", () => view(viewed - 1));

@@ -1,7 +1,8 @@
 // A student in the browser: its graphs by ONNX Runtime Web, its noise by noise.js, its steps by its own tables.
 // The npm package (integrations/npm) is made of this file, too; there the engine is given, also ONNX Runtime for Node.
 //
-// The arithmetic is that of redif_sdk/sampling/table.py and redif_sdk/images.py. Nothing here touches the page.
+// The arithmetic is that of redif_sdk/sampling/table.py, redif_sdk/drawing.py and redif_sdk/images.py. Nothing here
+// touches the page.
 
 import { normals } from "./noise.js";
 
@@ -100,57 +101,89 @@ export class Generator {
   }
 
   /**
-   * One image: {height, width, pixels}, RGBA. `request` has classLabel (a number, or null), steps, seed and index
-   * (BigInt), height and width (pixels). `onStep(step, image)` is given the clean-image estimate after every step but
-   * the last, and makes the steps run one by one. `cancelled()` is asked before every network call; null comes back.
+   * One image: {height, width, channels, pixels}, RGBA. `request` has classLabel (a number, or null), steps, seed and
+   * index (BigInt), height and width (pixels), and begin: null, or {levels, mask, steps}, the image to start from
+   * (H, W, C), where it is painted anew (H, W; null: everywhere), and the table's last rows that are run. `onStep(step,
+   * image)` is given the clean-image estimate after every step but the last, and makes the steps run one by one.
+   * `cancelled()` is asked before every network call; null comes back.
    */
   async image(request, { onStep = null, cancelled = () => false } = {}) {
     const { latents, pixelShuffle } = this.config;
     const table = this.config.tables.find((each) => each.rows.length === request.steps);
-    const height = request.height / pixelShuffle;
-    const width = request.width / pixelShuffle;
-    const shape = [1, latents.channels, height, width];
-    const size = latents.channels * height * width;
-    const slices = table.rows.some((row) => row[5] !== 0) ? table.rows.length + 1 : 1;
+    const begin = request.begin ?? null;
+    const first = begin === null ? 0 : table.rows.length - begin.steps;
+    const rows = table.rows.slice(first);
+    const shape = [1, latents.channels, request.height / pixelShuffle, request.width / pixelShuffle];
+    const size = shape[1] * shape[2] * shape[3];
+    const slices = rows.some((row) => row[5] !== 0) ? rows.length + 1 : 1;
     const noise = new Float32Array(slices * size);
     for (let slot = 0; slot < slices; slot += 1) {
       noise.set(normals(request.seed, request.index, slot, size), slot * size);
     }
+    const known = begin === null ? null : this.known(begin, noise.slice(0, size), shape, table.levels.slice(first));
+    if (known !== null) {
+      noise.set(known.at(0));
+    }
     if (cancelled()) {
       return null;
     }
-    if (onStep === null && this.config.graphs.generator) {
-      return this.fused(noise, [slices, ...shape], table, request.classLabel);
+    const drawing = { noise, slices, shape, rows, initScale: known === null ? table.initScale : 1 };
+    if (onStep === null && !known?.kept && this.config.graphs.generator) {
+      return this.fused(drawing, request.classLabel);
     }
-    return this.stepped(noise, shape, table, request.classLabel, onStep, cancelled);
+    return this.stepped(drawing, known, request.classLabel, onStep, cancelled);
   }
 
-  async fused(noise, shape, table, classLabel) {
+  /**
+   * The image that is started from: `at(k)` is it at the noise level that row k begins with, after the last row without
+   * noise, and `kept` holds 1 where it stays as it is; null: nowhere.
+   */
+  known({ levels, mask }, noise, shape, noiseLevels) {
+    const round = Math.fround;
+    const [scale, offset] = [round(this.config.scale), round(this.config.offset)];
+    const order = this.order(shape);
+    const channels = shape[1] / this.config.pixelShuffle ** 2;
+    const latents = new Float32Array(order.length);
+    const kept = mask === null ? null : new Uint8Array(order.length);
+    for (let i = 0; i < order.length; i += 1) {
+      latents[order[i]] = round(levels[i] - offset) / scale;
+      if (kept !== null) {
+        kept[order[i]] = mask[Math.floor(i / channels)] ? 0 : 1;
+      }
+    }
+    const at = (row) => {
+      const [alpha, sigma] = noiseLevels[row] ?? [1, 0];
+      return latents.map((value, i) => round(alpha * value) + round(sigma * noise[i]));
+    };
+    return { at, kept };
+  }
+
+  async fused({ noise, slices, shape, rows, initScale }, classLabel) {
     const { Tensor } = this.ort;
     const session = await this.session("generator");
     const inputs = {
-      noise: new Tensor("float32", noise, shape),
-      table: new Tensor("float32", Float32Array.from(table.rows.flat()), [table.rows.length, 6]),
-      init_scale: new Tensor("float32", Float32Array.of(table.initScale), []),
+      noise: new Tensor("float32", noise, [slices, ...shape]),
+      table: new Tensor("float32", Float32Array.from(rows.flat()), [rows.length, 6]),
+      init_scale: new Tensor("float32", Float32Array.of(initScale), []),
       ...this.label(classLabel),
     };
     const { images } = await session.run(inputs);
     const [, height, width, channels] = images.dims;
-    return { height, width, pixels: rgba(await images.getData(), channels) };
+    return { height, width, channels, pixels: rgba(await images.getData(), channels) };
   }
 
-  async stepped(noise, shape, table, classLabel, onStep, cancelled) {
+  async stepped({ noise, shape, rows, initScale }, known, classLabel, onStep, cancelled) {
     const { Tensor } = this.ort;
     const round = Math.fround;
     const session = await this.session("denoiser");
     const size = shape[1] * shape[2] * shape[3];
-    const last = table.rows.length - 1;
-    let x = Float32Array.from(noise.subarray(0, size), (value) => value * round(table.initScale));
+    const last = rows.length - 1;
+    let x = Float32Array.from(noise.subarray(0, size), (value) => value * round(initScale));
     for (let k = 0; k <= last; k += 1) {
       if (cancelled()) {
         return null;
       }
-      const [t, p, q, r, s, c] = table.rows[k];
+      const [t, p, q, r, s, c] = rows[k];
       const { f } = await session.run({
         sample: new Tensor("float32", x, shape),
         timestep: new Tensor("float32", Float32Array.of(t), [1]),
@@ -165,6 +198,10 @@ export class Generator {
         const mean = round(round(r * clean[i]) + round(s * x[i]));
         next[i] = c === 0 ? mean : mean + round(c * noise[z + i]);
       }
+      if (known?.kept) {
+        const there = known.at(k + 1);
+        known.kept.forEach((kept, i) => { next[i] = kept ? there[i] : next[i]; });
+      }
       x = next;
       if (k < last && onStep !== null) {
         onStep(k, this.develop(clean, shape));
@@ -177,22 +214,32 @@ export class Generator {
   /** Latents (1, C, H, W) to an image: torch's pixel shuffle, the value range to 0..255, rounded half to even. */
   develop(x, shape) {
     const { pixelShuffle: factor, scale, offset } = this.config;
+    const levels = Uint8Array.from(this.order(shape), (place) => {
+      const level = Math.fround(Math.fround(x[place] * Math.fround(scale)) + Math.fround(offset));
+      return halfToEven(Math.min(Math.max(level, 0), 255));
+    });
+    const channels = shape[1] / factor ** 2;
+    return { height: shape[2] * factor, width: shape[3] * factor, channels, pixels: rgba(levels, channels) };
+  }
+
+  /** Of each value of an image (H, W, C) its place in the latents (1, C', H', W'): torch's pixel shuffle. */
+  order(shape) {
+    const factor = this.config.pixelShuffle;
     const channels = shape[1] / factor ** 2;
     const height = shape[2] * factor;
     const width = shape[3] * factor;
-    const levels = new Uint8Array(height * width * channels);
+    const places = new Uint32Array(height * width * channels);
     for (let row = 0; row < height; row += 1) {
       for (let column = 0; column < width; column += 1) {
         const inside = (row % factor) * factor + (column % factor);
         const place = Math.floor(row / factor) * shape[3] + Math.floor(column / factor);
         for (let channel = 0; channel < channels; channel += 1) {
-          const value = x[(channel * factor ** 2 + inside) * shape[2] * shape[3] + place];
-          const level = Math.fround(Math.fround(value * Math.fround(scale)) + Math.fround(offset));
-          levels[(row * width + column) * channels + channel] = halfToEven(Math.min(Math.max(level, 0), 255));
+          const plane = channel * factor ** 2 + inside;
+          places[(row * width + column) * channels + channel] = plane * shape[2] * shape[3] + place;
         }
       }
     }
-    return { height, width, pixels: rgba(levels, channels) };
+    return places;
   }
 
   /** The graph's inputs for a class. Guided, the network is called for it and for 'no class', in one batch of rows. */

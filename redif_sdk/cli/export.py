@@ -93,6 +93,9 @@ Strip = Annotated[
 ]
 WebDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Web: output folder; default: the student's, + -web.")]
 WebEngine = Annotated[Strings, typer.Option(metavar="NAME,...", help="Web: wasm, webgpu; default: both.")]
+Marks = Annotated[
+    bool, typer.Option("--marks/--no-marks", help="Web: downloads say that they were generated, and by what.")
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="ONNX: memory that may be used, as in 8GiB; default: what is free."),
@@ -172,7 +175,7 @@ class _Export:
         for row in built:
             self.console.print(row["file"], soft_wrap=True)
 
-    def page(self, target: str, folder: Path | None, engines: list[str]) -> None:
+    def page(self, target: str, folder: Path | None, engines: list[str], marks: bool) -> None:
         """Make the page for browsers."""
         from redif_sdk.export import build_page
 
@@ -182,6 +185,7 @@ class _Export:
                 folder,
                 precision=(self.precisions or ["fp32"])[0],
                 engines=tuple(engines) or ("wasm", "webgpu"),
+                marks=marks,
             )
         size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         self.rows.append({"target": target, "folder": str(made), "bytes": size})
@@ -208,6 +212,7 @@ def export_command(
     strip_weights: Strip = False,
     web_dir: WebDir = None,
     web_engine: WebEngine = None,
+    marks: Marks = True,
     timing_cache: TimingCache = True,
     max_memory: MaxMemory = None,
     decoder: DecoderFolder = None,
@@ -229,7 +234,7 @@ def export_command(
     for option, asked in (("--decoder", decoder is not None), ("--nag", nag)):
         if asked and "onnx" not in targets:
             raise InvalidRequest(f"{option} needs new graphs; add --target onnx")
-    for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine)):
+    for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine), ("--no-marks", not marks)):
         if given and PAGE_TARGET not in targets:
             raise InvalidRequest(f"{option} needs --target web")
     console, sides = console_for(json, quiet), sizes_of(sizes)
@@ -252,7 +257,7 @@ def export_command(
         if name in ENGINE_TARGETS:
             run.engines(name, options)
     if PAGE_TARGET in targets:
-        run.page(PAGE_TARGET, web_dir, listed(web_engine))
+        run.page(PAGE_TARGET, web_dir, listed(web_engine), marks)
     write_rows(json, "export", run.rows)
 
 

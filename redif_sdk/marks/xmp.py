@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-__all__ = ["GeneratedImage", "Mark", "mark_of", "marked", "marks_of", "options_of"]
+__all__ = ["GeneratedImage", "Mark", "mark_of", "marked", "marks_of", "options_of", "packet_of"]
 
 #: What made an image, JSON-safe: student, digest, seed, index, num_inference_steps, prompt or class_label, ...
 Mark = dict[str, Any]
@@ -61,13 +61,17 @@ def options_of(marks: Sequence[Mark], kind: str) -> dict[str, Any]:
     """What `Image.save` takes for a file of ``kind`` (PNG, JPEG, WEBP) to say what made it; nothing for other kinds."""
     if not marks or kind not in ("PNG", "JPEG", "WEBP"):
         return {}
-    made = html.escape(json.dumps(list(marks), ensure_ascii=True, separators=(",", ":")), quote=True)
-    packet = _PACKET.format(source=SOURCE_TYPE, tool=f"redif-sdk {version('redif-sdk')}", made=made)
+    packet = packet_of(html.escape(json.dumps(list(marks), ensure_ascii=True, separators=(",", ":")), quote=True))
     if kind == "PNG":
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", packet)
         return {"pnginfo": info}
     return {"xmp": packet.encode()} if len(packet) < LONGEST - 64 else {}
+
+
+def packet_of(made: str) -> str:
+    """The XMP of a file whose marks are ``made``: their JSON, escaped for an attribute."""
+    return _PACKET.format(source=SOURCE_TYPE, tool=f"redif-sdk {version('redif-sdk')}", made=made)
 
 
 def mark_of(image: Image.Image) -> list[Mark]:

@@ -81,14 +81,13 @@ def jobs_of(
     height, width = (extent * scale for extent in checked.size)
     if height * width > pixels:
         raise InvalidRequest(f"size is {width}x{height}; this server allows at most {pixels} pixels per image")
-    if start is not None:
-        start.steps(checked.table)
+    run = None if start is None else start.steps(checked.table)
     steps = checked.table.num_inference_steps
     labels: list[Any] = checked.conditions["class_labels"].tolist() if manifest.classes is not None else [None] * n
     prompts: list[str] | list[None] = checked.prompts or [None] * n
     guidance = (request.guidance_scale, request.negative_prompt, request.nag_scale)
     return [
-        ImageJob(name, label, seed, index, steps, height, width, prompt, source, *guidance)
+        ImageJob(name, label, seed, index, steps, height, width, prompt, source, run, *guidance)
         for label, prompt, (seed, index) in zip(labels, prompts, checked.seeds, strict=True)
     ]
 

@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
@@ -26,6 +26,7 @@ import redif_sdk
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, NonFiniteOutput, RedifError, RuntimeUnavailable, UnsafeContent
 from redif_sdk.marks.xmp import Mark
+from redif_sdk.serving import documented
 from redif_sdk.serving.admission import Admission, Busy
 from redif_sdk.serving.api import ImageRequest, jobs_of, mark_of_job, model_card
 from redif_sdk.serving.backend import Backend, ImageJob, Source
@@ -153,7 +154,7 @@ def _routing_message(request: Request, error: HTTPException) -> str | None:
 
 def _add_get(app: FastAPI, path: str, answer: Callable[..., Any], tag: str, **options: Any) -> None:
     """Add a route for GET, and for HEAD, which proxies and monitors send."""
-    app.get(path, tags=[tag], **options)(answer)
+    app.get(path, tags=[tag], response_model=None, **options)(answer)
     app.head(path, include_in_schema=False)(answer)
 
 
@@ -185,8 +186,9 @@ def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
     async def docs(request: Request) -> Response:
         return HTMLResponse(page(app.openapi(), backend.manifests, request.scope.get("root_path", "")))
 
-    for path, answer in {"/healthz": healthz, "/readyz": readyz, "/metrics": prometheus}.items():
-        _add_get(app, path, answer, "health")
+    _add_get(app, "/healthz", healthz, "health", responses=documented.HEALTHY)
+    _add_get(app, "/readyz", readyz, "health", responses=documented.READY)
+    _add_get(app, "/metrics", prometheus, "health", responses=documented.METRICS, response_class=PlainTextResponse)
     for path in ("/", "/docs"):
         _add_get(app, path, docs, "health", include_in_schema=False)
 
@@ -202,19 +204,28 @@ class _Images:
         self._files = KeptFiles(settings.kept_bytes, settings.kept_s)
 
     def add_to(self, app: FastAPI) -> None:
-        _add_get(app, "/v1/models", self.models, "models")
-        _add_get(app, "/v1/models/{name:path}", self.model, "models")
+        _add_get(app, "/v1/models", self.models, "models", responses=documented.MODELS)
+        _add_get(app, "/v1/models/{name:path}", self.model, "models", responses=documented.MODEL)
         app.router.add_api_route(
             "/v1/images/generations",
             self.generations,
             methods=["POST"],
             tags=["images"],
+            responses=documented.IMAGES,
             route_class_override=CheckedRoute,
         )
         for path, answer, mask in (("edits", self.edits, True), ("variations", self.variations, False)):
             schema = form_schema(mask=mask)
-            app.post(f"/v1/images/{path}", tags=["images"], openapi_extra=schema)(answer)
-        _add_get(app, "/v1/images/files/{name}", self.file, "images", name="image_file")
+            app.post(f"/v1/images/{path}", tags=["images"], responses=documented.IMAGES, openapi_extra=schema)(answer)
+        _add_get(
+            app,
+            "/v1/images/files/{name}",
+            self.file,
+            "images",
+            name="image_file",
+            responses=documented.FILE,
+            response_class=Response,
+        )
 
     async def models(self) -> dict[str, Any]:
         """The students that this server runs."""
@@ -252,7 +263,8 @@ class _Images:
         """Images from an image: a form with the file ``image``, and ``mask`` for what is to be painted anew.
 
         A mask that is transparent somewhere is painted anew there, another one where it is white. `strength` is the
-        share of the steps that are run from the image. The answer is that of a generation.
+        share of the steps that are run from the image. The answer is that of a generation; so is a stream, whose events
+        are called ``image_edit.partial_image`` and ``image_edit.completed``.
         """
         return await self._answer(*await self._uploaded(request, mask=True))
 
@@ -272,8 +284,6 @@ class _Images:
         limits = self._settings
         asked = partial(jobs_of, body, name, manifest, most=limits.max_images, pixels=limits.max_pixels, source=source)
         jobs = asked() if source is None else await asyncio.to_thread(asked)  # which decodes the image
-        if body.stream and source is not None:
-            raise InvalidRequest("stream is not supported with an image to start from; leave it out")
         if body.stream and len(jobs) != 1:
             raise InvalidRequest(f"a stream sends one image, not {len(jobs)}; leave n out")
         request.state.log = {"model": name, "pictures": len(jobs)}
@@ -356,7 +366,7 @@ class _Images:
         """The events of a stream. An error is an event too, since the status was sent already."""
         wanted = body.partial_images or 0
         output = body.output_format or "png"
-        last = job.num_inference_steps - 1
+        last = job.steps_run - 1
         shown = 0
         try:
             async with asyncio.timeout(self._settings.timeout_s):

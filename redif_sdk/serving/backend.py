@@ -47,6 +47,7 @@ class ImageJob:
         width: in pixels.
         prompt: text of a text-to-image student, else None.
         source: the image that it starts from; None: noise.
+        last_steps: with a source, how many of the steps are run: the last ones.
         guidance_scale: None: the student's own.
         negative_prompt: what it is guided away from.
         nag_scale: how far, for students of one call a step; None: the usual.
@@ -61,9 +62,15 @@ class ImageJob:
     width: int
     prompt: str | None = None
     source: Source | None = None
+    last_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     nag_scale: float | None = None
+
+    @property
+    def steps_run(self) -> int:
+        """How many steps are run."""
+        return self.num_inference_steps if self.last_steps is None else self.last_steps
 
 
 class Backend(Protocol):
@@ -94,5 +101,6 @@ class Backend(Protocol):
         ...
 
     def stream(self, job: ImageJob) -> AsyncIterator[NDArray[np.uint8]]:
-        """Yield the image as it forms, uint8 (H, W, C): the clean-image estimate of every step, and last the image."""
+        """Yield the image as it forms, uint8 (H, W, C): the clean-image estimate of every step that is run but
+        the last, and then the image."""
         ...

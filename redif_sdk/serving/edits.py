@@ -101,9 +101,11 @@ def _fields(form: FormData, files: set[str]) -> dict[str, Any]:
 
 
 def form_schema(*, mask: bool) -> dict[str, Any]:
-    """What the documentation says of the form."""
-    properties = dict(EditRequest.model_json_schema()["properties"])
+    """What the documentation says of the form: a field that is left out has no value, and none has several."""
     file = {"type": "string", "format": "binary"}
-    properties = {"image": file, **({"mask": file} if mask else {}), **properties}
-    content = {"multipart/form-data": {"schema": {"type": "object", "properties": properties, "required": ["image"]}}}
-    return {"requestBody": {"required": True, "content": content}}
+    properties: dict[str, Any] = {"image": file, **({"mask": file} if mask else {})}
+    for name, field in EditRequest.model_json_schema()["properties"].items():
+        kinds = [kind for kind in field["anyOf"] if kind["type"] not in ("null", "array")]
+        properties[name] = {"title": field["title"], **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds})}
+    schema = {"type": "object", "properties": properties, "required": ["image"], "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

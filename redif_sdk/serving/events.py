@@ -23,8 +23,9 @@ AppStatus.enable_automatic_graceful_drain = False  # a server that stops finishe
 
 def image_event(job: ImageJob, data: bytes, output_format: str, index: int | None) -> dict[str, Any]:
     """The event of preview `index` (from 0), or of the finished image for None."""
+    about = "image_generation" if job.source is None else "image_edit"
     event = {
-        "type": "image_generation.completed" if index is None else "image_generation.partial_image",
+        "type": f"{about}.completed" if index is None else f"{about}.partial_image",
         "b64_json": b64encode(data).decode(),
         "background": "opaque",
         "created_at": int(time.time()),

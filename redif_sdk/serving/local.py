@@ -98,6 +98,7 @@ def previews(pipeline: FastPipeline, job: ImageJob) -> Callable[[], Pixels]:
         guidance_scale=job.guidance_scale,
         negative_prompt=job.negative_prompt,
         nag_scale=job.nag_scale,
+        **_starts([job.source] if job.source is not None else []),
     )
 
     def step() -> Pixels:
@@ -161,6 +162,6 @@ class LocalBackend:
         """Previews by single steps; the last image by the fused graph like every other, so that it is the same."""
         batcher, pipeline = self._of(job), self._pipelines[job.model]
         step = await batcher.run(lambda: previews(pipeline, job))  # may load the graphs of single steps
-        for _ in range(job.num_inference_steps - 1):
+        for _ in range(job.steps_run - 1):
             yield await batcher.run(step)
         yield await batcher.submit(job)

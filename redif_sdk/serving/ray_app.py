@@ -139,7 +139,7 @@ class Generator:
     async def stream(self, job: ImageJob) -> AsyncIterator[Pixels]:
         """Yield the previews of single steps, and last the image, by the fused graph like every other."""
         step = await asyncio.to_thread(previews, self._pipeline, job)  # may load the graphs of single steps
-        for _ in range(job.num_inference_steps - 1):
+        for _ in range(job.steps_run - 1):
             yield await asyncio.to_thread(step)
         yield await self.generate(job)
 

@@ -48,15 +48,19 @@ def finished(page: Any, until: Until) -> str:
     return str(until(page, lambda: " in " in (said := page.inner_text("#status")) and said))
 
 
-def downloaded(page: Any, place: int) -> np.ndarray:
-    """The picture that a visitor gets who opens the n-th of the gallery and saves it."""
+def saved(page: Any, place: int) -> bytes:
+    """The file that a visitor gets who opens the n-th image of the gallery and saves it."""
     page.locator("#gallery button").nth(place).click()
     page.locator("#save[href^=blob]").wait_for()
     with page.expect_download() as waiting:
         page.click("#save")
-    picture = np.asarray(Image.open(io.BytesIO(Path(waiting.value.path()).read_bytes())).convert("L"))
+    data = Path(waiting.value.path()).read_bytes()
     page.click("#close")
-    return picture
+    return data
+
+
+def downloaded(page: Any, place: int) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(saved(page, place))).convert("L"))
 
 
 def levels_off(picture: np.ndarray, wanted: np.ndarray) -> int:

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image
 
 from redif_sdk import FastPipeline
@@ -70,6 +71,35 @@ def test_openais_client_edits(
     assert np.array_equal(pixels(b64decode(varied["data"][0]["b64_json"])), wanted(pipeline, picture)[0])
 
 
+@pytest.mark.parametrize(("asked", "shown"), [(3, 1), (1, 1), (0, 0)])
+@pytest.mark.parametrize("painted", [False, True])
+def test_openais_client_streams_edits(
+    address: str,
+    pipeline: FastPipeline,
+    picture: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    asked: int,
+    shown: int,
+    painted: bool,
+) -> None:
+    """Previews of the steps that are run, of strength .7 the last two of three; then the image of a plain edit."""
+    more: dict[str, Any] = {"mask": ("mask.png", png(mask))} if painted else {}
+    more["extra_body"] = {"seed": 4, "num_inference_steps": 3, "strength": 0.7}
+    with client(address) as one:
+        image = ("photo.png", png(picture), "image/png")
+        events = list(one.images.edit(image=image, prompt="d", stream=True, partial_images=asked, **more))
+    assert [event.type for event in events] == ["image_edit.partial_image"] * shown + ["image_edit.completed"]
+    given: dict[str, Any] = {"num_inference_steps": 3, "strength": 0.7} | ({"mask_image": mask} if painted else {})
+    assert np.array_equal(pixels(b64decode(events[-1].b64_json)), wanted(pipeline, picture, **given)[0])
+    preview = next(iter(pipeline.stream("d", image=picture, seed=4, **given)))
+    for place, event in enumerate(events[:-1]):
+        assert isinstance(event, ImageEditPartialImageEvent)
+        assert event.partial_image_index == place
+        assert np.array_equal(pixels(b64decode(event.b64_json)), np.asarray(preview))
+    assert isinstance(events[-1], ImageEditCompletedEvent)
+    assert (events[-1].size, events[-1].output_format, events[-1].background) == ("28x28", "png", "opaque")
+
+
 def test_edits_of_several_clients_share_batches(
     address: str, pipeline: FastPipeline, picture: NDArray[np.uint8], mask: NDArray[np.uint8]
 ) -> None:
@@ -105,7 +135,7 @@ def test_edits_of_several_clients_share_batches(
         ({"image": "here"}, {"prompt": "d", "colour": "red"}, 400, "colour: there is no such field"),
         ({"image": "here"}, {"prompt": "d", "n": "two"}, 400, "n: Input should be a valid integer"),
         ({"image": "here"}, {"prompt": "d", "n": "99"}, 400, "allows at most"),
-        ({"image": "here"}, {"prompt": "d", "stream": "true"}, 400, "stream is not supported with an image"),
+        ({"image": "here"}, {"prompt": "d", "stream": "true", "n": "2"}, 400, "a stream sends one image, not 2"),
         ({"image": "here"}, {"prompt": "zebra"}, 400, "is not a class of tiny"),
         ({"image": b"\0" * (17 << 20)}, {"prompt": "d"}, 413, "the body has more than 16777216 bytes"),
     ],

@@ -146,3 +146,20 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_other_hosts(
             if callable(getattr(__import__(package, fromlist=[name]), name)):
                 place = site / api.place(f"{package}.{name}").removesuffix(".md") / "index.html"
                 assert f'id="{package}.{name}"' in place.read_text(encoding="utf-8"), name
+
+
+def test_pages_that_the_navigation_does_not_name_are_listed_under_more() -> None:
+    from docs.generators.hooks import MORE, _filled, _places
+
+    nav = [{"How-to": ["a.md", {"Deep": "b.md"}, {MORE: []}]}, {"Start": "index.md"}]
+    assert _places(nav) == {"a.md", "b.md", "index.md"}
+    assert _filled(nav, MORE, ["new.md"])[0]["How-to"][2] == {MORE: ["new.md"]}
+    assert _filled(nav, MORE, []) == [{"How-to": ["a.md", {"Deep": "b.md"}]}, {"Start": "index.md"}]
+
+
+def test_a_refusal_that_the_code_does_not_have_any_more_is_not_stated() -> None:
+    from docs.generators.capabilities import _refused
+
+    assert _refused("onnxruntime has no bf16 arithmetic on the CPU")
+    with pytest.raises(LookupError, match="the code does not have: no such message"):
+        _refused("no such message")

@@ -9,9 +9,14 @@ import shutil
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from blocks import ROOT, blocks, head, run_page
+from gaussian import make_teacher, trainer, weights
+
+from redif_sdk.distill.methods import METHODS
+from redif_sdk.distill.options import MethodOptions
 
 DOCS = ROOT / "docs"
 TUTORIALS = sorted(page for page in (DOCS / "tutorials").glob("*.md") if page.name != "index.md")
@@ -98,3 +103,20 @@ def test_extras_in_the_documentation_exist() -> None:
     for page in PAGES:
         for extras in re.findall(r"redif-sdk\[([\w,-]+)\]", page.read_text(encoding="utf-8")):
             assert set(extras.split(",")) <= known, f"{page}: {extras}"
+
+
+def test_the_method_of_the_how_to_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in docs/how-to/own-method.md, under the name of a method whose settings it can read."""
+    page = DOCS / "how-to" / "own-method.md"
+    example, options = blocks(page, "python")
+    names: dict[str, Any] = {}
+    exec(compile(example.code, str(page), "exec"), names)
+    monkeypatch.setitem(METHODS, "regression", names["Nearest"])
+    run = trainer(make_teacher(), "regression", updates=4)
+    before = weights(run).clone()
+    run.run()
+    assert (weights(run) - before).abs().max() > 0
+    assert isinstance(run.method, names["Nearest"])
+    scope: dict[str, Any] = {"MethodOptions": MethodOptions, "Literal": Literal}
+    exec(compile(options.code, str(page), "exec", dont_inherit=True), scope)
+    assert scope["NearestOptions"]().method == "nearest"

@@ -74,7 +74,7 @@ def _sizes(network: Any) -> str:
         size_multiple(network)
     except UnsupportedModel:
         return NO
-    return YES if largest_extent(network) is None else "yes, up to its table of positions"
+    return YES if largest_extent(network) is None else "yes, to a limit"
 
 
 def _int8(network: Any) -> str:
@@ -92,20 +92,16 @@ def _pipeline_row(pipeline: str) -> list[str]:
     class_name, parts = _network_class(pipeline)
     kind = adapters._KINDS.get(pipeline)
     text, decoder = pipeline in LAYOUTS, "vae" in parts
-    if kind is not None and kind.embedded is not None:
-        guidance = "one call: the scale is an input" if kind.guidance == 1.0 else "input"
-    else:
-        guidance = "two calls, distilled to one"
+    guidance = "an input" if kind is not None and kind.embedded is not None else "2 calls to 1"
     return [
         code(pipeline) if pipeline.endswith("Pipeline") else f"any with a {code(pipeline)}",
-        code(class_name),
         "text" if text else "class" if pipeline == "DiTPipeline" else "class, or none",
         guidance,
         YES,
         YES,
         _sizes(_network(class_name)),
         _int8(_network(class_name)),
-        "yes, by the graph `encoder`" if decoder else YES,
+        YES,
         NO if decoder or text else YES,
     ]
 
@@ -113,15 +109,21 @@ def _pipeline_row(pipeline: str) -> list[str]:
 def _pipelines() -> str:
     _refused("which is not supported in a page; serve it instead")
     head = (
-        *("pipeline", "network", "condition", "guidance", "distil", "import, export"),
-        *("free sizes", "int8", "start from an image", "page in the browser"),
+        *("pipeline", "condition", "guided", "distil", "import"),
+        *("free sizes", "int8", "from an image", "in a page"),
     )
     rows = [_pipeline_row(pipeline) for pipeline in pipelines()]
-    rows.append(
-        ["any function ([`Teacher.from_callable`](api/redif_sdk.distill/Teacher.md))", "yours", "class, or none",
-         "none", YES, "export", "with `latents.multiple`", "with 3 convolutions or more", YES, YES]
-    )  # fmt: skip
-    return table(head, rows)
+    rows.append(["any function", "class, or none", "2 calls to 1", YES, NO, "note", "note", YES, YES])
+    networks = ", ".join(dict.fromkeys(code(_network_class(pipeline)[0]) for pipeline in pipelines()))
+    return (
+        table(head, rows) + f"- Networks: {networks}; of a function any `torch.nn.Module` "
+        "([`Teacher.from_callable`](api/redif_sdk.distill/Teacher.md)). Its sizes are free with `latents.multiple` in "
+        "the manifest, and int8 needs three convolutions.\n"
+        "- *Guided*: a teacher makes two network calls a step, its student one; or the scale is an input.\n"
+        "- *Free sizes*: `--sizes`. *From an image*: where there is an autoencoder, by the graph `encoder` "
+        "([how](../image-to-image.md)). *In a page*: `--target web`.\n"
+        "- All of them take fp32, fp16, bf16, int8wo and int4wo. int8 is for networks of convolutions.\n\n"
+    )
 
 
 # ---------------------------------------------------------------------- methods
@@ -265,7 +267,7 @@ def page() -> str:
         "to run it on; everything else is tested on networks with few weights "
         "([what was run at real sizes](../performance.md#real-sizes)).\n\n"
         "## Pipelines\n\n"
-        "[Adapters](../adapters.md) says what each handles. All of them take fp32, fp16, bf16, int8wo and int4wo.\n\n"
+        "[Adapters](../adapters.md) says what each handles.\n\n"
         + _pipelines()
         + "## Schedulers\n\nWith their default settings. A pipeline whose scheduler is not imported as it is can be "
         "imported with another one (`--scheduler DDIMScheduler`). Other classes are refused by name. "

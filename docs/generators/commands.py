@@ -21,7 +21,8 @@ def commands() -> dict[str, Any]:
 def _parameters(command: Any) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(name, help) of the arguments and of the options."""
     context = command.make_context(command.name, ["--help"], resilient_parsing=True)
-    arguments, options = [], []
+    arguments: list[tuple[str, str]] = []
+    options: list[tuple[str, str]] = []
     for parameter in command.params:
         record = parameter.get_help_record(context)
         if record is None:

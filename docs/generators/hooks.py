@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ def _filled(nav: Any, name: str, entries: list[Any]) -> Any:
 
 def on_config(config: Any) -> Any:
     """Fill the navigation: the API, and the pages of docs/ that it does not name."""
+    if "MIKE_DOCS_VERSION" in os.environ:  # mike is building one of several versions: the header offers them
+        config.extra["version"] = {"provider": "mike", "default": "latest"}
     config.nav = _filled(config.nav, API, api.nav())
     docs = Path(config.docs_dir)
     written = sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))

@@ -40,7 +40,8 @@ def _kind(annotation: Any) -> str:
         return ", ".join(_kind(part) for part in typing.get_args(annotation) if part is not type(None))
     if annotation is Any:
         return "any"
-    return {"float": "number", "bool": "true or false", "str": "text"}.get(annotation.__name__, annotation.__name__)
+    name = str(annotation.__name__)
+    return {"float": "number", "bool": "true or false", "str": "text"}.get(name, name)
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -86,7 +86,11 @@ schema: $(READY)
 	$(BIN)/python -m redif_sdk.reward_server.protocol > docs/schema/reward.json.new
 	mv docs/schema/reward.json.new docs/schema/reward.json
 
-# A broken link, a missing anchor and any other warning is an error. Nothing is fetched.
+# A broken link, a missing anchor and any other warning is an error. Nothing is fetched. The variables silence what the
+# theme says of mkdocs 2, and transformers of torchvision.
+docs docs-serve docs-version: export NO_MKDOCS_2_WARNING := 1
+docs docs-serve docs-version: export TRANSFORMERS_VERBOSITY := error
+
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict --quiet
 

@@ -28,15 +28,14 @@ def _tutorial(page: Path) -> object:
 
 
 @pytest.mark.parametrize("page", [_tutorial(page) for page in TUTORIALS])
-def test_a_tutorial_runs_as_it_stands(
-    page: Path, tmp_path: Path, tiny_student: Path, record_property: pytest.FixtureRequest
-) -> None:
+def test_a_tutorial_runs_as_it_stands(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Prints what each block took: pytest -s."""
     if head(page).get("needs") == "student":
-        shutil.copytree(tiny_student, tmp_path / "student")
+        shutil.copytree(request.getfixturevalue("tiny_student"), tmp_path / "student")
     if "--target web" in page.read_text() and shutil.which("npm") is None:
         pytest.skip("no npm here: install Node.js")
     for line, seconds in run_page(page, tmp_path).items():
-        record_property(line, round(seconds, 1))  # type: ignore[operator]
+        print(f"{page.stem}: {seconds:.1f} s  {line}")
 
 
 def test_every_tutorial_says_how_it_is_tested() -> None:

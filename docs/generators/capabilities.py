@@ -92,7 +92,7 @@ def _pipeline_row(pipeline: str) -> list[str]:
     class_name, parts = _network_class(pipeline)
     kind = adapters._KINDS.get(pipeline)
     text, decoder = pipeline in LAYOUTS, "vae" in parts
-    guidance = "an input" if kind is not None and kind.embedded is not None else "2 calls to 1"
+    guidance = "input" if kind is not None and kind.embedded is not None else "2 → 1"
     return [
         code(pipeline) if pipeline.endswith("Pipeline") else f"any with a {code(pipeline)}",
         "text" if text else "class" if pipeline == "DiTPipeline" else "class, or none",
@@ -109,17 +109,17 @@ def _pipeline_row(pipeline: str) -> list[str]:
 def _pipelines() -> str:
     _refused("which is not supported in a page; serve it instead")
     head = (
-        *("pipeline", "condition", "guided", "distil", "import"),
+        *("pipeline", "condition", "guided calls", "distil", "import"),
         *("free sizes", "int8", "from an image", "in a page"),
     )
     rows = [_pipeline_row(pipeline) for pipeline in pipelines()]
-    rows.append(["any function", "class, or none", "2 calls to 1", YES, NO, "note", "note", YES, YES])
+    rows.append(["any function", "class, or none", "2 → 1", YES, NO, "note", "note", YES, YES])
     networks = ", ".join(dict.fromkeys(code(_network_class(pipeline)[0]) for pipeline in pipelines()))
     return (
         table(head, rows) + f"- Networks: {networks}; of a function any `torch.nn.Module` "
         "([`Teacher.from_callable`](api/redif_sdk.distill/Teacher.md)). Its sizes are free with `latents.multiple` in "
         "the manifest, and int8 needs three convolutions.\n"
-        "- *Guided*: a teacher makes two network calls a step, its student one; or the scale is an input.\n"
+        "- *Guided calls* a step: of the teacher, and of its student; or the scale is an input of the network.\n"
         "- *Free sizes*: `--sizes`. *From an image*: where there is an autoencoder, by the graph `encoder` "
         "([how](../image-to-image.md)). *In a page*: `--target web`.\n"
         "- All of them take fp32, fp16, bf16, int8wo and int4wo. int8 is for networks of convolutions.\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,9 @@ GAP = "<...>"  # what differs from case to case
 
 #: Exit code of the command line, by class (`redif_sdk/cli/main.py`).
 _GATES = ("ParityError", "TrainingDiverged")
+
+
+_OPTIONS = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false"
 
 
 class Message(NamedTuple):
@@ -105,18 +109,18 @@ def _raised_as(remedy: Remedy) -> set[str]:
 
 def errors_page() -> str:
     """The page of the error tree: each class with its docstring and the rows of Troubleshooting that belong to it."""
-    tree = (errors.__doc__ or "").split("::", 1)[1].split("\nand one warning")[0].strip("\n")
+    tree = (errors.__doc__ or "").split("::", 1)[1].split("\nand one warning")[0]
     by_kind = [(remedy, _raised_as(remedy)) for remedy in remedies()]
     parts = [
         "# Errors\n\nEvery error that the package raises on purpose is below `RedifError`; its message says what is "
         "wrong with which value, and what to do. On the command line it is one line on standard error. [All messages]"
         "(messages.md) lists them as they stand in the code, [Troubleshooting](../troubleshooting.md) explains those "
-        f"that need more than a sentence.\n\n```text\n{tree}\n```\n\n"
+        f"that need more than a sentence.\n\n```text\n{inspect.cleandoc(tree)}\n```\n\n"
     ]
     for kind in classes():
         name = kind.__name__
         public = "redif_sdk" if hasattr(__import__("redif_sdk"), name) else "redif_sdk.errors"
-        parts.append(f"## {name}\n\n::: {public}.{name}\n    options:\n      show_root_heading: false\n\n")
+        parts.append(f"## {name}\n\n::: {public}.{name}\n{_OPTIONS}\n\n")
         if issubclass(kind, errors.RedifError):
             exit_code = 1 if name in _GATES else 2
             count = sum(message.kind == name for message in messages())

@@ -86,19 +86,20 @@ schema: $(READY)
 	$(BIN)/python -m redif_sdk.reward_server.protocol > docs/schema/reward.json.new
 	mv docs/schema/reward.json.new docs/schema/reward.json
 
-# A broken link, a missing anchor and any other warning is an error. Nothing is fetched. The variables silence what the
+# A broken link, a missing anchor and any other warning is an error (not with --quiet, which
+# mkdocs counts none under). Nothing is fetched. The variables silence what the
 # theme says of mkdocs 2, and transformers of torchvision.
 docs docs-serve docs-version: export NO_MKDOCS_2_WARNING := 1
 docs docs-serve docs-version: export TRANSFORMERS_VERBOSITY := error
 
 docs: $(READY)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 docs-serve: $(READY)
 	$(BIN)/python -m mkdocs serve
 
 # One commit on gh-pages: the version, and "latest" for it. mike keeps the other versions.
-docs-version: $(READY)
+docs-version: docs
 	$(BIN)/mike deploy --update-aliases $(VERSION) latest
 	$(BIN)/mike set-default latest
 

@@ -7,6 +7,7 @@ the message is gone.
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -239,11 +240,16 @@ def _is_table(name: str) -> str:
     """Whether a scheduler with its default settings is a step table at four steps, which is compared with it."""
     import diffusers
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, by diffusers
+        return _samples_as_its_table(getattr(diffusers, name)())
+
+
+def _samples_as_its_table(scheduler: Any) -> str:
     from redif_sdk.distill.teachers.known_schedulers import full_config, noise_process
     from redif_sdk.distill.teachers.own_scheduler import OwnScheduler
     from redif_sdk.errors import RedifError
 
-    scheduler = getattr(diffusers, name)()
     try:
         schedule, prediction_type, shift = noise_process(full_config(scheduler))
         OwnScheduler(scheduler, schedule, prediction_type, shift=shift).table(4)

@@ -91,12 +91,12 @@ def messages() -> tuple[Message, ...]:
 
 @cache
 def remedies() -> tuple[Remedy, ...]:
-    """The rows of Troubleshooting."""
+    """The rows of Troubleshooting, their links as they are from the folder reference/."""
     rows = []
     for line in TROUBLESHOOTING.read_text(encoding="utf-8").splitlines():
         cells = [part.strip() for part in line.strip("| ").split(" | ")]
         if line.startswith("| ") and len(cells) == 3 and cells[0] != "message":
-            rows.append(Remedy(*cells))
+            rows.append(Remedy(*(re.sub(r"\]\((?=[\w-]+\.md)", "](../", text) for text in cells)))
     return tuple(rows)
 
 
@@ -120,7 +120,7 @@ def errors_page() -> str:
     for kind in classes():
         name = kind.__name__
         public = "redif_sdk" if hasattr(__import__("redif_sdk"), name) else "redif_sdk.errors"
-        parts.append(f"## {name}\n\n::: {public}.{name}\n{_OPTIONS}\n\n")
+        parts.append(f"## {name} {{#{public}.{name}}}\n\n::: {public}.{name}\n{_OPTIONS}\n\n")
         if issubclass(kind, errors.RedifError):
             exit_code = 1 if name in _GATES else 2
             count = sum(message.kind == name for message in messages())
@@ -129,7 +129,7 @@ def errors_page() -> str:
         rows = [remedy for remedy, kinds in by_kind if name in kinds]
         if rows:
             parts.append(table(("message", "cause", "what to do"), ((r.message, r.cause, r.remedy) for r in rows)))
-    return "".join(parts).replace("](design.md", "](../design.md").replace("](schedulers.md", "](../schedulers.md")
+    return "".join(parts)
 
 
 def messages_page() -> str:

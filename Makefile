@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema build clean clean-venv
+.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema docs docs-serve docs-version build clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
@@ -18,6 +18,8 @@ help:
 	@echo "make bench-real  Stable Diffusion 1.5 and SDXL through import, export, images and training; hours"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make schema      write docs/schema anew from the code"
+	@echo "make docs        the documentation site, in build/site; make docs-serve shows it while pages are written"
+	@echo "make docs-version VERSION=0.1   that site as a version of the branch gh-pages, which is not pushed"
 	@echo "make build       wheel and sdist, in dist/"
 	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
 
@@ -84,6 +86,23 @@ schema: $(READY)
 	$(BIN)/python -m redif_sdk.reward_server.protocol > docs/schema/reward.json.new
 	mv docs/schema/reward.json.new docs/schema/reward.json
 
+# A broken link, a missing anchor and any other warning is an error (not with --quiet, which
+# mkdocs counts none under). Nothing is fetched. The variables silence what the
+# theme says of mkdocs 2, and transformers of torchvision.
+docs docs-serve docs-version: export NO_MKDOCS_2_WARNING := 1
+docs docs-serve docs-version: export TRANSFORMERS_VERBOSITY := error
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(READY)
+	$(BIN)/python -m mkdocs serve
+
+# One commit on gh-pages: the version, and "latest" for it. mike keeps the other versions.
+docs-version: docs
+	$(BIN)/mike deploy --update-aliases $(VERSION) latest
+	$(BIN)/mike set-default latest
+
 # The wheel is made from the sdist, so that nothing that an earlier build left behind gets into it.
 build: $(READY)
 	rm -rf dist
@@ -91,7 +110,7 @@ build: $(READY)
 
 # build/ also holds the checkpoints of teachers in training: only what is named here is removed.
 clean:
-	rm -rf dist build/quickstart build/test-cache build/lib build/bdist.* *.egg-info
+	rm -rf dist build/site build/quickstart build/test-cache build/lib build/bdist.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find models distill export demo zoo redif_sdk tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -41,6 +41,10 @@ EXTRA_OF = {
     "prometheus_client": "serve",
     "uvicorn": "serve",
     "ray": "ray",
+    "material": "docs",
+    "mike": "docs",
+    "mkdocs": "docs",
+    "mkdocstrings": "docs",
 }
 
 

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema build clean clean-venv
+.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema build release-check clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make schema      write docs/schema anew from the code"
 	@echo "make build       wheel and sdist, in dist/"
+	@echo "make release-check  whether this can be released: build, metadata, wheel, changelog, version, documentation"
 	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
 
 # setuptools comes first and is used as it stands, so that its version is pinned like the others'. Nothing is compiled to
@@ -88,6 +89,11 @@ schema: $(READY)
 build: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --quiet --no-isolation --outdir dist .
+
+# RELEASE_ARGS=--rehearsal between releases: uncommitted changes and "Unreleased" are no faults then.
+RELEASE_ARGS ?=
+release-check: $(READY)
+	$(BIN)/python .ci/release_check.py $(RELEASE_ARGS)
 
 # build/ also holds the checkpoints of teachers in training: only what is named here is removed.
 clean:

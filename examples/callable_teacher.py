@@ -33,9 +33,7 @@ def denoise(x: torch.Tensor, t: torch.Tensor, condition: None) -> torch.Tensor:
     return ((-far).softmax(1) @ DATA.flatten(1)).view_as(x)
 
 
-class Network(nn.Module):
-    """Called as (x, t, condition), as every student network of your own is."""
-
+class Network(nn.Module):  # called as (x, t, condition), as every student network of your own is
     def __init__(self, pixels: int = DATA[0].numel(), width: int = 512) -> None:
         super().__init__()
         first, second, last = nn.Linear(pixels + 1, width), nn.Linear(width, width), nn.Linear(width, pixels)
@@ -48,7 +46,7 @@ class Network(nn.Module):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/examples/callable"))
-    parser.add_argument("--updates", type=int, default=500)
+    parser.add_argument("--updates", type=int, default=300)
     args = parser.parse_args()
     kind = {"schedule": SCHEDULE, "prediction_type": "sample", "shape": (1, 28, 28), "value_range": (-1, 1)}
     teacher = Teacher.from_callable(denoise, **kind, student=Network(), num_inference_steps=25, name="exact-denoiser")

@@ -24,13 +24,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("build/examples/classes"))
     parser.add_argument("--steps", type=int, default=2, help="network calls an image")
     parser.add_argument("--preset", default="fast", choices=["fast", "balanced", "best"])
-    parser.add_argument("--updates", type=int, default=60, help="optimiser updates; 0: as many as the preset has")
+    parser.add_argument("--updates", type=int, default=40, help="optimiser updates; 0: as many as the preset has")
     parser.add_argument("--classes", type=int, nargs="+", default=[0, 1, 3, 7], help="classes to draw at the end")
     args = parser.parse_args()
 
     settings = preset(args.preset, args.steps)  # regression, then reinforcement by the texture reward
     if args.updates:
-        settings["updates"] = args.updates
+        settings |= {"updates": args.updates, "schedule_updates": 2}
     training = args.output.with_suffix(".training")  # a checkpoint, and log.jsonl to follow the run
     resume = (training / CHECKPOINT).exists()
     student = distill(args.teacher, DistillConfig(**settings), folder=training, resume=resume)

@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="one a line; default: those of the teacher's folder")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--pool", type=int, default=512, help="images that the teacher makes to train on")
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--pool", type=int, default=256, help="images that the teacher makes to train on")
+    parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--draw", nargs="+", default=["red heart", "a blue circle", "a green tree", "a yellow star"])
     args = parser.parse_args()
 
@@ -36,6 +36,7 @@ def main() -> None:
         pool_size=args.pool,
         batch_size=16,
         updates=args.updates,
+        schedule_updates=3,  # the times of the steps are learnt first; the presets take 20
         warm_start=0.8,  # that share of the run is regression onto the teacher's latents, the rest follows the reward
         reward="texture",
         reward_space="latents",  # the decoder is not run while training

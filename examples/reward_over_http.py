@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", nargs="?", default="fashion-mnist")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/examples/rewarded"))
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--weight", type=float, default=1.0, help="of this reward; the texture reward's is 1")
     args = parser.parse_args()
 
@@ -44,10 +44,9 @@ def main() -> None:
         from redif_sdk.distill import DistillConfig, distill  # here: the server imports this file too, without torch
 
         reward = {"texture": 1.0, address: args.weight}  # each is normalised first, so units do not matter
-        settings = {"batch_size": 16, "group_size": 16}  # every update of the second half sends 256 images
-        config = DistillConfig(num_inference_steps=2, reward=reward, warm_start=0.5, updates=args.updates, **settings)
-        student = distill(args.teacher, config)
-        student.save_pretrained(args.output, overwrite=True)
+        small = {"batch_size": 16, "schedule_updates": 2, "updates": args.updates}  # a look at it, and no more
+        config = DistillConfig(num_inference_steps=2, reward=reward, warm_start=0.5, **small)
+        distill(args.teacher, config).save_pretrained(args.output, overwrite=True)
         print(f"{args.output}: rewarded by {address}; next: redif export {args.output}")
     finally:
         server.terminate()

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--pool", type=int, default=256, help="images that the teacher makes to train on")
     parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--draw", nargs="+", default=["red heart", "a blue circle", "a green tree", "a yellow star"])
+    parser.add_argument("--draw", nargs="+", default=["red heart", "a blue circle", "evergreen tree", "glowing star"])
     args = parser.parse_args()
 
     config = DistillConfig(

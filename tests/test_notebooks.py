@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from redif_sdk.artifact.folder import StudentFolder
+
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
@@ -98,4 +100,7 @@ def test_deploy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     heart, *_ = np.split(shown[2], 4, axis=1)
     red, _, blue = heart[80:110, 80:110].mean((0, 1))
     assert red > 150 > blue
-    assert "'model': 'mini-sd-4'" in printed(cells) or "mini-sd" in printed(cells)
+    said = printed(cells)
+    assert "largest difference in levels of 255: " in said
+    name = StudentFolder(shipped_student()).manifest.name
+    assert f"{{'student': '{name}'" in said, "the mark in the file names the student"

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema docs docs-serve docs-version build clean clean-venv
+.PHONY: help quickstart test test-all coverage lint bench-distill-smoke bench-real format schema docs docs-serve docs-version build release-check clean clean-venv
 
 help:
 	@echo "make quickstart  distil, export, verify and judge students of the shipped teacher: build/quickstart/report.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs        the documentation site, in build/site; make docs-serve shows it while pages are written"
 	@echo "make docs-version VERSION=0.1   that site as a version of the branch gh-pages, which is not pushed"
 	@echo "make build       wheel and sdist, in dist/"
+	@echo "make release-check  whether this can be released: build, metadata, wheel, changelog, version, documentation"
 	@echo "make clean       remove what the targets above leave; make clean-venv removes .venv too"
 
 # setuptools comes first and is used as it stands, so that its version is pinned like the others'. Nothing is compiled to
@@ -107,6 +108,11 @@ docs-version: docs
 build: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --quiet --no-isolation --outdir dist .
+
+# RELEASE_ARGS=--rehearsal between releases: uncommitted changes and "Unreleased" are no faults then.
+RELEASE_ARGS ?=
+release-check: $(READY)
+	$(BIN)/python .ci/release_check.py $(RELEASE_ARGS)
 
 # build/ also holds the checkpoints of teachers in training: only what is named here is removed.
 clean:

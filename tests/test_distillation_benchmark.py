@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from redif_sdk.distill.measures.distances import Judge
 from redif_sdk.distill.methods import gain, method_names, times
 from redif_sdk.errors import InvalidRequest
 
-BUDGET = 400  # forward-equivalents a student: a few updates of every method, in each of its phases
+BUDGET = 200  # forward-equivalents a student: a few updates of every method
+BATCH = 8
 
 
 def data_is_here() -> bool:
@@ -146,6 +148,13 @@ def test_the_whole_benchmark_at_a_toy_budget(
 ) -> None:
     monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run, "UNTRAINED_STEPS", (1, 2))
+    chosen = run.settings_of
+
+    def small(*given: Any) -> dict[str, Any]:
+        settings = chosen(*given) | {"batch_size": BATCH}
+        return settings | ({"calibration": BATCH} if "calibration" in settings else {})
+
+    monkeypatch.setattr(run, "settings_of", small)
     # what redif learns once, its times and its gain, would cost more than the budget, and leave no update
     monkeypatch.setattr(times, "GROUP", 2)
     monkeypatch.setattr(times, "BATCH", 2)

@@ -22,6 +22,7 @@ from redif_sdk.distill.evaluation.judged import JUDGED_FILE, read_judged, write_
 from redif_sdk.distill.measures.features import embed
 from redif_sdk.distill.measures.reference import read_reference
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.export import samples
 from redif_sdk.export.verify import summary, verify
 from redif_sdk.quickstart import images
 from redif_sdk.quickstart.images import quickstart
@@ -47,6 +48,8 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(presets.RECIPE, "schedule_updates", 0)
     patch.setitem(presets.RECIPE, "calibration", 0)
     patch.setattr(images, "SPEED_ROUNDS", 1)
+    patch.setattr(images, "SHEET_IMAGES", 10)  # of the teacher's 100 network calls each
+    patch.setattr(samples, "ROWS", 1)
 
 
 @pytest.fixture(scope="module")

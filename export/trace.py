@@ -10,8 +10,9 @@ import json
 import logging
 import operator
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import onnx
@@ -189,7 +190,7 @@ def _torch_export(
     module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> Any:
     """The exporter's program, not optimised."""
-    with _quiet_exporter(), torch.no_grad():
+    with _quiet_exporter(), _translations_read_once(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module,
@@ -236,6 +237,28 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """Let the exporter take its list of translations from the export before; parsing them anew takes a second each."""
+    from torch.onnx._internal.exporter import _registration
+
+    apis: Any = getattr(_registration, "onnxscript_apis", None)
+    listed = getattr(apis, "get_torchlib_ops", None)
+    if listed is None:  # another torch
+        yield
+        return
+    apis.get_torchlib_ops = lambda: _translations(listed)
+    try:
+        yield
+    finally:
+        apis.get_torchlib_ops = listed
+
+
+@cache
+def _translations(read: Callable[[], list[Any]]) -> list[Any]:
+    return read()
 
 
 def _slim(model: onnx.ModelProto) -> onnx.ModelProto:

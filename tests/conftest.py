@@ -21,6 +21,16 @@ pytest_plugins = ["coverage_summary", "cpu_times"]
 settings.register_profile("redif", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("redif")
 
+
+def examples(count: int) -> int:
+    """How many of ``count`` random examples to try: a quarter, and all of them where the slow tests run, too."""
+    return count if "slow" in os.environ.get("REDIF_TEST_MARKS", "").replace("not slow", "") else count // 4
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["REDIF_TEST_MARKS"] = config.getoption("markexpr")
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # also where a test imports ONNX Runtime before redif_sdk
 
@@ -142,7 +152,7 @@ def export_full(folder: Path) -> None:
     from redif_sdk.export import export
 
     build_student(folder, **SMALL)
-    export(folder, precisions=["fp32", "fp16", "bf16", "int8"], sizes=[(28, 28), (36, 28)])
+    export(folder, precisions=["fp32", "fp16", "bf16", "int8"], batches=(1, 3), sizes=[(28, 28), (36, 28)])
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def make_flow_teacher() -> Teacher:
 
 def trainer(teacher: Teacher, method: str, folder: Path | None = None, **settings: object) -> Trainer:
     defaults = {"num_inference_steps": 2, "updates": 6, "reward": "pixel", "batch_size": 16, "pool_size": 64}
-    defaults |= {"warm_start": 0.0, "group_size": 4, "exploration_rank": 0}
+    defaults |= {"warm_start": 0.0, "group_size": 4, "exploration_rank": 0, "schedule_updates": 1}
     config = DistillConfig.checked(**(applicable(defaults | {"method": method} | settings) | settings))
     pairs, _ = pool.get(teacher, config.pool_size, "train")
     return Trainer(teacher, config, pairs, folder)

@@ -48,6 +48,9 @@ TEXT: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "pixart": (pipelines.pixart, {}),
 }
 
+#: One of each kind of network; what sets the others apart, prompts, guidance and samplers, is in the tests before.
+TRAINED = {"sd", "sd3-without-t5", "flux-dev", "pixart"}
+
 
 @pytest.fixture(scope="module", params=list(TEXT))
 def case(request: pytest.FixtureRequest) -> tuple[str, Any, Teacher]:
@@ -183,6 +186,9 @@ def test_each_row_has_the_schedulers_own_clean_estimate(case: tuple[str, Any, Te
         assert torch.allclose(ours, theirs, atol=1e-4 * max(1.0, float(theirs.abs().max()))), k
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in TRAINED)) for name in TEXT], indirect=True
+)
 def test_a_student_learns_by_adapters_and_draws_the_same_in_plain_diffusers(
     case: tuple[str, Any, Teacher], tmp_path: Path
 ) -> None:

@@ -91,7 +91,11 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+#: These are called as the others are.
+SLOW = {"sdxl", "sd3", "dit"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def test_a_pipeline_is_as_it_was(kind: str, tmp_path: Path) -> None:
     make, options = KINDS[kind]
     pipeline = as_a_caller_has_it(make())
@@ -105,7 +109,7 @@ def test_a_pipeline_is_as_it_was(kind: str, tmp_path: Path) -> None:
     assert state(pipeline) == before, "distill"
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_student_and_an_exported_module_are_as_they_were(compiled: bool, tmp_path: Path) -> None:
     from redif_sdk.export import export
 

@@ -260,7 +260,13 @@ def distilled(which: str, teacher_folder: Path, folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2.4
-@pytest.mark.parametrize("which", ["tiny_student", "plain_student", "guided", "calibrated", "consistency", "flow"])
+@pytest.mark.parametrize(
+    "which",
+    [
+        *("tiny_student", "plain_student", "calibrated", "consistency", "flow"),
+        pytest.param("guided", marks=pytest.mark.slow),  # its images are in test_trainer.py
+    ],
+)
 def test_the_lines_of_the_card_give_the_same_picture(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,8 @@ def test_distil_import_and_resume_from_the_command_line(
         "--steps",
         "2",
         *SMALL,
+        "--reward",
+        "pixel",
         "--learning-rate",
         "1e-6",
         "--schedule-updates",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import torch
 from benchmarks.distillation import black_box, judges, overhead, render, run, search
 from redif_sdk.distill.evaluation.datasets import data_folder
 from redif_sdk.distill.measures.distances import Judge
-from redif_sdk.distill.methods import method_names
+from redif_sdk.distill.methods import gain, method_names, times
 from redif_sdk.errors import InvalidRequest
+
+BUDGET = 200  # forward-equivalents a student: a few updates of every method
+BATCH = 8
 
 
 def data_is_here() -> bool:
@@ -144,7 +148,18 @@ def test_the_whole_benchmark_at_a_toy_budget(
 ) -> None:
     monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run, "UNTRAINED_STEPS", (1, 2))
-    asked = ["--smoke", "--data", "fashion-mnist", "--seeds", "0", "-o", str(tmp_path / "out")]
+    chosen = run.settings_of
+
+    def small(*given: Any) -> dict[str, Any]:
+        settings = chosen(*given) | {"batch_size": BATCH}
+        return settings | ({"calibration": BATCH} if "calibration" in settings else {})
+
+    monkeypatch.setattr(run, "settings_of", small)
+    # what redif learns once, its times and its gain, would cost more than the budget, and leave no update
+    monkeypatch.setattr(times, "GROUP", 2)
+    monkeypatch.setattr(times, "BATCH", 2)
+    monkeypatch.setattr(gain, "FIT_UPDATES", 2)
+    asked = ["--smoke", "--budget", str(BUDGET), "--data", "fashion-mnist", "--seeds", "0", "-o", str(tmp_path / "out")]
     asked_two = [*asked, "--steps", "2", "--kind", "forward_equivalents"]
     run.main([*asked, "--steps", "1"])
     run.main(asked_two)
@@ -156,7 +171,8 @@ def test_the_whole_benchmark_at_a_toy_budget(
     assert len(rows) == 2 * 2 + 3 * len(method_names()) - 1  # at equal seconds regression is not run again
     at_equal_cost = [row for row in rows.values() if row["kind"] == "forward_equivalents" and row["seed"] == 0]
     for row in at_equal_cost:
-        assert row["budget"]["forward_equivalents"] >= run.SMOKE.budget
+        assert row["budget"]["forward_equivalents"] >= BUDGET
+        assert row["budget"]["updates"] > 0
         assert row["budget"]["pool_calls"] == run.SMOKE.pool * 100
     for row in rows.values():
         assert [judged["features"] for judged in row["judged"]] == ["efficientnet-lite0-32px", "classifier-2"]

@@ -17,6 +17,7 @@ from redif_sdk.distill.measures.distances import (
     Statistics,
     frechet_distance,
     frechet_distance_of,
+    frechet_distance_to,
     kernel_distance,
     std_match,
 )
@@ -42,7 +43,11 @@ def test_frechet_distance_of_known_gaussians() -> None:
 def test_both_forms_of_the_distance_agree(count: int) -> None:
     """Fewer samples than features, and more: with singular covariances too."""
     x, y = draw(count, 0), draw(count, 1, 1.5, 0.3)
-    assert frechet_distance_of(x, y) == pytest.approx(frechet_distance(Statistics.of(x), Statistics.of(y)), rel=1e-5)
+    both = frechet_distance(Statistics.of(x), Statistics.of(y))
+    assert frechet_distance_of(x, y) == pytest.approx(both, rel=1e-5)
+    assert frechet_distance_to(x, Statistics.of(y)) == pytest.approx(both, rel=1e-5)
+    many = Statistics.of(draw(50, 1, 1.5, 0.3))
+    assert frechet_distance_to(x, many) == pytest.approx(frechet_distance(Statistics.of(x), many), rel=1e-5)
 
 
 def test_frechet_and_kernel_distance_equal_torchmetrics() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_export_text import SIZES
 from typer.testing import CliRunner
 
 from redif_sdk import FastPipeline
@@ -129,7 +130,7 @@ def test_a_student_in_half_precision_is_exported_as_one_in_float32(saved: Path, 
     import_pipeline(tmp_path / "full", tmp_path / "full-student", [2], guidance_scale=1.0)
     graphs = []
     for name in ("half-student", "full-student"):
-        export(tmp_path / name)
+        export(tmp_path / name, runtimes=["onnxruntime"], batches=(1,), sizes=SIZES)
         graphs.append({path.name: path.read_bytes() for path in (tmp_path / name / "onnx").iterdir()})
     assert graphs[0] == graphs[1]
     teachers = [
@@ -359,6 +360,7 @@ print("gate", (peak[0] - before) >> 10)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's account of memory")
 def test_weights_are_streamed_through_import_and_export(tmp_path: Path) -> None:
     """136 MB of weights in half precision, 272 in float32: they are in no memory of ours, or of ONNX Runtime's."""

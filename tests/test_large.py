@@ -81,7 +81,10 @@ def test_small_networks_are_trained_whole(teacher: Teacher) -> None:
     assert (decided.lora_rank, decided.micro_batch_size, decided.gradient_checkpointing) == (0, 0, False)
 
 
-@pytest.mark.parametrize("method", ["redif", "regression", "grpo", "draft", "dmd2"])
+@pytest.mark.parametrize(
+    "method",
+    ["redif", "dmd2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("regression", "grpo", "draft"))],
+)
 def test_micro_batches_and_checkpointing_give_the_same_gradients(teacher: Teacher, method: str) -> None:
     """Of every method that can train a large network: the weights after two updates."""
     found: list[list[Tensor]] = []
@@ -149,7 +152,7 @@ def test_teacher_student_average_and_fake_score_share_the_weights_that_are_not_t
     assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
-@pytest.mark.parametrize("method", ["grpo", "consistency", "progressive"])
+@pytest.mark.parametrize("method", ["grpo", "consistency", pytest.param("progressive", marks=pytest.mark.slow)])
 def test_a_checkpoint_holds_the_adapters_alone(teacher: Teacher, tmp_path: Path, method: str) -> None:
     settings = {"lora_rank": 1, "kl": 0.1, "updates": 3}
     trainer = Trainer(teacher, config(method, **settings), pairs_of(teacher), tmp_path)

@@ -48,7 +48,13 @@ def config(method: str = "redif", **settings: object) -> DistillConfig:
     )
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+#: One without a reward, two with one, one with networks of its own; every method has its runs in test_mixture.py.
+QUICK = {"regression", "redif", "grpo", "dmd2"}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in sorted(METHODS)]
+)
 def test_adapters_alone_are_trained_whatever_the_method(pipeline: DDIMPipeline, method: str) -> None:
     teacher = Teacher.from_diffusers(pipeline)
     student = distill(teacher, config(method, kl=0.1 if method == "grpo" else 0.0, warm_start=0.5, keep="last"))

@@ -31,7 +31,7 @@ PROMPTS = pipelines.PROMPTS
 
 def make_distilled(folder: Path) -> None:
     """A student as `distill` leaves it: no guidance."""
-    import_pipeline(pipelines.stable_diffusion(), folder, [2], prompts=PROMPTS, guidance_scale=1.0)
+    import_pipeline(pipelines.stable_diffusion(**pipelines.ONE_BLOCK), folder, [2], prompts=PROMPTS, guidance_scale=1.0)
     manifest = StudentFolder(folder).manifest
     network = manifest.network.model_copy(update={"guidance": None})
     write_manifest(folder, manifest.model_copy(update={"network": network}))
@@ -93,7 +93,7 @@ class ByHand:
 
 
 def test_the_network_is_the_reference() -> None:
-    unet = pipelines.stable_diffusion().unet
+    unet = pipelines.stable_diffusion(**pipelines.ONE_BLOCK).unet
     x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([400.0, 20.0]), torch.randn(2, 24, 32)
     before = dict(unet.attn_processors)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_weights_beside_the_denoiser_are_not_written_again(
 def test_students_that_have_no_use_for_it_are_refused(tmp_path: Path, tiny_student: Path) -> None:
     with pytest.raises(UnsupportedModel, match="takes no prompts, so it has no use for negative ones"):
         export(Path(shutil.copytree(tiny_student, tmp_path / "classes")), nag=True)
-    import_pipeline(pipelines.stable_diffusion(), tmp_path / "guided", [2], prompts=PROMPTS)
+    import_pipeline(pipelines.stable_diffusion(**pipelines.ONE_BLOCK), tmp_path / "guided", [2], prompts=PROMPTS)
     with pytest.raises(UnsupportedModel, match="takes negative prompts by its guidance"):
         export(tmp_path / "guided", nag=True)
 

@@ -61,6 +61,7 @@ def can_trace() -> bool:
     return shutil.which("strace") is not None and subprocess.run(["strace", "-o", os.devnull, "true"]).returncode == 0
 
 
+@pytest.mark.slow  # that telemetry is off is seen above, by the file that it would begin with
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace (Debian: apt-get install strace)")
 def test_no_native_code_opens_a_socket(tiny_student: Path, tmp_path: Path) -> None:
     """Of the whole process and its threads; ONNX Runtime would ask for its makers' address within ten seconds."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import build_student
+from conftest import build_student, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -554,7 +554,13 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+#: Of each kind of field one: messages, numbers, values, a loop. The others pass through the same counters.
+QUICK = {"inputs", "packed numbers", "dims", "deep"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in HOSTILE]
+)
 def test_hostile_files_cost_little_memory(case: str) -> None:
     make, message = HOSTILE[case]
     data = HEAD + field(7, make())
@@ -576,7 +582,7 @@ def test_a_deep_file_is_refused_for_its_depth() -> None:
 # ---------------------------------------------------------------- any bytes
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_altered_graphs_are_refused_or_read(data: st.DataObject) -> None:
     model = bytearray(BYTES)
@@ -588,7 +594,7 @@ def test_altered_graphs_are_refused_or_read(data: st.DataObject) -> None:
         check(bytes(model[start:stop]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([b"", HEAD, HEAD + b"\x3a"]))
 def test_random_bytes_are_refused(data: bytes, head: bytes) -> None:
     for content in (

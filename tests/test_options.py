@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,11 @@ def test_the_version() -> None:
     assert run("--version").output == f"redif {version('redif-sdk')}\n"
 
 
+@cache
+def overview() -> str:
+    return run("--help").output
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_fits_on_two_screens_and_every_option_says_what_it_is(name: str) -> None:
     result = run(name, "--help")
@@ -169,7 +175,7 @@ def test_help_fits_on_two_screens_and_every_option_says_what_it_is(name: str) ->
     for parameter in command.params:
         assert len(getattr(parameter, "help", None) or "") > 8, f"{name}: {parameter.name}"
     assert "picture" not in result.output.lower()
-    first = next(line for line in run("--help").output.splitlines() if line.startswith(f"  {name} "))
+    first = next(line for line in overview().splitlines() if line.startswith(f"  {name} "))
     assert not first.endswith("..."), "the first line of the help is cut"
 
 

@@ -381,7 +381,13 @@ def test_a_flow_teacher_samples_as_diffusers_does(flow_teacher: Teacher) -> None
     assert (type(kept).__name__, kept.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+#: Of each kind one; that every method learns is seen in test_mixture.py.
+QUICK_ON_FLOWS = {"redif", "consistency", "dmd2", "grpo"}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_ON_FLOWS)) for name in sorted(METHODS)]
+)
 def test_every_method_learns_from_a_flow_teacher(flow_teacher: Teacher, method: str) -> None:
     settings = {"updates": 150, "learning_rate": 1e-2, "schedule_updates": 4, "exploration": 0.1, "step_delta": 0.05}
     settings = {name: value for name, value in settings.items() if name in {*COMMON, *MODELS[method].model_fields}}

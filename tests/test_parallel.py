@@ -38,9 +38,10 @@ RUNS = {
     "grpo": {"method": "grpo", "reward": "pixel", "sde_window": 1},
 }
 
-
 #: Those that can be sharded.
 SHARDED = ("regression", "redif", "redif, pathwise", "dmd", "draft")
+#: Each way to draw, sum or learn once: groups, what is learnt, trajectories, a network of its own.
+QUICK = ("redif", "redif, trajectory", "dmd2")
 
 
 def settings_of(name: str, **more: object) -> DistillConfig:
@@ -91,14 +92,14 @@ def learnt_once(teacher: Teacher, pairs: pool.Pairs) -> dict[str, object]:
     return {"times": times, "basis": run.method.exploration.basis, "calls": calls}
 
 
-def main(folder: Path) -> None:
-    """Every run, as one of the processes that torchrun started; the first writes what came out."""
+def main(folder: Path, names: list[str]) -> None:
+    """The runs, as one of the processes that torchrun started; each writes what came out."""
     torch.set_num_threads(1)
     draws.init_distributed()
     teacher = make_teacher(num_inference_steps=8)
     pairs = pool.get(teacher, 64, "train", cache=folder)[0]
-    found = {name: train(name, teacher, pairs) for name in RUNS}
-    found |= {f"{name}, sharded": train(name, teacher, pairs, shard=True) for name in SHARDED}
+    found = {name: train(name, teacher, pairs) for name in names}
+    found |= {f"{name}, sharded": train(name, teacher, pairs, shard=True) for name in SHARDED if name in names}
     found["redif, sharded, cut"] = train("redif", teacher, pairs, folder / "cut", shard=True)
     made = Trainer(teacher, settings_of("redif", shard=True), pairs)
     kept, whole = (sum(map(torch.numel, sharding.local(n.parameters()))) for n in (made.ema, teacher.make_student()))
@@ -119,20 +120,23 @@ def launch(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(RUNS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_two_processes_train_what_one_does(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
-    done = launch(2, __file__, str(tmp_path))
+    done = launch(2, __file__, str(tmp_path), *names)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"found-{rank}-of-2.pt") for rank in (0, 1))
     teacher = make_teacher(num_inference_steps=8)
     pairs = pool.get(teacher, 64, "train", cache=tmp_path)[0]
-    alone = {name: train(name, teacher, pairs) for name in RUNS}
+    alone = {name: train(name, teacher, pairs) for name in names}
     once = learnt_once(teacher, pairs)
     for name in ("times", "basis"):  # the first process's, which are those of one process
         assert torch.equal(first["once"][name], second["once"][name]), name
         torch.testing.assert_close(first["once"][name], once[name])
     assert first["once"]["calls"] == second["once"]["calls"] == once["calls"] / 2  # spent once, and shared
-    arms = [(name, name) for name in RUNS] + [(f"{name}, sharded", name) for name in SHARDED]
+    arms = [(name, name) for name in names] + [(f"{name}, sharded", name) for name in SHARDED if name in names]
     assert 0.4 < first["share"] < 0.6  # of the weights that a process keeps
     for name, as_alone in [*arms, ("redif, sharded, cut", "redif")]:
         output, spent = alone[as_alone]
@@ -158,4 +162,4 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -108,10 +108,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("runtime", "method"),
     [
-        (runtime, method)
-        for runtime in RUNTIMES[1:]
-        for method in ("fork", "spawn", "forkserver")
-        if (runtime, method) != ("openvino", "fork")
+        ("onnxruntime", "fork"),
+        ("openvino", "spawn"),
+        pytest.param("onnxruntime", "spawn", marks=pytest.mark.slow),
+        *(pytest.param(runtime, "forkserver", marks=pytest.mark.slow) for runtime in RUNTIMES[1:]),
     ],
 )
 def test_workers_of_multiprocessing_generate_the_same(
@@ -224,8 +224,14 @@ HOMES = {
 }
 
 
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("runtime", RUNTIMES[1:])
+@pytest.mark.parametrize(
+    ("runtime", "home"),
+    [
+        *(("openvino", home) for home in HOMES),  # which compiles into the cache
+        ("onnxruntime", "no folder"),
+        *(pytest.param("onnxruntime", home, marks=pytest.mark.slow) for home in list(HOMES)[1:]),
+    ],
+)
 def test_a_home_that_cannot_be_written_costs_one_warning(tiny_student: Path, runtime: str, home: str) -> None:
     done = run(GENERATE, tiny_student, runtime, **{"REDIF_CACHE": "", **HOMES[home]})
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr

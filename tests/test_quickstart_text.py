@@ -17,6 +17,7 @@ from redif_sdk.cli.main import app
 from redif_sdk.distill import presets
 from redif_sdk.distill.shipped.students import keep
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.quickstart import images
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # the tiny pipeline has no bank: less to sample, and no times to learn
         patch.setitem(presets.TEXT_POOL, "fast", 64)
         patch.setitem(presets.TEXT, "schedule_updates", 0)
+        patch.setattr(images, "SPEED_ROUNDS", 1)
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return place / "out"
@@ -66,6 +68,7 @@ def test_its_page_and_grid_show_the_prompts(done: Path) -> None:
         assert opened.height > 3 * 16
 
 
+@pytest.mark.slow
 def test_students_that_come_with_the_teacher_are_judged_and_not_trained(done: Path, tmp_path: Path) -> None:
     teacher = done.parent / "teacher"
     keep(done / "student-2", Teacher.load(teacher))

@@ -194,9 +194,16 @@ def with_graph(folder: Path, nodes: list[Any], dtype: int, shape: list[Any], ops
 
 
 @needs_rtx
-@pytest.mark.parametrize("component", ["denoiser", "generator"])
 @pytest.mark.parametrize(
-    ("precision", "sm"), [("fp32", [89]), ("fp16", [75, 89]), ("bf16", [80, 120]), ("int8", [86, 89])]
+    ("component", "precision", "sm"),
+    [
+        *(("denoiser", "fp32", [89]), ("generator", "fp16", [75, 89])),
+        *(("denoiser", "bf16", [80, 120]), ("generator", "int8", [86, 89])),
+        pytest.param("generator", "fp32", [89], marks=pytest.mark.slow),
+        pytest.param("denoiser", "fp16", [75, 89], marks=pytest.mark.slow),
+        pytest.param("generator", "bf16", [80, 120], marks=pytest.mark.slow),
+        pytest.param("denoiser", "int8", [86, 89], marks=pytest.mark.slow),
+    ],
 )
 def test_every_precision_builds(
     classes_student: Path, engines: Path, component: str, precision: str, sm: list[int]
@@ -313,6 +320,7 @@ def test_weights_in_a_file_beside_the_graph(free_student: Path, engines: Path, c
 
 
 @needs_rtx
+@pytest.mark.slow  # that an engine is built once is in the tests above
 def test_two_processes_build_one_engine(free_student: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from redif_sdk.export.tensorrt import build_engines; "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
-import pipelines
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from test_export_text import export_sd
 
 from redif_sdk import FastPipeline
-from redif_sdk.distill import import_pipeline
+from redif_sdk.artifact.folder import StudentFolder, write_manifest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.export import export
 from redif_sdk.sampling.tiles import decode_in_tiles, starts
 
 SCALE = 2
@@ -90,10 +89,12 @@ def test_wrong_tiles_are_refused(student: FastPipeline, tiny_student: Path) -> N
 
 
 def test_a_decoder_of_one_size_takes_no_tiles(tmp_path: Path) -> None:
-    import_pipeline(pipelines.stable_diffusion(pipelines.ddim()), tmp_path / "student", [2], guidance_scale=1.0)
-    export(tmp_path / "student", runtimes=["onnxruntime"])
+    folder = Path(shutil.copytree(made("sd", export_sd), tmp_path / "student"))
+    manifest = StudentFolder(folder).manifest
+    latents = manifest.latents.model_copy(update={"dynamic": []})
+    write_manifest(folder, manifest.model_copy(update={"latents": latents}))
     with pytest.raises(InvalidRequest, match="--sizes"):
-        FastPipeline.from_pretrained(tmp_path / "student")("red heart", decode_tile=4)
+        FastPipeline.from_pretrained(folder)("red heart", decode_tile=4)
 
 
 def test_low_memory_keeps_no_graph_and_gives_the_same_image(student: FastPipeline) -> None:

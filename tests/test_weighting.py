@@ -96,7 +96,7 @@ def test_what_is_not_of_the_syntax_is_refused(prompt: str, message: str) -> None
 
 
 def make_sd(folder: Path) -> None:
-    import_pipeline(pipelines.stable_diffusion(), folder, [2], prompts=PROMPTS, guidance_scale=4.0)
+    import_pipeline(pipelines.stable_diffusion(**pipelines.ONE_BLOCK), folder, [2], prompts=PROMPTS, guidance_scale=4.0)
     export(folder, batches=(1,))
 
 
@@ -109,7 +109,7 @@ def pipe() -> FastPipeline:
     "prompt", ["a red heart", "a (red)1.4 heart", "a (red heart)0.5 (blue)0.25 star++", "star " * 40]
 )
 def test_the_states_are_compels(pipe: FastPipeline, prompt: str) -> None:
-    pipeline = pipelines.stable_diffusion()
+    pipeline = pipelines.stable_diffusion(**pipelines.ONE_BLOCK)
     provider = compel.EmbeddingsProvider(
         pipeline.tokenizer, pipeline.text_encoder, downweight_mode=compel.DownweightMode.REMOVE, device="cpu"
     )

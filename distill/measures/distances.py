@@ -62,6 +62,18 @@ def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
     return max(0.0, float(mean + (a**2).sum() + (b**2).sum() - 2 * nuclear))
 
 
+def frechet_distance_to(features: Tensor, reference: Statistics) -> float:
+    """The same distance from features (N, D) to statistics: N < D needs eigenvalues of an N x N matrix only."""
+    if len(features) >= features.shape[1]:
+        return frechet_distance(Statistics.of(features), reference)
+    values = features.double().cpu().numpy()
+    mean = values.mean(0)
+    a = (values - mean) / np.sqrt(len(values) - 1)  # C1 = A' A, and C1 C2 has the eigenvalues of A C2 A'
+    cross = np.linalg.eigvalsh(a @ reference.covariance @ a.T)
+    trace = (a**2).sum() + np.trace(reference.covariance) - 2 * np.sqrt(cross.clip(0)).sum()
+    return max(0.0, float(((mean - reference.mean) ** 2).sum() + trace))
+
+
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """Unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), on all samples."""
     x, y = features.double(), reference.double()
@@ -215,7 +227,7 @@ class Judge:
             fd_teacher_gain=fd if gain == 1.0 else min(fd, self.distance(self.embed(images * gain))),
             gain=gain,
             fd_teacher_std=self.distance(self.embed(std_match(images, self.target))),
-            fd_real=None if self.real is None else frechet_distance(Statistics.of(features), self.real),
+            fd_real=None if self.real is None else frechet_distance_to(features, self.real),
             kd_teacher=kernel_distance(features, self.reference),
             mse=float(((seen - wanted) ** 2).mean()),
             spread=own / max(theirs, 1e-12) if own is not None and theirs is not None else None,

@@ -189,6 +189,7 @@ def test_a_link_makes_its_pictures(url: str, pipe: FastPipeline, open_page: Open
     until(page, lambda: page.locator("#link textarea, #link input").input_value() == page.url)
 
 
+@pytest.mark.slow  # how seeds are read is in test_demo.py; that one is kept, in a link's test
 def test_seeds_are_drawn_or_kept(url: str, open_page: Opener, until: Until) -> None:
     page = open_page(url)
     opened(page, until)
@@ -266,6 +267,7 @@ def test_figures_and_the_card(url: str, open_page: Opener, until: Until) -> None
     assert page.locator("#card img[src^='data:image/png']").count() == 2  # one for 2 steps and one for 3
 
 
+@pytest.mark.slow
 def test_a_phone_and_the_dark(url: str, open_page: Opener, until: Until, look: Look) -> None:
     for name, context in (
         ("desktop", {"viewport": {"width": 1280, "height": 900}}),

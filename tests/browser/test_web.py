@@ -67,8 +67,13 @@ def levels_off(picture: np.ndarray, wanted: np.ndarray) -> int:
     return int(np.abs(picture.astype(int) - wanted[:, :, 0].astype(int)).max())
 
 
-@pytest.mark.parametrize("steps", [2, 3])
-@pytest.mark.parametrize("previews", [False, True])
+@pytest.mark.parametrize(
+    ("steps", "previews"),
+    [
+        *((2, False), (3, True)),  # the fused graph; the single steps, with noise between them
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in ((2, True), (3, False))),
+    ],
+)
 def test_its_pictures_are_pythons(
     url: str, pipe: FastPipeline, open_page: Opener, until: Until, steps: int, previews: bool
 ) -> None:
@@ -102,6 +107,7 @@ def test_steps_are_shown_as_the_picture_forms(url: str, pipe: FastPipeline, open
     assert levels_off(shown[:, :, 0], wanted) <= 1
 
 
+@pytest.mark.slow  # images are compared with Python's above
 def test_the_recorded_pictures_pass(url: str, open_page: Opener, until: Until) -> None:
     page = open_page(url)
     ready(page, until)
@@ -166,6 +172,7 @@ def test_the_keyboard_is_enough(url: str, open_page: Opener, until: Until) -> No
     assert not page.is_visible("#viewer")
 
 
+@pytest.mark.slow
 def test_a_phone_and_the_dark(url: str, open_page: Opener, until: Until, look: Look) -> None:
     for name, context in (
         ("desktop", {"viewport": {"width": 1280, "height": 800}}),
@@ -181,7 +188,9 @@ def test_a_phone_and_the_dark(url: str, open_page: Opener, until: Until, look: L
         assert dark == (name == "dark")
 
 
-@pytest.mark.parametrize("damage", ["altered", "missing", "longer"])
+@pytest.mark.parametrize(
+    "damage", ["altered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("missing", "longer"))]
+)
 def test_a_graph_that_is_not_the_exported_one_is_not_run(
     folder: Path, open_page: Opener, until: Until, tmp_path: Path, damage: str
 ) -> None:

@@ -74,7 +74,7 @@ def picture_of(address: str) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("place", ["inside", "on the Hub"])
+@pytest.mark.parametrize("place", [pytest.param("inside", marks=pytest.mark.slow), "on the Hub"])
 def test_the_demo_that_is_sent_runs(hub: HubStandIn, tiny_student: Path, tmp_path: Path, place: str) -> None:
     arguments = [REPO] if place == "on the Hub" else []
     done = redif(hub, "push", tiny_student, *arguments, "--space", SPACE)

@@ -154,7 +154,7 @@ def test_it_streams(address: str, pipe: FastPipeline) -> None:
 
 def test_the_kill_of_a_replica_under_load_loses_nothing(address: str, pipe: FastPipeline) -> None:
     """Every request is answered once, with the picture of its seed, though half of the engines die meanwhile."""
-    seeds = list(range(240))
+    seeds = list(range(120))
     wanted = pipe(["d"] * len(seeds), seed=[(seed, 0) for seed in seeds], output_type="uint8").images[..., 0]
     answered = threading.Semaphore(0)
 

@@ -46,7 +46,6 @@ def small_sd() -> Any:
 
 MAKERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "sd": (small_sd, {"guidance_scale": 4.0}),
-    "sd-unguided": (small_sd, {"guidance_scale": 1.0}),
     "sdxl": (pipelines.stable_diffusion_xl, {}),
     "sd3": (pipelines.stable_diffusion_3, {}),
     "pixart": (pipelines.pixart, {}),
@@ -131,7 +130,7 @@ def test_families_are_guided_as_in_diffusers(family: str) -> None:
         assert close(ours, theirs(pipeline, PROMPTS[:2], noise, num_inference_steps=3, size=size, **given, **more))
 
 
-@pytest.mark.parametrize("family", ["lcm", *slow("flux")])
+@pytest.mark.parametrize("family", slow("lcm", "flux"))
 def test_a_network_that_takes_the_scale_is_given_that_of_the_call(family: str) -> None:
     pipe, pipeline = FastPipeline.from_pretrained(student_of(family)), MAKERS[family][0]()
     noise = latents_of(pipe, 2)
@@ -155,6 +154,7 @@ def packed(noise: NDArray[np.float32]) -> NDArray[np.float32]:
     return blocks.reshape(batch, rows * columns // 4, channels * 4)
 
 
+@pytest.mark.slow
 def test_classes_are_guided_as_in_diffusers() -> None:
     pipe, pipeline = FastPipeline.from_pretrained(student_of("dit")), pipelines.dit()
     noise = latents_of(pipe, 1)
@@ -227,14 +227,18 @@ def test_an_unguided_image_is_one_row(student: Path) -> None:
     assert seen == [2, 4]
 
 
-def test_a_pipeline_that_is_not_guided_takes_guidance_nevertheless(student: Path) -> None:
-    plain, guided = (FastPipeline.from_pretrained(student_of(name)) for name in ("sd-unguided", "sd"))
+def test_a_pipeline_that_is_not_guided_takes_guidance_nevertheless(student: Path, tmp_path: Path) -> None:
+    imported = import_pipeline(small_sd(), tmp_path / "unguided", [3], prompts=PROMPTS, guidance_scale=1.0)
+    assert load_student(tmp_path / "unguided").calls_per_step == 1
+    folder = Path(shutil.copytree(student, tmp_path / "student"))  # the same network, with graphs
+    manifest = StudentFolder(folder).manifest
+    network = imported.network.model_copy(update={"guidance_inputs": True})
+    write_manifest(folder, manifest.model_copy(update={"network": network}))
+    plain, guided = FastPipeline.from_pretrained(folder), FastPipeline.from_pretrained(student)
     assert (plain.manifest.default_guidance, plain.manifest.network.calls_per_step) == (1.0, 1)
     asked = {"seed": 1, "output_type": "uint8"}
     assert np.array_equal(plain(PROMPTS[0], **asked).images, guided(PROMPTS[0], guidance_scale=1, **asked).images)
     assert np.array_equal(plain(PROMPTS[0], guidance_scale=4, **asked).images, guided(PROMPTS[0], **asked).images)
-    again = load_student(student_of("sd-unguided"))
-    assert again.calls_per_step == 1
 
 
 def test_the_graph_is_valid_and_the_gate_saw_guidance(student: Path) -> None:

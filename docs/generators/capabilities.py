@@ -86,6 +86,17 @@ def _int8(network: Any) -> str:
     return YES if sum(isinstance(part, torch.nn.Conv2d) for part in network.modules()) > 2 else NO
 
 
+def _negative(pipeline: str) -> str:
+    """How negative prompts are taken: by an imported pipeline's guidance, or by the graph "nag"."""
+    from redif_sdk.distill.teachers import adapters
+
+    kind = adapters._KINDS.get(pipeline)
+    if kind is None:
+        return NO
+    ways = ["import" if kind.guidance != 1 else "", "nag" if kind.network == "unet" else ""]
+    return ", ".join(filter(None, ways)) or NO
+
+
 def _pipeline_row(pipeline: str) -> list[str]:
     from redif_sdk.distill.teachers import adapters
     from redif_sdk.models.families import LAYOUTS
@@ -98,6 +109,7 @@ def _pipeline_row(pipeline: str) -> list[str]:
         code(pipeline) if pipeline.endswith("Pipeline") else f"any with a {code(pipeline)}",
         "text" if text else "class" if pipeline == "DiTPipeline" else "class, or none",
         guidance,
+        _negative(pipeline),
         YES,
         YES,
         _sizes(_network(class_name)),
@@ -110,17 +122,19 @@ def _pipeline_row(pipeline: str) -> list[str]:
 def _pipelines() -> str:
     _refused("which is not supported in a page; serve it instead")
     head = (
-        *("pipeline", "condition", "guided calls", "distil", "import"),
+        *("pipeline", "condition", "guided calls", "negative prompts", "distil", "import"),
         *("free sizes", "int8", "from an image", "in a page"),
     )
     rows = [_pipeline_row(pipeline) for pipeline in pipelines()]
-    rows.append(["any function", "class, or none", "2 → 1", YES, NO, "note", "note", YES, YES])
+    rows.append(["any function", "class, or none", "2 → 1", NO, YES, NO, "note", "note", YES, YES])
     networks = ", ".join(dict.fromkeys(code(_network_class(pipeline)[0]) for pipeline in pipelines()))
     return (
         table(head, rows) + f"- Networks: {networks}; of a function any `torch.nn.Module` "
         "([`Teacher.from_callable`](api/redif_sdk.distill/Teacher.md)). Its sizes are free with `latents.multiple` in "
         "the manifest, and int8 needs three convolutions.\n"
         "- *Guided calls* a step: of the teacher, and of its student; or the scale is an input of the network.\n"
+        "- *Negative prompts* ([how](../guidance.md)): of a pipeline that was imported, and by the graph of "
+        "`redif export --nag`.\n"
         "- *Free sizes*: `--sizes`. *From an image*: where there is an autoencoder, by the graph `encoder` "
         "([how](../image-to-image.md)). *In a page*: `--target web`.\n"
         "- All of them take fp32, fp16, bf16, int8wo and int4wo. int8 is for networks of convolutions.\n\n"

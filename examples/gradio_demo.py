@@ -17,7 +17,7 @@ def paint(prompt: str, count: int, seed: int) -> list:
 
 
 prompt, count = gr.Textbox(examples[0], label="Prompt"), gr.Slider(1, 8, 4, step=1, label="Images")
-images = gr.Gallery(columns=4, format="png")
+images = gr.Gallery(columns=4, format="png", show_label=False)
 rows = [[text, 4, 0] for text in examples[:6]]
-page = gr.Interface(paint, [prompt, count, gr.Number(0, label="Seed")], images, examples=rows, title=pipe.manifest.name)
+page = gr.Interface(paint, [prompt, count, gr.Number(0, label="Seed")], images, examples=rows, flagging_mode="never")
 page.launch(server_port=int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -16,12 +16,8 @@ def paint(prompt: str, count: int, seed: int) -> list:
     return pipe(prompt, num_images_per_prompt=int(count), seed=int(seed)).images
 
 
-inputs = [
-    gr.Textbox(examples[0], label="Prompt"),
-    gr.Slider(1, 8, 4, step=1, label="Images"),
-    gr.Number(0, label="Seed"),
-]
-page = gr.Interface(
-    paint, inputs, gr.Gallery(columns=4), title=pipe.manifest.name, examples=[[e, 4, 0] for e in examples[:6]]
-)
+prompt, count = gr.Textbox(examples[0], label="Prompt"), gr.Slider(1, 8, 4, step=1, label="Images")
+images = gr.Gallery(columns=4, format="png", show_label=False)
+rows = [[text, 4, 0] for text in examples[:6]]
+page = gr.Interface(paint, [prompt, count, gr.Number(0, label="Seed")], images, examples=rows, flagging_mode="never")
 page.launch(server_port=int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -160,8 +160,8 @@ def test_the_page_draws_what_is_asked_for(tiny_student: Path, tmp_path: Path) ->
     with served("gradio_demo.py", tiny_student, port, port=port, cwd=tmp_path) as address:
         files = client.Client(address, verbose=False).predict("c", 2, 7, api_name="/paint")
         wanted = FastPipeline.from_pretrained(tiny_student)("c", num_images_per_prompt=2, seed=7, output_type="uint8")
-        found = [np.asarray(Image.open(file["image"]).convert("L")).astype(int) for file in files]
-        assert np.abs(np.stack(found) - wanted.images[..., 0]).max() <= 6  # the page's files are WebP
+        found = [np.asarray(Image.open(file["image"]).convert("L")) for file in files]
+        assert np.array_equal(np.stack(found), wanted.images[..., 0])
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_class_model_is_distilled(tmp_path: Path) -> None:
     assert manifest.distillation is not None
     assert manifest.distillation.budget.updates == 2
     assert levels(tmp_path / "out/student.png").shape == (4 * 28, 4 * 28)
-    assert sorted(path.name for path in (tmp_path / "out/student.training").iterdir()) == ["log.jsonl"]
+    assert not (tmp_path / "out/student.training/checkpoint.pt").exists()
 
 
 @pytest.mark.slow

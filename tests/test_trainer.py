@@ -373,7 +373,10 @@ def test_training_goes_on_from_a_start_at_its_own_times(teacher_folder: Path, tm
     """The step table of the start is that of the run, where it has one of as many steps."""
     import_pipeline(str(teacher_folder), tmp_path / "start", [2])
     config = DistillConfig.checked(
-        updates=1, num_inference_steps=2, batch_size=4, pool_size=8, schedule_updates=0, warm_start=0.0, group_size=4
+        updates=1,
+        num_inference_steps=2,
+        **{**SMALL, "batch_size": 4, "pool_size": 8, "schedule_updates": 0},
+        warm_start=0.0,
     )
     start = load_student(tmp_path / "start")
     plain = distill(str(teacher_folder), config, start=start, progress=False)

@@ -21,7 +21,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
 from redif_sdk.errors import ExportError
 from redif_sdk.export.conditions import ExampleConditions
 from redif_sdk.export.store import LARGEST_PROTOBUF
@@ -151,6 +151,8 @@ def trajectories(
             seeds = [(CALIBRATION_SEED, index) for index in indices]
             noise = draw(seeds, shape, slices=table.noise_slices, first_slot=CALIBRATION_SLOT)
             asked = {name: value.numpy() for name, value in conditions.of(indices).items()}
+            if GUIDANCE_SCALE in asked:  # the same number of rows in all, which the quantiser wants
+                asked[GUIDANCE_SCALE] = np.full_like(asked[GUIDANCE_SCALE], asked[GUIDANCE_SCALE].max())
             yield from _inputs_of_steps(session, table, noise, inputs_of(asked))
 
 

@@ -34,6 +34,7 @@ from redif_sdk.export.networks import load_decoder, load_encoders, load_network
 from redif_sdk.export.onnx import GraphDenoiser, denoiser_model, part_precision, text_encoder_model
 from redif_sdk.export.verify import summary
 from redif_sdk.runtimes import runnable
+from redif_sdk.runtimes.guided import GuidedInputs
 from redif_sdk.sampling.noise import noise as draw
 
 Copy = Callable[[Path], Path]
@@ -128,14 +129,16 @@ def test_names_and_shapes_are_the_agreed_ones(student: Path) -> None:
         if graph.precision == "fp32"
     }
     hidden = {"encoder_hidden_states": ["batch", pipelines.LENGTH, 32]}
+    rows = {"encoder_hidden_states": ["rows", pipelines.LENGTH, 32], "guidance_rows": ["rows"]}
+    rows |= {"null_rows": ["batch"], "guidance_scale": ["batch"]}
     state = ["batch", 4, "height", "width"]
     assert shapes == {
         "text_encoder": [{"input_ids": ["batch", pipelines.LENGTH]}, hidden],
-        "denoiser": [{"sample": state, "timestep": ["batch"], **hidden}, {"f": state}],
+        "denoiser": [{"sample": state, "timestep": ["batch"], **rows}, {"f": state}],
         "decoder": [{"latents": state}, {"sample": ["batch", 3, "image_height", "image_width"]}],
         "encoder": [{"image": ["batch", 3, "image_height", "image_width"]}, {"latents": state}],
         "generator": [
-            {"noise": ["slices", *state], "table": ["steps", 6], "init_scale": [], **hidden},
+            {"noise": ["slices", *state], "table": ["steps", 6], "init_scale": [], **rows},
             {"images": ["batch", "image_height", "image_width", 3]},
         ],
     }
@@ -162,6 +165,7 @@ def test_each_graph_is_what_the_pipelines_own_part_computes(
     given = hidden.numpy()
     assert relative(session(student, "text_encoder").run(None, {"input_ids": ids.numpy()})[0], hidden) < 1e-5
     feed = {"sample": x.numpy(), "timestep": t.numpy(), "encoder_hidden_states": given}
+    feed = GuidedInputs(StudentFolder(student).manifest.graph_conditions)({**feed, "guidance_scale": np.ones(3, "f4")})
     assert relative(session(student, "denoiser").run(None, feed)[0], f) < 1e-5
     assert relative(session(student, "decoder").run(None, {"latents": x.numpy()})[0], decoded) < 1e-5
 

@@ -53,6 +53,8 @@ def _own_page(name: str) -> str:
         shown = "the installed version of redif-sdk" if short == "__version__" else f"`{value!r}`"
         return f"# {short.strip('_')}\n\n`{name}`: {shown}.\n"
     text = f"# {short}\n\n::: {name}\n    options:\n      heading_level: 2\n"
+    if short == "FastPipeline":
+        text += "      inherited_members: true\n"
     if name in _WITHOUT_MEMBERS:
         text += f"      members: false\n\n{_WITHOUT_MEMBERS[name]}\n"
     return text

@@ -8,6 +8,7 @@ import shutil
 from base64 import b64decode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
 from redif_sdk.runtimes.guided import NULL, GuidedInputs
 from redif_sdk.sampling.noise import noise as draw
+from redif_sdk.serving.backend import ImageJob
+from redif_sdk.serving.local import batch_key
 from redif_sdk.serving.settings import ServeSettings
 from tests.serving.conftest import running
 
@@ -214,14 +217,14 @@ def test_an_unguided_image_is_one_row(student: Path) -> None:
     """A scale of 1 makes one call: the network's own numbers, bit for bit, and half of the rows."""
     pipe = FastPipeline.from_pretrained(student, runtime="onnxruntime", num_threads=1)
     seen: list[int] = []
-    session = pipe._components["generator"]
-    run = session._call  # type: ignore[attr-defined]
+    session: Any = pipe._components["generator"]
+    run = session._call
 
     def counted(one: Any, feed: Any) -> Any:
-        seen.append(len(session._batches.inputs_of(feed)["guidance_rows"]))  # type: ignore[attr-defined]
+        seen.append(len(session._batches.inputs_of(feed)["guidance_rows"]))
         return run(one, feed)
 
-    session._call = counted  # type: ignore[attr-defined, method-assign]
+    session._call = counted
     pipe(PROMPTS[:2], seed=0, guidance_scale=1)
     pipe(PROMPTS[:2], seed=0)
     assert seen == [2, 4]
@@ -352,6 +355,13 @@ def test_a_server_guides_images_of_one_batch_differently(student: Path) -> None:
         wrong = httpx.post(post, json={"prompt": "a", "guidance_scale": 1, "negative_prompt": "b"}, timeout=60)
         assert wrong.status_code == 400
         assert "negative_prompt has no effect at guidance_scale=1" in wrong.json()["error"]["message"]
+
+
+def test_batch_keys_of_differently_guided_images_can_be_sorted() -> None:
+    """As Ray's replicas sort them."""
+    plain = ImageJob("sd", None, 0, 0, 3, 16, 16, "a")
+    jobs = [replace(plain, guidance_scale=2.5), plain, replace(plain, nag_scale=3.0, negative_prompt="b")]
+    assert len(sorted({batch_key(job) for job in jobs})) == 3
 
 
 def test_the_page_s_example_runs(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,12 @@ Pixels = NDArray[np.uint8]
 Rendered = Pixels | NonFiniteOutput | UnsafeContent
 
 
-def batch_key(job: ImageJob) -> tuple[int | float | str | None, ...]:
-    """Jobs of one student with equal keys can be computed in one batch."""
+def batch_key(job: ImageJob) -> tuple[int, int, int, str, str]:
+    """Jobs of one student with equal keys can be computed in one batch. Keys can be sorted."""
     source = job.source
     begins = "" if source is None else f"strength {source.strength}, mask {source.mask is not None}"
-    guided = job.guidance_scale, job.nag_scale, job.negative_prompt is not None
-    return job.num_inference_steps, job.height, job.width, begins, *guided
+    guided = f"guidance {job.guidance_scale}, nag {job.nag_scale}, negative {job.negative_prompt is not None}"
+    return job.num_inference_steps, job.height, job.width, begins, guided
 
 
 def first_job(name: str, manifest: Manifest) -> ImageJob:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
-from redif_sdk.artifact.records import Guidance
 from redif_sdk.errors import ExportError
+from redif_sdk.inputs.guiding import own_nulls
 from redif_sdk.models.families import TextEncoders
 from redif_sdk.runtimes.guided import NULL
 
@@ -75,20 +75,11 @@ class ExampleConditions:
         usual = own if own != 1 or kind == "embedded" else EXAMPLE_SCALE
         other = own + 1 if kind == "embedded" else 1.0
         found = {GUIDANCE_SCALE: torch.tensor([other if index % 3 == 2 else usual for index in indices])}
-        guidance = manifest.network.guidance
-        if kind == "classifier-free" and guidance is not None:
-            nulls = self._nulls(guidance)
-            found |= {NULL + name: value.expand(len(indices), *value.shape[1:]) for name, value in nulls.items()}
+        if kind == "classifier-free":
+            nulls = own_nulls(manifest, lambda prompts: {n: value.numpy() for n, value in self.encode(prompts).items()})
+            rows = {NULL + name: torch.from_numpy(value) for name, value in nulls.items()}
+            found |= {name: value.expand(len(indices), *value.shape[1:]) for name, value in rows.items()}
         return found
-
-    def _nulls(self, guidance: Guidance) -> dict[str, Tensor]:
-        """The conditions of guidance's unconditional half, by name, for one image: (1, ...)."""
-        if self._manifest.text is None:
-            return {"class_labels": torch.tensor([guidance.null_class])}
-        if guidance.null_zeros:
-            shapes = {spec.name: (1, *spec.shape[1:]) for spec in self._manifest.text.tensors}
-            return {name: torch.zeros(shape) for name, shape in shapes.items()}  # type: ignore[arg-type]
-        return self.encode([guidance.null_prompt or ""])
 
     def prompts(self, indices: Sequence[int]) -> list[str]:
         """The prompts of these images: the student's example prompts, in turn."""

@@ -91,7 +91,27 @@ class TrainingDiverged(RedifError):
     """An in-training check failed; the message names the check and its value."""
 
 
-class NonFiniteOutput(RedifError, RuntimeError):
+class _OfImages(RedifError):
+    """Some images of a batch cannot be shown.
+
+    Attributes:
+        images: positions of these images in the batch, ascending.
+        batch: number of images in the batch.
+    """
+
+    def __init__(self, images: Sequence[int], batch: int, message: str) -> None:
+        self.images, self.batch = tuple(images), batch
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[_OfImages], tuple[tuple[int, ...], int]]:
+        return type(self), (self.images, self.batch)  # it travels between processes
+
+
+def _places(images: Sequence[int]) -> str:
+    return ", ".join(map(str, images[:8])) + ", ..." * (len(images) > 8)
+
+
+class NonFiniteOutput(_OfImages, RuntimeError):
     """Generated images hold NaN or infinite values, so there is nothing to show.
 
     Attributes:
@@ -100,18 +120,14 @@ class NonFiniteOutput(RedifError, RuntimeError):
     """
 
     def __init__(self, images: Sequence[int], batch: int) -> None:
-        self.images, self.batch = tuple(images), batch
-        shown = ", ".join(map(str, self.images[:8])) + ", ..." * (len(self.images) > 8)
-        super().__init__(
-            f"{len(self.images)} of {batch} images hold NaN or infinite values (positions {shown}); "
+        message = (
+            f"{len(images)} of {batch} images hold NaN or infinite values (positions {_places(images)}); "
             f'use precision="exact", or check the student with redif verify'
         )
-
-    def __reduce__(self) -> tuple[type[NonFiniteOutput], tuple[tuple[int, ...], int]]:
-        return type(self), (self.images, self.batch)  # it travels between processes
+        super().__init__(images, batch, message)
 
 
-class UnsafeContent(RedifError):
+class UnsafeContent(_OfImages):
     """Generated images were flagged by the safety filter, so there is nothing to show.
 
     Attributes:
@@ -120,15 +136,11 @@ class UnsafeContent(RedifError):
     """
 
     def __init__(self, images: Sequence[int], batch: int) -> None:
-        self.images, self.batch = tuple(images), batch
-        shown = ", ".join(map(str, self.images[:8])) + ", ..." * (len(self.images) > 8)
-        super().__init__(
-            f"the safety filter flagged {len(self.images)} of {batch} images (positions {shown}); give another prompt "
-            f"or seed"
+        message = (
+            f"the safety filter flagged {len(images)} of {batch} images (positions {_places(images)}); give another "
+            f"prompt or seed"
         )
-
-    def __reduce__(self) -> tuple[type[UnsafeContent], tuple[tuple[int, ...], int]]:
-        return type(self), (self.images, self.batch)  # it travels between processes
+        super().__init__(images, batch, message)
 
 
 class InvalidRequest(RedifError, ValueError):

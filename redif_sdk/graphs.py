@@ -154,8 +154,8 @@ class LoadedGraphs:
             return own
         nulls = guiding.embeds or {name: value[len(prompts) :] for name, value in encoded.items() if negatives}
         if guiding.nag is not None:
-            own |= {NULL + name: nulls[name] for name in self._nag_inputs() if name in nulls}
-            own |= {NAG_SCALE: np.full((len(request.seeds),), guiding.nag, dtype=np.float32)}
+            negative = {NULL + name: nulls[name] for name in self._nag_inputs()}
+            own = own | negative | {NAG_SCALE: np.full((len(request.seeds),), guiding.nag, dtype=np.float32)}
         return own | self.guidance(len(request.seeds), guiding.scale, nulls)
 
     def guidance(self, batch: int, scale: float | None = None, nulls: Conditions | None = None) -> Conditions:
@@ -204,13 +204,13 @@ class LoadedGraphs:
                 f"weights in prompts are not supported by {manifest.name}, whose text encoders are {', '.join(kinds)}; "
                 "those of Stable Diffusion and SDXL have them"
             )
-        rows, counts = [], []
-        for fragments in map(parsed, prompts):
+        rows, counts, read = [], [], [parsed(prompt) for prompt in prompts]
+        for fragments in read:
             asked = [fragments, *without(fragments), [Fragment("", 1.0)]]
             rows += asked
             counts.append(len(asked))
         ids, weights = tokenizer.weighted(rows)
-        plain = tokenizer([" ".join(fragment.text for fragment in parsed(prompt)) for prompt in prompts])
+        plain = tokenizer([" ".join(fragment.text for fragment in fragments) for fragments in read])
         arrays = self["text_encoder"].run({name: np.concatenate([value, plain[name]]) for name, value in ids.items()})
         self._done("text_encoder")
         ends = np.cumsum(counts)

@@ -194,7 +194,8 @@ def test_text_by_adapters(tmp_path: Path) -> None:
     manifest = StudentFolder(tmp_path / "student").manifest
     assert manifest.distillation is not None
     assert manifest.distillation.configuration["lora_rank"] == 2
-    assert manifest.condition.examples == pipelines.PROMPTS  # type: ignore[union-attr]
+    assert manifest.text is not None
+    assert manifest.text.examples == pipelines.PROMPTS
     assert levels(tmp_path / "student.png").shape == (16, 32, 3)
 
 

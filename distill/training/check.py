@@ -31,7 +31,7 @@ FEWEST = 32  # at least
 SHARE = 0.02  # of what the training costs
 CHECK_SEED = 7_777_777  # of the noises of checks, where the pool is too small to keep some of it from training
 LARGEST_FALL = 0.1  # of recall, from which on a check looks hacked
-LARGEST_RATIO = 1.5  # a factor between a student's spectrum and the teacher's, likewise
+LARGEST_RATIO = 1.5  # a factor between a student's spectrum and the teacher's, from which on a check looks hacked
 SMALLEST = 8  # pixels of a side that has a spectrum to speak of
 HELD_BACK_FACTOR = 8  # a pool of at least so many times CHECK_PAIRS keeps them from training
 

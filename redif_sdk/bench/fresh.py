@@ -87,7 +87,7 @@ def cold_starts(
     found: dict[str, list[Start]] = {label: [] for label in programs}
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
-        np.savez(inputs, **work.graph_inputs(work.noise))  # type: ignore[arg-type]
+        np.savez(inputs, **work.graph_inputs(work.noise))  # type: ignore[arg-type] # numpy: one of these may be allow_pickle
         for index in range(runs + 1):
             for label, program in programs.items():
                 if label in failed or index > min(runs, program.runs or runs):

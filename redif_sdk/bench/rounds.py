@@ -186,8 +186,7 @@ class Workload:
 
     def graph_inputs(self, noise: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Inputs of the fused generator's graph itself."""
-        own = {"noise": noise, "table": self.table.rows, "init_scale": self.table.scale}
-        return own | self.graph_conditions
+        return GuidedInputs(self.manifest.graph_conditions)(self.inputs(noise))
 
 
 def _in_turn(items: Sequence[Any], count: int) -> list[Any]:

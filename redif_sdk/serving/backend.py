@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
         image: an image file's bytes.
-        mask: likewise; white is painted anew. None: everything is.
+        mask: an image file's bytes; white is painted anew. None: everything is.
         strength: share of the steps that are run; None: the usual one.
     """
 

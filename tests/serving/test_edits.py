@@ -30,45 +30,45 @@ def png(image: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def picture(pipeline: FastPipeline) -> NDArray[np.uint8]:
+def photo(pipeline: FastPipeline) -> NDArray[np.uint8]:
     height, width, channels = pipeline.manifest.image_shape
     drawn = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
     return drawn[..., 0] if channels == 1 else drawn
 
 
 @pytest.fixture(scope="module")
-def mask(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    found = np.zeros(picture.shape[:2], np.uint8)
+def mask(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    found = np.zeros(photo.shape[:2], np.uint8)
     found[4:12, 6:20] = 255
     return found
 
 
-def wanted(pipeline: FastPipeline, picture: NDArray[np.uint8], **asked: Any) -> NDArray[np.uint8]:
-    images: NDArray[np.uint8] = pipeline("d", image=picture, output_type="uint8", **{"seed": 4, **asked}).images
+def wanted(pipeline: FastPipeline, photo: NDArray[np.uint8], **asked: Any) -> NDArray[np.uint8]:
+    images: NDArray[np.uint8] = pipeline("d", image=photo, output_type="uint8", **{"seed": 4, **asked}).images
     return images[..., 0] if images.shape[3] == 1 else images  # as a decoded file has it
 
 
 def test_openais_client_edits(
-    address: str, pipeline: FastPipeline, picture: NDArray[np.uint8], mask: NDArray[np.uint8]
+    address: str, pipeline: FastPipeline, photo: NDArray[np.uint8], mask: NDArray[np.uint8]
 ) -> None:
-    image = ("photo.png", png(picture), "image/png")
+    image = ("photo.png", png(photo), "image/png")
     with client(address) as one:
         asked = {"num_inference_steps": 3, "strength": 0.7}
         answer = one.images.edit(
             image=image, prompt="d", n=2, response_format="b64_json", extra_body={"seed": 4, **asked}
         )
         got = [pixels(b64decode(entry.b64_json or "")) for entry in answer.data or []]
-        assert np.array_equal(got, wanted(pipeline, picture, num_images_per_prompt=2, **asked))
+        assert np.array_equal(got, wanted(pipeline, photo, num_images_per_prompt=2, **asked))
         answer = one.images.edit(
             image=image, mask=("mask.png", png(mask)), prompt="d", response_format="b64_json", extra_body={"seed": 4}
         )
         (entry,) = answer.data or []
         found = pixels(b64decode(entry.b64_json or ""))
-        assert np.array_equal(found, wanted(pipeline, picture, mask_image=mask)[0])
-        assert np.array_equal(found[mask == 0], picture[mask == 0])
+        assert np.array_equal(found, wanted(pipeline, photo, mask_image=mask)[0])
+        assert np.array_equal(found[mask == 0], photo[mask == 0])
     data = {"seed": "4", "class_label": "d"}
-    varied = httpx.post(f"{address}/v1/images/variations", files={"image": png(picture)}, data=data, timeout=60).json()
-    assert np.array_equal(pixels(b64decode(varied["data"][0]["b64_json"])), wanted(pipeline, picture)[0])
+    varied = httpx.post(f"{address}/v1/images/variations", files={"image": png(photo)}, data=data, timeout=60).json()
+    assert np.array_equal(pixels(b64decode(varied["data"][0]["b64_json"])), wanted(pipeline, photo)[0])
 
 
 @pytest.mark.parametrize(("asked", "shown"), [(3, 1), (1, 1), (0, 0)])
@@ -76,7 +76,7 @@ def test_openais_client_edits(
 def test_openais_client_streams_edits(
     address: str,
     pipeline: FastPipeline,
-    picture: NDArray[np.uint8],
+    photo: NDArray[np.uint8],
     mask: NDArray[np.uint8],
     asked: int,
     shown: int,
@@ -86,12 +86,12 @@ def test_openais_client_streams_edits(
     more: dict[str, Any] = {"mask": ("mask.png", png(mask))} if painted else {}
     more["extra_body"] = {"seed": 4, "num_inference_steps": 3, "strength": 0.7}
     with client(address) as one:
-        image = ("photo.png", png(picture), "image/png")
+        image = ("photo.png", png(photo), "image/png")
         events = list(one.images.edit(image=image, prompt="d", stream=True, partial_images=asked, **more))
     assert [event.type for event in events] == ["image_edit.partial_image"] * shown + ["image_edit.completed"]
     given: dict[str, Any] = {"num_inference_steps": 3, "strength": 0.7} | ({"mask_image": mask} if painted else {})
-    assert np.array_equal(pixels(b64decode(events[-1].b64_json)), wanted(pipeline, picture, **given)[0])
-    preview = next(iter(pipeline.stream("d", image=picture, seed=4, **given)))
+    assert np.array_equal(pixels(b64decode(events[-1].b64_json)), wanted(pipeline, photo, **given)[0])
+    preview = next(iter(pipeline.stream("d", image=photo, seed=4, **given)))
     for place, event in enumerate(events[:-1]):
         assert isinstance(event, ImageEditPartialImageEvent)
         assert event.partial_image_index == place
@@ -101,12 +101,12 @@ def test_openais_client_streams_edits(
 
 
 def test_edits_of_several_clients_share_batches(
-    address: str, pipeline: FastPipeline, picture: NDArray[np.uint8], mask: NDArray[np.uint8]
+    address: str, pipeline: FastPipeline, photo: NDArray[np.uint8], mask: NDArray[np.uint8]
 ) -> None:
     """Some with a mask, some with another strength, some from noise: each gets its own image."""
 
     def ask(number: int) -> NDArray[np.uint8]:
-        files = {"image": png(picture)} | ({"mask": png(mask)} if number % 3 == 1 else {})
+        files = {"image": png(photo)} | ({"mask": png(mask)} if number % 3 == 1 else {})
         data = {"prompt": "d", "seed": str(number), **({"strength": "1"} if number % 3 == 2 else {})}
         answer = httpx.post(address + EDITS, files=files, data=data, timeout=60).json()
         return pixels(b64decode(answer["data"][0]["b64_json"]))
@@ -116,7 +116,7 @@ def test_edits_of_several_clients_share_batches(
     for number, image in enumerate(found):
         more: dict[str, Any] = {"mask_image": mask} if number % 3 == 1 else {}
         more |= {"strength": 1.0} if number % 3 == 2 else {}
-        alone = wanted(pipeline, picture, seed=number, **more)[0]
+        alone = wanted(pipeline, photo, seed=number, **more)[0]
         assert np.abs(image.astype(int) - alone.astype(int)).max() <= 1, number
 
 
@@ -141,9 +141,9 @@ def test_edits_of_several_clients_share_batches(
     ],
 )
 def test_what_is_wrong_with_an_edit_is_said(
-    address: str, picture: NDArray[np.uint8], files: dict[str, Any], data: dict[str, str], status: int, said: str
+    address: str, photo: NDArray[np.uint8], files: dict[str, Any], data: dict[str, str], status: int, said: str
 ) -> None:
-    sent = {name: png(picture) if content == "here" else content for name, content in files.items()}
+    sent = {name: png(photo) if content == "here" else content for name, content in files.items()}
     answer = httpx.post(address + EDITS, files=sent, data=data, timeout=60)
     assert said in answer.json()["error"]["message"]
     assert answer.status_code == status
@@ -157,8 +157,8 @@ def test_a_body_that_is_no_form_is_refused(address: str) -> None:
         assert answer.json()["error"]["message"]
 
 
-def test_edits_need_a_key_where_generations_do(pipeline: FastPipeline, picture: NDArray[np.uint8]) -> None:
+def test_edits_need_a_key_where_generations_do(pipeline: FastPipeline, photo: NDArray[np.uint8]) -> None:
     with running({"tiny": pipeline}, ServeSettings(api_keys=("key-one-1",))) as locked:
-        asked: dict[str, Any] = {"files": {"image": png(picture)}, "data": {"prompt": "d"}, "timeout": 60}
+        asked: dict[str, Any] = {"files": {"image": png(photo)}, "data": {"prompt": "d"}, "timeout": 60}
         assert httpx.post(locked + EDITS, **asked).status_code == 401
         assert httpx.post(locked + EDITS, headers={"authorization": "Bearer key-one-1"}, **asked).status_code == 200

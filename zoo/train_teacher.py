@@ -190,8 +190,8 @@ def main(
     publish_to: Annotated[
         Path | None, typer.Option("--publish", help="Where the teacher's folder goes; default OUTPUT/teacher.")
     ] = None,
-    architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "unet-32-64-mid",
-    samples: Annotated[int, typer.Option(help="Training samples to see.")] = 1_024_000,
+    architecture: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "pixels-16-32-64",
+    samples: Annotated[int, typer.Option(help="Training samples to see.")] = 448_000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     ema_decay: float = 0.9995,

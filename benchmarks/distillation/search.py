@@ -1,6 +1,6 @@
 """The same search for every method: four settings at each K, on the validation protocol of one data set, with one seed.
 
-    python -m benchmarks.distillation.search -o build/search [--methods ...] [--data fashion-mnist] [--choose]
+    python -m benchmarks.distillation.search [--methods ...] [--data fashion-mnist] [--choose]
 
 `grids.yaml` has the settings; each run is one JSON file, so a search that was cut goes on, and two may share a folder.
 ``--choose`` prints what is best at each K by the Frechet distance to the teacher under the best gain, its ratio to the
@@ -101,7 +101,7 @@ def write_settings(chosen: dict[str, dict[int, dict[str, Any]]], file: Path) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=Path("build/search"))
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "searched")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--methods", nargs="+", default=list(grids()))
     parser.add_argument("--choose", action="store_true", help="print the best settings, and write them down")

@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.inputs import refuse_arrays
 from redif_sdk.inputs.images import DEFAULT_STRENGTH
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.sampling.entry import steps_of
@@ -105,6 +106,7 @@ class Studio:
         self.teacher = teacher
         self.max_images = max_images
         for name, pipeline in self.students.items():
+            refuse_arrays(pipeline.manifest, "the demo")
             if teacher is not None and _kind(pipeline.manifest) != _kind(teacher.manifest):
                 raise InvalidRequest(
                     f"{teacher.manifest.name} cannot be the teacher of {name}: image sizes, noise, classes or kinds of "

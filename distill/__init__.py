@@ -9,20 +9,22 @@ if TYPE_CHECKING:
     from redif_sdk.distill.config import DistillConfig
     from redif_sdk.distill.student import Student, distill, import_pipeline, load_student
     from redif_sdk.distill.teachers.base import Teacher
+    from redif_sdk.models.condition_data import ConditionData
 
-__all__ = ["DistillConfig", "Student", "Teacher", "distill", "import_pipeline", "load_student"]
+__all__ = ["ConditionData", "DistillConfig", "Student", "Teacher", "distill", "import_pipeline", "load_student"]
 
 _HOMES = {
-    "DistillConfig": "config",
-    "Student": "student",
-    "distill": "student",
-    "import_pipeline": "student",
-    "load_student": "student",
-    "Teacher": "teachers.base",
+    "ConditionData": "models.condition_data",
+    "DistillConfig": "distill.config",
+    "Student": "distill.student",
+    "distill": "distill.student",
+    "import_pipeline": "distill.student",
+    "load_student": "distill.student",
+    "Teacher": "distill.teachers.base",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"redif_sdk.{_HOMES[name]}"), name)

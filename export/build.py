@@ -204,7 +204,9 @@ def _with_sizes(
     """
     scale = manifest.postprocess.scale
     own = manifest.latents
-    small = [] if sizes or not is_large(network) else _small_sizes(own, network)
+    if manifest.arrays is not None and any(size != manifest.image_shape[:2] for size in sizes):
+        raise InvalidRequest(f"{manifest.name} is conditioned on arrays of one size; leave sizes out")
+    small = [] if sizes or manifest.arrays is not None or not is_large(network) else _small_sizes(own, network)
     sizes = sizes or [(height * scale, width * scale) for height, width in small]
     axes = [
         axis

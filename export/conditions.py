@@ -1,4 +1,4 @@
-"""The conditions of the images that an export records: classes in turn, or the student's example prompts.
+"""The conditions of the images that an export records: classes in turn, or the student's example prompts or arrays.
 
 Prompts are tokenised by `redif_sdk.tokenizer`, as in deployment, and encoded by the text encoders in torch.
 """
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from redif_sdk.artifact.examples import example_conditions
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
 from redif_sdk.errors import ExportError
@@ -43,6 +44,7 @@ class ExampleConditions:
         self, student: StudentFolder, encoders: TextEncoders | None = None, manifest: Manifest | None = None
     ) -> None:
         self._manifest = manifest or student.manifest
+        self._student = student
         self._encoders = encoders
         self._encoded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._tokenize: Any = None
@@ -59,6 +61,9 @@ class ExampleConditions:
         found: dict[str, Tensor] = {}
         if self._manifest.text is not None:
             found = self.encode(self.prompts(indices))
+        elif self._manifest.arrays is not None:
+            arrays = example_conditions(self._student, indices)
+            found = {name: torch.from_numpy(value) for name, value in arrays.items()}
         elif (classes := self._manifest.classes) is not None:
             found = {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
         return found | self._guidance(indices)

@@ -4,8 +4,9 @@ One compressed ``.npz`` holds, for one step table and one batch of B images: ``s
 int64, the steps looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and
 ``images`` (B, H', W', C') uint8. A student with a decoder also has ``latents`` (B, C, H, W) float32, the final ones; a
 class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts`` (B,) text, ``tokens.NAME`` (B, L)
-int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs. With guidance at run time,
-there are ``guidance_scale`` (B,) float32, and for classifier-free guidance ``null.NAME`` (B, ...), the null conditions.
+int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs; one on arrays these as
+``conditions.NAME``. With guidance at run time, there are ``guidance_scale`` (B,) float32, and for classifier-free
+guidance ``null.NAME`` (B, ...), the null conditions.
 A student with the graph "nag" has that graph's further inputs under their names, and its outputs ``nag.f`` like ``f``.
 
 Reading needs numpy only; torch is imported when something is recorded.
@@ -97,6 +98,8 @@ def record_golden(
 def _asked(conditions: ExampleConditions, manifest: Manifest, indices: range) -> dict[str, NDArray[Any]]:
     """The conditions of the images as the file holds them: class labels, or prompts, tokens and encoded prompts."""
     given = {name: value.numpy() for name, value in conditions.of(indices).items()}
+    if manifest.arrays is not None:
+        return {f"conditions.{name}": value for name, value in given.items()}
     if manifest.text is None:
         return given
     guiding = {name: given.pop(name) for name in list(given) if name == GUIDANCE_SCALE or name.startswith(NULL)}
@@ -220,12 +223,13 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
     try:
         arrays = npz_arrays(student.read(golden.file), golden.file)
         text = manifest.text is not None
+        apart = text or manifest.arrays is not None
         record = GoldenRecord(
             manifest,
             manifest.step_table(golden.num_inference_steps),
             [(int(seed), int(index)) for seed, index in arrays["seeds"]],
             {
-                spec.name: arrays[f"conditions.{spec.name}" if text else spec.name].astype(spec.dtype)
+                spec.name: arrays[f"conditions.{spec.name}" if apart else spec.name].astype(spec.dtype)
                 for spec in manifest.condition_tensors
             }
             | {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _guiding(manifest)},

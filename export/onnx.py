@@ -53,6 +53,7 @@ class GraphDenoiser(torch.nn.Module):
         guidance: How a call may choose its guidance (`Manifest.guidance_at_run_time`).
         scale: Pixels a latent on each side.
         by_place: The network is called as ``network(sample, timestep, condition)`` with the one condition, or None.
+        by_name: And that condition is a dictionary of all of them by name.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class GraphDenoiser(torch.nn.Module):
         guidance: Literal["classifier-free", "embedded"] | None = None,
         scale: int = 1,
         by_place: bool = False,
+        by_name: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.by_place = by_place
+        self.by_name = by_name
         self.channels = channels
         self.guidance = guidance
         self.dtype = dtype
@@ -85,6 +88,7 @@ class GraphDenoiser(torch.nn.Module):
             guidance=manifest.guidance_at_run_time,
             scale=manifest.postprocess.scale,
             by_place=manifest.network.is_own,
+            by_name=manifest.arrays is not None,
         )
 
     def bare(self, network: torch.nn.Module, dtype: torch.dtype) -> GraphDenoiser:
@@ -97,6 +101,7 @@ class GraphDenoiser(torch.nn.Module):
             guidance=self.guidance,
             scale=self.scale,
             by_place=self.by_place,
+            by_name=self.by_name,
         )
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
@@ -124,7 +129,9 @@ class GraphDenoiser(torch.nn.Module):
         x = sample.to(self.dtype)
         scales = given.pop(GUIDANCE_SCALE, None)
         if self.by_place:
-            return tensor_of(self.network(x, timestep, next(iter(given.values()), None)))[:, : self.channels].float()
+            cast = {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in given.items()}
+            condition = cast if self.by_name else next(iter(cast.values()), None)
+            return tensor_of(self.network(x, timestep, condition))[:, : self.channels].float()
         if is_supported(self.network):
             return call_network(self.network, x, timestep, given, scales, self.scale).float()
         given = {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in given.items()}

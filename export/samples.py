@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from redif_sdk.artifact.examples import example_count
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.card.render import LARGE, LARGE_COLUMNS, shown_prompts
 from redif_sdk.errors import RuntimeUnavailable, UnsupportedModel
@@ -29,10 +30,9 @@ MOST_TABLES = 4  # numbers of steps that are shown
 def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) -> Image.Image:
     """Return a sheet of images of seed 0, none selected.
 
-    Its columns are the first ten classes, the first eight example prompts of the manifest, or eight columns without a
-    condition. It has four rows, or one row of four columns for large images, or one image of a large network. Images
-    keep their own pixels; small ones
-    are enlarged by an integer factor. One row of images is in memory at a time.
+    Its columns are the first ten classes, the first eight example prompts or arrays of the student, or eight columns
+    without a condition. It has four rows, or one row of four columns for large images, or one image of a large network.
+    Images keep their own pixels; small ones are enlarged by an integer factor. One row is in memory at a time.
     """
     manifest = pipeline.manifest
     large = max(manifest.image_shape[:2]) >= LARGE
@@ -44,6 +44,9 @@ def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) 
     elif manifest.text is not None:
         asked = {"prompt": shown_prompts(manifest)}
         columns = len(asked["prompt"])
+    elif manifest.arrays is not None:
+        columns = min(columns, example_count(pipeline.student))
+        asked = {"conditions": pipeline.example_conditions(columns)}
     images: list[Image.Image] = []
     for row in range(1 if large or manifest.is_large else ROWS):
         out = pipeline(

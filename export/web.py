@@ -32,6 +32,7 @@ from redif_sdk.card.metadata import hub_licence
 from redif_sdk.errors import ExportError, InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.hub.space import SPACE_MARKER
 from redif_sdk.images import scale_and_offset
+from redif_sdk.inputs import refuse_arrays
 from redif_sdk.marks.xmp import packet_of
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.sampling.entry import levels
@@ -169,8 +170,9 @@ def build_page(
 
 
 def check_supported(student: StudentFolder) -> None:
-    """Raise UnsupportedModel for a student that takes prompts or has a decoder, which a page does not support."""
+    """Raise UnsupportedModel for a student that takes prompts or arrays, or has a decoder: a page supports neither."""
     manifest = student.manifest
+    refuse_arrays(manifest, "a page")
     does = "takes prompts" if manifest.text is not None else "decodes its latents with a network"
     if manifest.text is not None or manifest.postprocess.decoder is not None:
         raise UnsupportedModel(

@@ -1,6 +1,7 @@
 """A network behind one signature, ``(x, t, condition) -> f``, with or without guidance, for all families.
 
-A condition is an index here, of a class or of a prompt; `Denoiser` turns it into what the network takes.
+A condition is an index here, of a class, a prompt or a user's own arrays (`rows` says why); `Denoiser` turns it into
+the named tensors that the network takes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from redif_sdk.artifact.records import Guidance
 from redif_sdk.models.copies import sharing
 from redif_sdk.models.families import call_network
 from redif_sdk.models.hollow import is_streamed, original, to_train
-from redif_sdk.models.prompts import Prompts
+from redif_sdk.models.rows import Rows
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -61,9 +62,9 @@ class Denoiser(nn.Module):
     Args:
         network: The network.
         diffusers_call: Whether the network is diffusers'; otherwise it is called as ``network(x, t, condition)``, where
-            the condition is None, classes (B,) int64, or of prompts a dictionary of their tensors by name.
+            the condition is None, classes (B,) int64, or of ``rows`` a dictionary of their tensors (B, ...) by name.
         guidance: ``f`` is the guided output, at two calls of the network.
-        prompts: The condition is an index of these.
+        rows: The condition is an index of these: encoded prompts, or a user's own arrays.
         embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
         scale: Pixels a latent on each side.
 
@@ -78,7 +79,7 @@ class Denoiser(nn.Module):
         *,
         diffusers_call: bool,
         guidance: Guidance | None = None,
-        prompts: Prompts | None = None,
+        rows: Rows | None = None,
         embedded_guidance: float | None = None,
         scale: int = 1,
     ) -> None:
@@ -86,7 +87,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.diffusers_call = diffusers_call
         self.guidance = guidance
-        self.prompts = prompts
+        self.rows = rows
         self.embedded_guidance = embedded_guidance
         self.scale = scale
         self.micro_batch = 0
@@ -105,12 +106,12 @@ class Denoiser(nn.Module):
 
     def _call(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         if not self.diffusers_call:
-            given = condition if condition is None or self.prompts is None else self.prompts(condition)
+            given = condition if condition is None or self.rows is None else self.rows(condition)
             return tensor_of(self.network(x, t, given))[:, : x.shape[1]]
         if condition is None:
             conditions = {}
         else:
-            conditions = {"class_labels": condition} if self.prompts is None else self.prompts(condition)
+            conditions = {"class_labels": condition} if self.rows is None else self.rows(condition)
         with self._half(x):
             return call_network(self.network, x, t, conditions, self.embedded_guidance, self.scale)
 

@@ -1,26 +1,24 @@
 """The prompts that a text-to-image teacher is distilled on, as conditions by index.
 
-A method sees the index of a prompt, as it sees a class label, so that batches, groups, guidance and caches are the same
-for both. `Denoiser` looks up the encoded prompts here; each is encoded once, when it is first needed.
+`rows` says why they are indices; each prompt is encoded once, when it is first needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from redif_sdk.artifact.records import LONGEST_PROMPT, is_plain_text
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.models.rows import Rows
 from redif_sdk.textfile import folded, forbidden_character, read_lines
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 ENCODE_BATCH = 32
-LARGEST_COPY = 1 << 30  # bytes of a GPU's memory
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -65,11 +63,11 @@ def checked(prompts: Sequence[str]) -> list[str]:
     return found
 
 
-class Prompts:
+class Prompts(Rows):
     """Encoded prompts by index: (B,) int64 -> the tensors that the network takes, by name.
 
     The index ``null`` = ``len(prompts)`` is the null prompt of guidance; those after it are of prompts that are not
-    trained on, but were asked for (`ask`). Copies of a network share one object, since nothing in it is trained.
+    trained on, but were asked for (`ask`).
 
     Args:
         texts: The prompts.
@@ -81,29 +79,17 @@ class Prompts:
         InvalidRequest: There are no prompts, or one is too long.
     """
 
+    at_once = ENCODE_BATCH
+
     def __init__(
         self, texts: Sequence[str], encode: Encode, *, null_prompt: str = "", null_zeros: bool = False
     ) -> None:
         self.texts = checked(texts)
+        super().__init__(len(self.texts))
         self.null_prompt, self.null_zeros = null_prompt, null_zeros
         self._encode = encode
-        self._rows: dict[str, Tensor] = {}
-        self._copies: dict[torch.device, dict[str, Tensor]] = {}  # of the rows, on the devices that ask for them
-        self._known = torch.zeros(len(self.texts) + 1, dtype=torch.bool)
-        self._all_known = False
         self._places = {text: place for place, text in enumerate(self.texts)}
         self._more: list[str] = []  # asked for, beside those that are trained on
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
-        return self
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def null(self) -> int:
-        """The index of the null prompt."""
-        return len(self.texts)
 
     def text(self, place: int) -> str:
         """The prompt at an index.
@@ -126,9 +112,7 @@ class Prompts:
             (text,) = checked([prompt])
             if text not in self._places:
                 self._more.append(text)
-                self._places[text] = self.null + len(self._more)
-                self._known = torch.cat([self._known, torch.zeros(1, dtype=torch.bool)])
-                self._all_known = False
+                self._places[text] = self._add()
             places.append(self._places[text])
         return torch.tensor(places, dtype=torch.int64)
 
@@ -150,54 +134,16 @@ class Prompts:
         """SHA-256 of the prompts in their order."""
         return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors without their batch axis, by name."""
-        self._learn(torch.tensor([self.null]))
-        return {name: tuple(rows.shape[1:]) for name, rows in self._rows.items()}
-
     @property
-    def row_bytes(self) -> int:
-        """The bytes of one encoded prompt."""
-        self.shapes()
-        return sum(rows[0].nbytes for rows in self._rows.values())
+    def _first(self) -> int:
+        return self.null  # which is always encoded, if any is
 
-    def __call__(self, index: Tensor) -> dict[str, Tensor]:
-        """The tensors (B, ...) of an index (B,) int64 by name, on the index's device."""
-        if not self._all_known:  # once all are known, a GPU need not wait for its indices
-            self._learn(index.cpu())
-        rows = self._on(index.device)
-        return {name: part[index.to(part.device)].to(index.device) for name, part in rows.items()}
-
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """The rows on ``device`` if they take at most ``LARGEST_COPY`` bytes, else on the CPU."""
-        if device.type == "cpu" or sum(part.nbytes for part in self._rows.values()) > LARGEST_COPY:
-            return self._rows
-        if device not in self._copies:
-            self._copies[device] = {name: part.to(device) for name, part in self._rows.items()}
-        return self._copies[device]
-
-    @torch.no_grad()
-    def _learn(self, places: Tensor) -> None:
-        if bool(self._known[places].all()):
-            return
-        missing = torch.unique(places[~self._known[places]])
-        for part in missing.split(ENCODE_BATCH):
-            wanted = [self.text(int(place)) for place in part]
-            for name, values in self._encode(wanted).items():
-                if self.null_zeros:
-                    values = torch.where((part == self.null).view(-1, *[1] * (values.dim() - 1)), 0, values.cpu())
-                self._room(name, values)[part] = values.cpu()
-        self._known[missing] = True
-        self._all_known = bool(self._known.all())
-        self._copies.clear()
-
-    def _room(self, name: str, values: Tensor) -> Tensor:
-        """The rows of a tensor, as large as all prompts need; the pages are taken when they are written."""
-        rows, wanted = self._rows.get(name), len(self._known)
-        if rows is None or len(rows) < wanted:
-            size = wanted if rows is None else wanted + wanted // 2  # more are asked for one by one
-            room = torch.empty(size, *values.shape[1:], dtype=values.dtype)
-            if rows is not None:
-                room[: len(rows)] = rows
-            self._rows[name] = room
-        return self._rows[name]
+    def _make(self, places: Tensor) -> Mapping[str, Tensor]:
+        found = self._encode([self.text(int(place)) for place in places])
+        if not self.null_zeros:
+            return found
+        null = places == self.null
+        return {
+            name: torch.where(null.view(-1, *[1] * (values.dim() - 1)), 0, values.cpu())
+            for name, values in found.items()
+        }

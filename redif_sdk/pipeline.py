@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -164,6 +164,8 @@ class FastPipeline(SavedStudent):
         paths = [path for graph in wanted for path in (graph.file, *graph.data)]
         if remote.manifest.text is not None:
             paths += [tokenizer.file for tokenizer in remote.manifest.text.tokenizers]
+        if remote.manifest.arrays is not None:
+            paths.append(remote.manifest.arrays.examples)
         student = remote.student(paths)
         pipeline = cls(student, **options)
         pipeline._remote = remote
@@ -236,6 +238,7 @@ class FastPipeline(SavedStudent):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         generator: Any = None,
+        conditions: Mapping[str, ArrayLike] | None = None,
     ) -> PipelineOutput:
         """Generate images.
 
@@ -261,6 +264,7 @@ class FastPipeline(SavedStudent):
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": x})`` after every step; may
                 return {"latents": other} to continue from those.
             callback_on_step_end_tensor_inputs: the latents alone; `generator` is refused, give `seed`.
+            conditions: arrays (B, ...) by name, of a student that is conditioned on some, such as {"image": x}.
 
         Raises:
             InvalidRequest: the student does not support the request; the message names what it supports.
@@ -274,20 +278,18 @@ class FastPipeline(SavedStudent):
         asked = (prompt, class_labels, num_images_per_prompt, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
         nulls = (negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask)
-        request = self._checked(asked, embeds, (guidance_scale, negative_prompt, nag_scale), nulls)
+        request = self._checked(asked, embeds, (guidance_scale, negative_prompt, nag_scale), nulls, conditions)
         given = begin.fitted(self.manifest, request) if begin else None
-        shown = shown_to(callback_on_step_end, self, self.manifest)
-        drawing, on_state, times = self._drawing(request, given, shown)
-        raw = output_type == "latent"
-        made = drawing.latents(on_state) if raw else drawing.images(on_state, decode_tile)
+        drawing, on_state, times = self._drawing(request, given, shown_to(callback_on_step_end, self, self.manifest))
+        made = drawing.latents(on_state) if (raw := output_type == "latent") else drawing.images(on_state, decode_tile)
         done = time.perf_counter()
         made, flagged = filtered(self.safety_filter, made)
         stepped = raw or on_state is not None or decode_tile is not None
         info = self._info(self._components.info(stepped=stepped, nag=NAG_SCALE in drawing.conditions))
         marks = request.marks(self.manifest, info["precision"], given.kind if given else None) if self.marked else ()
-        result = converted(made, output_type, marks)
+        images = converted(made, output_type, marks)
         timings = timings_of(start, *times, done, time.perf_counter(), encodes=self.manifest.text is not None)
-        return PipelineOutput(result, request.seeds, timings, info, flagged)
+        return PipelineOutput(images, request.seeds, timings, info, flagged)
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> PipelineOutput:
         """A call in a thread of its own, while the event loop goes on; the arguments are those of a call."""
@@ -328,6 +330,7 @@ class FastPipeline(SavedStudent):
         negative_prompt: str | None = None,
         guidance_scale: float | None = None,
         nag_scale: float | None = None,
+        conditions: Mapping[str, ArrayLike] | None = None,
     ) -> Iterator[Image.Image]:
         """Yield one image as it forms: the clean-image estimate x0 after each step, and last the image itself.
 
@@ -338,7 +341,7 @@ class FastPipeline(SavedStudent):
         size = begin.size if begin else (height, width)
         asked = (prompt, class_labels, 1, num_inference_steps, seed, latents, *size)
         embeds = (prompt_embeds, pooled_prompt_embeds, prompt_attention_mask)
-        request = self._checked(asked, embeds, (guidance_scale, negative_prompt, nag_scale))
+        request = self._checked(asked, embeds, (guidance_scale, negative_prompt, nag_scale), arrays=conditions)
         if len(request.seeds) != 1:
             raise InvalidRequest(f"stream generates one image, not {len(request.seeds)}; give one prompt or class")
         given = begin.fitted(self.manifest, request) if begin else None
@@ -346,10 +349,15 @@ class FastPipeline(SavedStudent):
         return self._previews(request, given)
 
     def _checked(
-        self, asked: tuple[Any, ...], embeds: tuple[Any, ...], guidance: tuple[Any, Any, Any], nulls: Any = (None,) * 3
+        self,
+        asked: tuple[Any, ...],
+        embeds: tuple[Any, ...],
+        guidance: tuple[Any, Any, Any],
+        nulls: Any = (None,) * 3,
+        arrays: Mapping[str, ArrayLike] | None = None,
     ) -> GenerationRequest:
-        """The checked request, from the arguments of `check_request`, encoded prompts, and what guides it."""
-        arguments = (*asked, dict(zip(EMBEDS, embeds, strict=True)))
+        """The checked request, from the arguments of `check_request`, encoded prompts, what guides it, and arrays."""
+        arguments = (*asked, dict(zip(EMBEDS, embeds, strict=True)), arrays)
         request = check_request(self.manifest, *arguments)
         scale, negative, nag = guidance
         negatives = dict(zip(NEGATIVE_EMBEDS, nulls, strict=True))
@@ -379,7 +387,7 @@ class FastPipeline(SavedStudent):
 
         Args:
             noise: float32 (N, B, C, H, W); N is at least the table's `noise_slices`.
-            conditions: labels (B,) of a class-conditional student, or what `encode_prompt` returns.
+            conditions: labels (B,) of a class-conditional student; arrays by name, as `encode_prompt` returns them.
             num_inference_steps: steps; None for the student's default.
 
         Raises:

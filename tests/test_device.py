@@ -30,7 +30,7 @@ from redif_sdk.distill.teachers import denoising
 from redif_sdk.distill.training import estimate as estimating
 from redif_sdk.distill.training import loop as training
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
-from redif_sdk.models import prompts
+from redif_sdk.models import prompts, rows
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -169,7 +169,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("room", [1 << 20, 0])
 def test_prompts_are_looked_up_on_the_device_where_they_find_room(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "LARGEST_COPY", room)
+    monkeypatch.setattr(rows, "LARGEST_COPY", room)
     asked: list[str] = []
 
     def encode(texts: Sequence[str]) -> dict[str, torch.Tensor]:

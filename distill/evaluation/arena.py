@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redif_sdk.artifact.records import Condition, TextCondition
+from redif_sdk.artifact.records import ArrayCondition, Condition, TextCondition
 from redif_sdk.distill import pool
 from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.evaluation.datasets import load
@@ -219,7 +219,7 @@ def evaluate_folder(
     which = None if teacher.prompts is None else "given" if prompts is not None else "trained on"
     if which == "trained on" and teacher.extra.get("held_out") and not trained_prompts:
         teacher, which = drawing(teacher, teacher.extra["held_out"]), "held out"
-    student.use_prompts(teacher.prompts)
+    student.use_rows(teacher.rows)
     if teacher.decode is None:
         teacher = teacher.in_range(student.teacher.postprocess.value_range)
     arena = Arena.of(teacher, num_samples, unpaired=unpaired, data=data, device=place)
@@ -238,8 +238,14 @@ def evaluate_folder(
     return rows
 
 
-def _same_conditions(ours: Condition | TextCondition | None, theirs: Condition | TextCondition | None) -> bool:
-    """Whether a student and a teacher take the same conditions: equal classes, or prompts that become equal tensors."""
+Kind = Condition | TextCondition | ArrayCondition | None
+
+
+def _same_conditions(ours: Kind, theirs: Kind) -> bool:
+    """Whether a student and a teacher take the same conditions: equal classes, prompts that become equal tensors, or
+    the same arrays."""
+    if isinstance(ours, ArrayCondition) and isinstance(theirs, ArrayCondition):
+        return ours.tensors == theirs.tensors
     if isinstance(ours, TextCondition) and isinstance(theirs, TextCondition):
         return (ours.tokenizers, ours.encoders, ours.tensors) == (theirs.tokenizers, theirs.encoders, theirs.tensors)
     return ours == theirs

@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         images: (N, C, H, W) float32 in [-1, 1]: what a user would see. Latents, unclamped, for a reward in their space.
         targets: the teacher's of the same noises, of the same shape; each once for a reward that is ``grouped``.
-        condition: (N,) int64: classes, or places among the teacher's prompts; None: unconditional.
+        condition: (N,) int64: classes, or places among the teacher's prompts or arrays; None: unconditional.
         teacher: whose prompts and classes they are; None: not known.
     """
 
@@ -45,7 +45,7 @@ class Batch:
     @property
     def class_labels(self) -> list[int] | None:
         """The class of each image; None: they were not made from classes."""
-        if self.condition is None or (self.teacher is not None and self.teacher.prompts is not None):
+        if self.condition is None or (self.teacher is not None and self.teacher.rows is not None):
             return None
         return [int(label) for label in self.condition.tolist()]
 
@@ -58,11 +58,12 @@ class Batch:
 
     @property
     def conditions(self) -> dict[str, Tensor]:
-        """What the network takes of each image's condition: tensors (N, ...) by name, such as ``class_labels``."""
+        """What the network takes of each image's condition: tensors (N, ...) by name, such as ``class_labels``, or the
+        arrays that the teacher is conditioned on."""
         if self.condition is None:
             return {}
-        if self.teacher is not None and self.teacher.prompts is not None:
-            return self.teacher.prompts(self.condition)
+        if self.teacher is not None and self.teacher.rows is not None:
+            return self.teacher.rows(self.condition)
         return {"class_labels": self.condition}
 
 

@@ -26,7 +26,7 @@ LEARNING_RATE = 1e-3
 class PatchNetwork(nn.Module):
     """(B, C, H, W) in [-1, 1] and classes (B,) or None -> logits (B, H / 2, W / 2), each of the 12 x 12 pixels around.
 
-    The class enters as a projection (Miyato and Koyama 2018).
+    The class enters as a projection (Miyato and Koyama 2018). ``num_classes`` 0: the condition is not looked at.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -40,14 +40,15 @@ class PatchNetwork(nn.Module):
             nn.LeakyReLU(0.2),
         )
         self.head = nn.Conv2d(64, 1, 1)
-        self.classes = nn.Embedding(num_classes, 64)
+        self.classes = nn.Embedding(max(num_classes, 1), 64)
         nn.init.zeros_(self.classes.weight)
+        self.conditional = num_classes > 0
 
     def forward(self, images: Tensor, condition: Tensor | None) -> Tensor:
         """Logits (B, H / 2, W / 2) float32."""
         maps = self.body(images)
         logits: Tensor = self.head(maps)[:, 0]
-        if condition is not None:
+        if condition is not None and self.conditional:
             logits = logits + torch.einsum("bchw,bc->bhw", maps, self.classes(condition)) / 8
         return logits
 
@@ -67,7 +68,7 @@ class Discriminator:
     def make(cls, teacher: Teacher, seed: int, device: torch.device) -> Discriminator:
         """An untrained one for ``teacher``'s images, on ``device``; ``seed`` fixes its weights."""
         images = teacher.images(torch.zeros(1, *teacher.shape, device=device))
-        classes = teacher.num_conditions or 1
+        classes = 0 if teacher.data is not None else teacher.num_conditions  # rows of arrays are no classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 77)
             made = cls(PatchNetwork(images.shape[1], classes).to(device))

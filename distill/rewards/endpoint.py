@@ -7,6 +7,7 @@ serve-reward`` makes such a server of a function.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,10 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.reward_server.protocol import RewardAnswer, RewardRequest
 
 __all__ = ["EndpointReward"]
+
+SMALL = 1024  # numbers of a condition for an image that are sent as they are
+
+_log = logging.getLogger(__name__)
 
 
 class EndpointReward:
@@ -55,6 +60,7 @@ class EndpointReward:
         if batch_size < 1:
             raise InvalidRequest(f"batch_size is {batch_size}; give at least 1")
         self.batch_size, self.unjudged = batch_size, 0
+        self._left_out: set[str] = set()
         self.weights = dict(weights) if weights is not None else _weights(fragment, address)
 
     @torch.no_grad()
@@ -73,9 +79,10 @@ class EndpointReward:
             prompts=batch.prompts,
             class_labels=batch.class_labels,
             class_names=batch.class_names,
+            conditions=self._conditions(batch) or None,
         ).model_dump()
         parts = [slice(low, low + self.batch_size) for low in range(0, len(images), self.batch_size)]
-        bodies = [{name: value and value[part] for name, value in request.items()} for part in parts]
+        bodies = [{name: _part(value, part) for name, value in request.items()} for part in parts]
         answers = self.server.ask_all(bodies, lambda answer, place: self._read(answer, len(bodies[place]["images"])))
         names = sorted(answers[0])
         if other := next((answer for answer in answers if sorted(answer) != names), None):
@@ -88,6 +95,28 @@ class EndpointReward:
             known &= judged_here
         self.unjudged += int((~known).sum())
         return scores[""] if names == [""] else scores
+
+    def _conditions(self, batch: Batch) -> dict[str, list[Any]]:
+        """The arrays that a user's own teacher is conditioned on: images in [-1, 1] as PNG, small ones as numbers."""
+        if batch.teacher is None or batch.teacher.data is None:
+            return {}
+        found: dict[str, list[Any]] = {}
+        for name, value in batch.conditions.items():
+            shape = value.shape[1:]
+            is_image = value.is_floating_point() and len(shape) == 3 and shape[0] in (1, 3)
+            if is_image and float(value.abs().max()) <= 1:
+                found[name] = encoded(value)
+            elif shape.numel() <= SMALL:
+                found[name] = value.tolist()
+            elif name not in self._left_out:
+                self._left_out.add(name)
+                _log.warning(
+                    "%s is not sent to %s: it is no image in [-1, 1], and has %d numbers",
+                    name,
+                    self.name,
+                    shape.numel(),
+                )
+        return found
 
     def _read(self, answer: Any, count: int) -> dict[str, list[float | None]]:
         """The scores in an answer for ``count`` images."""
@@ -105,6 +134,11 @@ class EndpointReward:
                 of = f" of {name}" if name else ""
                 raise InvalidRequest(f"the reward {self.name} answered {len(values)} numbers{of} for {count} images")
         return found
+
+
+def _part(value: Any, part: slice) -> Any:
+    """Of a list the part of one request; of lists by name that of each; None stays None."""
+    return {name: each[part] for name, each in value.items()} if isinstance(value, dict) else value and value[part]
 
 
 def _weights(fragment: str, address: str) -> dict[str, float]:

@@ -100,6 +100,8 @@ class FeatureReward:
         if labels is not None and teacher.prompts is not None:
             labels = prompt_vectors(teacher.prompts, labels).to(images.device)
             outputs = labels.shape[1]
+        if teacher.data is not None:  # its rows are no classes: the features stay random
+            labels, outputs = None, 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = FeatureNetwork(images.shape[1], outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,26 +14,22 @@ from torch import nn
 
 from redif_sdk.artifact.atomic import atomic_folder, atomic_write
 from redif_sdk.artifact.folder import write_manifest
-from redif_sdk.artifact.manifest import CARD_NAME, Manifest
+from redif_sdk.artifact.manifest import CARD_NAME, TASKS, Manifest
 from redif_sdk.artifact.records import Distillation, Guidance, Network, TeacherInfo, calls_per_step
 from redif_sdk.card.render import read_card, render_over
 from redif_sdk.card.sections import is_generated, user_sections
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.callables import write_examples
 from redif_sdk.errors import RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser, inner_of
 from redif_sdk.models.portable import is_library_network
-from redif_sdk.models.prompts import Prompts
+from redif_sdk.models.rows import Rows
 from redif_sdk.sampling.noise import noise
 from redif_sdk.sampling.table import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
-TASKS: dict[str | None, Literal["unconditional", "class-conditional", "text-to-image"]] = {
-    None: "unconditional",
-    "class": "class-conditional",
-    "text": "text-to-image",
-}
 
 
 @dataclass
@@ -81,10 +77,10 @@ class Student:
         """Whether the network is no class of diffusers: its folder has the weights, and the class by name only."""
         return not is_library_network(self.inner)
 
-    def use_prompts(self, prompts: Prompts | None) -> None:
-        """Conditions become places among ``prompts``, a teacher's, instead of the student's own; None: no change."""
-        if prompts is not None and isinstance(self.network, Denoiser):
-            self.network.prompts = prompts
+    def use_rows(self, rows: Rows | None) -> None:
+        """Conditions become places among ``rows``, a teacher's, instead of the student's own; None: no change."""
+        if rows is not None and isinstance(self.network, Denoiser):
+            self.network.rows = rows
 
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
         """The student in float32, with its table of ``num_inference_steps``; where it has none, with the first."""
@@ -178,6 +174,8 @@ class Student:
     def _write_models(self, staging: Path, inner: Any, link: bool) -> None:
         """diffusers' folder: the network and a scheduler, or the teacher's whole pipeline with these two in it."""
         scheduler = self._scheduler()
+        if self.teacher.data is not None:
+            write_examples(self.teacher.data, staging)
         if self.teacher.pipeline is not None:
             if self.is_own:
                 raise UnsupportedModel(

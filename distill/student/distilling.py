@@ -236,7 +236,7 @@ def _with_student(teacher: Teacher, student: nn.Module) -> Teacher:
     network = Denoiser(
         own,
         diffusers_call=is_library_network(own),
-        prompts=teacher.prompts,
+        rows=teacher.rows,
         embedded_guidance=teacher.embedded_guidance,
         scale=teacher.postprocess.scale,
     )

@@ -19,7 +19,7 @@ from redif_sdk.distill.student.decision import check_teacher
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.changes import Lora
 from redif_sdk.distill.teachers.own_scheduler import own_table, run_table
-from redif_sdk.errors import InvalidRequest
+from redif_sdk.errors import InvalidRequest, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser
 from redif_sdk.sampling.noise import noise
 from redif_sdk.sampling.table import StepTable
@@ -105,7 +105,7 @@ def import_pipeline(
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if guidance_scale is not None:
         teacher = teacher.guided(guidance_scale)
-    check_teacher(teacher, chosen_device("auto"))
+    _check(teacher)
     if not teacher.range_known:
         teacher = teacher.ranged_by(compute(teacher, RANGED_ON, "train").target)
     counts = list(dict.fromkeys(steps))
@@ -118,6 +118,16 @@ def import_pipeline(
     if teacher.own is not None:
         student.scheduler = teacher.own.scheduler
     return student.save_pretrained(output, overwrite=overwrite, link=link)
+
+
+def _check(teacher: Teacher) -> None:
+    """Raise UnsupportedModel for a teacher that cannot be imported, or not exported then."""
+    if teacher.guidance is not None and teacher.data is not None:
+        raise UnsupportedModel(
+            f"{teacher.name} is guided and conditioned on arrays, and graphs do not hold null arrays; distil it, or "
+            "import it with guidance_scale 1"
+        )
+    check_teacher(teacher, chosen_device("auto"))
 
 
 @torch.no_grad()

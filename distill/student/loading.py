@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load
 from torch import nn
 
+from redif_sdk.artifact.examples import example_conditions, example_count
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.distill.student.base import Student
@@ -85,7 +86,7 @@ def load_student(folder: str | Path, teacher: Teacher | None = None, *, network:
         distillation=manifest.distillation,
         metrics=list(manifest.metrics),
     )
-    student.use_prompts(teacher.prompts if teacher else None)
+    student.use_rows(teacher.rows if teacher else None)
     return student
 
 
@@ -105,11 +106,17 @@ def _with_own(student: StudentFolder, copied: Path, network: nn.Module) -> Teach
         shape=(manifest.latents.channels, manifest.latents.height, manifest.latents.width),
         student=own,
         num_classes=classes.num_classes if classes else None,
+        conditions=_examples(student) if manifest.arrays else None,
         shift=shift,
         pixel_shuffle=manifest.postprocess.pixel_shuffle,
         name=manifest.name,
     )
     return replace(teacher.in_range(manifest.postprocess.value_range), scheduler_config=config)
+
+
+def _examples(student: StudentFolder) -> dict[str, Any]:
+    """The example conditions of a student on arrays, as its data."""
+    return example_conditions(student, range(example_count(student)))
 
 
 def _model_folders(manifest: Manifest) -> set[str]:

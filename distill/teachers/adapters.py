@@ -256,7 +256,7 @@ def _predict(
     network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The teacher's function: in the network's own precision, float32 out."""
-    denoiser = Denoiser(network, diffusers_call=True, prompts=prompts, embedded_guidance=embedded, scale=scale)
+    denoiser = Denoiser(network, diffusers_call=True, rows=prompts, embedded_guidance=embedded, scale=scale)
     dtype = next(network.parameters()).dtype
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ def _predict(
 
 
 def _students(network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int) -> StudentOf:
-    return StudentOf(network, {"prompts": prompts, "embedded_guidance": embedded, "scale": scale})
+    return StudentOf(network, {"rows": prompts, "embedded_guidance": embedded, "scale": scale})
 
 
 def _at_guidance(network: nn.Module, prompts: Prompts | None, scale: int) -> AtGuidance:

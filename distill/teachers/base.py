@@ -8,22 +8,31 @@ become images.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from redif_sdk.artifact.records import Condition, Guidance, Latents, Postprocess, TextCondition, calls_per_step
+from redif_sdk.artifact.records import (
+    ArrayCondition,
+    Condition,
+    Guidance,
+    Latents,
+    Postprocess,
+    TextCondition,
+    calls_per_step,
+)
 from redif_sdk.distill.teachers import folders
+from redif_sdk.distill.teachers.asking import Asking
+from redif_sdk.distill.teachers.callables import fields_of
 from redif_sdk.distill.teachers.changes import Lora, merge_loras, with_decoder
 from redif_sdk.distill.teachers.known_schedulers import with_scheduler
 from redif_sdk.distill.teachers.own_scheduler import OwnScheduler, Sampler
@@ -39,10 +48,11 @@ from redif_sdk.distill.teachers.registry import (
 )
 from redif_sdk.distill.teachers.value_range import InRange
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.models.copies import private_copy, private_pipeline
-from redif_sdk.models.denoiser import Denoiser, Predict, guided, in_micro_batches
+from redif_sdk.models.condition_data import ConditionData
+from redif_sdk.models.copies import private_pipeline
+from redif_sdk.models.denoiser import Predict, guided, in_micro_batches
 from redif_sdk.models.hollow import stored
-from redif_sdk.models.portable import check_pipeline, is_library_network, refuse_saved_adapters
+from redif_sdk.models.portable import check_pipeline, refuse_saved_adapters
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.loop import run_steps
 from redif_sdk.sampling.noise_schedule import NoiseSchedule
@@ -63,7 +73,7 @@ AtGuidance = Callable[[float], tuple[Predict, MakeStudent]]
 
 
 @dataclass(frozen=True)
-class Teacher(InRange):
+class Teacher(Asking, InRange):
     """A diffusion model to distil.
 
     ``predict`` is called with x (B, C, H, W) float32, t (B,) float32 and the condition (B,) int64 or None, and is a
@@ -76,7 +86,7 @@ class Teacher(InRange):
     schedule: NoiseSchedule
     prediction_type: str
     latents: Latents
-    condition: Condition | TextCondition | None
+    condition: Condition | TextCondition | ArrayCondition | None
     postprocess: Postprocess
     num_inference_steps: int
     make_student: MakeStudent
@@ -90,6 +100,7 @@ class Teacher(InRange):
     guidance: Guidance | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     prompts: Prompts | None = None  # of a text-to-image teacher: a condition is a prompt's place among them
+    data: ConditionData | None = None  # of a teacher on a user's own arrays: a condition is a row of these
     decode: nn.Module | None = None  # latents -> images, where they are not pixels
     sampler: Sampler | None = None  # the pipeline's own; None: by `table`
     own: OwnScheduler | None = None  # the pipeline's scheduler
@@ -123,26 +134,10 @@ class Teacher(InRange):
     def identity(self) -> str:
         """Names this teacher's outputs: its weights and its guidance. Empty: unknown, outputs are not cached."""
         told = "" if self.embedded_guidance is None else f" told {self.embedded_guidance:g}"
+        told += "" if self.data is None else f" on {self.data.digest}"
         if not self.fingerprint or self.guidance is None:
             return self.fingerprint and self.fingerprint + told
         return f"{self.fingerprint}{told} guidance {self.guidance.scale:g} {self.guidance.null_class}"
-
-    @property
-    def num_conditions(self) -> int:
-        """How many classes or prompts there are to ask for; 0: it is unconditional."""
-        if self.prompts is not None:
-            return len(self.prompts)
-        return self.condition.num_classes if isinstance(self.condition, Condition) else 0
-
-    def ask(self, prompts: Sequence[str]) -> Tensor:
-        """The condition (B,) int64 for any ``prompts``, whether this teacher is distilled on them or not.
-
-        Raises:
-            InvalidRequest: it draws no prompts, or one of them cannot be asked for.
-        """
-        if self.prompts is None:
-            raise InvalidRequest(f"{self.name} takes no prompts; give it {'classes' if self.condition else 'noise'}")
-        return self.prompts.ask(prompts)
 
     def guided(self, scale: float, null_class: int | None = None) -> Teacher:
         """This teacher under classifier-free guidance of ``scale``; 0 and 1 are none. A network that takes the scale as
@@ -264,11 +259,6 @@ class Teacher(InRange):
         states = [seen[float(t)] for t in times]
         return output, torch.stack(states, 1) if states else noise.new_empty(len(noise), 0, *noise.shape[1:])
 
-    def labels(self, index: np.ndarray) -> Tensor | None:
-        """The condition of pool entry ``index``: classes or prompts in turn, so that every batch of indices is
-        balanced."""
-        return torch.as_tensor(index % self.num_conditions).long() if self.num_conditions else None
-
     @classmethod
     def load(cls, source: Any, **options: Any) -> Teacher:
         """A shipped teacher's name, a diffusers folder or its Hub id, a pipeline, or a :class:`Teacher` itself.
@@ -374,6 +364,7 @@ class Teacher(InRange):
         shape: tuple[int, int, int],
         student: nn.Module,
         num_classes: int | None = None,
+        conditions: Mapping[str, ArrayLike] | str | Path | ConditionData | None = None,
         guidance: Guidance | None = None,
         shift: float = 1.0,
         num_inference_steps: int = 50,
@@ -385,7 +376,10 @@ class Teacher(InRange):
         """Any function ``(x, t, condition) -> f``: a score model, a denoiser, a network behind an API.
 
         Args:
-            predict: ``x`` (B, C, H, W) float32, ``t`` (B,) float32, ``condition`` (B,) int64 or None -> (B, C, H, W).
+            predict: ``x`` (B, C, H, W) float32, ``t`` (B,) float32, ``condition`` -> (B, C, H, W). The condition is
+                None, classes (B,) int64, or of ``conditions`` tensors (B, ...) by name, float32 or int64.
+            conditions: a data set of named arrays to be conditioned on, each (N, ...), such as low-resolution images:
+                a mapping, an ``.npz``, or ``ConditionData.from_function``. Entry i of the pool has row i modulo N.
             schedule: its noise schedule; ``t`` indexes it.
             prediction_type: what ``f`` is: epsilon, v_prediction, sample, score, or flow (noise minus data), whose
                 schedule is ``NoiseSchedule.linear_flow()``.
@@ -395,32 +389,28 @@ class Teacher(InRange):
                 module called as ``student(x, t, condition)``. It is copied, never changed.
             value_range: (low, high) of its data, which images map to 0..255, rewards to [-1, 1], and beyond which
                 errors do not count. None: it is measured on the teacher's outputs.
-            guidance: classifier-free guidance; its ``null_class`` is the condition that means 'no class'.
+            guidance: classifier-free guidance; its ``null_class`` is the condition that means 'no class'. Of
+                ``conditions`` it is their ``null``.
             fingerprint: names this function's outputs in the cache of pairs; None: pairs are not cached on disk.
         """
-        own = private_copy(student, "the student")
-        if schedule.flow != (prediction_type == "flow"):
-            raise InvalidRequest(
-                f"the prediction type {prediction_type} and this noise schedule do not belong together; "
-                "a flow has NoiseSchedule.linear_flow(), and nothing else has"
-            )
+        fields = fields_of(
+            predict,
+            schedule=schedule,
+            prediction_type=prediction_type,
+            shape=shape,
+            student=student,
+            num_classes=num_classes,
+            conditions=conditions,
+            guidance=guidance,
+            pixel_shuffle=pixel_shuffle,
+        )
         made = cls(
             name=name,
             shift=shift,
-            predict=torch.no_grad()(predict),
-            schedule=schedule,
-            prediction_type=prediction_type,
-            latents=Latents(channels=shape[0], height=shape[1], width=shape[2]),
-            condition=Condition(kind="class", num_classes=num_classes, class_names=None) if num_classes else None,
-            postprocess=Postprocess(pixel_shuffle=pixel_shuffle),
             num_inference_steps=num_inference_steps,
-            make_student=lambda: Denoiser(
-                copy.deepcopy(own).requires_grad_(True), diffusers_call=is_library_network(own)
-            ),
-            network_folder="unet",
             fingerprint=fingerprint or "",
-            guidance=guidance,
             range_known=False,
+            **fields,
         )
         return made.in_range(value_range)
 

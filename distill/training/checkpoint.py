@@ -73,6 +73,8 @@ def identity(config: DistillConfig, teacher: Teacher) -> str:
         "teacher": teacher.identity,
         "processes": draws.world(),
     }
+    if teacher.data is not None:
+        more["conditions"] = teacher.data.digest
     if (value_range := teacher.postprocess.value_range) != UNIT:
         more["value_range"] = value_range
     return json.dumps(fixed | more)

@@ -27,7 +27,7 @@ from redif_sdk.distill.training.check import checked_pairs
 from redif_sdk.distill.training.loop import Trainer
 
 SLOW = 5.0  # seconds of an update that is not made a second time
-PAIRS = 8  # at least, that are made up; also the prompts that are encoded to time it
+PAIRS = 8  # at least, that are made up; also the prompts, or a user's conditions, that are read to time it
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _encoding_seconds(teacher: Teacher, pool_size: int) -> float:
-    if teacher.prompts is None:
+    if (rows := teacher.rows) is None:
         return 0.0
-    prompts, tried = teacher.prompts, min(PAIRS, len(teacher.prompts))
-    return _timed(lambda: prompts(torch.arange(tried))) * min(len(prompts), pool_size) / tried
+    tried = min(PAIRS, len(rows))
+    return _timed(lambda: rows(torch.arange(tried))) * min(len(rows), pool_size) / tried
 
 
 @torch.no_grad()
@@ -156,8 +156,8 @@ def _peak_memory(trainer: Trainer, pool_size: int) -> float:
     device = trainer.context.device
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    prompts = trainer.teacher.prompts
-    encoded = 0 if prompts is None else prompts.row_bytes * max(0, min(len(prompts), pool_size) - PAIRS)
+    rows = trainer.teacher.rows
+    encoded = 0 if rows is None else rows.row_bytes * max(0, min(len(rows), pool_size) - PAIRS)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     network = sum(weight.numel() for weight in trainer.context.policy.network.parameters())
     merged = 4 * network if trainer.config.lora_rank else 0

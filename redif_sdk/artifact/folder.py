@@ -110,6 +110,7 @@ class StudentFolder:
         kinds += [(file, ".data") for graph in self.manifest.graphs for file in graph.data]
         text = self.manifest.text
         kinds += [(tokenizer.file, TOKENIZER) for tokenizer in (text.tokenizers if text else [])]
+        kinds += [(arrays.examples, ".npz")] if (arrays := self.manifest.arrays) else []
         for file, kind in kinds:
             if file not in self._entries:
                 raise IntegrityError(f"{file} is used by {self.path} but is not in its list of files; export it again")

@@ -14,6 +14,7 @@ from redif_sdk.artifact.digest import digest_of, encode
 from redif_sdk.artifact.paths import MOST_FILES
 from redif_sdk.artifact.records import (
     STRICT,
+    ArrayCondition,
     Condition,
     Distillation,
     FileEntry,
@@ -39,14 +40,23 @@ __all__ = [
     "GUIDANCE_SCALE",
     "MANIFEST_NAME",
     "NULL_ROWS",
+    "TASKS",
     "Manifest",
 ]
 
-FORMAT_VERSION = "1.7"
+FORMAT_VERSION = "1.8"
 MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
 #: Inputs of graphs that are guided at run time (`redif_sdk.runtimes.guided`).
 GUIDANCE_SCALE, GUIDANCE_ROWS, NULL_ROWS = "guidance_scale", "guidance_rows", "null_rows"
+
+#: What a student does, by the kind of its condition.
+TASKS: dict[str | None, Literal["unconditional", "class-conditional", "text-to-image", "array-conditional"]] = {
+    None: "unconditional",
+    "class": "class-conditional",
+    "text": "text-to-image",
+    "arrays": "array-conditional",
+}
 
 CARD_LIMIT = 1 << 20  # bytes of it that are read
 UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME.lower(), ".gitattributes"})  # in lower case
@@ -86,7 +96,7 @@ class Manifest(BaseModel):
     format_version: Annotated[str, Field(pattern=r"^1\.\d{1,4}$")] = FORMAT_VERSION
     name: Text
     licence: Text
-    task: Literal["unconditional", "class-conditional", "text-to-image"]
+    task: Literal["unconditional", "class-conditional", "text-to-image", "array-conditional"]
     teacher: TeacherInfo | None = None
     distillation: Distillation | None = None
     step_tables: Annotated[
@@ -95,7 +105,7 @@ class Manifest(BaseModel):
         WithJsonSchema({"type": "array", "minItems": 1, "maxItems": 64, "items": _TABLE}),
     ]
     latents: Latents
-    condition: Annotated[Condition | TextCondition, Field(discriminator="kind")] | None = None
+    condition: Annotated[Condition | TextCondition | ArrayCondition, Field(discriminator="kind")] | None = None
     postprocess: Postprocess = Postprocess()
     network: Network
     graphs: Annotated[list[Graph], Field(max_length=64)] = []
@@ -110,8 +120,7 @@ class Manifest(BaseModel):
         steps = self.supported_steps
         if len(set(steps)) != len(steps):
             raise ValueError("two step tables have the same number of steps")
-        tasks = {None: "unconditional", "class": "class-conditional", "text": "text-to-image"}
-        if self.task != tasks[self.condition.kind if self.condition else None]:
+        if self.task != TASKS[self.condition.kind if self.condition else None]:
             raise ValueError(f"task {self.task!r} does not go with condition {self.condition!r}")
         network = self.network
         if network.guidance_inputs and not (
@@ -199,9 +208,15 @@ class Manifest(BaseModel):
         return self.condition if isinstance(self.condition, TextCondition) else None
 
     @property
+    def arrays(self) -> ArrayCondition | None:
+        """The condition of a student that takes a user's own arrays, else None."""
+        return self.condition if isinstance(self.condition, ArrayCondition) else None
+
+    @property
     def condition_tensors(self) -> list[TensorSpec]:
-        """The conditioning inputs of the denoiser and the generator: class_labels, or the encoded prompts' tensors."""
-        if isinstance(self.condition, TextCondition):
+        """The conditioning inputs of the denoiser and the generator: class_labels, the encoded prompts' tensors, or a
+        user's own arrays."""
+        if isinstance(self.condition, TextCondition | ArrayCondition):
             return self.condition.tensors
         return [TensorSpec(name="class_labels", dtype="int64", shape=["batch"])] if self.condition else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,9 @@ from redif_sdk.errors import InvalidRequest
 
 __all__ = [
     "LONGEST_PROMPT",
+    "MOST_CONDITIONS",
     "STRICT",
+    "ArrayCondition",
     "Budget",
     "Component",
     "Condition",
@@ -33,10 +36,18 @@ __all__ = [
     "TextEncoder",
     "Tokenizer",
     "calls_per_step",
+    "is_condition_name",
     "is_plain_text",
 ]
 
 LONGEST_PROMPT = 10_000  # characters
+MOST_CONDITIONS = 8  # arrays that a student is conditioned on
+LARGEST_CONDITION = 1 << 24  # values of one of them for an image
+
+#: Other inputs and outputs of a student's graphs, and arrays of its golden files.
+_TAKEN = {"sample", "timestep", "f", "noise", "table", "init_scale", "images", "guidance_scale", "guidance_rows"}
+_TAKEN |= {"null_rows", "nag_scale", "x", "rows", "seeds", "prompts", "latents", "encoded"}
+_CONDITION = re.compile("[A-Za-z][A-Za-z0-9_]{0,59}")
 
 LARGEST_EXTENT = 65536
 _LARGEST_COUNT = (1 << 63) - 1
@@ -51,6 +62,11 @@ _UNPRINTABLE = re.compile(
 def is_plain_text(text: str) -> bool:
     """Whether names and texts of a manifest may hold `text`."""
     return _UNPRINTABLE.search(text) is None
+
+
+def is_condition_name(name: str) -> bool:
+    """Whether an array that a student is conditioned on may have this name: no other input of its graphs has it."""
+    return _CONDITION.fullmatch(name) is not None and name not in _TAKEN
 
 
 def _check_text(text: str) -> str:
@@ -254,6 +270,35 @@ class TextCondition(_Part):
                 raise ValueError(f"a tensor is named twice: {', '.join(kind)}")
         if any(not tensor.shape or tensor.shape[0] != "batch" for tensor in self.tensors):
             raise ValueError("the first axis of an encoded prompt's tensor is not batch")
+        return self
+
+
+class ArrayCondition(_Part):
+    """The condition of a student that takes a user's own arrays by name, such as a low-resolution image (since 1.8).
+
+    The denoiser and the generator take `tensors` by name. `examples` is an ``.npz`` of a few rows that the student was
+    trained on: arrays ``conditions.NAME`` (N, ...), each with the same number of rows.
+    """
+
+    kind: Literal["arrays"]
+    tensors: Annotated[list[TensorSpec], Field(min_length=1, max_length=MOST_CONDITIONS)]
+    examples: SafePath
+
+    @model_validator(mode="after")
+    def _arrays(self) -> ArrayCondition:
+        names = [tensor.name for tensor in self.tensors]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a condition is named twice: {', '.join(names)}")
+        for tensor in self.tensors:
+            if not is_condition_name(tensor.name):
+                raise ValueError(f"{tensor.name!r} cannot name a condition")
+            if tensor.dtype not in ("float32", "int64"):
+                raise ValueError(f"the condition {tensor.name} is {tensor.dtype}, not float32 or int64")
+            fixed = [side for side in tensor.shape[1:] if isinstance(side, int)]
+            if tensor.shape[:1] != ["batch"] or len(fixed) != len(tensor.shape) - 1:
+                raise ValueError(f"the condition {tensor.name} has axes {tensor.shape}; all but batch must be fixed")
+            if (size := math.prod(fixed)) > LARGEST_CONDITION:
+                raise ValueError(f"the condition {tensor.name} has {size} values; the limit is {LARGEST_CONDITION}")
         return self
 
 

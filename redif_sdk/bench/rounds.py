@@ -26,7 +26,7 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.bench.interleave import Clock, interleave
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
-from redif_sdk.inputs import guiding_inputs, own_nulls
+from redif_sdk.inputs import guiding_inputs, own_nulls, refuse_arrays
 from redif_sdk.runtimes import RuntimeOptions
 from redif_sdk.runtimes.guided import GuidedInputs
 from redif_sdk.sampling.noise import noise as draw
@@ -130,6 +130,7 @@ class Workload:
         """
         student = StudentFolder(folder)
         manifest = student.manifest
+        refuse_arrays(manifest, "redif bench")
         table, latents = manifest.step_table(steps), manifest.latents
         shape = (latents.channels, latents.height, latents.width)
         noise = draw([(seed, index) for index in range(batch)], shape, slices=table.noise_slices)

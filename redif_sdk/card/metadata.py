@@ -30,11 +30,12 @@ __all__ = [
     "own_rows",
 ]
 
-#: The Hub has no task for images of a class.
+#: The Hub has no task for images of a class, or of any arrays.
 PIPELINE_TAGS = {
     "unconditional": "unconditional-image-generation",
     "class-conditional": "unconditional-image-generation",
     "text-to-image": "text-to-image",
+    "array-conditional": "unconditional-image-generation",
 }
 
 #: Methods of quality rows that are not a trained student.

@@ -63,6 +63,14 @@ NagScale = Annotated[
     float | None,
     typer.Option(help="How far a student of one call a step goes away from the negative prompt (export --nag)."),
 ]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--condition",
+        metavar="NAME=FILE",
+        help="An array of a student that takes some: a .npy file, an image, or a number; 'example': the student's own.",
+    ),
+]
 C2paCert = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Sign the files (C2PA) with this certificate, PEM.")
 ]
@@ -85,6 +93,7 @@ def generate_command(
     image: Images = None,
     mask: Mask = None,
     strength: Strength = None,
+    condition: Conditions = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
@@ -101,15 +110,14 @@ def generate_command(
     quiet: Quiet = False,
 ) -> None:
     """Generate images."""
+    from redif_sdk.cli.conditions import read_conditions
     from redif_sdk.hub import is_hub_id
-    from redif_sdk.inputs.images import open_image
     from redif_sdk.pipeline import FastPipeline
 
     if is_hub_id(student) and not Path(student).is_dir():
         show_transfers(json, quiet)
     signer = _signer(c2pa_cert, c2pa_key, output)
-    images = [open_image(file, str(file)) for file in image or []]
-    masks = [open_image(mask, str(mask))] if mask is not None else None
+    images, masks = _opened(image or []), _opened([mask] if mask else [])
     labels = [int(label) if label.lstrip("-").isdecimal() else label for label in class_label or []]
     pipe = FastPipeline.from_pretrained(
         student,
@@ -133,11 +141,12 @@ def generate_command(
         height=height,
         width=width,
         image=images or None,
-        mask_image=masks,
+        mask_image=masks or None,
         strength=strength,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         nag_scale=nag_scale,
+        conditions=read_conditions(pipe.student, condition or []),
     )
     files = _save(out.images, output, signer)
     flags = out.nsfw_content_detected or []
@@ -148,6 +157,12 @@ def generate_command(
         + (f"; {sum(flags)} black: flagged by the safety filter" if any(flags) else ""),
         soft_wrap=True,
     )
+
+
+def _opened(files: Sequence[Path]) -> list[Image]:
+    from redif_sdk.inputs.images import open_image
+
+    return [open_image(file, str(file)) for file in files]
 
 
 def _rows(out: PipelineOutput, files: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from redif_sdk.artifact.atomic import atomic_folder
+from redif_sdk.artifact.examples import example_conditions
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import MANIFEST_NAME
 from redif_sdk.errors import IntegrityError, InvalidRequest
@@ -21,6 +25,21 @@ class SavedStudent:
 
     _student: StudentFolder
     _remote: Remote | None  # source of the files that were not downloaded
+
+    @property
+    def student(self) -> StudentFolder:
+        """The checked folder."""
+        return self._student
+
+    def example_conditions(self, count: int = 1) -> dict[str, NDArray[Any]]:
+        """Conditions to try a student on arrays with: the first ``count`` of its examples, (B, ...) by name.
+
+        Raises:
+            InvalidRequest: It takes no arrays.
+        """
+        if self._student.manifest.arrays is None:
+            raise InvalidRequest(f"{self._student.manifest.name} takes no arrays, so it has no example conditions")
+        return example_conditions(self._student, range(count))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Copy the student to `folder`, checking every file; `folder` appears complete or not at all.

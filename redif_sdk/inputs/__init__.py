@@ -10,11 +10,10 @@ from redif_sdk.inputs.guiding import (
     own_nulls,
 )
 from redif_sdk.inputs.like_diffusers import OUTPUT_TYPES, check_output, precision_of
+from redif_sdk.inputs.named import EMBEDS, Conditions, refuse_arrays
 from redif_sdk.inputs.request import (
-    EMBEDS,
     LONGEST_PROMPT,
     Asked,
-    Conditions,
     GenerationRequest,
     Labels,
     Seeds,
@@ -50,4 +49,5 @@ __all__ = [
     "guiding_inputs",
     "own_nulls",
     "precision_of",
+    "refuse_arrays",
 ]

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
 from redif_sdk.errors import InvalidRequest
-from redif_sdk.inputs.request import EMBEDS, Conditions, GenerationRequest, check_embeds, check_prompts
+from redif_sdk.inputs.named import EMBEDS, Conditions, check_embeds
+from redif_sdk.inputs.request import GenerationRequest, check_prompts
 from redif_sdk.runtimes.guided import NULL, is_guiding
 
 #: The input of the graph "nag", the paper's s, and what it is unless a call says otherwise.

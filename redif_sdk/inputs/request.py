@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from redif_sdk.artifact.manifest import Manifest
-from redif_sdk.artifact.records import LONGEST_PROMPT, TensorSpec
+from redif_sdk.artifact.records import LONGEST_PROMPT
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.inputs.named import Conditions, check_arrays, check_embeds, check_named
 from redif_sdk.marks.xmp import Mark
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.sampling.table import StepTable
@@ -26,15 +27,12 @@ if TYPE_CHECKING:
     from redif_sdk.inputs.guiding import Guiding
 
 __all__ = [
-    "EMBEDS",
     "LONGEST_PROMPT",
     "Asked",
-    "Conditions",
     "GenerationRequest",
     "Labels",
     "Seeds",
     "check_conditions",
-    "check_embeds",
     "check_latents",
     "check_noise",
     "check_prompts",
@@ -45,12 +43,6 @@ __all__ = [
 
 MOST_PROMPTS = 10_000  # a call
 
-#: diffusers' names for encoded prompts: argument -> tensor.
-EMBEDS = {
-    "prompt_embeds": "encoder_hidden_states",
-    "pooled_prompt_embeds": "pooled_projections",
-    "prompt_attention_mask": "encoder_attention_mask",
-}
 SEED_LIMIT = 1 << 64
 DRAWN_SEED_BITS = 32  # short enough to be read out and typed in
 
@@ -58,8 +50,6 @@ Label = SupportsIndex | str
 Labels = Label | Sequence[Label] | NDArray[np.integer[Any]]
 Seeds = SupportsIndex | Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]] | None
 
-#: The conditions of a batch, by the names of the denoiser's and the generator's inputs; axis 0 of each is the batch.
-Conditions = dict[str, NDArray[Any]]
 #: Conditions as a caller may give them: class labels, or all tensors by name; None for an unconditional student.
 Asked = Labels | Mapping[str, ArrayLike] | None
 
@@ -88,7 +78,7 @@ class GenerationRequest:
         common |= {"height": self.size[0] * scale, "width": self.size[1] * scale}
         if begins_with is not None or self.latents is not None:
             common["begins_with"] = begins_with or "latents"
-        labels = self.conditions.get("class_labels")
+        labels = None if manifest.classes is None else self.conditions.get("class_labels")
         marks = [{**common, "seed": seed, "index": index} for seed, index in self.seeds]
         for place, mark in enumerate(marks):
             if self.prompts is not None:
@@ -123,6 +113,7 @@ def check_request(
     height: int | None = None,
     width: int | None = None,
     embeds: Mapping[str, ArrayLike | None] | None = None,
+    arrays: Mapping[str, ArrayLike] | None = None,
 ) -> GenerationRequest:
     """Check the arguments of a pipeline call.
 
@@ -137,6 +128,7 @@ def check_request(
         height: Pixels; None: the student's own.
         width: Pixels; None: the student's own.
         embeds: Encoded prompts by the names of `EMBEDS`; None counts as not given.
+        arrays: The arrays of a student that is conditioned on some, by name.
 
     Returns:
         The checked request.
@@ -149,12 +141,36 @@ def check_request(
     if num_inference_steps is not None:
         num_inference_steps = _integer("num_inference_steps", num_inference_steps, minimum=1)
     table = manifest.step_table(num_inference_steps)
-    given = {name: value for name, value in (embeds or {}).items() if value is not None}
+    conditions, prompts, count = _asked(manifest, prompt, class_labels, embeds or {}, arrays)
+    count *= per_prompt
+    conditions = {name: np.repeat(value, per_prompt, axis=0) for name, value in conditions.items()}
+    if prompts is not None:
+        prompts = [text for text in prompts for _ in range(per_prompt)]
+    starts = None if latents is None else check_latents(manifest, latents, count, size)
+    return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size, per_prompt)
+
+
+def _asked(
+    manifest: Manifest,
+    prompt: str | Sequence[str] | None,
+    class_labels: Labels | None,
+    embeds: Mapping[str, ArrayLike | None],
+    arrays: Mapping[str, ArrayLike] | None,
+) -> tuple[Conditions, list[str] | None, int]:
+    """The conditions, the prompts that are still to be encoded, and their number; arguments as `check_request`."""
+    given = {name: value for name, value in embeds.items() if value is not None}
     if given and manifest.text is None:
         raise InvalidRequest(f"{manifest.name} is not a text-to-image model; {', '.join(given)} is not supported")
+    if arrays is not None and manifest.arrays is None:
+        raise InvalidRequest(f"{manifest.name} is {manifest.task}; conditions is not supported: it takes no arrays")
     conditions: Conditions = {}
     prompts = None
-    if manifest.text is not None:
+    if manifest.arrays is not None:
+        if prompt is not None or class_labels is not None:
+            raise InvalidRequest(f"{manifest.name} is conditioned on arrays; give conditions, and no prompt or class")
+        conditions = check_arrays(manifest, arrays)
+        count = count_of(conditions)
+    elif manifest.text is not None:
         if class_labels is not None:
             raise InvalidRequest(
                 f"{manifest.name} is a text-to-image model; class_labels is not supported: give a prompt"
@@ -178,12 +194,7 @@ def check_request(
                 f"{manifest.name} is unconditional; prompt and class_labels are not supported: leave them out"
             )
         count = 1
-    count *= per_prompt
-    conditions = {name: np.repeat(value, per_prompt, axis=0) for name, value in conditions.items()}
-    if prompts is not None:
-        prompts = [text for text in prompts for _ in range(per_prompt)]
-    starts = None if latents is None else check_latents(manifest, latents, count, size)
-    return GenerationRequest(table, conditions, prompts, _seeds(seed, count), starts, size, per_prompt)
+    return conditions, prompts, count
 
 
 def check_size(
@@ -215,11 +226,13 @@ def check_conditions(manifest: Manifest, asked: Asked, batch: int) -> Conditions
     Raises:
         InvalidRequest: Conditions that the student does not take, or of another number, shape or dtype.
     """
+    if manifest.arrays is not None:
+        return check_named(manifest, check_arrays(manifest, asked), batch)  # type: ignore[arg-type]  # refused there
     if manifest.text is not None:
         if not isinstance(asked, Mapping):
             names = ", ".join(spec.name for spec in manifest.condition_tensors)
             raise InvalidRequest(f"{manifest.name} takes {names} by name; use what encode_prompt returns")
-        return _tensors(manifest, asked, batch)
+        return check_named(manifest, asked, batch)
     if isinstance(asked, Mapping):
         if unknown := set(asked) - {"class_labels"}:
             raise InvalidRequest(
@@ -264,52 +277,6 @@ def check_prompts(manifest: Manifest, prompt: object, name: str = "prompt") -> l
         except UnicodeEncodeError:  # half of a pair of surrogates
             raise InvalidRequest(f"{name} {item!r:.60} cannot be encoded as UTF-8; give another prompt") from None
     return several
-
-
-def check_embeds(manifest: Manifest, given: Mapping[str, ArrayLike], names: Mapping[str, str] = EMBEDS) -> Conditions:
-    """The conditions, from encoded prompts under diffusers' `names`.
-
-    Raises:
-        InvalidRequest: A tensor is missing, not the student's, or of another shape.
-    """
-    taken = [spec.name for spec in manifest.condition_tensors]
-    for name in given:
-        if names[name] not in taken:
-            raise InvalidRequest(
-                f"{name} is not supported by {manifest.name}; its encoded prompts are {', '.join(taken)}"
-            )
-    if missing := [name for name, tensor in names.items() if tensor in taken and name not in given]:
-        raise InvalidRequest(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or a prompt")
-    return _tensors(manifest, {names[name]: value for name, value in given.items()}, None)
-
-
-def _tensors(manifest: Manifest, asked: Mapping[str, ArrayLike], batch: int | None) -> Conditions:
-    """The student's conditioning tensors, each of its shape and dtype in the manifest and all of one batch size."""
-    specs = manifest.condition_tensors
-    if set(asked) != {spec.name for spec in specs}:
-        names = ", ".join(spec.name for spec in specs)
-        raise InvalidRequest(f"{manifest.name} takes {names}, not {', '.join(map(str, asked)) or 'nothing'}")
-    found = {spec.name: _tensor(spec, asked[spec.name]) for spec in specs}
-    lengths = {len(value) for value in found.values()}
-    if len(lengths) > 1 or 0 in lengths or (batch is not None and lengths != {batch}):
-        wanted = "the same for all, at least 1" if batch is None else f"{batch}"
-        raise InvalidRequest(f"{', '.join(found)} have batch sizes {sorted(lengths)}; give {wanted}")
-    return found
-
-
-def _tensor(spec: TensorSpec, value: ArrayLike) -> NDArray[Any]:
-    array = np.asarray(value)
-    expected = f"({', '.join(map(str, spec.shape))})"
-    if array.dtype.kind not in "fiub":
-        raise InvalidRequest(f"{spec.name} has dtype {array.dtype}; give an array of numbers")
-    fits = zip(array.shape, spec.shape, strict=False)
-    if array.ndim != len(spec.shape) or any(isinstance(wanted, int) and size != wanted for size, wanted in fits):
-        raise InvalidRequest(f"{spec.name} has shape {array.shape}; give {expected}")
-    with np.errstate(over="ignore"):  # as in check_latents
-        result = np.ascontiguousarray(array, dtype=spec.dtype)
-    if not np.isfinite(result).all():
-        raise InvalidRequest(f"{spec.name} holds NaN or infinite values; give finite numbers")
-    return result
 
 
 def check_latents(

@@ -1,7 +1,8 @@
 """``redif serve-reward``: a user's function as a server that `EndpointReward` asks.
 
 The function takes what it names of ``images`` (PIL), ``targets`` (PIL), ``prompts``, ``class_labels`` and
-``class_names``, each a list, and gives a list of numbers, or ``{name: list of numbers}``.
+``class_names``, each a list, and ``conditions``, what images are conditioned on by name: a list of PIL images
+or an array (N, ...) each. It gives a list of numbers, or ``{name: list of numbers}``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, HTTPException
+from numpy.typing import NDArray
 from PIL import Image
 
 from redif_sdk.errors import InvalidRequest, first_line
@@ -30,7 +33,7 @@ __all__ = ["create_app", "load_scorer"]
 _log = logging.getLogger(__name__)
 
 Scorer = Callable[..., Any]
-GIVEN = ("images", "targets", "prompts", "class_labels", "class_names")
+GIVEN = ("images", "targets", "prompts", "class_labels", "class_names", "conditions")
 LARGEST_IMAGE = 1 << 24  # pixels
 
 
@@ -93,6 +96,8 @@ def create_app(scorer: Scorer, *, max_images: int = 256) -> FastAPI:
         for name in ("images", "targets"):
             if given.get(name) is not None:
                 given[name] = [_image(text, place, name) for place, text in enumerate(given[name])]
+        if given.get("conditions") is not None:
+            given["conditions"] = {name: _condition(values, name) for name, values in given["conditions"].items()}
         missing = [name for name in wanted if given[name] is None and _needed(scorer, name)]
         if missing:
             raise HTTPException(422, f"the request has no {', '.join(missing)}, which the reward needs")
@@ -130,6 +135,16 @@ def _image(text: str, place: int, name: str) -> Image.Image:
         return open_image(base64.b64decode(text, validate=True), "it", formats=("PNG",), most=LARGEST_IMAGE)
     except ValueError as error:  # of base64, and of what is no image
         raise HTTPException(422, f"{name}[{place}] is no PNG in base64: {first_line(error, None)}") from error
+
+
+def _condition(values: list[Any], name: str) -> list[Image.Image] | NDArray[np.float64]:
+    """A condition of all images: as images, or as one array of numbers."""
+    if values and all(isinstance(value, str) for value in values):
+        return [_image(text, place, f"conditions.{name}") for place, text in enumerate(values)]
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise HTTPException(422, f"conditions.{name} is no images and no numbers: {first_line(error, None)}") from error
 
 
 def _numbers(values: Any, count: int, of: str) -> list[float | None]:

@@ -23,10 +23,16 @@ class RewardRequest(BaseModel):
     class_labels: list[int] | None = Field(None, description="The class of each image.")
     class_names: list[str] | None = Field(None, description="The name of each image's class.")
 
+    conditions: dict[str, list[Any]] | None = Field(
+        None,
+        description="The arrays that each image is conditioned on, by name: PNG in base64 for images, else numbers, or "
+        "lists of numbers. Large arrays that are no images are left out.",
+    )
+
     @model_validator(mode="after")
     def _alike(self) -> RewardRequest:
-        for name in ("targets", "prompts", "class_labels", "class_names"):
-            given = getattr(self, name)
+        lists = {name: getattr(self, name) for name in ("targets", "prompts", "class_labels", "class_names")}
+        for name, given in [*lists.items(), *(self.conditions or {}).items()]:
             if given is not None and len(given) != len(self.images):
                 raise ValueError(f"{name} has {len(given)} entries, images {len(self.images)}")
         return self

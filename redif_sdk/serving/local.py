@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable, UnsafeContent
+from redif_sdk.inputs import refuse_arrays
 from redif_sdk.inputs.images import open_image
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.backend import ImageJob, Source
@@ -118,6 +119,8 @@ class LocalBackend:
         observe: Callable[[str, int, float], None] = lambda model, batch, seconds: None,
     ) -> None:
         self._pipelines = dict(pipelines)
+        for pipeline in self._pipelines.values():
+            refuse_arrays(pipeline.manifest, "redif serve")
         self._settings = settings
         self._observe = observe
         self._batchers: dict[str, MicroBatcher[ImageJob, Pixels]] = {}

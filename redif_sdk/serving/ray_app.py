@@ -25,6 +25,7 @@ from ray.util.metrics import Histogram
 
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
+from redif_sdk.inputs import refuse_arrays
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.app import create_app
 from redif_sdk.serving.backend import ImageJob
@@ -164,6 +165,7 @@ class RayBackend:
         for deployment in self._deployments:
             handle = serve.get_deployment_handle(deployment, app_name=serve.get_replica_context().app_name)
             manifest: Manifest = await handle.manifest.remote()
+            refuse_arrays(manifest, "redif serve")
             if manifest.name in found:
                 raise InvalidRequest(f"two students are named {manifest.name}; rename one")
             found[manifest.name] = manifest

@@ -15,6 +15,7 @@ from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.advantage import Advantage
+from redif_sdk.distill.teachers.asking import Asked
 from redif_sdk.distill.teachers.base import Teacher
 
 __all__ = ["Context"]
@@ -55,6 +56,10 @@ class Context:
     def meter(self) -> Meter:
         """What the run has spent so far."""
         return self.policy.meter
+
+    def asked(self, batch: Pairs) -> Asked:
+        """What a batch's images are to show: its prompts or class names, and the network's tensors by name."""
+        return self.teacher.asked(batch.condition)
 
     def images(self, latents: Tensor) -> Tensor:
         """What a user would see of ``latents`` (B, C, H, W): (B, C', H', W') in [-1, 1].

@@ -200,6 +200,19 @@ def test_a_reward_sees_the_arrays(enlarge: ModuleType) -> None:
     assert len(seen[-1]["image"]) == len(seen[-1]["invert"]) > 0
 
 
+def test_a_method_sees_what_was_asked_for(enlarge: ModuleType) -> None:
+    teacher = enlarge.make_teacher()
+    config = DistillConfig.checked(**SETTINGS, method="regression", updates=1)
+    context = Trainer(teacher, config, pool.compute(teacher, 16, "train")).context
+    asked = context.asked(context.pairs[3:5])
+    assert asked.prompts is None
+    assert asked.class_labels is None
+    assert torch.equal(asked.tensors["invert"], teacher.data(torch.tensor([3, 4]))["invert"])
+    classes = AnyTeacher.load("fashion-mnist").asked(torch.tensor([1, 0]))
+    assert classes.class_names == ["Trouser", "T-shirt/top"]
+    assert classes.tensors["class_labels"].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("reward", ["feature", "discriminator"])
 def test_rewards_that_know_classes_take_rows_of_arrays_for_none(enlarge: ModuleType, reward: str) -> None:
     run(enlarge, method="redif", reward=reward, updates=2, schedule_updates=0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from redif_sdk.artifact.records import Condition
+from redif_sdk.distill.teachers.asking import Asked
 from redif_sdk.distill.teachers.base import Teacher
 
 __all__ = ["Batch", "asked_of", "positional"]
@@ -35,36 +35,30 @@ class Batch:
         return len(self.images)
 
     @property
+    def asked(self) -> Asked:
+        """What the images were to show, in every form that it has."""
+        return Asked(self.condition, self.teacher)
+
+    @property
     def prompts(self) -> list[str] | None:
         """The prompt of each image; None: they were not made from prompts."""
-        prompts = None if self.teacher is None else self.teacher.prompts
-        if prompts is None or self.condition is None:
-            return None
-        return [prompts.text(place) for place in self.condition.tolist()]
+        return self.asked.prompts
 
     @property
     def class_labels(self) -> list[int] | None:
         """The class of each image; None: they were not made from classes."""
-        if self.condition is None or (self.teacher is not None and self.teacher.rows is not None):
-            return None
-        return [int(label) for label in self.condition.tolist()]
+        return self.asked.class_labels
 
     @property
     def class_names(self) -> list[str] | None:
         """The name of each image's class; None: the classes have none."""
-        kind = None if self.teacher is None else self.teacher.condition
-        names = kind.class_names if isinstance(kind, Condition) else None
-        return None if names is None or self.condition is None else [names[label] for label in self.condition.tolist()]
+        return self.asked.class_names
 
     @property
     def conditions(self) -> dict[str, Tensor]:
         """What the network takes of each image's condition: tensors (N, ...) by name, such as ``class_labels``, or the
         arrays that the teacher is conditioned on."""
-        if self.condition is None:
-            return {}
-        if self.teacher is not None and self.teacher.rows is not None:
-            return self.teacher.rows(self.condition)
-        return {"class_labels": self.condition}
+        return self.asked.tensors
 
 
 def asked_of(reward: Callable[..., Any], batch: Batch) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,53 @@ from redif_sdk.models.condition_data import ConditionData
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.models.rows import Rows
 
-__all__ = ["Asking"]
+__all__ = ["Asked", "Asking"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What images were asked for, in every form that it has.
+
+    Attributes:
+        index: (N,) int64, what networks and policies are called with: classes, or places among the teacher's prompts or
+            arrays; None: nothing, the teacher is unconditional.
+        teacher: whose they are; None: not known, then they are classes without names.
+    """
+
+    index: Tensor | None
+    teacher: Asking | None = None
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of each image; None: they were not made from prompts."""
+        prompts = None if self.teacher is None else self.teacher.prompts
+        if prompts is None or self.index is None:
+            return None
+        return [prompts.text(place) for place in self.index.tolist()]
+
+    @property
+    def class_labels(self) -> list[int] | None:
+        """The class of each image; None: they were not made from classes."""
+        if self.index is None or (self.teacher is not None and self.teacher.rows is not None):
+            return None
+        return [int(label) for label in self.index.tolist()]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each image's class; None: the classes have none."""
+        kind = None if self.teacher is None else self.teacher.condition
+        names = kind.class_names if isinstance(kind, Condition) else None
+        return None if names is None or self.index is None else [names[label] for label in self.index.tolist()]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the network takes of each: tensors (N, ...) by name, such as ``class_labels``, encoded prompts, or the
+        arrays that the teacher is conditioned on."""
+        if self.index is None:
+            return {}
+        if self.teacher is not None and self.teacher.rows is not None:
+            return self.teacher.rows(self.index)
+        return {"class_labels": self.index}
 
 
 class Asking:
@@ -59,6 +106,10 @@ class Asking:
             wanted = "arrays by name" if self.data is not None else "classes" if self.condition else "noise"
             raise InvalidRequest(f"{self.name} takes no prompts; give it {wanted}")
         return self.prompts.ask(asked)
+
+    def asked(self, condition: Tensor | None) -> Asked:
+        """What a condition (B,) int64 stands for: prompts, class names, and tensors by name."""
+        return Asked(condition, self)
 
     def labels(self, index: np.ndarray) -> Tensor | None:
         """The condition of pool entry ``index``: classes, prompts or rows in turn, so that every batch of indices is

@@ -77,6 +77,10 @@ class Context:
         """Count an auxiliary network's floating-point ``operations``, in the student's own forward calls."""
         self.meter.auxiliary_calls += operations / self.unit
 
+    def count_judged(self, images: int) -> None:
+        """Count ``images`` that a reward judged."""
+        self.meter.reward_calls += images
+
     def once(self, make: Callable[[], T], *, together: bool = False) -> T:
         """What ``make`` returns, computed by the first process for all of them; its cost is shared on their meters.
 

@@ -32,6 +32,7 @@ class Meter:
     gradient_samples: int = 0
     updates: int = 0
     seconds: float = 0.0
+    reward_calls: int = 0  # images that rewards judged, each reward by itself
     auxiliary_calls: float = 0.0  # of other networks (rewards, a discriminator), by their cost
     check_calls: float = 0.0  # of checks, all they cost; no part of the training's forward-equivalents
     processes: int = 1
@@ -53,7 +54,7 @@ class Meter:
             setattr(self, name, getattr(before, name) + (part if name == "auxiliary_calls" else math.ceil(part)))
 
 
-_COUNTERS = ("teacher_calls", "student_calls", "gradient_samples", "auxiliary_calls")
+_COUNTERS = ("teacher_calls", "student_calls", "gradient_samples", "reward_calls", "auxiliary_calls")
 
 
 @dataclass

@@ -127,7 +127,8 @@ def test_distil_import_and_resume_from_the_command_line(
     assert row["budget"]["updates"] == 2
     assert row["budget"]["teacher_calls"] == 16 * 6
     assert len(row["timesteps"]) == 2
-    assert sorted(p.name for p in (tmp_path / "student.training").iterdir()) == ["config.yaml", "log.jsonl", "run.lock"]
+    names = ["config.yaml", "images", "log.jsonl", "report.html", "run.json", "run.lock"]
+    assert sorted(p.name for p in (tmp_path / "student.training").iterdir()) == names
     code, errors = run(
         ["import", str(teacher_folder), "-o", str(tmp_path / "plain"), "--steps", "3"], monkeypatch, capsys
     )

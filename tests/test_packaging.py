@@ -58,7 +58,8 @@ def sources(root: Path) -> set[str]:
     own = (p for p in (root / "redif_sdk").rglob("*") if p.suffix in kinds and not linked & set(p.parents))
     found = {path.relative_to(root).as_posix() for path in own} | {"redif_sdk/py.typed"}
     for folder, inside in FOLDERS.items():
-        found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in (root / folder).rglob("*.py")}
+        sources = (path for path in (root / folder).rglob("*") if path.suffix in kinds)
+        found |= {f"{inside}/{path.relative_to(root / folder).as_posix()}" for path in sources}
     shipped = root / "distill/shipped"
     left_out = {shipped / "emoji" / "bank.npz", shipped / "mini-sd" / "bank.npz"}
     data = (p for p in shipped.rglob("*") if p.is_file() and p.parent.name != "__pycache__" and p not in left_out)

@@ -53,6 +53,7 @@ class Advantage:
     dropped: int = 0
     groups: int = 0
     charge: Callable[[float], None] = lambda operations: None  # is told what decoding and the rewards' networks cost
+    count: Callable[[int], None] = lambda images: None  # is told how many images a reward judged
 
     def __post_init__(self) -> None:
         self._costs: dict[tuple[int, int], float] = {}
@@ -133,6 +134,7 @@ class Advantage:
             else:  # counted in its first call, since a reward may be anything and must not be called twice
                 answer, self._costs[index, len(images)] = counted(asked_of, reward, batch)
             self.charge(passes * self._costs[index, len(images)])
+            self.count(len(images))
             if hasattr(reward, "unjudged"):
                 self._look_at_unjudged(name_of(reward), len(images), reward.unjudged - before)
             scores += _scores(answer, reward, weight, images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from redif_sdk.distill import pool
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.measures.neighbours import neighbours
+from redif_sdk.distill.measures.neighbours import neighbours, spread
 from redif_sdk.distill.measures.spectrum import Spectrum
 from redif_sdk.distill.methods.registry import METHODS
 from redif_sdk.distill.methods.regression import visible_residual
@@ -24,10 +24,11 @@ from redif_sdk.distill.training.standing import Standing, energy_errors, squared
 from redif_sdk.errors import UnsupportedModel, first_line
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["Watch", "check", "check_call", "check_student", "held_back", "kept_apart", "sampled"]
+__all__ = ["SHOWN", "Seen", "Watch", "check", "check_call", "check_student", "held_back", "kept_apart", "sampled"]
 
 CHECK_PAIRS = 192  # pool entries on which a run is watched, at most
 FEWEST = 32  # at least
+SHOWN = 16  # images that the log and a tracker are shown of a check
 SHARE = 0.02  # of what the training costs
 CHECK_SEED = 7_777_777  # of the noises of checks, where the pool is too small to keep some of it from training
 LARGEST_FALL = 0.1  # of recall, from which on a check looks hacked
@@ -132,6 +133,13 @@ def kept_apart(context: Context) -> tuple[Pairs, bool, float]:
     return made.to(context.device), True, float(spent)
 
 
+class Seen(NamedTuple):
+    """The first images of a check, which are of the same noises and conditions each time: (N, C, H, W) in [-1, 1]."""
+
+    student: Tensor
+    teacher: Tensor
+
+
 @torch.no_grad()
 def sampled(
     context: Context, network: nn.Module, pairs: Pairs, table: StepTable | None = None
@@ -151,13 +159,15 @@ def check(
     *,
     energy: bool = False,
     table: StepTable | None = None,
-) -> tuple[dict[str, float], Standing]:
-    """Reward, paired error, contrast, recall and detail of ``network`` on ``pairs``, and how it stands by them.
+) -> tuple[dict[str, float], Standing, Seen]:
+    """Reward, paired error, contrast, recall and detail of ``network`` on ``pairs``, how it stands by them, and some of
+    its images.
 
     ``contrast`` is the output's standard deviation over the teacher's. ``recall``: in a reward's features, if one has
     any, else in pixels. ``detail`` is the images' energy in fine detail over that of the teacher's, ``grid`` their
-    strongest peak at the Nyquist frequencies over the teacher's (`Spectrum`). What it costs is the meter's
-    ``check_calls``, and no part of a budget.
+    strongest peak at the Nyquist frequencies over the teacher's (`Spectrum`), ``spread`` the distance of images of one
+    condition over that of the teacher's, in recall's features, where a condition has two images. What it costs is the
+    meter's ``check_calls``, and no part of a budget.
 
     Args:
         update: the updates that were made so far.
@@ -165,11 +175,12 @@ def check(
         table: in place of the policy's.
     """
     advantage, meter, amplitude = context.advantage, context.meter, context.amplitude
-    spent = meter.auxiliary_calls
+    spent, asked = meter.auxiliary_calls, meter.reward_calls
     output, target = sampled(context, network, pairs, table)
     embed = next((r.embed for r, _ in advantage.rewards if hasattr(r, "embed")), lambda images: images.flatten(1))
     images = advantage.images(output), advantage.images(target)
-    recall = neighbours(*map(embed, images)).recall
+    features = [embed(part) for part in images]
+    recall = neighbours(*features).recall
     wrong = (((output - target) / amplitude) ** 2).mean().item()
     scores = advantage.each(output, target, pairs.condition, images)
     rewards = None
@@ -177,7 +188,7 @@ def check(
         each = [score.weight * score.value.double().reshape(len(output), -1).mean(1).cpu() for score in scores]
         rewards = torch.stack(each).sum(0)
     meter.check_calls += meter.auxiliary_calls - spent + len(pairs) * context.policy.num_inference_steps
-    meter.auxiliary_calls = spent
+    meter.auxiliary_calls, meter.reward_calls = spent, asked
     if energy:
         errors = energy_errors(output / amplitude, target / amplitude)
     else:
@@ -188,8 +199,22 @@ def check(
         "contrast": (output.std() / target.std()).item(),
         "recall": recall,
         **_spectra(*images),
+        **_spreads(pairs.condition, *features),
     }
-    return figures, Standing(update, errors, rewards)
+    return figures, Standing(update, errors, rewards), _seen(context, (output, target), images)
+
+
+def _seen(context: Context, latents: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor]) -> Seen:
+    """The first images of a check, decoded again only where the rewards see latents."""
+    if context.advantage.clamped:
+        return Seen(*(part[:SHOWN].cpu() for part in images))
+    return Seen(*(context.teacher.seen(part[:SHOWN]).cpu() for part in latents))
+
+
+def _spreads(condition: Tensor | None, ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """The spread within a condition over that of the teacher's; nothing where no condition has two images."""
+    now, wanted = spread(ours, condition), spread(theirs, condition)
+    return {"spread": now / wanted} if now is not None and wanted else {}
 
 
 def _spectra(images: Tensor, wanted: Tensor) -> dict[str, float]:

@@ -33,9 +33,10 @@ from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.large import network_to_train, sized
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
 from redif_sdk.distill.training import checkpoint
-from redif_sdk.distill.training.check import Watch, check_student, held_back, sampled
-from redif_sdk.distill.training.log import GRID, RunLog
+from redif_sdk.distill.training.check import Watch, check_student, held_back
+from redif_sdk.distill.training.log import RunLog
 from redif_sdk.distill.training.observer import Observer
+from redif_sdk.distill.training.report import try_to_report
 from redif_sdk.distill.training.standing import Verdict
 from redif_sdk.errors import InvalidRequest, TrainingDiverged, UnsupportedModel
 from redif_sdk.sampling.table import StepTable
@@ -150,7 +151,7 @@ class Trainer:
         first = self.pairs[:1]
         time_of_first = torch.zeros(1, device=first.noise.device)
         context.unit = flops(network, first.noise, time_of_first, first.condition) or math.inf
-        advantage.charge = context.charge
+        advantage.charge, advantage.count = context.charge, context.count_judged
         return context
 
     def _whole(self, network: nn.Module) -> nn.Module:
@@ -239,6 +240,8 @@ class Trainer:
                 self.save()
                 self.watch.stopped = self.stopped or self._cut()
             student = self._end()
+            if not draws.rank():
+                try_to_report(self.folder)
             student.network.cpu()  # judged, saved and exported there
             return student
 
@@ -330,6 +333,7 @@ class Trainer:
                 figures = self.observer.begin(network)
                 if not self.update:
                     log.write({"update": 0, "progress": 0.0, **figures, **self.context.advantage.unjudged()})
+                    self._show(log)
         return time.monotonic() - began
 
     def _end(self) -> StudentPolicy:
@@ -365,9 +369,16 @@ class Trainer:
             row |= {"checks": self.observer.keeper.record()} if ended else {}
         row["budget"] = asdict(self.meter) | {"forward_equivalents": self.meter.forward_equivalents}
         log.write(row)
-        if checked and log.tracker:
-            ours, theirs = (self.teacher.seen(part) for part in sampled(self.context, network, self.pairs[:GRID]))
-            log.show(ours, theirs, self.update)
+        if checked:
+            self._show(log)
+
+    def _show(self, log: RunLog) -> None:
+        """To the log the images of the last check, which are of the same noises and conditions each time."""
+        seen = self.observer.seen
+        assert seen is not None
+        if not self.update:
+            log.about(self.teacher, self.config, self.observer.captions(len(seen.student)))
+        log.show(seen.student, seen.teacher, self.update)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods import Method
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
-from redif_sdk.distill.training.check import check, kept_apart
+from redif_sdk.distill.training.check import Seen, check, kept_apart
 from redif_sdk.distill.training.standing import Keeper, Measure, Standing, Verdict, unrelated
 from redif_sdk.sampling.table import StepTable
 
@@ -28,6 +28,7 @@ class Observer:
         first_table: the untrained student's.
         pairs: those of the checks, once `prepare` was called.
         keeper: what was seen.
+        seen: images of the last look.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -38,6 +39,7 @@ class Observer:
         self.pairs: Pairs | None = None
         self.held_out = False
         self.keeper = Keeper(method.paired)
+        self.seen: Seen | None = None
         self._calls = 0.0
 
     def prepare(self) -> float:
@@ -54,7 +56,15 @@ class Observer:
         """How ``network`` stands after ``update`` updates (`redif_sdk.distill.training.check.check`)."""
         self.prepare()
         assert self.pairs is not None
-        return check(self.context, network, self.pairs, update, energy=self.measure == "energy", table=table)
+        energy = self.measure == "energy"
+        figures, standing, self.seen = check(self.context, network, self.pairs, update, energy=energy, table=table)
+        return figures, standing
+
+    def captions(self, count: int) -> list[str]:
+        """What the first ``count`` images of a check were to show: prompts, or classes by name or number; else none."""
+        assert self.pairs is not None
+        asked = self.context.asked(self.pairs[:count])
+        return asked.prompts or asked.class_names or [f"class {label}" for label in asked.class_labels or []]
 
     def begin(self, network: nn.Module) -> dict[str, float]:
         """Look at the untrained student; figures for the log."""

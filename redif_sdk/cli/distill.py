@@ -100,7 +100,7 @@ def distill_command(
     """Distil a teacher into a student of few steps.
 
     Settings without an option here are given as --set NAME=VALUE or --NAME VALUE; --list-settings lists them.
-    Checkpoint and log are written to OUTPUT.training. The student's folder appears when it is complete.
+    Checkpoint, log and report.html are written to OUTPUT.training. The student's folder appears when it is complete.
     """
     from redif_sdk.distill.presets import resolve
     from redif_sdk.distill.teachers.base import Teacher
@@ -180,6 +180,7 @@ def _run(
     from redif_sdk.distill.presets import as_yaml
     from redif_sdk.distill.student import distill, training_folder
     from redif_sdk.distill.training.checkpoint import CHECKPOINT
+    from redif_sdk.distill.training.report import REPORT
     from redif_sdk.progress import Progress
     from redif_sdk.results import document, write_json
 
@@ -213,6 +214,8 @@ def _run(
     if json:
         write_json(json, document("distill", [row]))
     if not quiet and json != "-":
+        if (folder / REPORT).exists():
+            typer.echo(f"{folder / REPORT}: curves, and the same images over time")
         typer.echo(
             f"{output}: a {config.num_inference_steps}-step student of {teacher.name}; next: redif export {output}"
         )

@@ -31,6 +31,7 @@ from redif_sdk.cli.missing import explain_missing
 from redif_sdk.cli.pull import pull_command
 from redif_sdk.cli.push import push_command
 from redif_sdk.cli.quickstart import quickstart_command
+from redif_sdk.cli.report import report_command
 from redif_sdk.cli.serve import serve_command
 from redif_sdk.cli.serve_reward import serve_reward_command
 from redif_sdk.cli.settings import CommandWithSettings
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "quickstart": quickstart_command,
     "distill": distill_command,
+    "report": report_command,
     "import": import_command,
     "export": export_command,
     "verify": verify_command,

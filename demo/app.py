@@ -155,7 +155,7 @@ class _Page:
             self.height = gr.Number(height, label="Height", precision=0, interactive=few[0], min_width=90)
             self.width = gr.Number(width, label="Width", precision=0, interactive=few[1], min_width=90)
         with gr.Row():
-            self.guidance = gr.Number(label="Guidance scale", minimum=0, step=0.5, min_width=90, **_guidance(manifest))
+            self.guidance = gr.Number(label="Guidance scale", step=0.5, min_width=90, **_guidance(manifest))
             self.negative = gr.Textbox(
                 "", label="Negative prompt", max_lines=2, scale=3, min_width=150, visible=takes_negatives(manifest)
             )
@@ -399,7 +399,9 @@ class _Page:
 def _guidance(manifest: Manifest) -> dict[str, Any]:
     """Settings of the field of the guidance scale, which only some students take."""
     takes = manifest.guidance_at_run_time is not None
-    return {"value": manifest.default_guidance if takes else None, "visible": takes}
+    low, high = manifest.network.guidance_range or (0, None)
+    value = manifest.default_guidance if takes else None
+    return {"value": value, "visible": takes, "minimum": low, "maximum": high}
 
 
 def _names(manifest: Manifest) -> list[str]:

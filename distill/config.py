@@ -7,6 +7,7 @@ All methods share the fields of :class:`DistillConfig`; what one method reads an
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -38,6 +39,9 @@ RENAMED = {
 }
 RENAMED_VALUES = {("supervision", "trajectory"): "per_step"}
 
+#: Methods that can train a student over a range of guidance scales.
+RANGED = ("redif", "regression", "draft", "grpo", "progressive", "consistency")
+
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
 
@@ -62,6 +66,9 @@ class DistillConfig(BaseModel):
     teacher_calls: int | None = Field(None, ge=1, description="Budget: network calls of the teacher for the pool.")
     teacher_steps: int | None = Field(
         None, ge=1, le=1000, description="Steps of the teacher's sampler for each of its outputs; default: its own."
+    )
+    guidance_range: tuple[float, float] | None = Field(
+        None, description="Guidance scales (low, high) that the student learns and takes as an input; default: one."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random draw.")
     device: str = Field(
@@ -133,6 +140,12 @@ class DistillConfig(BaseModel):
             values if any(values.get(name) is not None for name in BUDGETS) else values | {"updates": DEFAULT_UPDATES}
         )
 
+    @model_validator(mode="after")
+    def _guided_over(self) -> DistillConfig:
+        if self.guidance_range is not None:
+            check_range(*self.guidance_range, self.method)
+        return self
+
     @model_serializer(mode="wrap")
     def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -182,6 +195,19 @@ class DistillConfig(BaseModel):
         changes = current_names(changes)
         kept = applicable({**self.settings(), **{k: v for k, v in changes.items() if k in ("method", "estimator")}})
         return self.checked(**{**kept, **changes})
+
+
+def check_range(low: float, high: float, method: str = "regression") -> None:
+    """Raise InvalidRequest unless ``method`` can train a student over these guidance scales."""
+    if not 1 <= low < high < math.inf:
+        raise InvalidRequest(
+            f"guidance_range is {low:g} to {high:g}; give two guidance scales, the lower first, from 1 (no guidance) on"
+        )
+    if method not in RANGED:
+        raise InvalidRequest(
+            f"the method {method} cannot learn a range of guidance scales (guidance_range); use one of "
+            f"{', '.join(RANGED)}, or one guidance_scale"
+        )
 
 
 #: The settings that all methods share.

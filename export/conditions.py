@@ -71,7 +71,8 @@ class ExampleConditions:
     def _guidance(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """What guides these images: the student's own scale, every third one unguided, or with another embedded scale.
 
-        Where its own scale is 1, the others have `EXAMPLE_SCALE`.
+        Where its own scale is 1, the others have `EXAMPLE_SCALE`. Of a range of scales its own, the least and the
+        largest, in turn.
         """
         manifest = self._manifest
         if (kind := manifest.guidance_at_run_time) is None:
@@ -79,7 +80,8 @@ class ExampleConditions:
         own = manifest.default_guidance
         usual = own if own != 1 or kind == "embedded" else EXAMPLE_SCALE
         other = own + 1 if kind == "embedded" else 1.0
-        found = {GUIDANCE_SCALE: torch.tensor([other if index % 3 == 2 else usual for index in indices])}
+        scales = (usual, *(manifest.network.guidance_range or (usual, other)))
+        found = {GUIDANCE_SCALE: torch.tensor([float(scales[index % 3]) for index in indices])}
         if kind == "classifier-free":
             nulls = own_nulls(manifest, lambda prompts: {n: value.numpy() for n, value in self.encode(prompts).items()})
             rows = {NULL + name: torch.from_numpy(value) for name, value in nulls.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from redif_sdk.models.copies import sharing
 from redif_sdk.models.families import call_network
 from redif_sdk.models.hollow import is_streamed, original, to_train
 from redif_sdk.models.rows import Rows
+from redif_sdk.models.scales import check_takes_scale, places_of, scales_of, with_scale_input
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -35,6 +36,14 @@ def guided(predict: Predict, guidance: Guidance | None, x: Tensor, t: Tensor, co
     asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
     mixed: Tensor = guidance.mix(asked, unasked)
     return mixed
+
+
+def guided_each(predict: Predict, guidance: Guidance, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    """As :func:`guided`, each image by the scale that its condition has (`redif_sdk.models.scales`)."""
+    null = torch.full_like(condition, guidance.null_class)
+    both = torch.cat([places_of(condition), null])
+    asked, unasked = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return unasked + scales_of(condition, guidance.scale).view(-1, 1, 1, 1) * (asked - unasked)
 
 
 def in_micro_batches(predict: Predict, size: int, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
@@ -65,7 +74,9 @@ class Denoiser(nn.Module):
             the condition is None, classes (B,) int64, or of ``rows`` a dictionary of their tensors (B, ...) by name.
         guidance: ``f`` is the guided output, at two calls of the network.
         rows: The condition is an index of these: encoded prompts, or a user's own arrays.
-        embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM).
+        embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM, a student of a range),
+            where a condition has none of its own (`redif_sdk.models.scales`).
+        guidance_range: The scales that it was trained on; None: not known.
         scale: Pixels a latent on each side.
 
     Attributes:
@@ -81,6 +92,7 @@ class Denoiser(nn.Module):
         guidance: Guidance | None = None,
         rows: Rows | None = None,
         embedded_guidance: float | None = None,
+        guidance_range: tuple[float, float] | None = None,
         scale: int = 1,
     ) -> None:
         super().__init__()
@@ -89,6 +101,7 @@ class Denoiser(nn.Module):
         self.guidance = guidance
         self.rows = rows
         self.embedded_guidance = embedded_guidance
+        self.guidance_range = guidance_range
         self.scale = scale
         self.micro_batch = 0
         self.recompute = False
@@ -108,12 +121,14 @@ class Denoiser(nn.Module):
         if not self.diffusers_call:
             given = condition if condition is None or self.rows is None else self.rows(condition)
             return tensor_of(self.network(x, t, given))[:, : x.shape[1]]
-        if condition is None:
-            conditions = {}
-        else:
-            conditions = {"class_labels": condition} if self.rows is None else self.rows(condition)
+        conditions: Mapping[str, Tensor] = {}
+        told: float | Tensor | None = self.embedded_guidance
+        if condition is not None:
+            places = places_of(condition)
+            conditions = {"class_labels": places} if self.rows is None else self.rows(places)
+            told = None if self.embedded_guidance is None else scales_of(condition, self.embedded_guidance)
         with self._half(x):
-            return call_network(self.network, x, t, conditions, self.embedded_guidance, self.scale)
+            return call_network(self.network, x, t, conditions, told, self.scale)
 
     def _half(self, x: Tensor) -> AbstractContextManager[object]:
         """Of frozen weights in half precision under float32 latents: autocast to their dtype."""
@@ -135,14 +150,28 @@ class StudentOf:
     network: nn.Module
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def over(self, low: float, high: float, default: float) -> StudentOf:
+        """Makes students that take a guidance scale from ``low`` to ``high``; ``default`` where none is given.
+
+        Raises:
+            UnsupportedModel: The network has no input for the scale, and cannot be given one.
+        """
+        check_takes_scale(self.network)
+        return replace(self, options={**self.options, "embedded_guidance": default, "guidance_range": (low, high)})
+
     def __call__(self) -> Denoiser:
         """A student whose weights are copies in float32, to be trained."""
-        return Denoiser(to_train(self.network), diffusers_call=True, **self.options)
+        return Denoiser(self._ready(to_train(self.network)), diffusers_call=True, **self.options)
 
     def frozen(self) -> Denoiser:
         """A student with the network's own weights, which are not to be changed: adapters may be put beside them."""
         shared = self.network if is_streamed(self.network) else sharing(self.network.requires_grad_(False))
-        return Denoiser(shared, diffusers_call=True, **self.options)
+        return Denoiser(self._ready(shared), diffusers_call=True, **self.options)
+
+    def _ready(self, network: nn.Module) -> nn.Module:
+        """``network``, a copy, with an input for the guidance scale where its students take one."""
+        made: nn.Module = with_scale_input(network) if self.options.get("guidance_range") else network
+        return made
 
 
 def inner_of(network: nn.Module) -> nn.Module:

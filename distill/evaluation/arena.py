@@ -100,7 +100,7 @@ class Arena:
             return ranged.unit_images(found.target.to(device))
 
         target = teacher.unit_images(pairs.target)
-        judge = Judge(target, embed, real, known, others if unpaired else None, pairs.condition)
+        judge = Judge(target, embed, real, known, others if unpaired else None, pairs.places)
         whole = judged is not None and len(judged.features) == num_samples and data is None
         return cls(teacher, pairs, judge, judged if whole else None)
 
@@ -202,7 +202,8 @@ def evaluate_folder(
 
     Raises:
         ManifestError, IntegrityError: the folder is no student.
-        InvalidRequest: teacher and student do not make the same images.
+        InvalidRequest: teacher and student do not make the same images, or the student did not learn the teacher's
+            guidance scale.
         RuntimeUnavailable: the device is not there.
     """
     if num_samples < FEWEST:
@@ -220,6 +221,7 @@ def evaluate_folder(
     if which == "trained on" and teacher.extra.get("held_out") and not trained_prompts:
         teacher, which = drawing(teacher, teacher.extra["held_out"]), "held out"
     student.use_rows(teacher.rows)
+    student.use_guidance(teacher)
     if teacher.decode is None:
         teacher = teacher.in_range(student.teacher.postprocess.value_range)
     arena = Arena.of(teacher, num_samples, unpaired=unpaired, data=data, device=place)

@@ -53,7 +53,7 @@ class Dmd(ScoreMethod):
         if self.discriminator is not None:
             figures |= self.discriminator.learn(context, output.detach(), batch, generator)
             images = context.images(output)
-            fooled = self.discriminator(Batch(images, images.detach(), batch.condition)).mean()
+            fooled = self.discriminator(Batch(images, images.detach(), batch.places)).mean()
             loss = loss - options.gan_weight * fooled
         yield loss, figures
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.models.scales import places_of
 from redif_sdk.sampling.noise import TRAINING_SLOT, noise
 
 HELD_OUT_SEED = 2026
@@ -24,7 +25,8 @@ BATCH, CHUNK = 128, 512  # entries that the teacher samples at once on a CPU; on
 
 @dataclass(frozen=True)
 class Pairs:
-    """``noise`` and ``target`` (N, C, H, W) float32 latents, ``condition`` (N,) int64 or None.
+    """``noise`` and ``target`` (N, C, H, W) float32 latents, ``condition`` (N,) int64 or None: what networks take, with
+    a guidance scale where each has its own (`redif_sdk.models.scales`).
 
     ``states`` (N, K, C, H, W): where each pair's teacher stood at the times of the student's K rows (`with_states`).
     ``index`` (N,) int64 and ``stream`` (seed, first slot) say which noise it is, so that a sampler that draws noise
@@ -45,6 +47,11 @@ class Pairs:
         more = (self.condition, self.index, self.states)
         condition, own, states = (None if part is None else part[index] for part in more)
         return Pairs(self.noise[index], self.target[index], condition, own, self.stream, states)
+
+    @property
+    def places(self) -> Tensor | None:
+        """The classes or the places of prompts (N,) int64, without guidance scales."""
+        return None if self.condition is None else places_of(self.condition)
 
     def to(self, device: torch.device | str) -> Pairs:
         """The same pairs on ``device``; the indices stay, since noise is drawn from them on the CPU."""

@@ -19,6 +19,7 @@ from redif_sdk.distill.rewards.batch import Batch, asked_of
 from redif_sdk.distill.rewards.protocol import LearningReward, Reward, RewardContext, name_of
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.errors import InvalidRequest, TrainingDiverged
+from redif_sdk.models.scales import places_of, scales_of
 
 __all__ = ["Advantage", "Score"]
 
@@ -122,12 +123,17 @@ class Advantage:
         """
         repeats, scores = (len(outputs) // len(targets), 1, 1, 1), []
         wanted = self.images(targets) if wanted is None else wanted
+        teacher, places, scales = self.teacher, None, None
+        if condition is not None:
+            places = places_of(condition)
+            if teacher is not None and teacher.guidance_range is not None:
+                scales = scales_of(condition, teacher.guidance_scale)
         for index, (reward, weight) in enumerate(rewards):
             in_latents = getattr(reward, "space", "images") == "latents"
             given = (outputs, targets) if in_latents else (images, wanted)
             if not getattr(reward, "grouped", False):
                 given = (given[0], given[1].repeat(repeats))
-            batch = Batch(*given, condition, self.teacher)
+            batch = Batch(*given, places, teacher, scales)
             before = getattr(reward, "unjudged", 0)
             if (index, len(images)) in self._costs:
                 answer = asked_of(reward, batch)

@@ -24,12 +24,14 @@ class Batch:
         targets: the teacher's of the same noises, of the same shape; each once for a reward that is ``grouped``.
         condition: (N,) int64: classes, or places among the teacher's prompts or arrays; None: unconditional.
         teacher: whose prompts and classes they are; None: not known.
+        guidance_scales: (N,) float32, of the teacher's images, where each has its own; None: all have the teacher's.
     """
 
     images: Tensor
     targets: Tensor
     condition: Tensor | None = None
     teacher: Teacher | None = None
+    guidance_scales: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)

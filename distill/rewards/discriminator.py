@@ -82,7 +82,7 @@ class Discriminator:
         real, made = context.judged(batch.target), context.judged(outputs)
         both = torch.stack([real, made])
         both = (both + NOISE * draws.normal(both.shape, generator, both.device, dim=1)).flatten(0, 1)
-        labels = None if batch.condition is None else batch.condition.repeat(2)
+        labels = None if batch.places is None else batch.places.repeat(2)
         context.charge(3 * len(both) * self.cost)
         self.network.requires_grad_(True)
         try:

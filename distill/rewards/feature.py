@@ -96,7 +96,7 @@ class FeatureReward:
     def fit(cls, teacher: Teacher, pairs: Pairs, seed: int, updates: int = 150, batch: int = 128) -> FeatureReward:
         """Train the features on the pool's outputs and their classes or prompts; without either they stay random."""
         images = teacher.seen(pairs.target)
-        labels, outputs = pairs.condition, teacher.num_conditions or 1
+        labels, outputs = pairs.places, teacher.num_conditions or 1
         if labels is not None and teacher.prompts is not None:
             labels = prompt_vectors(teacher.prompts, labels).to(images.device)
             outputs = labels.shape[1]

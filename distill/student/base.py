@@ -22,7 +22,7 @@ from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.teachers import saving
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.callables import write_examples
-from redif_sdk.errors import RedifError, UnsupportedModel
+from redif_sdk.errors import InvalidRequest, RedifError, UnsupportedModel
 from redif_sdk.models.denoiser import Denoiser, inner_of
 from redif_sdk.models.portable import is_library_network
 from redif_sdk.models.rows import Rows
@@ -82,6 +82,23 @@ class Student:
         if rows is not None and isinstance(self.network, Denoiser):
             self.network.rows = rows
 
+    def use_guidance(self, teacher: Teacher) -> None:
+        """What is asked for without a guidance scale has this teacher's, where the network takes one of a range.
+
+        Raises:
+            InvalidRequest: it was not trained on that scale.
+        """
+        network, scale = self.network, teacher.guidance_scale
+        if not isinstance(network, Denoiser) or network.guidance_range is None:
+            return
+        low, high = network.guidance_range
+        if not low <= scale <= high:
+            raise InvalidRequest(
+                f"{self.name} learnt guidance scales from {low:g} to {high:g}, and {teacher.name} is guided at "
+                f"{scale:g}; give a teacher with a scale in that range"
+            )
+        network.embedded_guidance = scale
+
     def policy(self, num_inference_steps: int | None = None) -> StudentPolicy:
         """The student in float32, with its table of ``num_inference_steps``; where it has none, with the first."""
         table = next((t for t in self.tables if t.num_inference_steps == num_inference_steps), self.tables[0])
@@ -98,8 +115,10 @@ class Student:
 
     def manifest(self, name: str) -> Manifest:
         """What ``redif.json`` says of this student under ``name``."""
-        teacher, guidance = self.teacher, self.guidance
-        inner = self.inner
+        teacher, guidance, network = self.teacher, self.guidance, self.network
+        inner, ranged, told = self.inner, None, teacher.embedded_guidance
+        if isinstance(network, Denoiser) and network.guidance_range is not None:
+            ranged, told = network.guidance_range, network.embedded_guidance
         if guidance is not None and teacher.prompts is not None:
             guidance = guidance.model_copy(update={"null_class": 0})  # a place among prompts that do not travel
         class_path = saving.class_path(inner) if self.is_own else f"diffusers.{type(inner).__name__}"
@@ -123,7 +142,8 @@ class Student:
                 class_path=class_path,
                 folder=self.folder,
                 guidance=guidance,
-                embedded_guidance=teacher.embedded_guidance,
+                embedded_guidance=told,
+                guidance_range=ranged,
                 pipeline=saving.pipeline_name(teacher, self._scheduler()),
                 call="x, t, condition" if self.is_own else "diffusers",
             ),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from redif_sdk.distill.compute.device import chosen_device
-from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.config import DistillConfig, check_range
 from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.registry import FITTED, weighted
@@ -73,6 +73,8 @@ def check_run(
     """
     if teacher.own is not None and (remark := teacher.own.remark()):
         _log.warning("%s", remark)
+    if teacher.guidance_range is not None:
+        check_range(*teacher.guidance_range, config.method)
     device = chosen_device(config.device)
     count = pool_size(teacher, config) if pairs is None else pairs
     if config.batch_size > count:

@@ -32,7 +32,7 @@ from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.loop import OnProgress, Trainer
 from redif_sdk.errors import WorseThanStart
 from redif_sdk.models.copies import private_copy
-from redif_sdk.models.denoiser import Denoiser, inner_of
+from redif_sdk.models.denoiser import Denoiser, StudentOf, inner_of
 from redif_sdk.models.portable import is_library_network
 from redif_sdk.progress import Progress
 from redif_sdk.sampling.table import StepTable
@@ -233,13 +233,14 @@ def _sampled(teacher: Teacher, config: DistillConfig, rebuild: bool, display: Pr
 def _with_student(teacher: Teacher, student: nn.Module) -> Teacher:
     """``teacher`` with another network to train."""
     own = private_copy(student, "the student")
-    network = Denoiser(
-        own,
-        diffusers_call=is_library_network(own),
-        rows=teacher.rows,
-        embedded_guidance=teacher.embedded_guidance,
-        scale=teacher.postprocess.scale,
-    )
+    options: dict[str, Any] = {
+        "rows": teacher.rows,
+        "embedded_guidance": teacher.embedded_guidance,
+        "scale": teacher.postprocess.scale,
+    }
+    if is_library_network(own):
+        return replace(teacher, make_student=StudentOf(own, options))
+    network = Denoiser(own, diffusers_call=False, **options)
     return replace(teacher, make_student=lambda: deepcopy(network).requires_grad_(True))
 
 

@@ -67,6 +67,7 @@ def load_student(folder: str | Path, teacher: Teacher | None = None, *, network:
         null = {} if source.prompts is None else {"null_class": source.prompts.null}
         guidance = manifest.network.guidance
         inner.guidance = guidance and guidance.model_copy(update=null)
+        inner.guidance_range = manifest.network.guidance_range
     origin = manifest.teacher
     described = replace(
         source,

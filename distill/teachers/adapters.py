@@ -25,6 +25,7 @@ from redif_sdk.distill.teachers.components import check_pipeline
 from redif_sdk.distill.teachers.config_keys import check_config
 from redif_sdk.distill.teachers.known_schedulers import full_config, noise_process, usual_steps
 from redif_sdk.distill.teachers.own_scheduler import OwnScheduler
+from redif_sdk.distill.teachers.ranges import guided_over
 from redif_sdk.distill.teachers.registry import adapted
 from redif_sdk.distill.teachers.sizes import check_decoder, check_sizes
 from redif_sdk.distill.teachers.text import Part, text_of
@@ -34,6 +35,7 @@ from redif_sdk.models.denoiser import Denoiser, StudentOf
 from redif_sdk.models.families import AUTOENCODERS, LatentDecoder
 from redif_sdk.models.hollow import computing
 from redif_sdk.models.prompts import Prompts
+from redif_sdk.models.scales import takes_scale
 
 __all__ = ["register", "supported"]
 
@@ -149,7 +151,7 @@ def text_to_image(
     tokens = latents.height * latents.width // 4 if kind.sized else None
     schedule, prediction_type, shift = noise_process(scheduler_config, image_tokens=tokens)
     own = OwnScheduler(pipeline.scheduler, schedule, prediction_type, flux=kind.packed, shift=shift)
-    embedded = (kind.embedded or kind.guidance) if _embeds(network) else None
+    embedded = (kind.embedded or kind.guidance) if takes_scale(network) else None
     _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded)
     network = computing(network)
     for part in (network, encoders, pipeline.vae):
@@ -276,11 +278,6 @@ def _at_guidance(network: nn.Module, prompts: Prompts | None, scale: int) -> AtG
     return lambda told: (_predict(network, prompts, told, scale), _students(network, prompts, told, scale))
 
 
-def _embeds(network: Any) -> bool:
-    """Whether the network takes the guidance scale as an input."""
-    return bool(network.config.get("guidance_embeds")) or network.config.get("time_cond_proj_dim") is not None
-
-
 def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int | None, width: int | None) -> Latents:
     size: Any = network.config.get("sample_size") or pipeline.default_sample_size
     own = (size, size) if isinstance(size, int) else tuple(size)
@@ -391,4 +388,5 @@ def drawing(teacher: Teacher, prompts: Sequence[str]) -> Teacher:
     )
     kept = {name: getattr(teacher, name) for name in ("name", "revision", "folder", "micro_batch", "schedule")}
     again: Teacher = replace(made, **kept).in_range(teacher.postprocess.value_range)
-    return again.guided(teacher.guidance_scale)
+    again = again.guided(teacher.guidance_scale)
+    return again if teacher.guidance_range is None else guided_over(again, *teacher.guidance_range)

@@ -15,6 +15,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.condition_data import ConditionData
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.models.rows import Rows
+from redif_sdk.models.scales import places_of, scales_at, with_scales
 
 __all__ = ["Asked", "Asking"]
 
@@ -72,12 +73,14 @@ class Asking:
         condition: what kind they are; None: it is unconditional.
         prompts: of a text-to-image teacher: a condition is a prompt's place among them.
         data: of a teacher on a user's own arrays: a condition is a row of these.
+        guidance_range: the guidance scales that conditions have, each its own; None: none has one.
     """
 
     name: str
     condition: Condition | TextCondition | ArrayCondition | None
     prompts: Prompts | None
     data: ConditionData | None
+    guidance_range: tuple[float, float] | None
 
     @property
     def rows(self) -> Rows | None:
@@ -109,9 +112,12 @@ class Asking:
 
     def asked(self, condition: Tensor | None) -> Asked:
         """What a condition (B,) int64 stands for: prompts, class names, and tensors by name."""
-        return Asked(condition, self)
+        return Asked(None if condition is None else places_of(condition), self)
 
     def labels(self, index: np.ndarray) -> Tensor | None:
         """The condition of pool entry ``index``: classes, prompts or rows in turn, so that every batch of indices is
-        balanced."""
-        return torch.as_tensor(index % self.num_conditions).long() if self.num_conditions else None
+        balanced; with a guidance scale each where there is a range of them."""
+        if not self.num_conditions:
+            return None
+        places = torch.as_tensor(index % self.num_conditions).long()
+        return places if self.guidance_range is None else with_scales(places, scales_at(index, *self.guidance_range))

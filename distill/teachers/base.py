@@ -8,8 +8,6 @@ become images.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +32,7 @@ from redif_sdk.distill.teachers import folders
 from redif_sdk.distill.teachers.asking import Asking
 from redif_sdk.distill.teachers.callables import fields_of
 from redif_sdk.distill.teachers.changes import Lora, merge_loras, with_decoder
+from redif_sdk.distill.teachers.fingerprint import fingerprint
 from redif_sdk.distill.teachers.known_schedulers import with_scheduler
 from redif_sdk.distill.teachers.own_scheduler import OwnScheduler, Sampler
 from redif_sdk.distill.teachers.registry import (
@@ -50,8 +49,7 @@ from redif_sdk.distill.teachers.value_range import InRange
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.condition_data import ConditionData
 from redif_sdk.models.copies import private_pipeline
-from redif_sdk.models.denoiser import Predict, guided, in_micro_batches
-from redif_sdk.models.hollow import stored
+from redif_sdk.models.denoiser import Predict, guided, guided_each, in_micro_batches
 from redif_sdk.models.portable import check_pipeline, refuse_saved_adapters
 from redif_sdk.models.prompts import Prompts
 from redif_sdk.sampling.loop import run_steps
@@ -105,6 +103,7 @@ class Teacher(Asking, InRange):
     sampler: Sampler | None = None  # the pipeline's own; None: by `table`
     own: OwnScheduler | None = None  # the pipeline's scheduler
     embedded_guidance: float | None = None  # the scale that the network takes as an input
+    guidance_range: tuple[float, float] | None = None  # of its conditions, which have a scale each (`ranges`)
     at_guidance: Callable[[float], tuple[Predict, MakeStudent]] | None = (
         None  # `predict`, `make_student` at another one
     )
@@ -135,6 +134,8 @@ class Teacher(Asking, InRange):
         """Names this teacher's outputs: its weights and its guidance. Empty: unknown, outputs are not cached."""
         told = "" if self.embedded_guidance is None else f" told {self.embedded_guidance:g}"
         told += "" if self.data is None else f" on {self.data.digest}"
+        if self.guidance_range is not None:
+            told += " over {:g} {:g}".format(*self.guidance_range)
         if not self.fingerprint or self.guidance is None:
             return self.fingerprint and self.fingerprint + told
         return f"{self.fingerprint}{told} guidance {self.guidance.scale:g} {self.guidance.null_class}"
@@ -151,6 +152,8 @@ class Teacher(Asking, InRange):
         """
         if not 0 <= scale < math.inf:
             raise InvalidRequest(f"guidance_scale is {scale:g}; give a number from 0 on; 0 and 1 mean no guidance")
+        if self.guidance_range is not None:
+            raise InvalidRequest(f"{self.name} is guided over a range of scales already; load it anew for one scale")
         if self.embedded_guidance is not None and self.at_guidance is not None:
             predict, make_student = self.at_guidance(scale)
             return replace(self, embedded_guidance=scale, predict=predict, make_student=make_student)
@@ -187,7 +190,10 @@ class Teacher(Asking, InRange):
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """The teacher's output f (B, C, H, W), guided where it has guidance. Arguments as for ``predict``."""
-        return in_micro_batches(partial(guided, self.predict, self.guidance), self.micro_batch, x, t, condition)
+        predict: Predict = partial(guided, self.predict, self.guidance)
+        if self.guidance_range is not None and self.guidance is not None and condition is not None:
+            predict = partial(guided_each, self.predict, self.guidance)
+        return in_micro_batches(predict, self.micro_batch, x, t, condition)
 
     def frozen_student(self) -> nn.Module:
         """A student's network that is not to be changed, with the teacher's own weights where it has any to share."""
@@ -422,18 +428,3 @@ def _by_table(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table:
         return x0
 
     return run_steps(table, table.start(noise), None, clean)
-
-
-def fingerprint(networks: Sequence[nn.Module], scheduler_config: dict[str, Any], *more: str) -> str:
-    """Names what networks' weights, a scheduler and further facts make together."""
-    digest = hashlib.sha256(json.dumps(scheduler_config, sort_keys=True, default=str).encode())
-    for fact in more:
-        digest.update(fact.encode())
-    for network in networks:
-        kept = network.state_dict(keep_vars=True)  # detached, a hollow tensor forgets what it stands for
-        for key, value in sorted(kept.items()):
-            plain = stored(value).detach().cpu().contiguous()
-            plain = plain.float() if plain.is_floating_point() else plain  # the same for a file in half precision
-            digest.update(key.encode())
-            digest.update(plain.numpy().data)
-    return digest.hexdigest()

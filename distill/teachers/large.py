@@ -12,6 +12,7 @@ from redif_sdk.distill.compute.device import chosen_device, has_bf16
 from redif_sdk.distill.compute.lora import adapted, adapter_weights
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.teachers.base import Teacher
+from redif_sdk.distill.teachers.ranges import guided_over
 from redif_sdk.distill.teachers.weights import LARGE
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.memory import free_memory, gib
@@ -26,8 +27,14 @@ MICRO_BATCH = 8  # images that a large network takes at once on a GPU; on a CPU 
 def sized(config: DistillConfig, teacher: Teacher) -> tuple[DistillConfig, Teacher]:
     """``config`` with nothing left open, and ``teacher`` in its micro-batches.
 
-    Networks of more than `LARGE` weights are trained by adapters, in micro-batches, with gradient checkpointing.
+    Networks of more than `LARGE` weights are trained by adapters, in micro-batches, with gradient checkpointing. Where
+    the settings have a range of guidance scales, the teacher is guided over it.
+
+    Raises:
+        InvalidRequest, UnsupportedModel: the teacher cannot be guided over that range, or its student not take it.
     """
+    if config.guidance_range is not None:
+        teacher = guided_over(teacher, *config.guidance_range)
     weights = sum(weight.numel() for weight in teacher.frozen_student().parameters())
     large = weights > LARGE
     kind = chosen_device(config.device).type

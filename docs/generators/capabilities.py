@@ -86,6 +86,19 @@ def _int8(network: Any) -> str:
     return YES if sum(isinstance(part, torch.nn.Conv2d) for part in network.modules()) > 2 else NO
 
 
+def _range(network: Any) -> str:
+    """Whether a student can learn a range of guidance scales."""
+    from redif_sdk.errors import UnsupportedModel
+    from redif_sdk.models.scales import check_takes_scale
+
+    _refused("cannot learn a range of guidance scales: its class")
+    try:
+        check_takes_scale(network)
+    except UnsupportedModel:
+        return NO
+    return YES
+
+
 def _negative(pipeline: str) -> str:
     """How negative prompts are taken: by an imported pipeline's guidance, or by the graph "nag"."""
     from redif_sdk.distill.teachers import adapters
@@ -105,15 +118,17 @@ def _pipeline_row(pipeline: str) -> list[str]:
     kind = adapters._KINDS.get(pipeline)
     text, decoder = pipeline in LAYOUTS, "vae" in parts
     guidance = "input" if kind is not None and kind.embedded is not None else "2 → 1"
+    network = _network(class_name)
     return [
         code(pipeline) if pipeline.endswith("Pipeline") else f"any with a {code(pipeline)}",
         "text" if text else "class" if pipeline == "DiTPipeline" else "class, or none",
         guidance,
+        _range(network),
         _negative(pipeline),
         YES,
         YES,
-        _sizes(_network(class_name)),
-        _int8(_network(class_name)),
+        _sizes(network),
+        _int8(network),
         YES,
         NO if decoder or text else YES,
     ]
@@ -122,17 +137,19 @@ def _pipeline_row(pipeline: str) -> list[str]:
 def _pipelines() -> str:
     _refused("which is not supported in a page; serve it instead")
     head = (
-        *("pipeline", "condition", "guided calls", "negative prompts", "distil", "import"),
+        *("pipeline", "condition", "guided calls", "range of scales", "negative prompts", "distil", "import"),
         *("free sizes", "int8", "from an image", "in a page"),
     )
     rows = [_pipeline_row(pipeline) for pipeline in pipelines()]
-    rows.append(["any function", "class, or none", "2 → 1", NO, YES, NO, "note", "note", YES, YES])
+    rows.append(["any function", "class, or none", "2 → 1", NO, NO, YES, NO, "note", "note", YES, YES])
     networks = ", ".join(dict.fromkeys(code(_network_class(pipeline)[0]) for pipeline in pipelines()))
     return (
         table(head, rows) + f"- Networks: {networks}; of a function any `torch.nn.Module` "
         "([`Teacher.from_callable`](api/redif_sdk.distill/Teacher.md)). Its sizes are free with `latents.multiple` in "
         "the manifest, and int8 needs three convolutions.\n"
         "- *Guided calls* a step: of the teacher, and of its student; or the scale is an input of the network.\n"
+        "- *Range of scales* ([how](../guidance.md#students-of-a-range-of-scales)): a student can learn one, and takes "
+        "the scale in each call.\n"
         "- *Negative prompts* ([how](../guidance.md)): of a pipeline that was imported, and by the graph of "
         "`redif export --nag`.\n"
         "- *Free sizes*: `--sizes`. *From an image*: where there is an autoencoder, by the graph `encoder` "
@@ -153,10 +170,12 @@ def methods() -> tuple[str, ...]:
 
 def _methods() -> str:
     from redif_sdk.distill.compute import parallel
+    from redif_sdk.distill.config import RANGED
     from redif_sdk.distill.methods.registry import METHODS
     from redif_sdk.distill.options import MODELS, Supervised
     from redif_sdk.distill.student import decision
 
+    _refused("cannot learn a range of guidance scales (guidance_range)")
     _refused("keeps a copy of the network, which cannot be sharded")
     rows = []
     for name, method in METHODS.items():
@@ -174,11 +193,12 @@ def _methods() -> str:
                 YES if "segments" in options.model_fields else NO,
                 NO if name in decision._BY_TIMES else YES,
                 YES if name in parallel.METHODS else NO,
+                YES if name in RANGED else NO,
             ]
         )
     head = (
         *("method", "what it does", "follows a reward", "regression first"),
-        *("segments", "EDM's noise levels", "`--shard`"),
+        *("segments", "EDM's noise levels", "`--shard`", "range of guidance scales"),
     )
     return table(head, rows)
 

@@ -127,6 +127,10 @@ class Manifest(BaseModel):
             network.embedded_guidance is not None or (network.guidance and self.condition)
         ):
             raise ValueError("guidance_inputs without guidance or embedded_guidance")
+        if network.guidance_range is not None:
+            (low, high), own = network.guidance_range, network.embedded_guidance
+            if not (own is not None and 0 <= low <= own <= high):
+                raise ValueError(f"the default guidance scale {own} is not in guidance_range, {low:g} to {high:g}")
         if self.latents.channels % self.postprocess.pixel_shuffle**2:
             raise ValueError(
                 f"{self.latents.channels} channels cannot be pixel-shuffled by {self.postprocess.pixel_shuffle}"

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,6 +53,10 @@ Set = Annotated[
 ]
 Updates = Annotated[int | None, typer.Option(help="Budget: optimiser updates; default: 600 if no budget is given.")]
 Seconds = Annotated[float | None, typer.Option(help="Budget: wall seconds of training.")]
+GuidanceRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Guidance scales that the student takes as an input; default: one."),
+]
 TeacherCalls = Annotated[int | None, typer.Option(help="Budget: network calls of the teacher for the training pairs.")]
 Start = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Begin with the weights of this student, not the teacher's.")
@@ -79,6 +83,7 @@ def distill_command(
     seconds: Seconds = None,
     teacher_calls: TeacherCalls = None,
     guidance_scale: GuidanceScale = None,
+    guidance_range: GuidanceRange = None,
     prompts: PromptFile = None,
     height: Height = None,
     width: Width = None,
@@ -106,8 +111,18 @@ def distill_command(
     from redif_sdk.distill.teachers.base import Teacher
     from redif_sdk.distill.teachers.large import half_of, sized
 
-    options = {"num_inference_steps": steps, "method": method, "reward": reward, "updates": updates, "seconds": seconds}
-    options |= {"teacher_calls": teacher_calls, "seed": seed, "device": device, "lora_rank": lora_rank}
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "method": method,
+        "reward": reward,
+        "updates": updates,
+        "seconds": seconds,
+        "teacher_calls": teacher_calls,
+        "guidance_range": guidance_range,
+        "seed": seed,
+        "device": device,
+        "lora_rank": lora_rank,
+    }
     settings = partial(resolve, parse_settings(assignments, options), file=config_file, name=preset)
     _check(settings(), output, resume)
     given = teacher_options(prompts, height, width, value_range, variant)

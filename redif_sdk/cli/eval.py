@@ -79,15 +79,18 @@ def eval_command(
 
 
 def own_teacher(folder: Path, prompts: Path | None = None) -> Teacher:
-    """The teacher that the student's manifest names, with the guidance that it was distilled with.
+    """The teacher that the student's manifest names, with the guidance that it was distilled with: one scale, or one of
+    its own for each image, of the student's range.
 
     Raises:
         InvalidRequest: the manifest names no teacher, or one that cannot be loaded here, or was changed since.
     """
     from redif_sdk.artifact.folder import StudentFolder
     from redif_sdk.distill.teachers.base import Teacher
+    from redif_sdk.distill.teachers.ranges import guided_over
 
-    origin = StudentFolder(folder).manifest.teacher
+    manifest = StudentFolder(folder).manifest
+    origin = manifest.teacher
     if origin is None:
         raise InvalidRequest(f"the manifest of {folder} names no teacher; give one with --against TEACHER")
     try:
@@ -101,4 +104,7 @@ def own_teacher(folder: Path, prompts: Path | None = None) -> Teacher:
             f"{origin.id!r} is not the teacher that {folder} was made from: its files are others; give it with "
             "--against TEACHER"
         )
-    return teacher if teacher.guidance_scale == origin.guidance_scale else teacher.guided(origin.guidance_scale)
+    if teacher.guidance_scale != origin.guidance_scale:
+        teacher = teacher.guided(origin.guidance_scale)
+    over = manifest.network.guidance_range
+    return teacher if over is None else guided_over(teacher, *over)

@@ -81,6 +81,11 @@ def check_guidance(
     if kind is None:
         _check_fixed(manifest, guidance_scale, "")
     scale = manifest.default_guidance if guidance_scale is None else _scale(guidance_scale)
+    if (learnt := manifest.network.guidance_range) and not learnt[0] <= scale <= learnt[1]:
+        raise InvalidRequest(
+            f"guidance_scale={scale:g} is not supported by {manifest.name}, which learnt {learnt[0]:g} to "
+            f"{learnt[1]:g}; give one in that range"
+        )
     if negative and not by_nag:
         if manifest.text is None or kind == "embedded":
             reason = (

@@ -156,4 +156,5 @@ def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
         "class_names": classes.class_names if classes else None,
         "example_prompts": text.examples if text else None,
         "guidance_scale": manifest.default_guidance if manifest.guidance_at_run_time else None,
+        "guidance_range": manifest.network.guidance_range,
     }

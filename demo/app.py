@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -26,6 +26,9 @@ from redif_sdk.demo.present import ImageFiles, figures
 from redif_sdk.demo.studio import NOTHING, Studio, parse_seed, random_seed, takes_negatives
 from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.inputs import LONGEST_PROMPT
+
+if TYPE_CHECKING:
+    from redif_sdk.marks.signature import ContentSigner
 
 __all__ = ["DemoSettings", "build_demo", "launch"]
 
@@ -59,10 +62,23 @@ class DemoSettings:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; give an integer from 1 to 10000")
 
 
-def build_demo(studio: Studio, cards: Mapping[str, str], settings: DemoSettings | None = None) -> gr.Blocks:
-    """The page for the studio's students. `cards`: their cards by name, from `present.card_text`."""
+def build_demo(
+    studio: Studio,
+    cards: Mapping[str, str],
+    settings: DemoSettings | None = None,
+    *,
+    signer: ContentSigner | None = None,
+) -> gr.Blocks:
+    """The page for the studio's students.
+
+    Args:
+        studio: the students.
+        cards: their cards by name, from `present.card_text`.
+        settings: limits.
+        signer: signs every image file (C2PA).
+    """
     settings = settings or DemoSettings(max_images=studio.max_images)
-    return _Page(studio, cards, settings).blocks
+    return _Page(studio, cards, settings, signer).blocks
 
 
 def launch(
@@ -110,8 +126,10 @@ def _told(error: RedifError) -> gr.Error:
 class _Page:
     """The components of the page, and their events."""
 
-    def __init__(self, studio: Studio, cards: Mapping[str, str], settings: DemoSettings) -> None:
-        self.studio, self.cards, self.settings = studio, cards, settings
+    def __init__(
+        self, studio: Studio, cards: Mapping[str, str], settings: DemoSettings, signer: ContentSigner | None
+    ) -> None:
+        self.studio, self.cards, self.settings, self.signer = studio, cards, settings, signer
         self.first = next(iter(studio.students))
         manifest = studio.manifest(self.first)
         title = manifest.name if len(studio.students) == 1 else "Few-step students"
@@ -329,7 +347,8 @@ class _Page:
                 negative_prompt=negative_prompt,
             )
             with tempfile.TemporaryDirectory(prefix="redif-demo-") as folder:
-                files = ImageFiles(Path(folder), f"{order.student}-{order.prompt}" if order.prompt else order.student)
+                name = f"{order.student}-{order.prompt}" if order.prompt else order.student
+                files = ImageFiles(Path(folder), name, self.signer)
                 for shown in self.studio.make(order):
                     compared, formed = files(shown.compared, order.compare), files(shown.formed)
                     yield (
@@ -343,6 +362,7 @@ class _Page:
                             "seeds": [[str(seed), index] for seed, index in order.seeds[: shown.done]],
                             "seconds": shown.seconds,
                             "teacher_seconds": shown.teacher_seconds,
+                            "nsfw_content_detected": shown.blocked,
                             "runtime": {
                                 key: shown.runtime.get(key) for key in ("runtime", "version", "precision", "device")
                             },

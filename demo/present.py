@@ -11,10 +11,12 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.card.render import read_card, render
 from redif_sdk.card.sections import body
-from redif_sdk.demo.studio import Captioned, Shown
+from redif_sdk.demo.studio import BLOCKED, Captioned, Shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from redif_sdk.marks.signature import ContentSigner
 
 __all__ = ["ImageFiles", "card_text", "figures"]
 
@@ -57,6 +59,8 @@ def figures(shown: Shown) -> str:
     if shown.compared and shown.teacher_seconds:
         teacher = shown.teacher_seconds / len(shown.compared)
         text += f". The comparison: {_time(teacher)} each, {teacher / each:.3g} times as long"
+    if any(shown.blocked or ()):
+        text += f". **{sum(shown.blocked or ())} {BLOCKED}**"
     return text + (f" ... {shown.note}" if shown.note else "")
 
 
@@ -68,10 +72,11 @@ class ImageFiles:
     """Writes each image to a file once. Gradio copies the files when it shows them, so the folder can go afterwards.
 
     Given images instead of files, Gradio would write all of them again for every new one, while browsers read them.
+    With a ``signer`` every file is signed (C2PA).
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, folder: Path, name: str, signer: ContentSigner | None = None) -> None:
+        self._folder, self._name, self._signer = folder, name, signer
         self._written: dict[int, tuple[Image, str]] = {}  # by id, with the image, so that no id is reused
 
     def __call__(self, images: list[Captioned], kind: str = "") -> list[tuple[str, str]]:
@@ -82,6 +87,9 @@ class ImageFiles:
             folder = self._folder / str(len(self._written))
             folder.mkdir()
             file = folder / f"{_UNUSUAL.sub('_', name).strip('_-')[:120]}.png"
-            image.save(file)
+            if self._signer is None:
+                image.save(file)
+            else:
+                self._signer.save(image, file)
             self._written[id(image)] = image, str(file)
         return self._written[id(image)][1]

@@ -16,10 +16,11 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import refuse_arrays
 from redif_sdk.inputs.images import DEFAULT_STRENGTH
-from redif_sdk.pipeline import FastPipeline
+from redif_sdk.pipeline import FastPipeline, PipelineOutput
 from redif_sdk.sampling.entry import steps_of
 
 __all__ = [
+    "BLOCKED",
     "NOTHING",
     "SAME_STEPS",
     "Captioned",
@@ -31,6 +32,7 @@ __all__ = [
     "takes_negatives",
 ]
 
+BLOCKED = "blocked by the safety filter"
 BATCH = 8  # images per call; each batch is shown when it is finished
 NOTHING = "nothing"
 SAME_STEPS = "the teacher at as few steps (DDIM)"
@@ -73,6 +75,7 @@ class Shown:
     seconds: float = 0.0  # of the finished `pictures`, without previews
     teacher_seconds: float = 0.0
     done: int = 0
+    blocked: list[bool] | None = None  # of the finished `pictures`; None: there is no safety filter
     runtime: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -205,22 +208,29 @@ class Studio:
         for place, seeds in enumerate(batches):
             if order.previews:
                 for step, preview in enumerate(_previews(pipeline, order, seeds[0])):
-                    caption = f"step {step + 1} of {_rows(pipeline, order)}"
-                    formed = [*shown.formed, (preview, f"{place + 1}, step {step + 1}")]
+                    blocked = f", {BLOCKED}" if pipeline.safety_filter is not None and _is_black(preview) else ""
+                    caption = f"step {step + 1} of {_rows(pipeline, order)}{blocked}"
+                    formed = [*shown.formed, (preview, f"{place + 1}, step {step + 1}{blocked}")]
                     shown = replace(shown, formed=formed)
                     yield replace(shown, pictures=[*shown.pictures, (preview, caption)], note="forming")
-            images, seconds, runtime = _render(pipeline, order, seeds, order.num_inference_steps)
-            pictures = [*shown.pictures, *zip(images, map(_name, seeds), strict=True)]
+            out = _render(pipeline, order, seeds, order.num_inference_steps)
             shown = replace(
-                shown, pictures=pictures, seconds=shown.seconds + seconds, done=len(pictures), runtime=runtime
+                shown,
+                pictures=[*shown.pictures, *_captioned(out, seeds)],
+                seconds=shown.seconds + out.timings["total"],
+                done=shown.done + len(seeds),
+                runtime=out.runtime_info,
+                blocked=None
+                if out.nsfw_content_detected is None
+                else [*(shown.blocked or []), *out.nsfw_content_detected],
             )
             yield shown
         if (steps := self._teachers_steps(order)) is not None and self.teacher is not None:
             for seeds in batches:
                 yield replace(shown, note=f"now {order.compare}")
-                images, seconds, _ = _render(self.teacher, order, seeds, steps)
-                compared = [*shown.compared, *zip(images, map(_name, seeds), strict=True)]
-                shown = replace(shown, compared=compared, teacher_seconds=shown.teacher_seconds + seconds)
+                out = _render(self.teacher, order, seeds, steps)
+                compared = [*shown.compared, *_captioned(out, seeds)]
+                shown = replace(shown, compared=compared, teacher_seconds=shown.teacher_seconds + out.timings["total"])
             yield shown
 
 
@@ -237,6 +247,20 @@ def _kind(manifest: Manifest) -> tuple[Any, ...]:
 
 def _name(seed: tuple[int, int]) -> str:
     return f"seed {seed[0]}" + (f":{seed[1]}" if seed[1] else "")
+
+
+def _captioned(out: PipelineOutput, seeds: list[tuple[int, int]]) -> list[Captioned]:
+    """Images with their seeds; of those that the safety filter made black, it is said."""
+    flags = out.nsfw_content_detected or [False] * len(seeds)
+    return [
+        (image, f"{_name(seed)}, {BLOCKED}" if flag else _name(seed))
+        for image, seed, flag in zip(out.images, seeds, flags, strict=True)
+    ]
+
+
+def _is_black(preview: Image) -> bool:
+    """Whether every value is 0, as of a preview that the safety filter flagged: `FastPipeline.stream` does not say."""
+    return preview.getbbox() is None
 
 
 def _arguments(pipeline: FastPipeline, order: Order) -> dict[str, Any]:
@@ -271,10 +295,7 @@ def _rows(pipeline: FastPipeline, order: Order) -> int:
     return steps_of(table, order.strength, DEFAULT_STRENGTH if order.mask is None else 1.0)
 
 
-def _render(
-    pipeline: FastPipeline, order: Order, seeds: list[tuple[int, int]], steps: int
-) -> tuple[list[Image], float, dict[str, Any]]:
-    out = pipeline(
+def _render(pipeline: FastPipeline, order: Order, seeds: list[tuple[int, int]], steps: int) -> PipelineOutput:
+    return pipeline(
         num_images_per_prompt=len(seeds), num_inference_steps=steps, seed=seeds, **_arguments(pipeline, order)
     )
-    return out.images, out.timings["total"], out.runtime_info

@@ -12,13 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from redif_sdk import FastPipeline
@@ -27,11 +28,15 @@ from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.card.record import record
 from redif_sdk.demo import charts
 from redif_sdk.demo.charts import CALLS, DISTANCE, MILLISECONDS, SAMPLER, frame, points
-from redif_sdk.demo.present import card_text
+from redif_sdk.demo.present import card_text, figures
 from redif_sdk.demo.studio import NOTHING, SAME_STEPS, Studio, parse_seed, random_seed
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.marks.signature import signature_of
 from redif_sdk.marks.xmp import mark_of
+from redif_sdk.safety import SafetyFilter
 from tests.prompted import EXAMPLES, build_prompted
+from tests.test_safety_filter import SIDE, classifier, described
+from tests.test_signature import certificate, private
 
 ROOT = Path(__file__).resolve().parent.parent
 REDIF = (sys.executable, "-c", "import sys; sys.argv[0] = 'redif'; from redif_sdk.cli.main import main; main()")
@@ -154,10 +159,10 @@ def test_a_card_shows_its_own_pictures_and_asks_nobody(tiny_student: Path, copy_
 
 
 @contextmanager
-def demo_of(*folders: Path) -> Iterator[str]:
+def demo_of(*folders: Path, options: Sequence[str | Path] = ()) -> Iterator[str]:
     """The address of `redif demo` in a process of its own, which ends cleanly when it is told to."""
     process = subprocess.Popen(
-        [*REDIF, "demo", *map(str, folders), "--port", str(free_port())],
+        [*REDIF, "demo", *map(str, folders), "--port", str(free_port()), *map(str, options)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"NO_PROXY": "*"},
     )  # fmt: skip
     assert process.stdout is not None
@@ -243,6 +248,72 @@ def test_a_page_of_prompts(tiny_student: Path, tmp_path: Path) -> None:
         client.close()
 
 
+def half_flagged(pipe: FastPipeline, folder: Path) -> tuple[Path, list[bool]]:
+    """A safety filter that flags some of the images of class "c" of seed 7, and which of the first four."""
+    images = pipe("c", num_images_per_prompt=4, num_inference_steps=3, seed=7, output_type="uint8").images
+    file = classifier(folder / "bright.onnx")
+    scores = SafetyFilter.load(file, size=(SIDE, SIDE), classes=(1,)).scores(np.repeat(images, 3, axis=3))
+    threshold = float(np.sort(scores)[1:3].mean())
+    return described(file, threshold=threshold, action="raise"), (scores > threshold).tolist()
+
+
+def test_a_studio_says_which_images_are_blocked(tiny_student: Path, pipe: FastPipeline, tmp_path: Path) -> None:
+    """Of the student's images, of previews, and of the teacher's; nobody's request ends with an error."""
+    file, flags = half_flagged(pipe, tmp_path)
+    filtering = FastPipeline.from_pretrained(
+        tiny_student, runtime="onnxruntime", safety_filter=SafetyFilter.load(file, action="black")
+    )
+    studio = Studio({"tiny": filtering}, filtering)
+    *_, last = studio.make(studio.order("tiny", "c", 3, "7", 4, compare=SAME_STEPS))
+    assert last.blocked == flags
+    captions = [f"seed 7{f':{n}' * bool(n)}{', blocked by the safety filter' * flag}" for n, flag in enumerate(flags)]
+    assert [caption for _, caption in last.pictures] == captions
+    assert [caption for _, caption in last.compared] == captions
+    assert [image.getbbox() is None for image, _ in last.pictures] == flags
+    assert "**2 blocked by the safety filter**" in figures(last)
+    none = FastPipeline.from_pretrained(
+        tiny_student, runtime="onnxruntime", safety_filter=SafetyFilter.load(file, action="black", threshold=-1.0)
+    )
+    *_, last = Studio({"tiny": none}).make(studio.order("tiny", "c", 3, "7", 1, previews=True))
+    assert [caption for _, caption in last.formed] == [
+        f"1, step {step}, blocked by the safety filter" for step in (1, 2)
+    ]
+    *_, last = Studio({"tiny": pipe}).make(studio.order("tiny", "c", 3, "7", 1))
+    assert last.blocked is None
+    assert "blocked" not in figures(last)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_blocks_and_signs(tiny_student: Path, pipe: FastPipeline, tmp_path: Path) -> None:
+    """`redif demo` with a filter and a certificate: flagged images are black and said, and every file is signed."""
+    pytest.importorskip("c2pa")
+    from gradio_client import Client
+
+    file, flags = half_flagged(pipe, tmp_path)
+    root, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "cert.pem").write_bytes(certificate("Tester", key, "Root", root))
+    (tmp_path / "key.pem").write_bytes(private(key))
+    options = ["--safety-filter", file, "--c2pa-cert", tmp_path / "cert.pem", "--c2pa-key", tmp_path / "key.pem"]
+    wanted = pipe("c", num_images_per_prompt=4, num_inference_steps=3, seed=7, output_type="uint8").images[..., 0]
+    with demo_of(tiny_student, options=options) as url:
+        client = Client(url, verbose=False)
+        gallery, *_, report, details = client.predict(
+            prompt="c", num_inference_steps=3, seed="7", num_images=4, api_name="/generate"
+        )
+        client.close()
+    assert details["nsfw_content_detected"] == flags
+    assert "2 blocked by the safety filter" in report
+    for entry, flag, image in zip(gallery, flags, wanted, strict=True):
+        assert ("blocked by the safety filter" in entry["caption"]) == flag
+        data = Path(entry["image"]).read_bytes()
+        shown = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+        assert np.array_equal(shown, np.zeros_like(image) if flag else image)
+        signed = signature_of(data, "PNG")
+        assert signed is not None
+        assert signed.unchanged
+        assert mark_of(Image.open(io.BytesIO(data)))[0]["seed"] == 7
+
+
 def test_a_visitors_image_is_started_from(tiny_student: Path, pipe: FastPipeline, tmp_path: Path) -> None:
     """As the editor sends it: what is painted over is made anew, the rest stays; with few steps the least there is."""
     from gradio_client import Client, handle_file
@@ -312,6 +383,8 @@ def test_the_command_refuses(
 
     assert "redif import" in error(tiny_student, "--teacher", teacher_folder)
     assert "two students are named tiny" in error(tiny_student, tiny_student)
+    assert "--c2pa-cert needs --c2pa-key too" in error(tiny_student, "--c2pa-cert", "cert.pem")
+    assert "no.onnx" in error(tiny_student, "--safety-filter", "no.onnx")
 
 
 def test_the_command_refuses_a_port_that_is_in_use(tiny_student: Path) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from redif_sdk.cli.terminal import (
+    C2paCert,
+    C2paKey,
     Device,
     Precision,
     Quiet,
     Runtime,
+    SafetyFilterFile,
     StudentRevision,
     StudentsArgument,
     Threads,
+    black_filter,
     console_for,
+    signer_of,
 )
 from redif_sdk.errors import InvalidRequest
 
@@ -50,6 +56,9 @@ def demo_command(
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
+    safety_filter: SafetyFilterFile = None,
+    c2pa_cert: C2paCert = None,
+    c2pa_key: C2paKey = None,
     revision: StudentRevision = None,
     quiet: Quiet = False,
 ) -> None:
@@ -68,9 +77,17 @@ def demo_command(
         raise InvalidRequest(f'{error.name} is not installed; pip install "redif-sdk[demo]"') from error
     from redif_sdk.demo.studio import Studio
 
+    signer, blocking = signer_of(c2pa_cert, c2pa_key), black_filter(safety_filter, threads)
+
     def load(source: str) -> FastPipeline:
         return FastPipeline.from_pretrained(
-            source, runtime=runtime, device=device, precision=precision, num_threads=threads, revision=revision
+            source,
+            runtime=runtime,
+            device=device,
+            precision=precision,
+            num_threads=threads,
+            revision=revision,
+            safety_filter=blocking,
         )
 
     settings = DemoSettings(max_images, concurrency, max_queue)
@@ -85,20 +102,23 @@ def demo_command(
         cards[name] = card_text(pipeline.manifest, StudentFolder(source) if Path(source).is_dir() else None)
     studio = Studio(pipelines, _teacher(teacher, load), max_images=max_images)
     studio.warm_up()
-    demo = build_demo(studio, cards, settings)
+    demo = build_demo(studio, cards, settings, signer=signer)
     address = launch(
         demo, host=host, port=port, share=share, open_browser=open_browser, root_path=root_path.rstrip("/")
     )
     console = console_for(None, quiet)
     console.print(f"{', '.join(pipelines)} at {address} (Ctrl-C ends it)", soft_wrap=True)
     console.file.flush()
+    _wait()
+    demo.close(verbose=False)
+
+
+def _wait() -> None:
+    """Until the process is told to end."""
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
+    with suppress(KeyboardInterrupt):
         asked.wait()
-    except KeyboardInterrupt:
-        asked.set()
-    demo.close(verbose=False)
 
 
 def _teacher(source: str | None, load: Callable[[str], FastPipeline]) -> FastPipeline | None:

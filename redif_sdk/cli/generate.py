@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redif_sdk.cli.terminal import (
+    C2paCert,
+    C2paKey,
     Device,
     Json,
     NoMarks,
@@ -21,6 +23,7 @@ from redif_sdk.cli.terminal import (
     Threads,
     console_for,
     show_transfers,
+    signer_of,
     write_rows,
 )
 from redif_sdk.errors import InvalidRequest
@@ -71,10 +74,6 @@ Conditions = Annotated[
         help="An array of a student that takes some: a .npy file, an image, or a number; 'example': the student's own.",
     ),
 ]
-C2paCert = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Sign the files (C2PA) with this certificate, PEM.")
-]
-C2paKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --c2pa-cert, PEM.")]
 
 
 def generate_command(
@@ -180,14 +179,11 @@ def _rows(out: PipelineOutput, files: Sequence[str]) -> list[dict[str, Any]]:
 
 def _signer(certificate: Path | None, key: Path | None, output: str) -> ContentSigner | None:
     """What signs the files; checked before anything is generated."""
-    if certificate is None and key is None:
+    signer = signer_of(certificate, key)
+    if signer is None:
         return None
-    if certificate is None or key is None:
-        given, other = ("--c2pa-key", "--c2pa-cert") if certificate is None else ("--c2pa-cert", "--c2pa-key")
-        raise InvalidRequest(f"{given} needs {other} too; give a certificate and its private key")
-    from redif_sdk.marks.signature import MEDIA_TYPES, ContentSigner
+    from redif_sdk.marks.signature import MEDIA_TYPES
 
-    signer = ContentSigner.load(certificate, key)
     path = Path(output)
     if not (output.endswith(("/", "\\")) or path.is_dir()) and _format(path) not in MEDIA_TYPES:
         raise InvalidRequest(f"{output} cannot be signed; use a name that ends in .png, .jpg or .webp")

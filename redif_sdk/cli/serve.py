@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,15 +18,13 @@ from redif_sdk.cli.terminal import (
     StudentRevision,
     StudentsArgument,
     Threads,
+    black_filter,
     console_for,
     listed,
 )
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.serving.settings import KEYS, ServeSettings, keys_of_environment
 from redif_sdk.textfile import read_lines
-
-if TYPE_CHECKING:
-    from redif_sdk.safety import SafetyFilter
 
 __all__ = ["serve_command"]
 
@@ -100,7 +98,7 @@ def serve_command(
     )
     log_to_stderr("error" if quiet else log_level)
     options: dict[str, Any] = {"runtime": runtime, "device": device, "precision": precision, "num_threads": threads}
-    options |= {"revision": revision, "safety_filter": _filter(safety_filter, threads)}
+    options |= {"revision": revision, "safety_filter": black_filter(safety_filter, threads)}
     pipelines: dict[str, FastPipeline] = {}
     for pipeline in (FastPipeline.from_pretrained(student, **options) for student in students):
         name = pipeline.manifest.name
@@ -125,13 +123,6 @@ def serve_command(
         forwarded_allow_ips=forwarded_allow_ips,
         started=started,
     )
-
-
-def _filter(file: Path | None, threads: int | None) -> SafetyFilter | None:
-    """The filter of all students. It never raises: a batch is of several requests, each with an answer of its own."""
-    from redif_sdk.safety import SafetyFilter
-
-    return None if file is None else SafetyFilter.load(file, action="black", num_threads=threads)
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -15,10 +15,15 @@ from redif_sdk.errors import InvalidRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from redif_sdk.marks.signature import ContentSigner
+    from redif_sdk.safety import SafetyFilter
+
 __all__ = [
     "BAD_INPUT",
     "GATE_FAILED",
     "INTERRUPTED",
+    "C2paCert",
+    "C2paKey",
     "Device",
     "GuidanceScale",
     "Height",
@@ -38,6 +43,7 @@ __all__ = [
     "ValueRange",
     "Variant",
     "Width",
+    "black_filter",
     "bytes_of",
     "console_for",
     "fail",
@@ -45,6 +51,7 @@ __all__ = [
     "numbers",
     "print_rows",
     "show_transfers",
+    "signer_of",
     "sizes_of",
     "teacher_options",
     "write_rows",
@@ -69,6 +76,10 @@ SafetyFilterFile = Annotated[
         help="ONNX classifier (with its JSON beside it) that is asked about every image.",
     ),
 ]
+C2paCert = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Sign the files (C2PA) with this certificate, PEM.")
+]
+C2paKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --c2pa-cert, PEM.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:N], dml[:N], coreml, gpu[:N] or npu.")]
@@ -142,6 +153,31 @@ def sizes_of(values: Sequence[str] | None) -> list[tuple[int, int]]:
             raise InvalidRequest(f"--sizes is {part!r}; give HEIGHTxWIDTH with commas between, as in 28x28,56x28")
         found.append((int(pair[1]), int(pair[2])))
     return found
+
+
+def signer_of(certificate: Path | None, key: Path | None) -> ContentSigner | None:
+    """What signs image files; None: nothing does.
+
+    Raises:
+        InvalidRequest: one of the two is missing, or they cannot sign.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        given, other = ("--c2pa-key", "--c2pa-cert") if certificate is None else ("--c2pa-cert", "--c2pa-key")
+        raise InvalidRequest(f"{given} needs {other} too; give a certificate and its private key")
+    from redif_sdk.marks.signature import ContentSigner
+
+    return ContentSigner.load(certificate, key)
+
+
+def black_filter(file: Path | None, threads: int | None) -> SafetyFilter | None:
+    """The safety filter of a server's students. It never raises: others' images may be in the same batch."""
+    if file is None:
+        return None
+    from redif_sdk.safety import SafetyFilter
+
+    return SafetyFilter.load(file, action="black", num_threads=threads)
 
 
 def teacher_options(

@@ -166,7 +166,7 @@ def _nag(denoiser: GraphDenoiser, asked: Mapping[str, Tensor], table: StepTable,
 
     from redif_sdk.export.nag import nag_example, nag_reference
 
-    example, outputs = nag_example(asked), []
+    example, outputs = nag_example(denoiser.network, asked), []
     for row, x in zip(recorded["rows"], recorded["x"], strict=True):
         t = torch.full((len(x),), float(table.timesteps[row]))
         outputs.append(nag_reference(denoiser, torch.from_numpy(x), t, asked, example))

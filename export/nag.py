@@ -1,6 +1,7 @@
 """The graph "nag": a student's denoiser that takes negative prompts by normalised attention guidance.
 
-Its inputs are those of the denoiser, the negative prompt's states (`null.encoder_hidden_states`) and `nag_scale` (B,).
+Its inputs are those of the denoiser, the negative prompt's states (`null.encoder_hidden_states`), for SD3 and Flux its
+pooled embedding (`null.pooled_projections`), and `nag_scale` (B,).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from redif_sdk.export.onnx import GraphDenoiser, traced_denoiser
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.inputs.guiding import DEFAULT_NAG, NAG_SCALE
 from redif_sdk.models.families import HIDDEN
-from redif_sdk.models.nag import negatives
+from redif_sdk.models.nag import negated, negatives
 from redif_sdk.runtimes.guided import NULL
 
 __all__ = ["check_takes_nag", "nag_example", "nag_model", "nag_reference"]
@@ -46,16 +47,14 @@ def nag_model(denoiser: GraphDenoiser, manifest: Manifest, precision: str) -> La
         ExportError: torch's exporter failed.
     """
     assert manifest.text is not None
-    states = next(spec for spec in manifest.condition_tensors if spec.name == HIDDEN)
-    more = [
-        states.model_copy(update={"name": NULL + HIDDEN}),
-        TensorSpec(name=NAG_SCALE, dtype="float32", shape=["batch"]),
-    ]
+    specs = {spec.name: spec for spec in manifest.condition_tensors}
+    more = [specs[name].model_copy(update={"name": NULL + name}) for name in negated(denoiser.network)]
+    more.append(TensorSpec(name=NAG_SCALE, dtype="float32", shape=["batch"]))
     return traced_denoiser(denoiser, manifest, precision, more, _Nag)
 
 
 class _Nag(torch.nn.Module):
-    """A `GraphDenoiser` with two more inputs."""
+    """A `GraphDenoiser` with further inputs: the negative prompt's conditions, and the scale."""
 
     def __init__(self, denoiser: GraphDenoiser) -> None:
         super().__init__()
@@ -64,21 +63,27 @@ class _Nag(torch.nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
         """f (B, C, H, W)."""
-        *given, null, scale = conditions
-        place = self.denoiser.conditions.index(HIDDEN)
-        given[place] = torch.cat([given[place], null.expand_as(given[place])], 1)
+        names = negated(self.denoiser.network)
+        *both, scale = conditions
+        given, nulls = both[: -len(names)], both[-len(names) :]
+        for name, null in zip(names, nulls, strict=True):
+            place = self.denoiser.conditions.index(name)
+            given[place] = torch.cat([given[place], null.expand_as(given[place])], 1)
         with negatives(self.denoiser.network) as attention:
             attention.scale = scale
             f: Tensor = self.denoiser(sample, timestep, *given)
             return f
 
 
-def nag_example(conditions: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+def nag_example(network: torch.nn.Module, conditions: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
     """What the recorded images are guided away from: the prompt of the next image; every third one of nothing."""
-    states = conditions[HIDDEN]
-    scales = [1.0 if index % 3 == 2 else DEFAULT_NAG for index in range(len(states))]
-    null = states.roll(1, 0) if len(states) > 1 else states.flip(1)
-    return {NULL + HIDDEN: null.contiguous().numpy(), NAG_SCALE: np.array(scales, np.float32)}
+    found: dict[str, NDArray[np.float32]] = {}
+    for name in negated(network):
+        given = conditions[name]
+        null = given.roll(1, 0) if len(given) > 1 else given.flip(1)
+        found[NULL + name] = null.contiguous().numpy()
+    count = len(conditions[HIDDEN])
+    return found | {NAG_SCALE: np.array([1.0 if place % 3 == 2 else DEFAULT_NAG for place in range(count)], np.float32)}
 
 
 def nag_reference(

@@ -86,8 +86,8 @@ def _int8(network: Any) -> str:
     return YES if sum(isinstance(part, torch.nn.Conv2d) for part in network.modules()) > 2 else NO
 
 
-def _range(network: Any) -> str:
-    """Whether a student can learn a range of guidance scales."""
+def _range(network: Any, *, takes_scale: bool) -> str:
+    """Whether a student can learn a range of guidance scales; ``takes_scale``: its class may have the input."""
     from redif_sdk.errors import UnsupportedModel
     from redif_sdk.models.scales import check_takes_scale
 
@@ -95,18 +95,19 @@ def _range(network: Any) -> str:
     try:
         check_takes_scale(network)
     except UnsupportedModel:
-        return NO
+        return "if it takes the scale" if takes_scale else NO
     return YES
 
 
 def _negative(pipeline: str) -> str:
     """How negative prompts are taken: by an imported pipeline's guidance, or by the graph "nag"."""
     from redif_sdk.distill.teachers import adapters
+    from redif_sdk.models.nag import ALPHA
 
     kind = adapters._KINDS.get(pipeline)
     if kind is None:
         return NO
-    ways = ["import" if kind.guidance != 1 else "", "nag" if kind.network == "unet" else ""]
+    ways = ["import" if kind.guidance != 1 else "", "nag" if _network_class(pipeline)[0] in ALPHA else ""]
     return ", ".join(filter(None, ways)) or NO
 
 
@@ -123,7 +124,7 @@ def _pipeline_row(pipeline: str) -> list[str]:
         code(pipeline) if pipeline.endswith("Pipeline") else f"any with a {code(pipeline)}",
         "text" if text else "class" if pipeline == "DiTPipeline" else "class, or none",
         guidance,
-        _range(network),
+        _range(network, takes_scale=guidance == "input"),
         _negative(pipeline),
         YES,
         YES,

@@ -21,6 +21,7 @@ from redif_sdk.export import parity
 from redif_sdk.export.golden import GoldenRecord, read_golden
 from redif_sdk.export.parity import FIELDS, THRESHOLDS, Threshold
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions, load, loops_in_numpy, resolve, runnable
+from redif_sdk.runtimes.guided import GuidedInputs
 
 __all__ = ["THRESHOLDS", "Emulated", "Threshold", "absent", "summary", "verify"]
 
@@ -182,8 +183,9 @@ def _absent(engine: str, precision: str, reason: str) -> dict[str, Any]:
 class Emulated:
     """An emulated bfloat16 graph (`emulate.py`) in ONNX Runtime on the CPU; a `Runtime`."""
 
-    def __init__(self, session: Any, info: RuntimeInfo) -> None:
+    def __init__(self, session: Any, graph: Graph, info: RuntimeInfo) -> None:
         self._session = session
+        self._inputs_of = GuidedInputs(graph.inputs)
         self.info = info
 
     @classmethod
@@ -208,12 +210,12 @@ class Emulated:
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
         version = onnxruntime.__version__
         info = RuntimeInfo("emulated", version, "onnxruntime", "cpu", "bf16", graph.component, graph.file, None)
-        return cls(session, info)
+        return cls(session, graph, info)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """As `Runtime.run`."""
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        return dict(zip(names, self._session.run(names, self._inputs_of(inputs)), strict=True))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

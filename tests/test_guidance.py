@@ -32,6 +32,10 @@ from redif_sdk.cli.main import app
 from redif_sdk.distill import import_pipeline, load_student
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
+from redif_sdk.export.golden import read_golden
+from redif_sdk.export.parity import check_denoiser
+from redif_sdk.export.verify import Emulated
+from redif_sdk.runtimes import RuntimeOptions
 from redif_sdk.runtimes.guided import NULL, GuidedInputs
 from redif_sdk.sampling.noise import noise as draw
 from redif_sdk.serving.backend import ImageJob
@@ -254,6 +258,16 @@ def test_the_graph_is_valid_and_the_gate_saw_guidance(student: Path) -> None:
     with np.load(student / manifest.golden[-1].file) as recorded:
         assert set(recorded["guidance_scale"]) == {1.0, 4.0}
         assert recorded["null.encoder_hidden_states"].shape == recorded["conditions.encoder_hidden_states"].shape
+
+
+def test_an_emulated_graph_takes_guidance(student: Path) -> None:
+    """As bf16 graphs are checked where no engine computes them."""
+    folder = StudentFolder(student)
+    graph = folder.manifest.graph("denoiser", "fp32")
+    assert graph is not None
+    row = check_denoiser(Emulated.load(folder, graph, RuntimeOptions()), read_golden(folder, folder.manifest.golden[1]))
+    assert row["passed"]
+    assert row["relative_rmse"] < 1e-4
 
 
 def test_a_wrong_scale_does_not_pass_the_gate(student: Path, tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ class _Page:
         self.previews = gr.Checkbox(False, label="Show every step", interactive=True)
         comparisons = self.studio.comparisons()
         self.compare = gr.Dropdown(comparisons, value=NOTHING, label="Compare with", visible=len(comparisons) > 1)
-        with gr.Accordion("Start from an image", open=False, elem_id="start"):
+        paints = any(self.studio.manifest(name).network.inpainting for name in names)
+        with gr.Accordion("Start from an image", open=paints, elem_id="start"):
             gr.Markdown("Upload an image. Paint over what is to be made anew, or nothing for all of it.")
             self.editor, self.strength = image_editor(max(height, width)), strength_slider()
         with gr.Row():

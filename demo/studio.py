@@ -15,7 +15,7 @@ from PIL.Image import Image
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.inputs import refuse_arrays
-from redif_sdk.inputs.images import DEFAULT_STRENGTH
+from redif_sdk.inputs.images import DEFAULT_STRENGTH, all_anew
 from redif_sdk.pipeline import FastPipeline, PipelineOutput
 from redif_sdk.sampling.entry import steps_of
 
@@ -128,7 +128,7 @@ class Studio:
             first: dict[str, Any] = {} if manifest.classes is None else {"class_labels": 0}
             if manifest.text is not None:
                 first = {"prompt": manifest.text.examples[0]}
-            pipeline(num_inference_steps=min(manifest.supported_steps), seed=0, **first)
+            pipeline(num_inference_steps=min(manifest.supported_steps), seed=0, **first, **all_anew(manifest))
 
     def comparisons(self) -> list[str]:
         """The choices of what to compare with."""
@@ -242,7 +242,8 @@ def takes_negatives(manifest: Manifest) -> bool:
 def _kind(manifest: Manifest) -> tuple[Any, ...]:
     latents, classes = manifest.latents, manifest.classes
     asked = "prompts" if manifest.text is not None else None if classes is None else classes.num_classes
-    return manifest.image_shape, (latents.channels, latents.height, latents.width), asked
+    shape = latents.channels, latents.height, latents.width
+    return manifest.image_shape, shape, asked, manifest.network.inpainting
 
 
 def _name(seed: tuple[int, int]) -> str:

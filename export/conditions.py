@@ -15,16 +15,19 @@ from torch import Tensor
 
 from redif_sdk.artifact.examples import example_conditions
 from redif_sdk.artifact.folder import StudentFolder
-from redif_sdk.artifact.manifest import GUIDANCE_SCALE, Manifest
+from redif_sdk.artifact.manifest import GUIDANCE_SCALE, MASK_LATENTS, MASKED_LATENTS, Manifest
 from redif_sdk.errors import ExportError
 from redif_sdk.inputs.guiding import own_nulls
 from redif_sdk.models.families import TextEncoders
 from redif_sdk.runtimes.guided import NULL
+from redif_sdk.sampling.noise import noise as draw
 
 __all__ = ["ExampleConditions"]
 
 #: The scale of recorded images of a student that is not guided unless a call asks for it.
 EXAMPLE_SCALE = 2.0
+#: Of the noise that stands for the masked images of recorded images.
+EXAMPLE_SEED = 2
 
 
 class ExampleConditions:
@@ -53,10 +56,11 @@ class ExampleConditions:
 
             self._tokenize = PromptTokenizer(student)
 
-    def of(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def of(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """What these images are conditioned on, by name, each (B, ...); empty for an unconditional student.
 
-        With guidance at run time, the scale and the null conditions too (`redif_sdk.runtimes.guided`).
+        With guidance at run time, the scale and the null conditions too (`redif_sdk.runtimes.guided`). `size` is the
+        latents' (height, width), of which an inpainting student's mask and masked image are; None: the student's own.
         """
         found: dict[str, Tensor] = {}
         if self._manifest.text is not None:
@@ -66,7 +70,20 @@ class ExampleConditions:
             found = {name: torch.from_numpy(value) for name, value in arrays.items()}
         elif (classes := self._manifest.classes) is not None:
             found = {"class_labels": torch.tensor([index % classes.num_classes for index in indices])}
-        return found | self._guidance(indices)
+        return found | self._painting(indices, size) | self._guidance(indices)
+
+    def _painting(self, indices: Sequence[int], size: tuple[int, int] | None) -> dict[str, Tensor]:
+        """What an inpainting student paints: the right half, all, and the lower half of noise, in turn."""
+        latents = self._manifest.latents
+        if not self._manifest.network.inpainting:
+            return {}
+        height, width = size or (latents.height, latents.width)
+        masks = np.ones((len(indices), 1, height, width), np.float32)
+        for mask, index in zip(masks[:, 0], indices, strict=True):
+            if index % 3 != 1:
+                mask[: height // 2 if index % 3 else height, : width if index % 3 else width // 2] = 0
+        noise = draw([(EXAMPLE_SEED, index) for index in indices], (latents.channels, height, width))[0]
+        return {MASK_LATENTS: torch.from_numpy(masks), MASKED_LATENTS: torch.from_numpy(noise * (1 - masks))}
 
     def _guidance(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """What guides these images: the student's own scale, every third one unguided, or with another embedded scale.

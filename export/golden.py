@@ -4,9 +4,9 @@ One compressed ``.npz`` holds, for one step table and one batch of B images: ``s
 int64, the steps looked at, ``x`` and ``f`` (R, B, C, H, W) float32, the network's input and output there, and
 ``images`` (B, H', W', C') uint8. A student with a decoder also has ``latents`` (B, C, H, W) float32, the final ones; a
 class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts`` (B,) text, ``tokens.NAME`` (B, L)
-int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs; one on arrays these as
-``conditions.NAME``. With guidance at run time, there are ``guidance_scale`` (B,) float32, and for classifier-free
-guidance ``null.NAME`` (B, ...), the null conditions.
+int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs, and an inpainting student's
+mask and masked image as latents; one on arrays these as ``conditions.NAME``. With guidance at run time, there are
+``guidance_scale`` (B,) float32, and for classifier-free guidance ``null.NAME`` (B, ...), the null conditions.
 A student with the graph "nag" has that graph's further inputs under their names, and its outputs ``nag.f`` like ``f``.
 
 Reading needs numpy only; torch is imported when something is recorded.
@@ -85,9 +85,9 @@ def record_golden(
             place = "" if size == own else f"-{size[0]}x{size[1]}"
             file = f"{FOLDER}/steps-{steps}-batch-{batch}{place}.npz"
             indices = range(first, first + batch)
-            arrays = _asked(conditions, manifest, indices)
+            arrays = _asked(conditions, manifest, indices, size)
             arrays |= _run(denoiser, decoder, conditions, manifest, manifest.step_table(steps), indices, size)
-            arrays |= _nag(denoiser, conditions.of(indices), manifest.step_table(steps), arrays) if nag else {}
+            arrays |= _nag(denoiser, conditions.of(indices, size), manifest.step_table(steps), arrays) if nag else {}
             np.savez_compressed(folder / file, **arrays)  # type: ignore[arg-type] # numpy: one of these may be allow_pickle
             other = {} if size == own else {"height": size[0], "width": size[1]}
             entries.append(Golden(file=file, num_inference_steps=steps, batch=batch, **other))
@@ -95,9 +95,9 @@ def record_golden(
     return entries
 
 
-def _asked(conditions: ExampleConditions, manifest: Manifest, indices: range) -> dict[str, NDArray[Any]]:
+def _asked(conditions: ExampleConditions, manifest: Manifest, indices: range, size: Size) -> dict[str, NDArray[Any]]:
     """The conditions of the images as the file holds them: class labels, or prompts, tokens and encoded prompts."""
-    given = {name: value.numpy() for name, value in conditions.of(indices).items()}
+    given = {name: value.numpy() for name, value in conditions.of(indices, size).items()}
     if manifest.arrays is not None:
         return {f"conditions.{name}": value for name, value in given.items()}
     if manifest.text is None:
@@ -129,7 +129,7 @@ def _run(
 
     seeds = [(SEED, index) for index in indices]
     noise = torch.from_numpy(draw(seeds, (manifest.latents.channels, *size), slices=table.noise_slices))
-    asked = conditions.of(indices)
+    asked = conditions.of(indices, size)
     steps = table.num_inference_steps
     rows = sorted({round(row) for row in np.linspace(0, steps - 1, min(steps, MOST_ROWS))})
     states, outputs = [], []
@@ -230,7 +230,7 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             [(int(seed), int(index)) for seed, index in arrays["seeds"]],
             {
                 spec.name: arrays[f"conditions.{spec.name}" if apart else spec.name].astype(spec.dtype)
-                for spec in manifest.condition_tensors
+                for spec in (*manifest.condition_tensors, *manifest.image_tensors)
             }
             | {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _guiding(manifest)},
             [str(prompt) for prompt in arrays["prompts"]] if text else [],
@@ -302,6 +302,7 @@ def _expected_shapes(manifest: Manifest, golden: Golden, rows: int, *, encoded: 
     state = (batch, latents.channels, height, width)
     given = [*manifest.condition_tensors, *_guiding(manifest)]
     shapes: dict[str, Any] = {spec.name: (batch, *spec.shape[1:]) for spec in given}
+    shapes |= {spec.name: (batch, spec.shape[1], height, width) for spec in manifest.image_tensors}
     shapes |= _token_shapes(manifest, batch)
     shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
     shapes |= {spec.name: (batch, *spec.shape[1:]) for spec in _nag_specs(manifest) if spec.shape}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 
-from redif_sdk.artifact.manifest import GUIDANCE_ROWS, GUIDANCE_SCALE, NULL_ROWS
+from redif_sdk.artifact.manifest import GUIDANCE_ROWS, GUIDANCE_SCALE, MASK_LATENTS, MASKED_LATENTS, NULL_ROWS
 from redif_sdk.artifact.records import TensorSpec
 
 __all__ = ["add_guidance"]
@@ -27,12 +27,13 @@ def add_guidance(model: onnx.ModelProto, conditions: Sequence[TensorSpec]) -> No
         conditions: The inputs that it has afterwards beside sample and timestep.
     """
     graph, make = model.graph, onnx.helper.make_node
+    images = ["sample", "timestep", *(spec.name for spec in conditions if spec.name in (MASK_LATENTS, MASKED_LATENTS))]
     for node in graph.node:
-        for name in ("sample", "timestep", "f"):
+        for name in (*images, "f"):
             rename(node, name, f"{name}_by_rows")
     constants = {"guidance_first": np.array([0], np.int64), "guidance_axes": np.array([1, 2, 3], np.int64)}
     graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    before = [make("Gather", [name, GUIDANCE_ROWS], [f"{name}_by_rows"], axis=0) for name in ("sample", "timestep")]
+    before = [make("Gather", [name, GUIDANCE_ROWS], [f"{name}_by_rows"], axis=0) for name in images]
     after = [
         make("Shape", [NULL_ROWS], ["guidance_batch"]),
         make("Slice", ["f_by_rows", "guidance_first", "guidance_batch", "guidance_first"], ["f_asked"]),

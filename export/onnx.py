@@ -23,7 +23,14 @@ from redif_sdk.export.trace import trace_graph
 from redif_sdk.export.weight_only import WEIGHT_ONLY, weight_only
 from redif_sdk.export.weights import LazyModel
 from redif_sdk.models.denoiser import tensor_of
-from redif_sdk.models.families import LatentDecoder, LatentEncoder, TextEncoders, call_network, is_supported
+from redif_sdk.models.families import (
+    PAINTING,
+    LatentDecoder,
+    LatentEncoder,
+    TextEncoders,
+    call_network,
+    is_supported,
+)
 from redif_sdk.models.hollow import hollow
 from redif_sdk.runtimes.guided import NULL, is_guiding
 
@@ -84,7 +91,7 @@ class GraphDenoiser(torch.nn.Module):
         return cls(
             network,
             manifest.latents.channels,
-            conditions=[spec.name for spec in manifest.condition_tensors],
+            conditions=[spec.name for spec in (*manifest.condition_tensors, *manifest.image_tensors)],
             guidance=manifest.guidance_at_run_time,
             scale=manifest.postprocess.scale,
             by_place=manifest.network.is_own,
@@ -122,7 +129,7 @@ class GraphDenoiser(torch.nn.Module):
         asked = self._call(sample, timestep, own)
         if not nulls:
             return asked
-        unasked = self._call(sample, timestep, nulls)
+        unasked = self._call(sample, timestep, {**nulls, **{name: own[name] for name in PAINTING if name in own}})
         return torch.where(is_guiding(scale), unasked + scale * (asked - unasked), asked)
 
     def _call(self, sample: Tensor, timestep: Tensor, given: dict[str, Tensor]) -> Tensor:
@@ -205,7 +212,8 @@ def traced_denoiser(
     """
     network = denoiser.bare(_in_dtype(denoiser.network, DTYPES[precision]), DTYPES[precision])
     x = _state(manifest, "sample", manifest.latents.channels)
-    inputs = [x, TensorSpec(name="timestep", dtype="float32", shape=["batch"]), *manifest.condition_tensors]
+    times = TensorSpec(name="timestep", dtype="float32", shape=["batch"])
+    inputs = [x, times, *manifest.condition_tensors, *manifest.image_tensors]
     if denoiser.guidance == "embedded":
         inputs.append(manifest.graph_conditions[-1])
     outputs = [x.model_copy(update={"name": "f"})]

@@ -14,6 +14,7 @@ from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.card.render import LARGE, LARGE_COLUMNS, shown_prompts
 from redif_sdk.errors import RuntimeUnavailable, UnsupportedModel
 from redif_sdk.images import contact_sheet
+from redif_sdk.inputs.images import all_anew
 from redif_sdk.pipeline import FastPipeline
 
 __all__ = ["FOLDER", "sample_grid", "write_samples"]
@@ -32,7 +33,8 @@ def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) 
 
     Its columns are the first ten classes, the first eight example prompts or arrays of the student, or eight columns
     without a condition. It has four rows, or one row of four columns for large images, or one image of a large network.
-    Images keep their own pixels; small ones are enlarged by an integer factor. One row is in memory at a time.
+    Images keep their own pixels; small ones are enlarged by an integer factor. One row is in memory at a time. An
+    inpainting student paints all of a grey image anew.
     """
     manifest = pipeline.manifest
     large = max(manifest.image_shape[:2]) >= LARGE
@@ -51,6 +53,7 @@ def sample_grid(pipeline: FastPipeline, num_inference_steps: int | None = None) 
     for row in range(1 if large or manifest.is_large else ROWS):
         out = pipeline(
             **asked,
+            **all_anew(manifest),
             num_images_per_prompt=1 if asked else columns,
             num_inference_steps=num_inference_steps,
             seed=[(SEED, row * columns + column) for column in range(columns)],

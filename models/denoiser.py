@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from redif_sdk.artifact.records import Guidance
 from redif_sdk.models.copies import sharing
-from redif_sdk.models.families import call_network
+from redif_sdk.models.families import all_anew, call_network
 from redif_sdk.models.hollow import is_streamed, original, to_train
 from redif_sdk.models.rows import Rows
 from redif_sdk.models.scales import check_takes_scale, places_of, scales_of, with_scale_input
@@ -78,6 +78,7 @@ class Denoiser(nn.Module):
             where a condition has none of its own (`redif_sdk.models.scales`).
         guidance_range: The scales that it was trained on; None: not known.
         scale: Pixels a latent on each side.
+        inpainting: The network also takes a mask and a masked image; here it paints the whole image anew.
 
     Attributes:
         micro_batch: The images that the network takes at once; 0: all of them.
@@ -94,9 +95,11 @@ class Denoiser(nn.Module):
         embedded_guidance: float | None = None,
         guidance_range: tuple[float, float] | None = None,
         scale: int = 1,
+        inpainting: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
+        self.inpainting = inpainting
         self.diffusers_call = diffusers_call
         self.guidance = guidance
         self.rows = rows
@@ -121,12 +124,14 @@ class Denoiser(nn.Module):
         if not self.diffusers_call:
             given = condition if condition is None or self.rows is None else self.rows(condition)
             return tensor_of(self.network(x, t, given))[:, : x.shape[1]]
-        conditions: Mapping[str, Tensor] = {}
+        conditions: dict[str, Tensor] = {}
         told: float | Tensor | None = self.embedded_guidance
         if condition is not None:
             places = places_of(condition)
             conditions = {"class_labels": places} if self.rows is None else self.rows(places)
             told = None if self.embedded_guidance is None else scales_of(condition, self.embedded_guidance)
+        if self.inpainting:
+            conditions = conditions | all_anew(x)
         with self._half(x):
             return call_network(self.network, x, t, conditions, told, self.scale)
 

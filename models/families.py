@@ -14,21 +14,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from redif_sdk.artifact.manifest import MASK_LATENTS, MASKED_LATENTS
 from redif_sdk.errors import UnsupportedModel
 
 __all__ = [
     "AUTOENCODERS",
     "ENCODERS",
     "LAYOUTS",
+    "PAINTING",
     "LatentDecoder",
     "LatentEncoder",
     "TextEncoders",
+    "all_anew",
     "call_network",
     "guidance_embedding",
     "is_supported",
 ]
 
 HIDDEN, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
+
+#: What an inpainting network takes after the latents, as further channels.
+PAINTING = (MASK_LATENTS, MASKED_LATENTS)
 
 #: The text encoders that `TextEncoders` knows how to call, classes of transformers.
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -40,7 +46,9 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "StableDiffusionPipeline": ("sd", (HIDDEN,)),
     "LatentConsistencyModelPipeline": ("sd", (HIDDEN,)),
+    "StableDiffusionInpaintPipeline": ("sd", (HIDDEN,)),
     "StableDiffusionXLPipeline": ("sdxl", (HIDDEN, POOLED)),
+    "StableDiffusionXLInpaintPipeline": ("sdxl", (HIDDEN, POOLED)),
     "StableDiffusion3Pipeline": ("sd3", (HIDDEN, POOLED)),
     "FluxPipeline": ("flux", (HIDDEN, POOLED)),
     "PixArtAlphaPipeline": ("pixart", (HIDDEN, MASK)),
@@ -86,7 +94,8 @@ def call_network(
         x: (B, C, H, W), in the network's own dtype.
         t: (B,) float32, time in the units of the pipeline's scheduler; for a flow 1000 times the noise level.
         conditions: By name: ``class_labels`` (B,) int64, or ``encoder_hidden_states`` (B, L, D),
-            ``pooled_projections`` (B, P), ``encoder_attention_mask`` (B, L). Floats are cast to x's dtype.
+            ``pooled_projections`` (B, P), ``encoder_attention_mask`` (B, L); of an inpainting network ``mask_latents``
+            (B, 1, H, W) and ``masked_image_latents`` (B, C, H, W). Floats are cast to x's dtype.
         embedded_guidance: The guidance scale that the network takes as an input (Flux dev, LCM); one for all, or
             (B,) float32.
         scale: Pixels a latent on each side, from which SDXL and PixArt get the image's size.
@@ -106,7 +115,14 @@ def call_network(
             "or write an adapter (docs/adapters.md)"
         )
     given = {name: v.to(x.dtype) if v.is_floating_point() else v for name, v in conditions.items()}
-    return caller(network, Call(x, t, given, embedded_guidance, scale))[:, : x.shape[1]]
+    seen = torch.cat([x, *(given.pop(name) for name in PAINTING if name in given)], 1)
+    return caller(network, Call(seen, t, given, embedded_guidance, scale))[:, : x.shape[1]]
+
+
+def all_anew(x: Tensor) -> dict[str, Tensor]:
+    """What an inpainting network takes besides latents x (B, C, H, W) where the whole image is painted anew: a mask of
+    ones, and zeros for the image."""
+    return {MASK_LATENTS: torch.ones_like(x[:, :1]), MASKED_LATENTS: torch.zeros_like(x)}
 
 
 def is_supported(network: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.artifact.manifest import Manifest
+from redif_sdk.artifact.manifest import MASK_LATENTS, MASKED_LATENTS, Manifest
 from redif_sdk.errors import RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.images import pixel_unshuffle
@@ -164,15 +164,34 @@ class Known:
         return blend
 
 
-def started(drawing: Drawing, given: Given, on_state: OnState | None) -> tuple[Drawing, OnState | None]:
+def started(
+    manifest: Manifest, drawing: Drawing, given: Given, on_state: OnState | None
+) -> tuple[Drawing, OnState | None]:
     """``drawing`` and its ``on_state`` from the images on that a caller gave: the table's last rows, at the first one's
-    level."""
+    level. An inpainting network sees image and mask, so that nothing is put back, and all rows start from noise, as in
+    diffusers."""
+    if manifest.network.inpainting:
+        drawing = replace(drawing, conditions=drawing.conditions | _painted(drawing, given))
+        if given.steps == drawing.table.num_inference_steps:
+            return drawing, on_state
+        given = replace(given, masks=None)
     known = Known.of(drawing.graphs, given, drawing.noise[0])
     row = drawing.table.num_inference_steps - given.steps
     noise, begins = drawing.noise.copy(), levels(drawing.table)[row:]
     noise[0] = known.at(begins[0])
     begun = replace(drawing, noise=noise, table=from_row(drawing.table, row))
     return begun, known.blending(np.concatenate([begins[1:], [[1.0, 0.0]]]), on_state)
+
+
+def _painted(drawing: Drawing, given: Given) -> Conditions:
+    """What an inpainting network takes of an image and its mask. The mask is scaled as torch's nearest neighbour."""
+    masks = given.masks
+    assert masks is not None
+    factor = masks.shape[1] // drawing.noise.shape[3]
+    return {
+        MASK_LATENTS: np.ascontiguousarray(masks[:, None, ::factor, ::factor], np.float32),
+        MASKED_LATENTS: drawing.graphs.latents(given.images, masks),
+    }
 
 
 def shown_to(callback: Callable[..., Any] | None, pipeline: Any, manifest: Manifest) -> OnState | None:

@@ -240,10 +240,15 @@ class LoadedGraphs:
         require_finite(latents)
         return to_uint8(latents, postprocess)
 
-    def latents(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Images uint8 (B, H', W', C') to latents float32 (B, C, H, W), by the encoder where latents are not pixels."""
+    def latents(self, images: NDArray[np.uint8], hidden: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """Images uint8 (B, H', W', C') to latents float32 (B, C, H, W), by the encoder where latents are not pixels.
+
+        Where `hidden` (B, H', W') is true, the encoder sees the middle of the value range, as in diffusers' inpainting.
+        """
         postprocess = self._student.manifest.postprocess
         values = from_uint8(images, postprocess)
+        if hidden is not None:
+            values = np.where(hidden[:, None], np.float32(sum(postprocess.value_range) / 2), values)
         if postprocess.decoder is None:
             return values
         latents = self["encoder"].run({"image": values})["latents"]
@@ -278,6 +283,8 @@ class LoadedGraphs:
         manifest = self._student.manifest
         if manifest.text is not None:
             yield "text_encoder"
+        if manifest.network.inpainting:
+            yield "encoder"
         if stepped:
             yield "denoiser"
             if manifest.postprocess.decoder is not None:

@@ -251,7 +251,7 @@ class FastPipeline(SavedStudent):
             latents: starting noise (B, C, H, W), standard normal, instead of the seed's.
             height, width: in pixels, for students exported with free sizes; default: the student's own.
             image: to start from: PIL, an array (H, W, C) of uint8 or floats in [0, 1]; or a list, one a prompt.
-            mask_image: of the size of `image`; white is painted anew, the rest stays.
+            mask_image: of the size of `image`; white is painted anew, the rest stays. An inpainting student needs both.
             strength: of K steps the last floor(strength K) are run, from `image`; default .8, with a mask 1.
             prompt_embeds: like the two after it what `encode_prompt` returns, a row a prompt; replaces `prompt`.
             negative_prompt: what images are guided away from (one, or one a prompt), or encoded as the three
@@ -372,7 +372,7 @@ class FastPipeline(SavedStudent):
         drawing = Drawing(self._components, noise, self._components.conditions(request), request.table)
         encoded = time.perf_counter()
         if given:
-            drawing, on_state = started(drawing, given, on_state)
+            drawing, on_state = started(self.manifest, drawing, given, on_state)
         return drawing, on_state, (ready, encoded)
 
     def _previews(self, request: GenerationRequest, given: Given | None) -> Iterator[Image.Image]:

@@ -199,6 +199,20 @@ def stable_diffusion_xl(scheduler: Any = None) -> Any:
     )
 
 
+def inpainting(plain: Any, **more: Any) -> Any:
+    """``plain``, a pipeline of Stable Diffusion or SDXL, with a UNet that takes a mask and a masked image too."""
+    import diffusers
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(5)
+    known = {name: value for name, value in plain.unet.config.items() if not name.startswith("_")}
+    config = {**known, "in_channels": 9, "out_channels": 4}
+    parts = {**plain.components, "unet": UNet2DConditionModel.from_config(config).eval()}
+    kind = getattr(diffusers, type(plain).__name__.replace("Pipeline", "InpaintPipeline"))
+    unused = {} if "requires_safety_checker" not in plain.config else {"requires_safety_checker": False}
+    return _quiet(kind(**parts, **unused, **more))
+
+
 def stable_diffusion_3(shift: float = 3.0, with_t5: bool = True) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 

@@ -144,6 +144,7 @@ class Student:
                 guidance=guidance,
                 embedded_guidance=told,
                 guidance_range=ranged,
+                inpainting=teacher.inpainting,
                 pipeline=saving.pipeline_name(teacher, self._scheduler()),
                 call="x, t, condition" if self.is_own else "diffusers",
             ),

@@ -71,6 +71,11 @@ def check_run(
         UnsupportedModel, InvalidRequest: the teacher, the student, the settings or the start do not allow it.
         RedifError: the teacher gives NaN, or two outputs for one input.
     """
+    if teacher.inpainting:
+        raise UnsupportedModel(
+            f"{teacher.name} is an inpainting model, which is not distilled: a teacher takes noise and a condition "
+            "alone; redif import makes a student of it as it is"
+        )
     if teacher.own is not None and (remark := teacher.own.remark()):
         _log.warning("%s", remark)
     if teacher.guidance_range is not None:

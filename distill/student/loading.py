@@ -34,7 +34,7 @@ def load_student(folder: str | Path, teacher: Teacher | None = None, *, network:
 
     Raises:
         ManifestError, IntegrityError: the folder is no student, was altered, or holds no network that diffusers makes.
-        UnsupportedModel: its network is somebody's own, and none is given.
+        UnsupportedModel: its network is somebody's own, and none is given; or it is an inpainting student.
         InvalidRequest: the folder's weights are not those of ``network``.
     """
     checked = StudentFolder(Path(folder))
@@ -43,6 +43,11 @@ def load_student(folder: str | Path, teacher: Teacher | None = None, *, network:
         raise UnsupportedModel(
             f"the network of {folder} is a {manifest.network.class_path}, no class of diffusers; load it with "
             "load_student(folder, network=module)"
+        )
+    if manifest.network.inpainting:
+        raise UnsupportedModel(
+            f"{folder} is an inpainting student, which is exported and run, and neither trained nor evaluated; give a "
+            "student that takes noise and a condition alone"
         )
     ours = _model_folders(manifest)
     others = {entry.path.partition("/")[0] for entry in manifest.files} - ours

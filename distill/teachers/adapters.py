@@ -55,6 +55,7 @@ class _Kind:
         shifted: latents are shifted before they are decoded; other pipelines ignore the autoencoder's shift_factor.
         variance: the network may make a variance besides, of which the pipeline takes no notice.
         sized: the pipeline tells its scheduler the image's size, for a shift that depends on it.
+        paints: the network may take a mask and a masked image besides the latents, as further channels.
     """
 
     network: str
@@ -68,6 +69,7 @@ class _Kind:
     shifted: bool = False
     variance: bool = False
     sized: bool = False
+    paints: bool = False
 
     @property
     def used(self) -> list[str]:
@@ -81,6 +83,8 @@ _KINDS = {
     "StableDiffusionPipeline": _Kind("unet", (_CLIP,), 50, 7.5),
     "LatentConsistencyModelPipeline": _Kind("unet", (_CLIP,), 4, embedded=8.5),
     "StableDiffusionXLPipeline": _Kind("unet", (_CLIP, _CLIP_2), 50, 5.0),
+    "StableDiffusionInpaintPipeline": _Kind("unet", (_CLIP,), 50, 7.5, paints=True),
+    "StableDiffusionXLInpaintPipeline": _Kind("unet", (_CLIP, _CLIP_2), 50, 7.5, paints=True),
     "StableDiffusion3Pipeline": _Kind(
         "transformer",
         (_CLIP, _CLIP_2, ("text_encoder_3", "tokenizer_3", 256)),
@@ -142,23 +146,21 @@ def text_to_image(
     latents = _latents(pipeline, network, kind, scale, height, width)
     decoder = _decoder(pipeline.vae, scale, shifted=kind.shifted)
     encoders, described = text_of(pipeline, kind.parts, optional=kind.optional, masked=kind.masked)
-    bank = Prompts(
-        texts,
-        encoders,
-        null_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
-    )
+    bank = Prompts(texts, encoders, null_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)))
     condition = described(bank)
     tokens = latents.height * latents.width // 4 if kind.sized else None
     schedule, prediction_type, shift = noise_process(scheduler_config, image_tokens=tokens)
     own = OwnScheduler(pipeline.scheduler, schedule, prediction_type, flux=kind.packed, shift=shift)
     embedded = (kind.embedded or kind.guidance) if takes_scale(network) else None
-    _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded)
+    inpainting = kind.paints and network.config.in_channels != latents.channels
+    told = {"rows": bank, "scale": scale, "inpainting": inpainting}
+    _check_calls(pipeline, network, latents, decoder, bank.shapes(), embedded, inpainting=inpainting)
     network = computing(network)
     for part in (network, encoders, pipeline.vae):
         part.eval().requires_grad_(False)
     teacher = Teacher(
         name=about.get("name", name),
-        predict=_predict(network, bank, embedded, scale),
+        predict=_predict(network, embedded, told),
         schedule=schedule,
         prediction_type=prediction_type,
         shift=shift,
@@ -169,7 +171,7 @@ def text_to_image(
         decode=_latent_decoder(pipeline.vae, decoder),
         num_inference_steps=num_inference_steps
         or about.get("num_inference_steps", usual_steps(scheduler_config, kind.steps)),
-        make_student=_students(network, bank, embedded, scale),
+        make_student=_students(network, embedded, told),
         network_folder=kind.network,
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
@@ -177,8 +179,9 @@ def text_to_image(
         sampler=own.sampler(),
         fingerprint=fingerprint([network, *encoders.encoders], scheduler_config, bank.digest),
         embedded_guidance=embedded,
-        at_guidance=None if embedded is None else _at_guidance(network, bank, scale),
+        at_guidance=None if embedded is None else _at_guidance(network, told),
         pipeline=pipeline,
+        inpainting=inpainting,
         extra={
             "null_class": bank.null,
             "null_prompt": "",
@@ -224,7 +227,7 @@ def class_to_image(
         part.eval().requires_grad_(False)
     teacher = Teacher(
         name=about.get("name", "DiT"),
-        predict=_predict(network, None, None, scale),
+        predict=_predict(network, None, {"scale": scale}),
         schedule=schedule,
         prediction_type=prediction_type,
         shift=shift,
@@ -233,7 +236,7 @@ def class_to_image(
         postprocess=Postprocess(decoder=decoder),
         decode=_latent_decoder(pipeline.vae, decoder),
         num_inference_steps=num_inference_steps or about.get("num_inference_steps", usual_steps(scheduler_config, 50)),
-        make_student=_students(network, None, None, scale),
+        make_student=_students(network, None, {"scale": scale}),
         network_folder="transformer",
         licence=about.get("licence", "unknown"),
         scheduler_config=scheduler_config,
@@ -255,10 +258,10 @@ def _latent_decoder(vae: nn.Module, decoder: Decoder) -> LatentDecoder:
 
 
 def _predict(
-    network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int
+    network: nn.Module, embedded: float | None, told: Mapping[str, Any]
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The teacher's function: in the network's own precision, float32 out."""
-    denoiser = Denoiser(network, diffusers_call=True, rows=prompts, embedded_guidance=embedded, scale=scale)
+    """The teacher's function: in the network's own precision, float32 out. ``told``: further options of `Denoiser`."""
+    denoiser = Denoiser(network, diffusers_call=True, embedded_guidance=embedded, **told)
     dtype = next(network.parameters()).dtype
 
     @torch.no_grad()
@@ -269,13 +272,13 @@ def _predict(
     return predict
 
 
-def _students(network: nn.Module, prompts: Prompts | None, embedded: float | None, scale: int) -> StudentOf:
-    return StudentOf(network, {"rows": prompts, "embedded_guidance": embedded, "scale": scale})
+def _students(network: nn.Module, embedded: float | None, told: Mapping[str, Any]) -> StudentOf:
+    return StudentOf(network, {"embedded_guidance": embedded, **told})
 
 
-def _at_guidance(network: nn.Module, prompts: Prompts | None, scale: int) -> AtGuidance:
+def _at_guidance(network: nn.Module, told: Mapping[str, Any]) -> AtGuidance:
     """Of a network that takes the guidance scale as an input: `predict` and `make_student` at a scale."""
-    return lambda told: (_predict(network, prompts, told, scale), _students(network, prompts, told, scale))
+    return lambda embedded: (_predict(network, embedded, told), _students(network, embedded, told))
 
 
 def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int | None, width: int | None) -> Latents:
@@ -290,7 +293,15 @@ def _latents(pipeline: Any, network: Any, kind: _Kind, scale: int, height: int |
             raise InvalidRequest(f"{axis} is {pixels}; give a multiple of {unit}")
         sides.append(default if pixels is None else pixels // scale)
     channels = network.config.in_channels // (4 if kind.packed else 1)
-    _check_channels(network, pipeline.vae, channels, variance=kind.variance)
+    if kind.paints and channels == 2 * pipeline.vae.config.latent_channels + 1:
+        channels = pipeline.vae.config.latent_channels  # then a mask, then the masked image
+        if network.config.get("out_channels") != channels:
+            raise UnsupportedModel(
+                f"the inpainting network makes {network.config.get('out_channels')} channels, and the autoencoder "
+                f"decodes {channels}; use one with out_channels {channels}"
+            )
+    else:
+        _check_channels(network, pipeline.vae, channels, variance=kind.variance)
     return Latents(channels=channels, height=sides[0], width=sides[1])
 
 
@@ -313,8 +324,15 @@ def _check_calls(
     decoder: Decoder,
     conditions: Mapping[str, Sequence[int]] | None,
     embedded: float | None,
+    *,
+    inpainting: bool = False,
 ) -> None:
     """Raise unless the network and the autoencoder take these latents. ``conditions``: of prompts; None: classes."""
+    if pipeline.config.get("requires_aesthetics_score"):
+        raise UnsupportedModel(
+            "the pipeline's network takes an aesthetic score (requires_aesthetics_score), as SDXL's refiner does, "
+            "which is not supported; use a base model"
+        )
     if embedded is None and type(pipeline).__name__ == "LatentConsistencyModelPipeline":
         raise UnsupportedModel(
             "the network of a LatentConsistencyModelPipeline must take the guidance scale, and time_cond_proj_dim is "
@@ -322,7 +340,8 @@ def _check_calls(
         )
     shape = (latents.channels, latents.height, latents.width)
     classes = conditions is None
-    check_sizes(network, shape, conditions or {}, classes=classes, embedded=embedded, scale=decoder.scale)
+    given: dict[str, Any] = {"classes": classes, "embedded": embedded, "inpainting": inpainting}
+    check_sizes(network, shape, conditions or {}, scale=decoder.scale, **given)
     check_decoder(pipeline.vae, shape, decoder.scale, decoder.channels)
 
 
@@ -331,7 +350,8 @@ def _check_channels(network: Any, vae: Any, channels: int, *, variance: bool) ->
     if channels != vae.config.latent_channels:
         raise UnsupportedModel(
             f"the network takes {channels} channels and the autoencoder has {vae.config.latent_channels}: "
-            "it takes more than noise and a prompt (inpainting, editing), which is not supported"
+            "it takes more than noise and a prompt (editing, upscaling), which is not supported; load an inpainting "
+            "network as a StableDiffusionInpaintPipeline or StableDiffusionXLInpaintPipeline"
         )
     given = network.config.in_channels
     made = network.config.get("out_channels") or given

@@ -109,6 +109,7 @@ class Teacher(Asking, InRange):
     )
     pipeline: Any = None  # diffusers' own, whose other parts a student is saved with
     range_known: bool = True  # off: the value range is measured on outputs (`ranged_by`)
+    inpainting: bool = False  # its network takes an image and a mask too: it can be imported, and not distilled
     clipped: bool = True  # off: what it makes has no range that is seen, as latents that are rewarded undecoded
     micro_batch: int = 0  # images that its network and its decoder take at once; 0: as many as there are
 

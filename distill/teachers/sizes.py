@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from redif_sdk.errors import InvalidRequest, UnsupportedModel, first_line
-from redif_sdk.models.families import call_network
+from redif_sdk.models.families import all_anew, call_network
 
 __all__ = ["check_channels", "check_decoder", "check_sizes"]
 
@@ -25,18 +25,26 @@ class _Called(nn.Module):
     """A network, or an autoencoder, behind one function of tensors, so that its weights can be replaced by shapes."""
 
     def __init__(
-        self, network: nn.Module, conditions: Mapping[str, Tensor], embedded: float | None, scale: int
+        self,
+        network: nn.Module,
+        conditions: Mapping[str, Tensor],
+        embedded: float | None,
+        scale: int,
+        *,
+        inpainting: bool = False,
     ) -> None:
         super().__init__()
         self.network = getattr(network, "_orig_mod", network)  # of torch.compile, which would compile for shapes
         self.conditions, self.embedded, self.scale = conditions, embedded, scale
+        self.inpainting = inpainting
 
     def forward(self, x: Tensor, t: Tensor | None) -> Tensor:
         if t is None:
             network: Any = self.network
             out: Tensor = network.decode(x, return_dict=False)[0]
             return out
-        return call_network(self.network, x, t, self.conditions, self.embedded, self.scale)
+        painted = all_anew(x) if self.inpainting else {}
+        return call_network(self.network, x, t, {**self.conditions, **painted}, self.embedded, self.scale)
 
 
 def check_channels(config: Mapping[str, Any], name: str) -> None:
@@ -63,6 +71,7 @@ def check_sizes(
     classes: bool = False,
     embedded: float | None = None,
     scale: int = 1,
+    inpainting: bool = False,
 ) -> None:
     """Raise unless the network takes latents of this shape, and its output is as large.
 
@@ -72,6 +81,7 @@ def check_sizes(
         classes: it takes a class besides.
         embedded: the guidance scale that it takes as an input.
         scale: pixels a latent.
+        inpainting: it takes a mask and a masked image besides.
 
     Raises:
         InvalidRequest: it takes other sizes; the message says which.
@@ -81,7 +91,7 @@ def check_sizes(
     inputs = {name: torch.empty(2, *sides, device="meta") for name, sides in conditions.items()}
     if classes:
         inputs["class_labels"] = torch.zeros(2, dtype=torch.int64, device="meta")
-    called = _Called(network, inputs, embedded, scale)
+    called = _Called(network, inputs, embedded, scale, inpainting=inpainting)
     fault = _fault(called, (channels, height, width))
     if fault is None:
         return

@@ -111,6 +111,22 @@ def _negative(pipeline: str) -> str:
     return ", ".join(filter(None, ways)) or NO
 
 
+def _distilled(pipeline: str) -> str:
+    """Whether a pipeline's network is distilled; one of inpainting is only where it takes latents alone."""
+    from redif_sdk.distill.teachers import adapters
+
+    kind = adapters._KINDS.get(pipeline)
+    return "not of 9 channels" if kind and kind.paints and _refused("which is not distilled") else YES
+
+
+def _from_image(pipeline: str) -> str:
+    """Whether a student takes an image; inpainting networks always do."""
+    from redif_sdk.distill.teachers import adapters
+
+    kind = adapters._KINDS.get(pipeline)
+    return "required of 9 channels" if kind and kind.paints and _refused("is an inpainting model: give") else YES
+
+
 def _pipeline_row(pipeline: str) -> list[str]:
     from redif_sdk.distill.teachers import adapters
     from redif_sdk.models.families import LAYOUTS
@@ -126,11 +142,11 @@ def _pipeline_row(pipeline: str) -> list[str]:
         guidance,
         _range(network, takes_scale=guidance == "input"),
         _negative(pipeline),
-        YES,
+        _distilled(pipeline),
         YES,
         _sizes(network),
         _int8(network),
-        YES,
+        _from_image(pipeline),
         NO if decoder or text else YES,
     ]
 

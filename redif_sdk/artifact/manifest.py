@@ -39,6 +39,8 @@ __all__ = [
     "GUIDANCE_ROWS",
     "GUIDANCE_SCALE",
     "MANIFEST_NAME",
+    "MASKED_LATENTS",
+    "MASK_LATENTS",
     "NULL_ROWS",
     "TASKS",
     "Manifest",
@@ -49,6 +51,9 @@ MANIFEST_NAME = "redif.json"
 CARD_NAME = "README.md"
 #: Inputs of graphs that are guided at run time (`redif_sdk.runtimes.guided`).
 GUIDANCE_SCALE, GUIDANCE_ROWS, NULL_ROWS = "guidance_scale", "guidance_rows", "null_rows"
+#: Inputs of the graphs of an inpainting student, by the size of latents: 1 where an image is painted anew, and the
+#: encoded image with these places grey.
+MASK_LATENTS, MASKED_LATENTS = "mask_latents", "masked_image_latents"
 
 #: What a student does, by the kind of its condition.
 TASKS: dict[str | None, Literal["unconditional", "class-conditional", "text-to-image", "array-conditional"]] = {
@@ -131,6 +136,8 @@ class Manifest(BaseModel):
             (low, high), own = network.guidance_range, network.embedded_guidance
             if not (own is not None and 0 <= low <= own <= high):
                 raise ValueError(f"the default guidance scale {own} is not in guidance_range, {low:g} to {high:g}")
+        if network.inpainting and (self.text is None or self.postprocess.decoder is None):
+            raise ValueError("network.inpainting without prompts or a decoder")
         if self.latents.channels % self.postprocess.pixel_shuffle**2:
             raise ValueError(
                 f"{self.latents.channels} channels cannot be pixel-shuffled by {self.postprocess.pixel_shuffle}"
@@ -225,6 +232,18 @@ class Manifest(BaseModel):
         return [TensorSpec(name="class_labels", dtype="int64", shape=["batch"])] if self.condition else []
 
     @property
+    def image_tensors(self) -> list[TensorSpec]:
+        """What the denoiser and the generator of an inpainting student take of an image and its mask; else nothing."""
+        if not self.network.inpainting:
+            return []
+        latents = self.latents
+        sides = [axis if axis in latents.dynamic else getattr(latents, axis) for axis in ("height", "width")]
+        channels = {MASK_LATENTS: 1, MASKED_LATENTS: latents.channels}
+        return [
+            TensorSpec(name=name, dtype="float32", shape=["batch", count, *sides]) for name, count in channels.items()
+        ]
+
+    @property
     def guidance_at_run_time(self) -> Literal["classifier-free", "embedded"] | None:
         """How a call may choose its guidance: by two network calls, by an input of the network, or not."""
         if not self.network.guidance_inputs:
@@ -250,14 +269,16 @@ class Manifest(BaseModel):
 
         With classifier-free guidance at run time, `runtimes.guided` says what these are.
         """
+        painted = self.image_tensors
         if self.guidance_at_run_time is None:
-            return self.condition_tensors
+            return [*self.condition_tensors, *painted]
         scale = TensorSpec(name=GUIDANCE_SCALE, dtype="float32", shape=["batch"])
         if self.guidance_at_run_time == "embedded":
-            return [*self.condition_tensors, scale]
+            return [*self.condition_tensors, *painted, scale]
         rows = [spec.model_copy(update={"shape": ["rows", *spec.shape[1:]]}) for spec in self.condition_tensors]
         return [
             *rows,
+            *painted,
             TensorSpec(name=GUIDANCE_ROWS, dtype="int64", shape=["rows"]),
             TensorSpec(name=NULL_ROWS, dtype="int64", shape=["batch"]),
             scale,

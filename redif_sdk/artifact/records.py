@@ -378,10 +378,11 @@ class Network(_Part):
     distilled students need none). ``embedded_guidance``: the guidance scale that a network takes as an input (Flux,
     LCM). ``guidance_inputs``: the graphs take the scale as an input, and for ``guidance`` the null condition too, so
     that each call chooses them; what is recorded here is the default (since 1.7). ``guidance_range``: the least and the
-    largest scale that a distilled network takes as an input (since 1.8). ``pipeline``: the diffusers class that loads
-    the folder, if it is more than network and scheduler. ``call``: a network of diffusers is called by its family, any
-    other as ``network(x, t, condition)``; of such a network ``class_path`` is a name for people, and nothing imports it
-    (since 1.4).
+    largest scale that a distilled network takes as an input (since 1.8). ``inpainting``: the network takes, beside the
+    latents, a mask and the latents of the masked image, so that every call needs an image and a mask (since 1.8).
+    ``pipeline``: the diffusers class that loads the folder, if it is more than network and scheduler. ``call``: a
+    network of diffusers is called by its family, any other as ``network(x, t, condition)``; of such a network
+    ``class_path`` is a name for people, and nothing imports it (since 1.4).
     """
 
     class_path: Text  # e.g. "diffusers.UNet2DModel"
@@ -390,6 +391,7 @@ class Network(_Part):
     embedded_guidance: float | None = None
     guidance_range: tuple[float, float] | None = None
     guidance_inputs: bool = False
+    inpainting: bool = False
     pipeline: Text | None = None  # e.g. "StableDiffusionPipeline"
     call: Literal["diffusers", "x, t, condition"] = "diffusers"
 

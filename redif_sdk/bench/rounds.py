@@ -24,7 +24,7 @@ from redif_sdk import runtimes
 from redif_sdk.artifact.folder import StudentFolder
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.bench.interleave import Clock, interleave
-from redif_sdk.errors import RuntimeUnavailable
+from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.graphs import LoadedGraphs
 from redif_sdk.inputs import guiding_inputs, own_nulls, refuse_arrays
 from redif_sdk.runtimes import RuntimeOptions
@@ -126,11 +126,17 @@ class Workload:
     ) -> Workload:
         """A batch of images of the student in `folder`, cycling through its classes or example prompts.
 
-        Raises InvalidRequest for steps that it has not, RuntimeUnavailable where nothing here encodes its prompts.
+        Raises InvalidRequest for steps that it has not and for an inpainting student, RuntimeUnavailable where nothing
+        here encodes its prompts.
         """
         student = StudentFolder(folder)
         manifest = student.manifest
         refuse_arrays(manifest, "redif bench")
+        if manifest.network.inpainting:
+            raise InvalidRequest(
+                f"{manifest.name} is an inpainting student, and redif bench gives no images to paint; time calls of "
+                "FastPipeline, whose timings are in its output"
+            )
         table, latents = manifest.step_table(steps), manifest.latents
         shape = (latents.channels, latents.height, latents.width)
         noise = draw([(seed, index) for index in range(batch)], shape, slices=table.noise_slices)

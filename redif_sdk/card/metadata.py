@@ -143,6 +143,8 @@ def front_matter(
         own.append("diffusers")
     if manifest.task == "class-conditional":
         own.append("class-conditional")
+    if manifest.network.inpainting:
+        own.append("inpainting")
     ours: dict[str, Any] = hub_licence(manifest.licence)
     if manifest.teacher is not None and is_hub_teacher(manifest.teacher.id):
         ours["base_model"] = manifest.teacher.id

@@ -23,7 +23,7 @@ from redif_sdk.inputs.request import GenerationRequest
 from redif_sdk.sampling.entry import steps_of
 from redif_sdk.sampling.table import StepTable
 
-__all__ = ["DEFAULT_STRENGTH", "Given", "Start", "open_image"]
+__all__ = ["DEFAULT_STRENGTH", "Given", "Start", "all_anew", "open_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 LARGEST_FILE = 64 << 20  # bytes
@@ -88,8 +88,14 @@ class Start:
 
         Raises:
             InvalidRequest: An argument is no image, too large, or damaged; masks and images differ in number or size;
-                or there is no image for the mask or the strength.
+                there is no image for the mask or the strength; or an inpainting student is given no image or no mask.
         """
+        if manifest.network.inpainting and (image is None or mask_image is None):
+            missing = " and ".join(n for n, given in (("image", image), ("mask_image", mask_image)) if given is None)
+            raise InvalidRequest(
+                f"{manifest.name} is an inpainting model: give {missing} too, an image and a mask that is white where "
+                "it is painted anew"
+            )
         if image is None:
             if mask_image is not None or strength is not None:
                 name = "strength" if mask_image is None else "mask_image"
@@ -138,6 +144,14 @@ class Start:
             return Given(images, None, steps)
         grey = [np.asarray(fit(_grey(one), method=Image.Resampling.NEAREST)) for one in self.masks]
         return Given(images, (np.stack(grey) >= REPAINTED).repeat(each, 0), steps)
+
+
+def all_anew(manifest: Manifest) -> dict[str, Any]:
+    """The arguments of a call of an inpainting student that paints the whole image anew; none for another student."""
+    if not manifest.network.inpainting:
+        return {}
+    height, width, _ = manifest.image_shape
+    return {"image": Image.new("RGB", (width, height), "grey"), "mask_image": Image.new("L", (width, height), "white")}
 
 
 def open_image(

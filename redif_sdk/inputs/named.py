@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,20 @@ def check_embeds(manifest: Manifest, given: Mapping[str, ArrayLike], names: Mapp
     return check_named(manifest, {names[name]: value for name, value in given.items()}, None)
 
 
-def check_named(manifest: Manifest, asked: Mapping[str, ArrayLike], batch: int | None) -> Conditions:
+def check_named(
+    manifest: Manifest,
+    asked: Mapping[str, ArrayLike],
+    batch: int | None,
+    specs: Sequence[TensorSpec] | None = None,
+) -> Conditions:
     """The student's conditioning tensors, each of its shape and dtype in the manifest and all of one batch size.
+
+    ``specs``: those that are wanted; None: the student's conditions.
 
     Raises:
         InvalidRequest: A tensor is missing, not the student's, or of another shape or batch size than ``batch``.
     """
-    specs = manifest.condition_tensors
+    specs = manifest.condition_tensors if specs is None else specs
     if set(asked) != {spec.name for spec in specs}:
         names = ", ".join(spec.name for spec in specs)
         raise InvalidRequest(f"{manifest.name} takes {names}, not {', '.join(map(str, asked)) or 'nothing'}")

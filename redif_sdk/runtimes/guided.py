@@ -7,7 +7,8 @@ each image that is guided. So the graph takes, beside `sample` (B, C, H, W) and 
 - each condition (R, ...), R rows from B to 2 B;
 - `guidance_rows` (R,) int64: the image that a row is of;
 - `null_rows` (B,) int64: the row of an image's null condition, or its own where it is not guided;
-- `guidance_scale` (B,) float32.
+- `guidance_scale` (B,) float32;
+- of an inpainting student `mask_latents` and `masked_image_latents` (B, ...), which both rows of an image share.
 
 f of image i is u + scale (c - u), with c of row i and u of row ``null_rows[i]``; where these are one, f is c exactly.
 

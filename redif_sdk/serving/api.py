@@ -69,6 +69,8 @@ def jobs_of(
         raise InvalidRequest(f"n is {n}; this server allows at most {most} images per request")
     height, width = _size(request.size)
     start = None
+    if source is None and manifest.network.inpainting:
+        raise InvalidRequest(f"{name} is an inpainting model: send image and mask to POST /v1/images/edits")
     if source is not None:
         mask = None if source.mask is None else open_image(source.mask, "mask")
         image = open_image(source.image, "image")
@@ -157,4 +159,5 @@ def model_card(name: str, manifest: Manifest) -> dict[str, Any]:
         "example_prompts": text.examples if text else None,
         "guidance_scale": manifest.default_guidance if manifest.guidance_at_run_time else None,
         "guidance_range": manifest.network.guidance_range,
+        "inpainting": manifest.network.inpainting,
     }

@@ -64,6 +64,8 @@ class Model(BaseModel):
     num_classes: int | None
     class_names: list[str] | None
     example_prompts: list[str] | None
+    guidance_scale: float | None
+    inpainting: bool
 
 
 class Models(BaseModel):

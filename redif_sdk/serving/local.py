@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.errors import NonFiniteOutput, RuntimeUnavailable, UnsafeContent
 from redif_sdk.inputs import refuse_arrays
-from redif_sdk.inputs.images import open_image
+from redif_sdk.inputs.images import all_anew, open_image
 from redif_sdk.pipeline import FastPipeline
 from redif_sdk.serving.backend import ImageJob, Source
+from redif_sdk.serving.encode import encode
 from redif_sdk.serving.microbatch import MicroBatcher
 from redif_sdk.serving.settings import ServeSettings
 
@@ -37,7 +38,9 @@ def first_job(name: str, manifest: Manifest) -> ImageJob:
     height, width, _ = manifest.image_shape
     label = None if manifest.classes is None else 0
     prompt = None if manifest.text is None else manifest.text.examples[0]
-    return ImageJob(name, label, 0, 0, manifest.supported_steps[0], height, width, prompt)
+    files = {argument: encode(np.atleast_3d(image)) for argument, image in all_anew(manifest).items()}
+    source = Source(files["image"], files["mask_image"]) if files else None
+    return ImageJob(name, label, 0, 0, manifest.supported_steps[0], height, width, prompt, source)
 
 
 def render(pipeline: FastPipeline, jobs: Sequence[ImageJob]) -> list[Rendered]:

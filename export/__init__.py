@@ -40,15 +40,15 @@ def export(
     decoder: str | Path | None = None,
     max_memory: int | None = None,
     nag: bool = False,
+    long_prompts: bool = False,
     on_progress: Callable[[float | None, str], object] = lambda done, note: None,
 ) -> Manifest:
     """Compile the student in `folder`.
 
     The target "onnx" makes ONNX graphs of the network ("denoiser"), of the parts beside it ("text_encoder", "decoder")
-    and of the whole sampler ("generator"), records golden outputs, and passes the parity gate; graphs and golden files
-    that were there are replaced. "tensorrt-rtx" and "tensorrt" build engines of the graphs (`build_engines` has more
-    settings). "web" writes a static page that runs the first of `precisions` in a browser (see `build_page`). If an
-    error is raised, the folder stays as it was.
+    and of the whole sampler ("generator"), in place of those that were there, records golden outputs, and passes the
+    parity gate. "tensorrt-rtx" and "tensorrt" build engines of the graphs (`build_engines` has more settings). "web"
+    writes a page that runs the first of `precisions` in a browser (`build_page`). An error leaves the folder as it was.
 
     Args:
         folder: The student's folder.
@@ -61,12 +61,12 @@ def export(
         sm: Compute capabilities that RTX engines are built for, 89 for 8.9.
         engine_dir: The folder of the engines; None: the cache of this machine.
         web_dir: The folder of the page; None: beside the student's.
-        network: A module of the class that was trained, for classes that are not diffusers'. It is copied, and gets the
-            folder's weights; where the folder has none, its own are exported.
-        decoder: An autoencoder to decode with from now on (TAESD): its folder or Hub id. How far its images are from
-            the former ones is added to the figures.
+        network: A module of the trained class, if that is not diffusers'. A copy gets the folder's weights, if any.
+        decoder: Folder or Hub id of another autoencoder to decode with (TAESD); its images are compared with the former
+            ones.
         max_memory: Bytes of memory that may be used; None: what is free.
-        nag: Make the graph "nag" too, for negative prompts at one call a step (UNets of Stable Diffusion, SDXL, LCM).
+        nag: Make the graph "nag" too, for negative prompts at one call a step (Stable Diffusion 1 to 3.5, LCM, Flux).
+        long_prompts: Let the graphs take prompts of several chunks (UNets of Stable Diffusion, SDXL, LCM).
         on_progress: Called with the share that is done (None: unknown) and with what is done now.
 
     Returns:
@@ -75,7 +75,7 @@ def export(
     Raises:
         IntegrityError: The folder was altered, or holds files that its manifest does not list.
         UnsupportedModel: A network is not supported.
-        ExportError: A network cannot be compiled, or takes more memory or disk than there is.
+        ExportError: A network cannot be compiled, or does not fit into memory or disk.
         ParityError: A graph does not compute what torch computes.
         RuntimeUnavailable: A package or an engine is missing.
         OSError: The disk is full.
@@ -96,6 +96,7 @@ def export(
             decoder=decoder,
             max_memory=max_memory,
             nag=nag,
+            long_prompts=long_prompts,
             on_progress=on_progress,
         )
     for flavour in targets:

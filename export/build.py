@@ -40,6 +40,7 @@ from redif_sdk.export.onnx import (
 from redif_sdk.export.verify import absent, summary, verify
 from redif_sdk.export.weight_only import WEIGHT_ONLY, weight_only
 from redif_sdk.export.weights import LazyModel
+from redif_sdk.inputs.chunks import takes_chunks
 from redif_sdk.models.families import LatentDecoder, TextEncoders, is_supported
 from redif_sdk.runtimes import PRECISIONS, runnable
 from redif_sdk.runtimes.protocol import nvidia_driver
@@ -73,6 +74,7 @@ def build_graphs(
     decoder: str | Path | None = None,
     max_memory: int | None = None,
     nag: bool = False,
+    long_prompts: bool = False,
     on_progress: OnProgress = lambda done, note: None,
 ) -> Manifest:
     """The ONNX part of `redif_sdk.export.export`, where the arguments are described. Returns the new manifest."""
@@ -88,7 +90,8 @@ def build_graphs(
     student.check_all()
     user_sections(read_card(student.path) or "")  # malformed ones are refused before the work
     with atomic_folder(student.path, overwrite=True) as new:
-        manifest = _make(student, new, precisions, batches, sizes, network, decoder, nag, on_progress)
+        more = {"nag": nag, "long_prompts": long_prompts}
+        manifest = _make(student, new, precisions, batches, sizes, network, decoder, on_progress, **more)
         on_progress(None, "checking the graphs against torch")
         checked = _pass_gate(folder, new, manifest.graphs, engines)
         on_progress(None, "drawing samples")
@@ -106,8 +109,10 @@ def _make(
     sizes: Sequence[tuple[int, int]],
     network: torch.nn.Module | None,
     decoder: str | Path | None,
-    nag: bool,
     on_progress: OnProgress,
+    *,
+    nag: bool,
+    long_prompts: bool,
 ) -> Manifest:
     """The student in `new`, with graphs and golden files. All that torch loads for it is gone when it returns."""
     on_progress(None, "copying the student")
@@ -122,6 +127,7 @@ def _make(
     manifest, recorded = _with_sizes(student.manifest, loaded, sizes)
     shapes = _shapes(recorded, batches, large=is_large(loaded))
     manifest = manifest.model_copy(update={"network": _with_guidance(manifest)})
+    manifest = _with_long_prompts(manifest, loaded, asked=long_prompts)
     if nag:
         check_takes_nag(manifest, loaded)
     source = _source(student, manifest, loaded, new)
@@ -192,6 +198,23 @@ def _with_guidance(manifest: Manifest) -> Network:
     network = manifest.network
     guided = network.guidance is not None and manifest.condition is not None
     return network.model_copy(update={"guidance_inputs": guided or network.embedded_guidance is not None})
+
+
+def _with_long_prompts(manifest: Manifest, network: torch.nn.Module, *, asked: bool) -> Manifest:
+    """The manifest, whose graphs take long prompts if that is `asked`.
+
+    Raises:
+        UnsupportedModel: They cannot.
+    """
+    text = manifest.text
+    if asked and (not takes_chunks(manifest) or type(network).__name__ != "UNet2DConditionModel"):
+        raise UnsupportedModel(
+            f"{manifest.name} takes no prompts in chunks, which UNets of Stable Diffusion, SDXL and LCM do; leave "
+            "long_prompts out"
+        )
+    if text is None:
+        return manifest
+    return manifest.model_copy(update={"condition": text.model_copy(update={"long_prompts": asked})})
 
 
 def _with_sizes(

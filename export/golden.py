@@ -7,6 +7,7 @@ class-conditional one ``class_labels`` (B,) int64; a text-to-image one ``prompts
 int64, the text encoder's inputs, and ``conditions.NAME`` (B, ...) float32, its outputs, and an inpainting student's
 mask and masked image as latents; one on arrays these as ``conditions.NAME``. With guidance at run time, there are
 ``guidance_scale`` (B,) float32, and for classifier-free guidance ``null.NAME`` (B, ...), the null conditions.
+One with long prompts has ``long.f``, the network's outputs like ``f``, of prompts of two chunks (`lengthened`).
 A student with the graph "nag" has that graph's further inputs under their names, and its outputs ``nag.f`` like ``f``.
 
 Reading needs numpy only; torch is imported when something is recorded.
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from redif_sdk.export.onnx import GraphDenoiser
     from redif_sdk.models.families import LatentDecoder
 
-__all__ = ["FOLDER", "Arrays", "GoldenRecord", "Size", "read_golden", "record_golden"]
+__all__ = ["FOLDER", "Arrays", "GoldenRecord", "Size", "lengthened", "read_golden", "record_golden"]
 
 FOLDER = "golden"
 SEED = 0
@@ -145,7 +146,9 @@ def _run(
     with torch.no_grad():
         x = run_steps(table, table.start(noise[0]), noise, predict)
         images = _images(x, decoder, manifest).numpy()
+    longer = _long(denoiser, asked, table, rows, states) if manifest.takes_long_prompts else {}
     arrays = {
+        **longer,
         "seeds": np.array(seeds, dtype=np.uint64),
         "rows": np.array(rows, dtype=np.int64),
         "x": torch.stack(states).numpy(),
@@ -158,6 +161,31 @@ def _run(
     with torch.no_grad():
         encoded = torch.cat([encoder(one) for one in shown.split(1)])
     return arrays | {"latents": x.numpy(), "encoded": encoded.numpy()}
+
+
+def lengthened(conditions: Arrays, states: str) -> Arrays:
+    """Conditions of prompts of two chunks: the image's own, and that of the image before; the null prompt's twice."""
+    found = dict(conditions)
+    for name, other in ((states, np.roll(conditions[states], 1, 0)), (NULL + states, conditions.get(NULL + states))):
+        if name in conditions and other is not None:
+            found[name] = np.concatenate([conditions[name], other], 1)
+    return found
+
+
+def _long(
+    denoiser: GraphDenoiser, asked: Mapping[str, Tensor], table: StepTable, rows: Sequence[int], xs: Sequence[Tensor]
+) -> Arrays:
+    """The outputs of long prompts at the recorded states."""
+    import torch
+
+    longer = lengthened({name: value.numpy() for name, value in asked.items()}, next(iter(asked)))
+    given = {name: torch.from_numpy(value) for name, value in longer.items()}
+    with torch.no_grad():
+        found = [
+            denoiser.guided(x, torch.full((len(x),), float(table.timesteps[row])), given)
+            for row, x in zip(rows, xs, strict=True)
+        ]
+    return {"long.f": torch.stack(found).numpy()}
 
 
 def _nag(denoiser: GraphDenoiser, asked: Mapping[str, Tensor], table: StepTable, recorded: Arrays) -> Arrays:
@@ -205,6 +233,7 @@ class GoldenRecord:
     latents: NDArray[np.float32] | None
     encoded: NDArray[np.float32] | None  # the latents of `images`; None: recorded before format 1.6
     images: NDArray[np.uint8]
+    long_f: NDArray[np.float32] | None  # f of `lengthened` conditions; None: the graphs take no long prompts
     nag: Arrays  # further inputs of the graph "nag", and its output as "nag.f"; empty where there is no such graph
 
     def noise(self) -> NDArray[np.float32]:
@@ -241,6 +270,7 @@ def read_golden(student: StudentFolder, golden: Golden) -> GoldenRecord:
             arrays["latents"].astype(np.float32) if manifest.postprocess.decoder is not None else None,
             arrays["encoded"].astype(np.float32) if "encoded" in arrays else None,
             arrays["images"].astype(np.uint8),
+            arrays["long.f"].astype(np.float32) if manifest.takes_long_prompts else None,
             {spec.name: arrays[spec.name].astype(spec.dtype) for spec in _nag_specs(manifest)},
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -286,6 +316,8 @@ def _token_shapes(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
 def _shapes(record: GoldenRecord) -> Mapping[str, Any]:
     arrays = {**record.conditions, **record.tokens, "x": record.x, "f": record.f, "images": record.images}
     arrays |= record.nag
+    if record.long_f is not None:
+        arrays["long.f"] = record.long_f
     if record.latents is not None:
         arrays["latents"] = record.latents
     if record.encoded is not None:
@@ -305,8 +337,11 @@ def _expected_shapes(manifest: Manifest, golden: Golden, rows: int, *, encoded: 
     shapes |= {spec.name: (batch, spec.shape[1], height, width) for spec in manifest.image_tensors}
     shapes |= _token_shapes(manifest, batch)
     shapes |= {"x": (rows, *state), "f": (rows, *state), "images": (batch, height * scale, width * scale, channels)}
-    shapes |= {spec.name: (batch, *spec.shape[1:]) for spec in _nag_specs(manifest) if spec.shape}
+    own = {"tokens": manifest.condition_tensors[0].shape[1]} if manifest.takes_long_prompts else {}
+    for spec in _nag_specs(manifest):
+        shapes[spec.name] = (batch, *(own.get(str(side), side) for side in spec.shape[1:]))
     shapes |= {"nag.f": (rows, *state)} if manifest.takes_nag else {}
+    shapes |= {"long.f": (rows, *state)} if manifest.takes_long_prompts else {}
     if postprocess.decoder is not None:
         shapes |= {"latents": state, **({"encoded": state} if encoded else {})}
     return {**shapes, "seeds": batch, "prompts": batch if manifest.text is not None else 0}

@@ -47,7 +47,7 @@ def nag_model(denoiser: GraphDenoiser, manifest: Manifest, precision: str) -> La
         ExportError: torch's exporter failed.
     """
     assert manifest.text is not None
-    specs = {spec.name: spec for spec in manifest.condition_tensors}
+    specs = {spec.name: spec for spec in manifest.condition_inputs}
     more = [specs[name].model_copy(update={"name": NULL + name}) for name in negated(denoiser.network)]
     more.append(TensorSpec(name=NAG_SCALE, dtype="float32", shape=["batch"]))
     return traced_denoiser(denoiser, manifest, precision, more, _Nag)

@@ -213,7 +213,7 @@ def traced_denoiser(
     network = denoiser.bare(_in_dtype(denoiser.network, DTYPES[precision]), DTYPES[precision])
     x = _state(manifest, "sample", manifest.latents.channels)
     times = TensorSpec(name="timestep", dtype="float32", shape=["batch"])
-    inputs = [x, times, *manifest.condition_tensors, *manifest.image_tensors]
+    inputs = [x, times, *manifest.condition_inputs, *manifest.image_tensors]
     if denoiser.guidance == "embedded":
         inputs.append(manifest.graph_conditions[-1])
     outputs = [x.model_copy(update={"name": "f"})]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from redif_sdk.export.golden import Arrays, GoldenRecord
+from redif_sdk.export.golden import Arrays, GoldenRecord, lengthened
 from redif_sdk.images import from_uint8, to_uint8
 from redif_sdk.runtimes import Runtime
 from redif_sdk.sampling.loop import sample
@@ -26,6 +26,7 @@ __all__ = [
     "check_denoiser",
     "check_encoder",
     "check_generator",
+    "check_long",
     "check_loop",
     "check_nag",
     "check_noise",
@@ -99,6 +100,17 @@ def check_denoiser(runtime: Runtime, record: GoldenRecord) -> Row:
         t = np.full((len(x),), record.table.timesteps[row], dtype=np.float32)
         outputs.append(runtime.run({"sample": x, "timestep": t, **record.conditions})["f"])
     return _row("denoiser", runtime, record, np.stack(outputs), record.f, THRESHOLDS[runtime.info.precision][0])
+
+
+def check_long(runtime: Runtime, record: GoldenRecord) -> Row:
+    """The network's output for prompts of two chunks at each recorded step."""
+    assert record.long_f is not None
+    conditions = lengthened(record.conditions, record.manifest.condition_tensors[0].name)
+    outputs = []
+    for row, x in zip(record.rows, record.x, strict=True):
+        t = np.full((len(x),), record.table.timesteps[row], dtype=np.float32)
+        outputs.append(runtime.run({"sample": x, "timestep": t, **conditions})["f"])
+    return _row("long", runtime, record, np.stack(outputs), record.long_f, THRESHOLDS[runtime.info.precision][0])
 
 
 def check_nag(runtime: Runtime, record: GoldenRecord) -> Row:

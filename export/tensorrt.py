@@ -50,6 +50,9 @@ LEVELS = {"fast": 1, "default": 3, "best": 5}
 #: Names of hardware_compatibility_level.
 COMPATIBILITY = {"none": "NONE", "ampere-plus": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
 
+#: Chunks of a prompt that engines take, of students with long prompts.
+MOST_CHUNKS = 4
+
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -205,6 +208,13 @@ def _graphs(
     return chosen
 
 
+def _tokens(manifest: Manifest) -> Range:
+    """The tokens of prompts, where they may be long."""
+    own = next((spec.shape[1] for spec in manifest.condition_tensors if len(spec.shape) > 1), 1)
+    assert isinstance(own, int)
+    return own, own, MOST_CHUNKS * own
+
+
 def _axes(
     manifest: Manifest, batches: Range, sizes: tuple[Size, Size, Size] | None, max_steps: int | None
 ) -> dict[str, Range]:
@@ -229,6 +239,7 @@ def _axes(
         **{f"image_{side}": (scale * low, scale * best, scale * high) for side, (low, best, high) in sides.items()},
         "batch": _range("batches", batches),
         "rows": (batches[0], 2 * batches[1], 2 * batches[2]),  # of images that are guided: `runtimes.guided`
+        "tokens": _tokens(manifest),
         "steps": (1, tables[0].num_inference_steps, most),  # from an image on, a table's last rows
         "slices": (min(slices), slices[0], most_slices),
     }

@@ -33,6 +33,7 @@ __all__ = ["OPSET", "clean_model", "trace_graph"]
 OPSET = 20
 
 _EXAMPLE_BATCH = 2  # torch.export would take 1 for a constant
+_EXAMPLE_TOKENS = 154  # no other size that a network has: one that is equal would be taken for the same
 #: For the exporter alone; graphs take any batch. diffusers' upsampling has a branch for 64 images and more, on which
 #: the exporter would stumble, and begin anew.
 _LARGEST_BATCH = 63
@@ -161,7 +162,7 @@ def _name(module: torch.nn.Module) -> str:
 def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
     """Zeros of the inputs' shapes. A free side is at least two multiples long: torch.export takes 1 as a constant."""
     latents = manifest.latents
-    sizes: dict[str, int] = {"batch": _EXAMPLE_BATCH}
+    sizes: dict[str, int] = {"batch": _EXAMPLE_BATCH, "tokens": _EXAMPLE_TOKENS}
     sizes |= {axis: max(getattr(latents, axis), 2 * latents.multiple) for axis in latents.dynamic}
     sizes |= {f"image_{axis}": manifest.postprocess.scale * sizes[axis] for axis in latents.dynamic}
     return tuple(
@@ -175,7 +176,10 @@ def _examples(manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Tensor,
 def _free_axes(module: torch.nn.Module, manifest: Manifest, inputs: Sequence[TensorSpec]) -> tuple[Any, ...]:
     """torch.export's description of the free axes, in the structure of the arguments of the module's ``forward``."""
     multiple = manifest.latents.multiple
-    axes: dict[str, Any] = {"batch": torch.export.Dim("batch", max=_LARGEST_BATCH)}
+    axes: dict[str, Any] = {
+        "batch": torch.export.Dim("batch", max=_LARGEST_BATCH),
+        "tokens": torch.export.Dim("tokens"),
+    }
     for axis in manifest.latents.dynamic:
         axes[axis] = torch.export.Dim(axis) if multiple == 1 else multiple * torch.export.Dim(f"{axis}_steps")
         pixels = multiple * manifest.postprocess.scale

@@ -62,10 +62,11 @@ def verify(
         One row for each check: component, precision, runtime, device, num_inference_steps, batch, size, max_abs,
         mean_abs, relative_rmse, psnr (dB), nonfinite (number of values), measure and threshold (the criterion), passed,
         reason. The components are "noise" (drawn again), "tokenizer" (the prompts' ids), "text_encoder" (the encoded
-        prompts), "denoiser" (the network's output at each recorded step), "decoder" (the images of recorded latents),
-        "encoder" (the latents of recorded images), "loop" (the images of the denoiser and the loop in numpy) and
-        "generator" (those of the fused graph). An undefined figure, such as the psnr of equal images, is None. An
-        engine that is not available for a precision has one row with the reason, and None in the other fields.
+        prompts), "denoiser" (the network's output at each recorded step), "long" (that for long prompts), "decoder"
+        (the images of recorded latents), "encoder" (the latents of recorded images), "loop" (the images of the denoiser
+        and the loop in numpy) and "generator" (those of the fused graph). An undefined figure, such as the psnr of
+        equal images, is None. An engine that is not available for a precision has one row with the reason, and None in
+        the other fields.
 
     Raises:
         IntegrityError: A file is altered, missing or not listed.
@@ -159,6 +160,8 @@ def _check_group(load_graph: Load, group: Mapping[str, Graph], records: Sequence
             rows.append(parity.check_text_encoder(loaded["text_encoder"], record))
         if "denoiser" in loaded:
             rows.append(parity.check_denoiser(loaded["denoiser"], record))
+        if "denoiser" in loaded and record.long_f is not None:
+            rows.append(parity.check_long(loaded["denoiser"], record))
         if "encoder" in loaded and record.encoded is not None:
             rows.append(parity.check_encoder(loaded["encoder"], record))
         if "decoder" in loaded:

@@ -130,8 +130,9 @@ class _CrossAttention:
     ) -> Tensor:
         """As diffusers' ``AttnProcessor2_0``; returns (B, N, D)."""
         query = attn.to_q(hidden_states)
-        found = [self._attend(attn, query, states) for states in encoder_hidden_states.chunk(2, dim=1)]
-        z = self._shared.mixed(found[0], found[1])
+        both = encoder_hidden_states.unflatten(1, (2, -1))
+        asked, negative = (self._attend(attn, query, both[:, place]) for place in (0, 1))
+        z = self._shared.mixed(asked, negative)
         projected: Tensor = attn.to_out[1](attn.to_out[0](z))
         return projected / attn.rescale_output_factor
 

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -23,7 +24,8 @@ from redif_sdk.artifact.records import Component, Graph
 from redif_sdk.errors import InvalidRequest, RuntimeUnavailable
 from redif_sdk.images import from_uint8, to_uint8
 from redif_sdk.inputs import NAG_SCALE, Conditions, GenerationRequest, guiding_inputs, own_nulls
-from redif_sdk.inputs.weighting import Fragment, mixed, parsed, without
+from redif_sdk.inputs.chunks import equally_long, takes_chunks
+from redif_sdk.inputs.weighting import Fragment, joined, parsed, without
 from redif_sdk.runtimes import Runtime, RuntimeInfo, RuntimeOptions
 from redif_sdk.runtimes.finite import require_finite
 from redif_sdk.runtimes.guided import NULL
@@ -156,7 +158,23 @@ class LoadedGraphs:
         if guiding.nag is not None:
             negative = {NULL + name: nulls[name] for name in self._nag_inputs()}
             own = own | negative | {NAG_SCALE: np.full((len(request.seeds),), guiding.nag, dtype=np.float32)}
-        return own | self.guidance(len(request.seeds), guiding.scale, nulls)
+        return self.guided(own, len(request.seeds), guiding.scale, nulls)
+
+    def guided(
+        self, own: Conditions, batch: int, scale: float | None = None, nulls: Conditions | None = None
+    ) -> Conditions:
+        """The conditions of a batch with what guides it (`guidance`). Prompts and null prompts become equally long."""
+        conditions = own | self.guidance(batch, scale, nulls)
+        text, guidance = self._student.manifest.text, self._student.manifest.network.guidance
+        if text is None or not text.long_prompts:
+            return conditions
+        states = text.tensors[0].name
+
+        def filler() -> NDArray[np.float32]:
+            empty: NDArray[np.float32] = self.encode([""])[states][0]
+            return np.zeros_like(empty) if guidance is not None and guidance.null_zeros and not nulls else empty
+
+        return equally_long(conditions, states, filler)
 
     def guidance(self, batch: int, scale: float | None = None, nulls: Conditions | None = None) -> Conditions:
         """What guides a batch, beside its conditions; empty for a student whose graphs take no guidance.
@@ -187,8 +205,13 @@ class LoadedGraphs:
         self._done("text_encoder")
         return {spec.name: arrays[spec.name][rows] for spec in self._student.manifest.condition_tensors}
 
-    def encode_weighted(self, prompts: Sequence[str]) -> Conditions:
-        """The conditions of prompts in compel's syntax (`inputs/weighting.py`), one row a prompt.
+    def encode_chunked(self, prompts: Sequence[str], *, weighted: bool, long: bool) -> Conditions:
+        """The conditions of prompts, one row a prompt.
+
+        Args:
+            prompts: Any.
+            weighted: They are in compel's syntax (`inputs/weighting.py`).
+            long: Of any length, in chunks (`inputs/chunks.py`); all prompts have as many as the longest.
 
         Raises:
             InvalidRequest: The text encoders are not CLIP's alone, or a prompt is not of that syntax.
@@ -196,34 +219,22 @@ class LoadedGraphs:
         manifest, tokenizer = self._student.manifest, self._tokenizer
         assert tokenizer is not None
         assert manifest.text is not None
-        states = manifest.condition_tensors[0]
-        lengths = {part.max_length for part in manifest.text.tokenizers if part.mask is None}
-        kinds = [encoder.class_path.rpartition(".")[2] for encoder in manifest.text.encoders]
-        if {states.shape[1]} != lengths or not all(kind.startswith("CLIPText") for kind in kinds):
+        if not takes_chunks(manifest):
+            kinds = ", ".join(encoder.class_path.rpartition(".")[2] for encoder in manifest.text.encoders)
             raise InvalidRequest(
-                f"weights in prompts are not supported by {manifest.name}, whose text encoders are {', '.join(kinds)}; "
-                "those of Stable Diffusion and SDXL have them"
+                f"{'weights in prompts' if weighted else 'prompts in chunks'} are not supported by {manifest.name}, "
+                f"whose text encoders are {kinds}; those of Stable Diffusion and SDXL have them"
             )
-        rows, counts, read = [], [], [parsed(prompt) for prompt in prompts]
-        for fragments in read:
-            asked = [fragments, *without(fragments), [Fragment("", 1.0)]]
-            rows += asked
-            counts.append(len(asked))
-        ids, weights = tokenizer.weighted(rows)
-        plain = tokenizer([" ".join(fragment.text for fragment in fragments) for fragments in read])
-        arrays = self["text_encoder"].run({name: np.concatenate([value, plain[name]]) for name, value in ids.items()})
+        read = [parsed(prompt) if weighted else [Fragment(prompt, 1.0)] for prompt in prompts]
+        variants = [[fragments, *without(fragments)] for fragments in read]
+        chunks = tokenizer.chunked([*chain.from_iterable(variants), [Fragment("", 1.0)]], long=long)
+        plain = tokenizer([" ".join(fragment.text for fragment in fragments) for fragments in read], warn=not long)
+        inputs = {name: np.concatenate([value, plain[name]]) for name, value in chunks.ids.items()}
+        arrays = self["text_encoder"].run(inputs)
         self._done("text_encoder")
-        ends = np.cumsum(counts)
-        found = {spec.name: arrays[spec.name][len(rows) :] for spec in manifest.condition_tensors}
-        encoded = arrays[states.name]
-        found[states.name] = np.stack(
-            [
-                mixed(
-                    rows[end - count], encoded[end - count : end - 1], encoded[end - 1], weights[end - count : end - 1]
-                )
-                for count, end in zip(counts, ends, strict=True)
-            ]
-        )
+        states = manifest.condition_tensors[0].name
+        found = {spec.name: arrays[spec.name][len(chunks.owners) :] for spec in manifest.condition_tensors}
+        found[states] = joined(read, arrays[states][: len(chunks.owners)], chunks)
         return found
 
     def images(self, latents: NDArray[np.float32], decode_tile: int | None = None) -> NDArray[np.uint8]:

@@ -397,20 +397,26 @@ class FastPipeline(SavedStudent):
         table = self._tables.get(num_inference_steps) or self.manifest.step_table(num_inference_steps)
         checked = check_noise(self.manifest, noise, table)
         given = check_conditions(self.manifest, conditions, checked.shape[1])
-        given |= self._components.guidance(checked.shape[1])
+        given = self._components.guided(given, checked.shape[1])
         return Drawing(self._components, checked, given, table).images()
 
-    def encode_prompt(self, prompt: str | Sequence[str], *, weighted: bool = False) -> Conditions:
+    def encode_prompt(self, prompt: str | Sequence[str], *, weighted: bool = False, long: bool = False) -> Conditions:
         """Encode prompts: the arrays, by name, that denoiser and generator take, with one row per prompt.
 
-        `weighted`: prompts are in compel's syntax, "a (red heart)1.4 on a table-", for `prompt_embeds`. Equal prompts
-        are encoded once. Raises InvalidRequest, also for a student that is not text-to-image.
+        Args:
+            prompt: one, or a list. Equal ones are encoded once.
+            weighted: prompts are in compel's syntax, "a (red heart)1.4 on a table-", for `prompt_embeds`.
+            long: prompts of any length: in chunks, whose states lie one after another, for `prompt_embeds` of students
+                that were exported with `--long-prompts`. Otherwise what is beyond the text encoder's length is cut.
+
+        Raises:
+            InvalidRequest: also for a student that is not text-to-image, or whose text encoders are not CLIP's.
         """
         if self.manifest.text is None:
             raise InvalidRequest(f"{self.manifest.name} is not a text-to-image model; there is no prompt to encode")
         request = check_request(self.manifest, prompt, None, 1, None, 0, None)
-        if weighted:
-            return self._components.encode_weighted(request.prompts or [])
+        if weighted or long:
+            return self._components.encode_chunked(request.prompts or [], weighted=weighted, long=long)
         return self._components.conditions(request)
 
 

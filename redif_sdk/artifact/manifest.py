@@ -232,6 +232,20 @@ class Manifest(BaseModel):
         return [TensorSpec(name="class_labels", dtype="int64", shape=["batch"])] if self.condition else []
 
     @property
+    def takes_long_prompts(self) -> bool:
+        """Whether the graphs take prompts of several chunks."""
+        return self.text is not None and self.text.long_prompts
+
+    @property
+    def condition_inputs(self) -> list[TensorSpec]:
+        """`condition_tensors` as the denoiser and the generator take them: with a free axis of tokens where they take
+        long prompts."""
+        if not self.takes_long_prompts:
+            return self.condition_tensors
+        states, *others = self.condition_tensors
+        return [states.model_copy(update={"shape": ["batch", "tokens", *states.shape[2:]]}), *others]
+
+    @property
     def image_tensors(self) -> list[TensorSpec]:
         """What the denoiser and the generator of an inpainting student take of an image and its mask; else nothing."""
         if not self.network.inpainting:
@@ -271,11 +285,11 @@ class Manifest(BaseModel):
         """
         painted = self.image_tensors
         if self.guidance_at_run_time is None:
-            return [*self.condition_tensors, *painted]
+            return [*self.condition_inputs, *painted]
         scale = TensorSpec(name=GUIDANCE_SCALE, dtype="float32", shape=["batch"])
         if self.guidance_at_run_time == "embedded":
-            return [*self.condition_tensors, *painted, scale]
-        rows = [spec.model_copy(update={"shape": ["rows", *spec.shape[1:]]}) for spec in self.condition_tensors]
+            return [*self.condition_inputs, *painted, scale]
+        rows = [spec.model_copy(update={"shape": ["rows", *spec.shape[1:]]}) for spec in self.condition_inputs]
         return [
             *rows,
             *painted,

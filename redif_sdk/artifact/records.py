@@ -252,7 +252,8 @@ class TextCondition(_Part):
     """The condition of a text-to-image student: a prompt.
 
     The text encoder's graph turns the tokenizers' ids into `tensors`; the denoiser and the generator take these by
-    name.
+    name. With `long_prompts` they take the states of several chunks of a prompt, one after another along the tokens,
+    in place of the first tensor (since 1.8).
     """
 
     kind: Literal["text"]
@@ -260,6 +261,7 @@ class TextCondition(_Part):
     encoders: Annotated[list[TextEncoder], Field(min_length=1, max_length=4)]
     tensors: Annotated[list[TensorSpec], Field(min_length=1, max_length=8)]  # their first axis is "batch"
     examples: Annotated[list[Prompt], Field(min_length=1, max_length=100)]  # prompts that it was trained for
+    long_prompts: bool = False
 
     @model_validator(mode="after")
     def _named_once(self) -> TextCondition:

@@ -110,6 +110,9 @@ Nag = Annotated[
         "--nag", help="ONNX: one more graph, with which students of one network call a step take negative prompts."
     ),
 ]
+LongPrompts = Annotated[
+    bool, typer.Option("--long-prompts", help="ONNX: graphs that take prompts of any length, in chunks.")
+]
 TimingCache = Annotated[bool, typer.Option(help="TensorRT engines: keep the measured timings for later builds.")]
 
 
@@ -127,6 +130,7 @@ class _Export:
     max_memory: int | None = None
     decoder: str | None = None
     nag: bool = False
+    long_prompts: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def graphs(self, names: list[str]) -> None:
@@ -146,6 +150,7 @@ class _Export:
                 decoder=self.decoder,
                 max_memory=self.max_memory,
                 nag=self.nag,
+                long_prompts=self.long_prompts,
                 on_progress=show,
             )
         self.rows += manifest.verification
@@ -217,6 +222,7 @@ def export_command(
     max_memory: MaxMemory = None,
     decoder: DecoderFolder = None,
     nag: Nag = False,
+    long_prompts: LongPrompts = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -231,7 +237,7 @@ def export_command(
     targets, precisions = listed(target) or ["onnx"], listed(precision)
     if PAGE_TARGET in targets and len(precisions) > 1 and set(targets) <= {PAGE_TARGET}:
         raise InvalidRequest(f"a page has one precision; {', '.join(precisions)} were given")
-    for option, asked in (("--decoder", decoder is not None), ("--nag", nag)):
+    for option, asked in (("--decoder", decoder is not None), ("--nag", nag), ("--long-prompts", long_prompts)):
         if asked and "onnx" not in targets:
             raise InvalidRequest(f"{option} needs new graphs; add --target onnx")
     for option, given in (("--web-dir", web_dir), ("--web-engine", web_engine), ("--no-marks", not marks)):
@@ -240,6 +246,7 @@ def export_command(
     console, sides = console_for(json, quiet), sizes_of(sizes)
     run = _Export(folder, console, Progress(quiet), targets, precisions, numbers("--batches", batches), sides)
     run.max_memory, run.decoder, run.nag = bytes_of("--max-memory", max_memory), decoder, nag
+    run.long_prompts = long_prompts
     if graphs := [name for name in targets if name not in (*ENGINE_TARGETS, PAGE_TARGET)]:
         run.graphs(graphs)
     options = {

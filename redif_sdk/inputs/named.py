@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from redif_sdk.artifact.manifest import Manifest
 from redif_sdk.artifact.records import TensorSpec
 from redif_sdk.errors import InvalidRequest, UnsupportedModel
+from redif_sdk.inputs.chunks import check_length
 
 __all__ = ["EMBEDS", "Conditions", "check_arrays", "check_embeds", "check_named", "refuse_arrays"]
 
@@ -78,10 +79,13 @@ def check_named(
     Raises:
         InvalidRequest: A tensor is missing, not the student's, or of another shape or batch size than ``batch``.
     """
-    specs = manifest.condition_tensors if specs is None else specs
+    specs = manifest.condition_inputs if specs is None else specs
     if set(asked) != {spec.name for spec in specs}:
         names = ", ".join(spec.name for spec in specs)
         raise InvalidRequest(f"{manifest.name} takes {names}, not {', '.join(map(str, asked)) or 'nothing'}")
+    states = np.shape(asked[specs[0].name])
+    if manifest.text is not None and len(states) == 3:
+        check_length(manifest, states[1])
     found = {spec.name: _tensor(spec, asked[spec.name]) for spec in specs}
     lengths = {len(value) for value in found.values()}
     if len(lengths) > 1 or 0 in lengths or (batch is not None and lengths != {batch}):

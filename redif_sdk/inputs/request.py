@@ -232,7 +232,7 @@ def check_conditions(manifest: Manifest, asked: Asked, batch: int) -> Conditions
         if not isinstance(asked, Mapping):
             names = ", ".join(spec.name for spec in manifest.condition_tensors)
             raise InvalidRequest(f"{manifest.name} takes {names} by name; use what encode_prompt returns")
-        return check_named(manifest, asked, batch, [*manifest.condition_tensors, *manifest.image_tensors])
+        return check_named(manifest, asked, batch, [*manifest.condition_inputs, *manifest.image_tensors])
     if isinstance(asked, Mapping):
         if unknown := set(asked) - {"class_labels"}:
             raise InvalidRequest(

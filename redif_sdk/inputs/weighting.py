@@ -13,14 +13,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.errors import InvalidRequest
 
-__all__ = ["Fragment", "mixed", "parsed", "without"]
+if TYPE_CHECKING:
+    from redif_sdk.tokenizer import Chunks
+
+__all__ = ["Fragment", "joined", "mixed", "parsed", "without"]
 
 MORE, LESS = 1.1, 0.9
 LARGEST_WEIGHT = 100.0
@@ -149,3 +152,30 @@ def mixed(
     shares = np.array([1.0, *(math.tan((1 - weight) * math.pi / 2) for weight in low)], np.float32)
     result: NDArray[np.float32] = np.tensordot(shares / shares.sum(), weighted, axes=1).astype(np.float32)
     return result
+
+
+def joined(prompts: Sequence[Sequence[Fragment]], states: NDArray[np.float32], chunks: Chunks) -> NDArray[np.float32]:
+    """The states of weighted prompts of several chunks, (B, C L, D): C is the most chunks of any.
+
+    Args:
+        prompts: The fragments of each.
+        states: (N, L, D), of the chunks.
+        chunks: Of each prompt, and of it without each of its fragments below 1 (`without`); and last of the empty one,
+            with which shorter prompts are filled up.
+    """
+    owners, empty = np.array(chunks.owners), states[-1]
+    most = int(np.bincount(owners).max())
+    found, row = [], 0
+    for fragments in prompts:
+        rows = range(row, row + 1 + len(without(fragments)))
+        row = rows.stop
+        places = [np.flatnonzero(owners == own) for own in rows]
+        fill = [np.concatenate([own, np.full(most - len(own), len(states) - 1)]) for own in places]
+        width = most * states.shape[1]
+        whole = np.stack([states[own].reshape(width, -1) for own in fill])
+        weights = np.stack([chunks.weights[own].reshape(width) for own in fill])
+        result = mixed(fragments, whole, np.tile(empty, (most, 1)), weights)
+        first, *others = (place * states.shape[1] + chunks.ends[chunk] for place, chunk in enumerate(places[0]))
+        result[others] = result[first]
+        found.append(result)
+    return np.stack(found)

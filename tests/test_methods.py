@@ -178,7 +178,7 @@ def test_rewards_see_what_a_user_sees() -> None:
 
 
 def test_unknown_reward_is_named() -> None:
-    with pytest.raises(InvalidRequest, match=r"unknown reward 'beauty'; known: discriminator, .*, clip:FOLDER"):
+    with pytest.raises(InvalidRequest, match=r"unknown reward 'beauty'; known: bands, discriminator, .*, clip:FOLDER"):
         reward_names("pixel+beauty")
 
 
@@ -698,7 +698,7 @@ def test_what_a_run_is_watched_on_is_not_trained_on(
     monkeypatch.setattr(run.method, "losses", losses)
     run.run()
     assert min(int(index.min()) for index in seen) == 8
-    assert set(run.check()) == {"reward", "check_mse", "recall", "contrast"}
+    assert set(run.check()) == {"reward", "check_mse", "recall", "contrast", "spread"}
 
 
 def test_the_meter_counts_every_call(teacher: Teacher, pairs: pool.Pairs) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redif_sdk.cli.terminal import GATE_FAILED, Device, Json, Quiet, Runtime, StudentRevision, console_for, write_rows
-from redif_sdk.errors import InvalidRequest, RedifError
+from redif_sdk.errors import InvalidRequest, RedifError, RuntimeUnavailable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
+    from redif_sdk.artifact.manifest import Manifest
     from redif_sdk.marks.signature import Signature
     from redif_sdk.marks.xmp import Mark
     from redif_sdk.pipeline import FastPipeline
@@ -72,7 +73,13 @@ def whence_command(
     from redif_sdk.pipeline import FastPipeline
 
     precision = str(marks[0].get("precision", "auto"))
-    pipe = FastPipeline.from_pretrained(student, runtime=runtime, device=device, precision=precision, revision=revision)
+    where: dict[str, Any] = {"runtime": runtime, "device": device, "revision": revision}
+    try:
+        pipe = FastPipeline.from_pretrained(student, precision=precision, **where)
+    except RuntimeUnavailable:  # that it is another student says more than that it has no such graph
+        for mark in marks:
+            _check_student(mark, FastPipeline.from_pretrained(student, **where).manifest)
+        raise
     found = remade(opened, marks, pipe)
     write_rows(json, "whence", [row | {"same": found.same, "most": found.most} for row in rows])
     if found.same:
@@ -108,6 +115,15 @@ def _verified(file: Path, kind: str, trusted: Path | None, console: Console) -> 
     return signature
 
 
+def _check_student(mark: Mark, manifest: Manifest) -> None:
+    """Raise InvalidRequest if a mark is of another student."""
+    if mark.get("digest") != manifest.digest:
+        raise InvalidRequest(
+            f"the mark is of the student {_shown(mark.get('student'))} ({_shown(mark.get('digest'))}), not of "
+            f"{manifest.name} ({manifest.digest[:12]}); give --student that one"
+        )
+
+
 @dataclass(frozen=True)
 class Comparison:
     """An image beside what its student makes now.
@@ -137,11 +153,7 @@ def remade(image: Image, marks: Sequence[Mark], pipeline: FastPipeline) -> Compa
 
     made = []
     for mark in marks:
-        if mark.get("digest") != pipeline.manifest.digest:
-            raise InvalidRequest(
-                f"the mark is of the student {_shown(mark.get('student'))} ({_shown(mark.get('digest'))}), not of "
-                f"{pipeline.manifest.name} ({pipeline.manifest.digest[:12]}); give --student that one"
-            )
+        _check_student(mark, pipeline.manifest)
         if mark.get("begins_with") is not None:
             raise InvalidRequest("the image was begun with another image, which the mark does not hold")
         try:

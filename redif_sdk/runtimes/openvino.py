@@ -157,6 +157,8 @@ class OpenVino:
         self._device = device
         self._outputs = [output.name for output in graph.outputs]
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[graph.precision][0]}
+        if graph.precision in WEIGHT_ONLY and device.startswith(("CPU", "GPU")):
+            self._settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # else it rounds activations too, with AVX512-VNNI
         self._kept = 1 if large else KEPT
         if not large and (folder := writable_cache("openvino", options.cache_dir)) is not None:
             self._settings["CACHE_DIR"] = str(folder)

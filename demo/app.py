@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,7 +291,9 @@ class _Page:
             **unnamed,
         )
         ended = self.cancel.click(None, cancels=[made, by_key, shown, followed])
-        ended.then(lambda: "Cancelled. Finished images are kept.", None, self.report, **hidden)  # no update follows
+        # A moment later: the last update of the cancelled run may still be on its way, and none follows it.
+        last = ended.then(lambda: time.sleep(0.3), None, None, **hidden)
+        last.then(lambda: "Cancelled. Finished images are kept.", None, self.report, **hidden)
         self.random.click(lambda: (random_seed(), True), None, [self.seed, self.keep], **hidden)
         self.share.click(None, address, self.link, js=style.share(many))
         chosen_by_student = [self.prompt, self.steps, self.previews, self.height, self.width, self.card, self.examples]

@@ -19,7 +19,7 @@ from redif_sdk.textfile import read_text_file
 
 #: Updates by the largest K that they are for; beyond the last, the last.
 UPDATES: dict[str, dict[int, int]] = {
-    "fast": {1: 1250, 2: 750, 4: 60},
+    "fast": {1: 500, 2: 300, 4: 60},
     "balanced": {1: 2000, 2: 1400, 4: 200},
     "best": {1: 4000, 2: 3000, 4: 600},
 }

@@ -219,7 +219,8 @@ def flux_by_hand(
             both = torch.cat([read[place][:length], z])
             wide = block.act_mlp(block.proj_mlp(own[0]))
             lanes[place] = lane + own[1] * block.proj_out(torch.cat([both, wide], 1))
-    return network.proj_out(network.norm_out(lanes[0][None, length:], temb[0]))[0]  # type: ignore[no-any-return]
+    shown: Tensor = network.proj_out(network.norm_out(lanes[0][None, length:], temb[0]))[0]
+    return shown
 
 
 def stirred(network: Any) -> Any:

@@ -88,14 +88,19 @@ def train_judge(
         keys = torch.randint(0, captions.KEYS, (batch,), generator=draw).tolist()
         drawn = [captions.plain(subjects[i], key) for i, key in zip(index.tolist(), keys, strict=True)]
         scores = judge.see(descriptions[index]) @ judge.read(drawn).T * judge.scale.exp()
-        same = (classes[index][:, None] == classes[index]).float()
-        target = same / same.sum(1, keepdim=True)  # a subject may be in the batch twice
-        loss = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
+        loss = contrastive_loss(scores, classes[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return judge.eval()
+
+
+def contrastive_loss(scores: Tensor, classes: Tensor) -> Tensor:
+    """Of ``scores`` (B, B) of images by captions: each is matched with those of its class (B,), in both directions."""
+    same = (classes[:, None] == classes).float()
+    target = same / same.sum(1, keepdim=True)  # a subject may be in the batch twice
+    return F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned
 from zoo.judge_text import UPDATES as JUDGE_UPDATES
-from zoo.judge_text import CaptionJudges, retrieval, summary
+from zoo.judge_text import CaptionJudges, contrastive_loss, retrieval, summary
 
 WIDTH, THUMBNAIL, SEED = 192, 6, 29
 UPDATES, BATCH = 1500, 256
@@ -153,9 +153,7 @@ def train(
         keys = torch.randint(0, captions.KEYS, (batch,), generator=draw).tolist()
         drawn = [captions.plain(data.subjects[i], key) for i, key in zip(index.tolist(), keys, strict=True)]
         scores = model.see(descriptions[views, index]) @ model.read(drawn).T * model.scale.exp()
-        same = (classes[index][:, None] == classes[index]).float()
-        wanted = same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(scores, wanted) + F.cross_entropy(scores.T, wanted)
+        loss = contrastive_loss(scores, classes[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

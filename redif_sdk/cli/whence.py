@@ -77,8 +77,9 @@ def whence_command(
     try:
         pipe = FastPipeline.from_pretrained(student, precision=precision, **where)
     except RuntimeUnavailable:  # that it is another student says more than that it has no such graph
+        manifest = FastPipeline.from_pretrained(student, **where).manifest
         for mark in marks:
-            _check_student(mark, FastPipeline.from_pretrained(student, **where).manifest)
+            _check_student(mark, manifest)
         raise
     found = remade(opened, marks, pipe)
     write_rows(json, "whence", [row | {"same": found.same, "most": found.most} for row in rows])

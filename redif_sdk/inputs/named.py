@@ -26,17 +26,17 @@ EMBEDS = {
 }
 
 
-def check_arrays(manifest: Manifest, given: Mapping[str, ArrayLike] | None) -> Conditions:
-    """The arrays (B, ...) of a student that is conditioned on some.
+def check_arrays(manifest: Manifest, given: object, batch: int | None = None) -> Conditions:
+    """The arrays (B, ...) of a student that is conditioned on some; ``batch``: B, where it is known.
 
     Raises:
         InvalidRequest: There are none, one is missing or not the student's, or of another shape.
     """
-    if given is None or not isinstance(given, Mapping):
+    if not isinstance(given, Mapping):
         wanted = ", ".join(f"{spec.name} ({', '.join(map(str, spec.shape))})" for spec in manifest.condition_tensors)
         said = "" if given is None else f", not a {type(given).__name__}"
         raise InvalidRequest(f"{manifest.name} is conditioned on arrays: conditions must be {wanted} by name{said}")
-    return check_named(manifest, given, None)
+    return check_named(manifest, given, batch)
 
 
 def refuse_arrays(manifest: Manifest, what: str) -> None:

@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = [
     "CdmOptions",
     "ConsistencyOptions",
+    "CriticOptions",
     "DistributionTerm",
     "Dmd2Options",
     "DmdOptions",
     "DraftOptions",
     "FakeScoreOptions",
+    "GroupNoise",
     "GrpoOptions",
     "MethodOptions",
     "Options",
@@ -124,7 +126,16 @@ class Explored(Grouped):
     exploration: float = Field(0.1, gt=0, description="Standard deviation of an action, in units of x0.")
 
 
-class Trajectories(Grouped):
+class GroupNoise(Grouped):
+    """Of the estimators whose groups may be of several initial noises."""
+
+    group_noise: Literal["same", "different"] = Field(
+        "same",
+        description="A group's trajectories begin at one noise, or each at its own: for rewards that see the prompt.",
+    )
+
+
+class Trajectories(GroupNoise):
     """Of clipped policy gradient on whole stochastic trajectories."""
 
     regression_weight: float = Field(1.0, ge=0, description="Weight of the regression to the teacher's output.")
@@ -134,10 +145,6 @@ class Trajectories(Grouped):
     )
     kl: float = Field(
         0.0, ge=0, description="Weight of the KL, a mean over elements, to the network that reinforcement began with."
-    )
-    group_noise: Literal["same", "different"] = Field(
-        "same",
-        description="A group's trajectories begin at one noise, or each at its own: for rewards that see the prompt.",
     )
     ppo_epochs: int = Field(1, ge=1, description="Optimiser steps on each batch of trajectories.")
 
@@ -180,6 +187,19 @@ class TrajectoryOptions(RedifOptions, Explored, Trajectories, FakeScoreOptions):
 
     estimator: Literal["trajectory"] = "trajectory"
     exploration_rank: int = Field(40, ge=0, description="Rank of the exploration covariance; 0 = isotropic.")
+
+
+class CriticOptions(RedifOptions, Stepped, DistributionTerm, Explored, GroupNoise):
+    """Of ``redif`` with a critic that learns the reward."""
+
+    estimator: Literal["critic"] = "critic"
+    group_size: int = Field(4, ge=2, description="Images of each prompt, or of each state, that are compared.")
+    critic_updates: int = Field(2, ge=1, description="Updates of the critic for each update of the student.")
+    critic_learning_rate: float = Field(3e-4, gt=0, description="Learning rate of the critic.")
+    critic_memory: int = Field(8192, ge=0, description="Judged images that the critic goes on learning from.")
+    critic_noise: float = Field(
+        0.5, gt=0.02, le=0.98, description="Largest time at which the critic looks, as a share of the schedule."
+    )
 
 
 class RegressionOptions(Supervised):
@@ -265,7 +285,9 @@ class GrpoOptions(Rewarded, Trajectories, FakeScoreOptions):
     )
 
 
-Redif = Annotated[SameStateOptions | PathwiseOptions | TrajectoryOptions, Field(discriminator="estimator")]
+Redif = Annotated[
+    SameStateOptions | PathwiseOptions | TrajectoryOptions | CriticOptions, Field(discriminator="estimator")
+]
 Options = Annotated[
     Redif
     | RegressionOptions
@@ -284,6 +306,7 @@ ESTIMATORS: dict[str, type[RedifOptions]] = {
     "same-state": SameStateOptions,
     "pathwise": PathwiseOptions,
     "trajectory": TrajectoryOptions,
+    "critic": CriticOptions,
 }
 #: The options of each method; of ``redif`` those of its default estimator.
 MODELS: dict[str, type[MethodOptions]] = {

@@ -35,6 +35,7 @@ RUNS: dict[str, dict[str, object]] = {
     **{name: {"method": name} for name in METHODS},
     "redif, pathwise": {"estimator": "pathwise"},
     "redif, trajectory": {"estimator": "trajectory"},
+    "redif, critic": {"estimator": "critic"},
     "redif, discriminator": {"reward": "discriminator"},
     "redif, distribution": {"reward": "distribution"},
     "redif, calibrated": {"calibration": 32},

@@ -28,6 +28,7 @@ RUNS = {
     "redif, white": {"reward": "distribution+pixel", "exploration_rank": 0, "num_inference_steps": 1},
     "redif, pathwise": {"reward": {"discriminator": 1.0, "pixel": 0.5}, "estimator": "pathwise"},
     "redif, trajectory": {"reward": "mmd", "estimator": "trajectory", "kl": 0.1},
+    "redif, critic": {"reward": "pixel", "estimator": "critic", "dmd_weight": 0.5, "critic_memory": 32},
     "progressive": {"method": "progressive"},
     "consistency": {"method": "consistency"},
     "dmd": {"method": "dmd", "gan_weight": 0.1},

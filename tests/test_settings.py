@@ -23,6 +23,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "redif, same-state": {"dmd_weight": 0.5, "calibration": 8, "intermediate_step_fraction": 0.5},
     "redif, pathwise": {"estimator": "pathwise", "dmd_weight": 0.5, "calibration": 8},
     "redif, trajectory": {"estimator": "trajectory", "reward": "distribution", "kl": 0.1},
+    "redif, critic": {"estimator": "critic", "dmd_weight": 0.5, "critic_memory": 32},
     "regression": {},
     "progressive": {},
     "consistency": {},

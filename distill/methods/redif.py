@@ -16,28 +16,30 @@ from torch import nn
 from redif_sdk.distill.compute.lora import load_trained, trained, twin
 from redif_sdk.distill.compute.parallel import is_sharded
 from redif_sdk.distill.context import Context
+from redif_sdk.distill.methods.critic import CriticGroups
 from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGroups
 from redif_sdk.distill.methods.gain import gain_cost, learn_gain
 from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import Regression
 from redif_sdk.distill.methods.times import learn_times, teacher_as_policy
-from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, TrajectoryOptions
+from redif_sdk.distill.options import CriticOptions, PathwiseOptions, SameStateOptions, TrajectoryOptions
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.critic import Critic
 from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.sampling.table import StepTable
 
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
 
-def _options(context: Context) -> SameStateOptions | PathwiseOptions | TrajectoryOptions:
+def _options(context: Context) -> SameStateOptions | PathwiseOptions | TrajectoryOptions | CriticOptions:
     options = context.config.options
-    assert isinstance(options, SameStateOptions | PathwiseOptions | TrajectoryOptions)
+    assert isinstance(options, SameStateOptions | PathwiseOptions | TrajectoryOptions | CriticOptions)
     return options
 
 
 class ReDiF(Method):
-    """ReDiF in its three phases. ``exploration``, ``reference`` and ``fake`` are made when the third begins."""
+    """ReDiF in its three phases. What the third needs (``exploration`` to ``critic``) is made when it begins."""
 
     name = "redif"
     rewarded = True
@@ -47,6 +49,7 @@ class ReDiF(Method):
         self.exploration: Exploration | None = None
         self.reference: nn.Module | None = None
         self.fake: FakeScore | None = None
+        self.critic: Critic | None = None
 
     def prepare(self, context: Context) -> None:
         """The schedule policy. K = 1 has no times to learn.
@@ -75,7 +78,10 @@ class ReDiF(Method):
         if first:
             self._begin(context)
         assert self.exploration is not None
-        if _options(context).estimator != "trajectory":
+        if self.critic is not None:
+            judged = CriticGroups(context, self.exploration, self.critic, self.fake)
+            yield from judged.losses(batch, generator, check=first)
+        elif _options(context).estimator != "trajectory":
             groups = SameStateGroups(context, self.exploration, self.fake)
             yield from groups.losses(batch, generator, check=first)
         else:
@@ -95,7 +101,7 @@ class ReDiF(Method):
         """The exploration of the reinforcement phase, from the residuals that the warm start left."""
         pool, options = context.pairs[: min(RESIDUALS, len(context.pairs))], _options(context)
         elements = pool.noise[0].numel()
-        rank = 0 if isinstance(options, PathwiseOptions) else options.exploration_rank
+        rank = options.exploration_rank if isinstance(options, SameStateOptions | TrajectoryOptions) else 0
         trajectory = isinstance(options, TrajectoryOptions)
         if rank:
 
@@ -115,6 +121,8 @@ class ReDiF(Method):
                 self.reference = twin(context.policy.network)
         elif options.dmd_weight:
             self.fake = FakeScore.make(context)
+        if isinstance(options, CriticOptions):
+            self.critic = Critic(context)
 
     def state_dict(self) -> dict[str, Any]:
         explored, reference = self.exploration, self.reference
@@ -122,6 +130,7 @@ class ReDiF(Method):
             "exploration": None if explored is None else (explored.basis, explored.scales, explored.tau),
             "reference": None if reference is None else trained(reference),
             "fake": None if self.fake is None else self.fake.state_dict(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], context: Context) -> None:
@@ -134,3 +143,6 @@ class ReDiF(Method):
         if state["fake"] is not None:
             self.fake = FakeScore.make(context)
             self.fake.load_state_dict(state["fake"])
+        if state.get("critic") is not None:
+            self.critic = Critic(context)
+            self.critic.load_state_dict(state["critic"])

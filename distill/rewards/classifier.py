@@ -7,6 +7,7 @@ it costs a head of few weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,10 +49,14 @@ class Classifier(nn.Module):
             torch.manual_seed(seed + 2405)
             return cls(block, channels).to(device)
 
-    def forward(self, call: Callable[[], object]) -> Tensor:
-        """Logits of what the network's middle block gives in ``call()``."""
-        logits: Tensor = self.head(self.body(_as_tokens(_caught(self._block[0], call))))[..., 0].float()
+    def forward(self, call: Callable[[], object], *, cut: bool = False) -> Tensor:
+        """Logits of what the network's middle block gives in ``call()``; ``cut``: it calls it once, and ends there."""
+        logits: Tensor = self.head(self.body(_as_tokens(_caught(self._block[0], call, cut=cut))))[..., 0].float()
         return logits
+
+
+class _ReachedError(Exception):
+    """No error: the middle block has answered, and what comes after it is not wanted."""
 
 
 def _middle(network: nn.Module) -> nn.Module:
@@ -69,16 +74,19 @@ def _middle(network: nn.Module) -> nn.Module:
     return blocks[len(blocks) // 2]
 
 
-def _caught(block: nn.Module, call: Callable[[], object]) -> Tensor:
-    """The tensor that ``block`` gives in ``call()``, of all micro-batches."""
+def _caught(block: nn.Module, call: Callable[[], object], *, cut: bool = False) -> Tensor:
+    """The tensor that ``block`` gives in ``call()``, of all micro-batches; ``cut``: of one, and the call ends there."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, given: object, output: Any) -> None:
         found.append(output if isinstance(output, Tensor) else output[0])
+        if cut:
+            raise _ReachedError
 
     handle = block.register_forward_hook(keep)
     try:
-        call()
+        with suppress(_ReachedError):
+            call()
     finally:
         handle.remove()
     return torch.cat(found)

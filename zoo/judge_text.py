@@ -139,10 +139,15 @@ def retrieval(judge: Matching, descriptions: Tensor, names: Sequence[str], known
 class CaptionJudges:
     """The judges of all styles."""
 
-    def __init__(self, data: Captioned, *, updates: int = UPDATES) -> None:
-        """Train on the real images of ``data``, including those held out from teachers."""
+    def __init__(self, data: Captioned, *, updates: int = UPDATES, descriptions: Tensor | None = None) -> None:
+        """Train on the real images of ``data``, including those held out from teachers.
+
+        ``descriptions``: of its images, where they were computed before.
+        """
         self.data = data
-        self.descriptions = describe(torch.tensor(data.images).float() / 127.5 - 1)
+        self.descriptions = (
+            describe(torch.tensor(data.images).float() / 127.5 - 1) if descriptions is None else descriptions
+        )
         self.known = [subject.name for subject in data.subjects]
         styles = np.array(data.styles)
         self.judges = {

@@ -1,0 +1,253 @@
+"""Reinforcement by a reward that sees the prompt, against its controls, on the mini Stable Diffusion.
+
+    python -m zoo.score_text -o build/scorer                          # the reward; it is another network than the judge
+    python -m benchmarks.reinforcement.run [--arms ...] [--steps 2 4] [--seeds 0] [--budget N] [-o FOLDER]
+
+A cell is (arm, K, seed), one JSON file with its curve over forward-equivalents and judged images; what is there is not
+run again, and a cell that was cut goes on from its checkpoint. Untrained rows: the teacher, the shipped student, DDIM
+at K, and the teacher with the best of N images by the scorer. `arms.yaml` has the settings. Every arm that trains has
+the same budget of forward-equivalents: decoding, the scorer's network where it is in this process, the critic's, and
+the teacher's calls of best-of-n among them. A scorer behind HTTP computes elsewhere: `reward_calls` counts its images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.distillation.judges import sheet
+from benchmarks.reinforcement.judge import AT_ONCE, Panel, Sample, training_part
+from redif_sdk.artifact.atomic import atomic_write
+from redif_sdk.distill import DistillConfig, Teacher, pool
+from redif_sdk.distill.policy import StudentPolicy
+from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
+from redif_sdk.distill.shipped.students import shipped_student
+from redif_sdk.distill.training.loop import Trainer
+from redif_sdk.results import document
+from zoo import captions, score_text
+from zoo.judge_text import CaptionJudges, describe
+
+HERE = Path(__file__).parent
+WORK = Path("build/reinforcement")
+POOL = 2048
+BEST_OF = 8  # of the teacher's images at inference
+UNTRAINED = ("teacher", "teacher, best of 8", "start", "ddim")
+
+
+@dataclass(frozen=True)
+class Cell:
+    arm: str
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.replace(', ', '-').replace(' ', '-')}-{self.steps}-{self.seed}"
+
+
+@contextmanager
+def served(scorer: Path) -> Iterator[str]:
+    """The scorer behind ``redif serve-reward``, on a free port of this machine: its address."""
+    command = [str(Path(sys.executable).with_name("redif")), "serve-reward", "zoo/score_text.py:score", "--port", "0"]
+    environment = os.environ | {"REDIF_SCORER": str(scorer.resolve())}
+    process = subprocess.Popen(command, env=environment, cwd=HERE.parent.parent, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        address = next(word for word in said.split() if word.startswith("http"))
+        httpx.get(address.removesuffix("/score") + "/readyz", timeout=60)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _descriptions(data: captions.Captioned) -> Tensor:
+    """The judge's view of the real images, which takes minutes: kept beside the runs."""
+    kept = WORK / f"descriptions-{len(data)}.npy"
+    if not kept.is_file():
+        found = describe(torch.tensor(data.images).float() / 127.5 - 1)
+        buffer = io.BytesIO()
+        np.save(buffer, found.numpy())
+        WORK.mkdir(parents=True, exist_ok=True)
+        atomic_write(kept, buffer.getvalue())
+    return torch.from_numpy(np.load(kept))
+
+
+class Experiment:
+    """Teacher, pool, judge and scorer, loaded once."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.teacher = Teacher.load("mini-sd")
+        self.data = captions.load(asked.data_dir)
+        self.scorer, self.names = score_text.load(str(asked.scorer))
+        judges = CaptionJudges(self.data, descriptions=_descriptions(self.data))
+        self.panel = Panel(self.teacher, self.data, judges, self.scorer, self.names, asked.prompts)
+        whole, _ = pool.get(self.teacher, POOL, "train")
+        assert self.teacher.prompts is not None
+        every = [self.teacher.prompts.text(place) for place in range(self.teacher.num_conditions)]
+        self.pairs = training_part(whole, every, self.data)
+        self.budget, self.checks, self.seen = asked.budget, asked.checks, asked.seen
+
+    def white_box(self, batch: Batch) -> Tensor:
+        """The scorer with its gradient."""
+        assert batch.prompts is not None
+        return self.scorer.score(score_text.describe(batch.images), batch.prompts, self.names)
+
+    def chance(self, batch: Batch) -> Tensor:
+        """A reward that says nothing."""
+        return torch.randn(len(batch))
+
+    def untrained(self, cell: Cell) -> dict[str, Any]:
+        """A contender that is not trained here."""
+        teacher = self.teacher
+        samples: dict[str, Sample] = {
+            "teacher": lambda noise, condition: teacher.sample(noise, condition, teacher.num_inference_steps),
+            "ddim": lambda noise, condition: teacher.sample(noise, condition, cell.steps),
+            "teacher, best of 8": self.best,
+            "start": self.policy(cell.steps).sample,
+        }
+        return {**asdict(cell), **self.panel.full(samples[cell.arm])}
+
+    def policy(self, steps: int) -> StudentPolicy:
+        """The shipped student."""
+        student = shipped_student(self.teacher, steps)
+        return StudentPolicy(student.network, student.tables[0], self.teacher.schedule, exact=True)
+
+    def best(self, noise: Tensor, condition: Tensor, count: int = BEST_OF) -> Tensor:
+        """Of ``count`` of the teacher's images for each condition, the first from ``noise``, the scorer's favourite."""
+        draw = torch.Generator().manual_seed(int(noise[0, 0, 0, 0].abs() * 1e6))
+        tried = [noise, *(torch.randn(noise.shape, generator=draw) for _ in range(count - 1))]
+        outputs = torch.stack([self.teacher.sample(n, condition, self.teacher.num_inference_steps) for n in tried])
+        prompts = self.teacher.asked(condition).prompts
+        assert prompts is not None
+        scores = [self.scorer.score(score_text.describe(self.teacher.images(o)), prompts, self.names) for o in outputs]
+        chosen = torch.stack(scores).argmax(0)
+        return outputs[chosen, torch.arange(len(noise))]
+
+    def best_pairs(self, budget: float, count: int) -> tuple[Pairs, float]:
+        """As many pairs as a quarter of the budget pays for, each the best of ``count`` of a prompt; and their cost."""
+        teacher, each = self.teacher, self.teacher.num_inference_steps * self.teacher.calls_per_step
+        wanted = min(len(self.pairs), int(budget / 4 / (count * each)))
+        parts = []
+        for low in range(0, wanted, AT_ONCE):
+            part = self.pairs[slice(low, min(low + AT_ONCE, wanted))]
+            draw = torch.Generator().manual_seed(low)
+            noises = torch.randn(count, *part.noise.shape, generator=draw)
+            outputs = torch.stack([teacher.sample(n, part.condition, teacher.num_inference_steps) for n in noises])
+            prompts = teacher.asked(part.condition).prompts
+            assert prompts is not None
+            seen = [self.scorer.score(score_text.describe(teacher.images(o)), prompts, self.names) for o in outputs]
+            place = (torch.stack(seen).argmax(0), torch.arange(len(part)))
+            parts.append(Pairs(noises[place], outputs[place], part.condition))
+        assert parts[0].condition is not None
+        noise, target, condition = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("noise", "target", "condition")
+        )
+        return Pairs(noise, target, condition), float(wanted * count * each)
+
+    def trained(self, cell: Cell, address: str, folder: Path) -> tuple[dict[str, Any], Tensor]:
+        """An arm, and its first images."""
+        found = yaml.safe_load((HERE / "arms.yaml").read_text())
+        settings: dict[str, Any] = {**found["all"], **found["arms"][cell.arm]}
+        shown, spent, pairs = dict(settings), 0.0, self.pairs
+        if best_of := settings.pop("best_of", 0):
+            pairs, spent = self.best_pairs(self.budget, best_of)
+        if settings["method"] == "regression":
+            settings.pop("warm_start"), settings.pop("schedule_updates")
+        if settings["method"] == "draft":
+            settings.pop("schedule_updates")
+        rewards = {"scorer": address, "scorer in process": self.white_box, "chance": self.chance}
+        if "reward" in settings:
+            settings["reward"] = rewards[settings["reward"]]
+        config = DistillConfig.checked(
+            num_inference_steps=cell.steps, seed=cell.seed, forward_equivalents=self.budget - spent, **settings
+        )
+        start = shipped_student(self.teacher, cell.steps)
+        trainer = Trainer(self.teacher, config, pairs, folder, start.network, start.tables[0])
+        curve_file = folder / "curve.json"
+        curve: list[dict[str, Any]] = json.loads(curve_file.read_text()) if curve_file.is_file() else []
+
+        def on_progress(share: float, figures: dict[str, float]) -> None:
+            if share * self.checks < len(curve) + 1 and share < 1:
+                return
+            policy = StudentPolicy(trainer.ema, trainer.context.policy.table, self.teacher.schedule, exact=True)
+            quick = self.panel.quick(policy.sample, self.seen)
+            meter = trainer.meter
+            curve.append({
+                "forward_equivalents": spent + meter.forward_equivalents, "reward_calls": meter.reward_calls,
+                "updates": trainer.update, "seconds": meter.seconds, **quick,
+                **{name: value for name, value in figures.items() if name.startswith("critic")},
+            })  # fmt: skip
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(curve_file, json.dumps(curve).encode())
+            print(cell.name, {name: round(value, 4) for name, value in curve[-1].items()}, flush=True)
+
+        trainer.on_progress = on_progress
+        student = trainer.run(resume=True)
+        judged = self.panel.full(student.sample)
+        prompts = [self.data.prompt(place) for place in self.panel.places[:60]]
+        return {
+            **asdict(cell), **judged, "curve": curve, "settings": shown,
+            "budget": asdict(trainer.meter) | {"forward_equivalents": spent + trainer.meter.forward_equivalents},
+        }, self.panel.images(student.sample, prompts, 0)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    found = yaml.safe_load((HERE / "arms.yaml").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *found["arms"]])
+    parser.add_argument("--steps", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=300_000, help="Forward-equivalents of every arm.")
+    parser.add_argument("--checks", type=int, default=6, help="Points of the curve.")
+    parser.add_argument("--seen", type=int, default=300, help="Prompts that a point of the curve is judged on.")
+    parser.add_argument("--prompts", type=int, default=1000, help="Prompts that the end is judged on.")
+    parser.add_argument("--scorer", type=Path, default=Path("build/scorer"))
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "results")
+    asked = parser.parse_args(arguments)
+    asked.output.mkdir(parents=True, exist_ok=True)
+    experiment: Experiment | None = None
+    with served(asked.scorer) as address:
+        for steps in asked.steps:
+            for seed in asked.seeds:
+                for arm in asked.arms:
+                    cell = Cell(arm, steps, seed)
+                    path = asked.output / f"{cell.name}.json"
+                    if path.is_file() or (arm in UNTRAINED and seed):
+                        continue
+                    experiment = experiment or Experiment(asked)
+                    began = time.monotonic()
+                    if arm in UNTRAINED:
+                        row = experiment.untrained(cell)
+                    else:
+                        work = WORK / cell.name
+                        row, images = experiment.trained(cell, address, work)
+                        Image.fromarray(sheet(images, 60)).save(path.with_suffix(".png"), optimize=True)
+                    row["wall_seconds"] = time.monotonic() - began
+                    written = document("benchmarks/reinforcement", [row], threads=torch.get_num_threads())
+                    atomic_write(path, (json.dumps(written, indent=1) + "\n").encode())
+                    print(cell.name, {k: row[k] for k in ("top1", "top5", "fd_real", "spread", "grid")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The experiment of rewards that see prompts: what is judged was never trained on, and its arms are what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from benchmarks.reinforcement import judge
+from benchmarks.reinforcement.run import HERE, Cell
+from redif_sdk.distill import pool
+from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.teachers.base import Teacher
+from zoo import captions
+from zoo.captions import Captioned, Subject
+from zoo.judge_text import CaptionJudges
+from zoo.score_text import STYLE
+
+
+@pytest.fixture(scope="module")
+def data() -> Captioned:
+    """Ten subjects in three styles; one image is held out."""
+    draw = np.random.default_rng(0)
+    subjects = tuple(Subject(f"thing {k // 3}") for k in range(30))
+    held = np.zeros(30, bool)
+    held[4] = True
+    images = draw.integers(0, 255, (30, 3, 64, 64), dtype=np.uint8)
+    return Captioned(images, subjects, tuple(captions.STYLES) * 10, tuple("abcdefghij") * 3, ("Symbols",) * 30, held)
+
+
+def test_subjects_are_left_out_of_training_whatever_their_style(data: Captioned) -> None:
+    kept = judge.left_out(data)
+    assert len(kept) == 2
+    prompts = [name for k in range(10) for name in (f"thing {k}", f"thing {k}, noto style", f"thing {k} in noto style")]
+    conditions = torch.arange(30).repeat(2)
+    noise = torch.randn(60, 1, 2, 2)
+    part = judge.training_part(pool.Pairs(noise, noise, conditions), prompts, data)
+    assert len(part) == 48
+    assert part.condition is not None
+    assert kept.isdisjoint(STYLE.sub("", prompts[place]) for place in part.condition.tolist())
+
+
+def test_the_panel_judges_those_alone_and_every_figure_is_there(data: Captioned) -> None:
+    teacher = Teacher.load("mini-sd")
+    panel = judge.Panel(teacher, data, CaptionJudges(data, updates=2), _Scorer(), ["thing 1"], count=4)
+    assert {data.subjects[place].name for place in panel.places} <= judge.left_out(data)
+    seen: list[int] = []
+
+    def sample(noise: Tensor, condition: Tensor) -> Tensor:
+        seen.append(len(noise))
+        return 0.1 * noise
+
+    found = panel.full(sample)
+    assert found["prompts"] == 4
+    assert {"top1", "score", "fd_real", "spread", "grid", "fine_energy"} <= found.keys()
+    assert found["held_out"]["top1"] >= 0
+    assert sum(seen) == 4 + 4 * judge.NOISES + judge.HELD_OUT_NOISES
+    again = panel.quick(sample, 4)
+    assert again["top1"] == found["top1"]  # the same noises at every look
+
+
+class _Scorer:
+    """In the place of the trained one."""
+
+    def score(self, descriptions: Tensor, prompts: list[str], names: list[str]) -> Tensor:
+        return torch.zeros(len(prompts))
+
+    def see(self, descriptions: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(descriptions[:, :8], dim=1)
+
+    def read(self, texts: list[str]) -> Tensor:
+        return torch.nn.functional.normalize(torch.ones(len(texts), 8), dim=1)
+
+
+def test_every_arm_has_settings_that_are_read() -> None:
+    found = yaml.safe_load((HERE / "arms.yaml").read_text())
+    assert {"critic", "trajectory", "same-state", "draft", "best-of-n", "regression", "random"} <= found["arms"].keys()
+    for name, own in found["arms"].items():
+        settings = {**found["all"], **own}
+        settings.pop("best_of", None)
+        if settings["method"] == "regression":
+            settings = {k: v for k, v in settings.items() if k not in ("warm_start", "schedule_updates")}
+        if settings["method"] == "draft":
+            settings.pop("schedule_updates")
+        config = DistillConfig.checked(num_inference_steps=2, **settings)
+        assert config.keep == "last", name
+    assert Cell("teacher, best of 8", 2, 0).name == "teacher-best-of-8-2-0"

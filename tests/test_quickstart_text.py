@@ -15,15 +15,20 @@ from typer.testing import CliRunner
 from redif_sdk import FastPipeline
 from redif_sdk.cli.main import app
 from redif_sdk.distill import presets
+from redif_sdk.distill.evaluation.arena import evaluate_folder
 from redif_sdk.distill.shipped.students import keep
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.quickstart import images
+
+HELD_OUT = ["purple square", "orange circle"]  # in no prompt that students are distilled on
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("text")
     teacher = pipelines.tiny_sd(place / "teacher")
+    about = json.loads((teacher / "redif_teacher.json").read_text()) | {"held_out": HELD_OUT}
+    (teacher / "redif_teacher.json").write_text(json.dumps(about))
     options = ["--steps", "2", "--updates", "3", "--minutes", "2", "--num-samples", "24", "--quiet"]
     command = ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
     with pytest.MonkeyPatch.context() as patch:  # the tiny pipeline has no bank: less to sample, and no times to learn
@@ -53,6 +58,19 @@ def test_its_results_have_the_teacher_ddim_and_the_student(done: Path) -> None:
     assert all(row["passed"] for row in results["verification"])
     assert {row["contender"] for row in results["speed"]} == {"teacher", "student-2"}
     assert results["prompts"] == pipelines.PROMPTS
+
+
+def test_it_is_judged_on_prompts_that_nothing_was_trained_on(done: Path) -> None:
+    results = json.loads((done / "results.json").read_text())
+    assert {row["prompts"] for row in results["rows"]} == {"held out"}
+    assert "of prompts held out of all training" in " ".join((done / "report.html").read_text().split())
+    rows = evaluate_folder(done / "student-2", done.parent / "teacher", 24, baselines=False, unpaired=False)
+    ours, theirs = (next(row for row in found if row["method"] == "redif") for found in (results["rows"], rows))
+    assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-3), "redif eval judges on the same"
+    trained = evaluate_folder(
+        done / "student-2", done.parent / "teacher", 24, baselines=False, unpaired=False, trained_prompts=True
+    )
+    assert trained[-1]["mse"] != pytest.approx(theirs["mse"], rel=1e-3)
 
 
 def test_its_page_and_grid_show_the_prompts(done: Path) -> None:

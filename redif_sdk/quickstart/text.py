@@ -76,6 +76,7 @@ def text_quickstart(
     say_plan(report, teacher, steps, preset, minutes)
     from redif_sdk.distill.evaluation.arena import Arena  # imports torch, which takes seconds
     from redif_sdk.distill.shipped.students import shipped_student
+    from redif_sdk.distill.teachers.adapters import drawing
     from redif_sdk.distill.teachers.base import Teacher
 
     # each begins with the weights of the one of more steps
@@ -86,7 +87,9 @@ def text_quickstart(
         raise InvalidRequest(f"{teacher} draws no prompts; give a text-to-image teacher, or leave --text out")
     shipped = {count: shipped_student(model, count) for count in steps} if trained else {}
     with report.stage("teacher: outputs, judge"):
-        arena = Arena.of(model, num_samples)
+        new = model.extra.get("held_out")  # prompts that nothing was trained on, where the teacher's folder names them
+        arena = Arena.of(drawing(model, new) if new else model, num_samples)
+        arena.prompts = "held out" if new else "trained on"
     for count, student in shipped.items():
         student.save_pretrained(output / f"student-{count}", overwrite=True)
     students = shipped or _distil(model, configs, output, minutes, report)
@@ -134,12 +137,13 @@ def _write(output: Path, results: dict[str, Any], sheets: Sequence[Sheet], promp
 
 
 def _evaluate(arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Show) -> list[dict[str, Any]]:
-    """The teacher, and for each K untrained DDIM at K and 2 K steps and the student."""
+    """The teacher, and for each K untrained DDIM at K and 2 K steps and the student, on the arena's prompts."""
     rows = [arena.teacher_row()]
     for place, count in enumerate(steps):
         for more in dict.fromkeys((count, 2 * count)):
             if all(row["num_inference_steps"] != more or row["method"] != "ddim" for row in rows):
                 rows.append(arena.ddim_row(more))
+        students[count].use_rows(arena.teacher.rows)
         rows.append(arena.student_row(students[count], count))
         show((place + 1) / len(steps))
     return rows

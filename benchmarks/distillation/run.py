@@ -33,6 +33,7 @@ from redif_sdk.distill import DistillConfig, Teacher
 from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.compute.device import cpu_has_bf16
 from redif_sdk.distill.evaluation.arena import outputs
+from redif_sdk.distill.measures import features
 from redif_sdk.distill.methods import method_names
 from redif_sdk.distill.presets import preset
 from redif_sdk.distill.training.loop import Trainer
@@ -186,6 +187,15 @@ class Comparison:
         return row, sheet(images, min(40, len(images)))
 
 
+def compile_networks() -> None:
+    """Compile every denoising network of this process, whatever method has it, and those that judge."""
+    if not hasattr(UNet2DModel.forward, "_torchdynamo_orig_callable"):
+        UNet2DModel.forward = torch.compile(UNet2DModel.forward, dynamic=True)
+        for size in (0, 1):
+            network = features._efficientnet(size)
+            network.extract_features = torch.compile(network.extract_features, dynamic=True)
+
+
 def cells(asked: argparse.Namespace) -> Iterator[Cell]:
     """The cells, seed by seed, so that an interrupted run has whole tables of fewer seeds."""
     for data in asked.data:
@@ -225,8 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
     alone = None if asked.settings is None else yaml.safe_load(asked.settings)
     if (extra or alone is not None) and asked.protocol == "test":
         parser.error("--set is for the validation protocol: nothing is tuned on the test's")
-    if asked.compile and not hasattr(UNet2DModel.forward, "_torchdynamo_orig_callable"):
-        UNet2DModel.forward = torch.compile(UNet2DModel.forward, dynamic=True)  # of every network of every method
+    if asked.compile:
+        compile_networks()
     asked.output.mkdir(parents=True, exist_ok=True)
     comparisons: dict[str, Comparison] = {}
     for cell in cells(asked):

@@ -63,7 +63,7 @@ def test_it_learns_which_image_of_a_group_the_reward_prefers(teacher: Teacher, p
     critic = Critic(trainer(teacher, pairs).context)
     assert critic.agreement == 0
     draw = torch.Generator().manual_seed(0)
-    agreed = [critic.look(groups_of(teacher, 16, seed), draw)["critic_agreement"] for seed in range(60)]
+    agreed = [critic.see(groups_of(teacher, 16, seed), draw)["critic_agreement"] for seed in range(60)]
     assert agreed[0] == 0  # an untrained one prefers nothing
     assert critic.agreement > 0.7
     latents, condition = torch.zeros(2, *teacher.shape), torch.tensor([0, 1])
@@ -78,7 +78,7 @@ def test_what_it_has_learnt_by_heart_is_not_agreement(teacher: Teacher, pairs: p
     for seed in range(40):
         judged = groups_of(teacher, 16, seed)
         chance = torch.randn(judged.advantages.shape, generator=draw)
-        critic.look(Judged(judged.latents, chance - chance.mean(1, keepdim=True), judged.condition), draw)
+        critic.see(Judged(judged.latents, chance - chance.mean(1, keepdim=True), judged.condition), draw)
     assert abs(critic.agreement) < TRUSTED
 
 
@@ -101,7 +101,7 @@ def test_the_memory_keeps_whole_groups_and_the_last(teacher: Teacher, pairs: poo
     critic = Critic(trainer(teacher, pairs, critic_memory=64).context)
     draw, seen = torch.Generator().manual_seed(0), [groups_of(teacher, 6, seed) for seed in range(4)]
     for judged in seen:
-        critic.look(judged, draw)
+        critic.see(judged, draw)
     assert critic.memory is not None
     assert len(critic.memory) == 16  # groups of four
     torch.testing.assert_close(critic.memory.latents[-6:], seen[-1].latents)

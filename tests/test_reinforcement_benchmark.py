@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.reinforcement import judge
 from benchmarks.reinforcement.run import HERE, Cell
 from redif_sdk.distill import pool
-from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.config import DistillConfig, applicable
 from redif_sdk.distill.teachers.base import Teacher
 from zoo import captions
 from zoo.captions import Captioned, Subject
@@ -79,11 +79,6 @@ def test_every_arm_has_settings_that_are_read() -> None:
     assert {"critic", "trajectory", "same-state", "draft", "best-of-n", "regression", "random"} <= found["arms"].keys()
     for name, own in found["arms"].items():
         settings = {**found["all"], **own}
-        settings.pop("best_of", None)
-        if settings["method"] == "regression":
-            settings = {k: v for k, v in settings.items() if k not in ("warm_start", "schedule_updates")}
-        if settings["method"] == "draft":
-            settings.pop("schedule_updates")
-        config = DistillConfig.checked(num_inference_steps=2, **settings)
+        config = DistillConfig.checked(num_inference_steps=2, **applicable(settings))
         assert config.keep == "last", name
     assert Cell("teacher, best of 8", 2, 0).name == "teacher-best-of-8-2-0"

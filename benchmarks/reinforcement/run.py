@@ -36,6 +36,7 @@ from benchmarks.distillation.judges import sheet
 from benchmarks.reinforcement.judge import AT_ONCE, Panel, Sample, training_part
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill import DistillConfig, Teacher, pool
+from redif_sdk.distill.config import applicable
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.batch import Batch
@@ -132,54 +133,53 @@ class Experiment:
         student = shipped_student(self.teacher, steps)
         return StudentPolicy(student.network, student.tables[0], self.teacher.schedule, exact=True)
 
-    def best(self, noise: Tensor, condition: Tensor, count: int = BEST_OF) -> Tensor:
-        """Of ``count`` of the teacher's images for each condition, the first from ``noise``, the scorer's favourite."""
-        draw = torch.Generator().manual_seed(int(noise[0, 0, 0, 0].abs() * 1e6))
-        tried = [noise, *(torch.randn(noise.shape, generator=draw) for _ in range(count - 1))]
-        outputs = torch.stack([self.teacher.sample(n, condition, self.teacher.num_inference_steps) for n in tried])
-        prompts = self.teacher.asked(condition).prompts
+    def best(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """The scorer's favourite of ``BEST_OF`` images of the teacher for each condition, the first from ``noise``."""
+        draw = torch.Generator().manual_seed(BEST_OF)
+        more = torch.randn(BEST_OF - 1, *noise.shape, generator=draw)
+        return self._favourites(torch.cat([noise[None], more]), condition)[1]
+
+    @torch.no_grad()
+    def _favourites(self, noises: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the teacher's outputs from ``noises`` (N, B, C, H, W), the scorer's favourite for each condition: its
+        noise, and itself, (B, C, H, W) each."""
+        teacher, prompts = self.teacher, self.teacher.asked(condition).prompts
         assert prompts is not None
-        scores = [self.scorer.score(score_text.describe(self.teacher.images(o)), prompts, self.names) for o in outputs]
-        chosen = torch.stack(scores).argmax(0)
-        return outputs[chosen, torch.arange(len(noise))]
+        outputs = torch.stack([teacher.sample(noise, condition, teacher.num_inference_steps) for noise in noises])
+        seen = [score_text.describe(teacher.images(output)) for output in outputs]
+        chosen = torch.stack([self.scorer.score(part, prompts, self.names) for part in seen]).argmax(0)
+        places = torch.arange(len(condition))
+        return noises[chosen, places], outputs[chosen, places]
 
     def best_pairs(self, budget: float, count: int) -> tuple[Pairs, float]:
         """As many pairs as a quarter of the budget pays for, each the best of ``count`` of a prompt; and their cost."""
-        teacher, each = self.teacher, self.teacher.num_inference_steps * self.teacher.calls_per_step
-        wanted = min(len(self.pairs), int(budget / 4 / (count * each)))
+        each = count * self.teacher.num_inference_steps * self.teacher.calls_per_step
+        wanted = min(len(self.pairs), int(budget / 4 / each))
         parts = []
         for low in range(0, wanted, AT_ONCE):
-            part = self.pairs[slice(low, min(low + AT_ONCE, wanted))]
+            condition = self.pairs[slice(low, min(low + AT_ONCE, wanted))].condition
+            assert condition is not None
             draw = torch.Generator().manual_seed(low)
-            noises = torch.randn(count, *part.noise.shape, generator=draw)
-            outputs = torch.stack([teacher.sample(n, part.condition, teacher.num_inference_steps) for n in noises])
-            prompts = teacher.asked(part.condition).prompts
-            assert prompts is not None
-            seen = [self.scorer.score(score_text.describe(teacher.images(o)), prompts, self.names) for o in outputs]
-            place = (torch.stack(seen).argmax(0), torch.arange(len(part)))
-            parts.append(Pairs(noises[place], outputs[place], part.condition))
-        assert parts[0].condition is not None
-        noise, target, condition = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("noise", "target", "condition")
-        )
-        return Pairs(noise, target, condition), float(wanted * count * each)
+            noises = torch.randn(count, len(condition), *self.teacher.shape, generator=draw)
+            parts.append((*self._favourites(noises, condition), condition))
+        noise, target, condition = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Pairs(noise, target, condition), float(wanted * each)
 
     def trained(self, cell: Cell, address: str, folder: Path) -> tuple[dict[str, Any], Tensor]:
         """An arm, and its first images."""
         found = yaml.safe_load((HERE / "arms.yaml").read_text())
         settings: dict[str, Any] = {**found["all"], **found["arms"][cell.arm]}
         shown, spent, pairs = dict(settings), 0.0, self.pairs
-        if best_of := settings.pop("best_of", 0):
-            pairs, spent = self.best_pairs(self.budget, best_of)
-        if settings["method"] == "regression":
-            settings.pop("warm_start"), settings.pop("schedule_updates")
-        if settings["method"] == "draft":
-            settings.pop("schedule_updates")
+        if "best_of" in settings:
+            pairs, spent = self.best_pairs(self.budget, settings["best_of"])
         rewards = {"scorer": address, "scorer in process": self.white_box, "chance": self.chance}
         if "reward" in settings:
             settings["reward"] = rewards[settings["reward"]]
         config = DistillConfig.checked(
-            num_inference_steps=cell.steps, seed=cell.seed, forward_equivalents=self.budget - spent, **settings
+            num_inference_steps=cell.steps,
+            seed=cell.seed,
+            forward_equivalents=self.budget - spent,
+            **applicable(settings),
         )
         start = shipped_student(self.teacher, cell.steps)
         trainer = Trainer(self.teacher, config, pairs, folder, start.network, start.tables[0])

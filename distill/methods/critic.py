@@ -51,7 +51,7 @@ class CriticGroups:
                 again = policy.sample(starts, condition)
             check_drift(again, output, options.step_delta * self.context.amplitude)
         self.context.advantage.learn(self.context, output[: len(batch)], batch, generator)
-        figures = self.critic.look(self._judged(output.detach(), batch, generator), generator)
+        figures = self.critic.see(self._judged(output.detach(), batch, generator), generator)
         loss = 0 * next(weight for weight in policy.network.parameters() if weight.requires_grad).sum()
         if trusted:
             along = self.critic.gradient(output, condition, generator)

@@ -78,7 +78,7 @@ class Critic:
         self.head = Classifier.on(self.network, context.teacher, context.config.seed + 1, context.device)
         nn.init.zeros_(self.head.head.weight)  # it prefers nothing yet
         first = context.pairs[:1]
-        self.cost = flops(self._look, first.target, torch.zeros(1, device=context.device), first.condition)
+        self.cost = flops(self._judge, first.target, torch.zeros(1, device=context.device), first.condition)
         self.optimizer = torch.optim.AdamW(self._weights(), lr=self.options.critic_learning_rate, weight_decay=1e-2)
 
     @property
@@ -90,9 +90,9 @@ class Critic:
         own = [weight for weight in self.network.parameters() if weight.requires_grad]
         return [*own, *self.head.parameters()]
 
-    def look(self, judged: Judged, generator: torch.Generator) -> dict[str, float]:
-        """See groups that were judged now: first how well it would have judged them, then ``critic_updates`` updates on
-        them and on those of the memory, half of each."""
+    def see(self, judged: Judged, generator: torch.Generator) -> dict[str, float]:
+        """Take in groups that were judged now: first how well it would have judged them, then ``critic_updates``
+        updates on them and on those of the memory, half of each."""
         with torch.no_grad():
             before = self._centred(judged, generator)
         now = _correlation(before, judged.advantages)
@@ -139,9 +139,9 @@ class Critic:
         alpha, sigma = levels(self.context.teacher, t)
         x = alpha * latents + sigma * noise
         self.context.charge((3 if torch.is_grad_enabled() else 1) * len(x) * self.cost)
-        return self._look(x, t.float(), condition)
+        return self._judge(x, t.float(), condition)
 
-    def _look(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def _judge(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """(N,) of x (N, C, H, W) at the times t (N,)."""
         cut = not self.context.config.micro_batch_size
         with autocast(x.device.type, self.context.config.precision):

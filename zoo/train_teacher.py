@@ -109,8 +109,12 @@ def train(
     data_dir: str | None,
     checkpoint_seconds: float,
     weight_decay: float = 0.01,
+    compiled: bool = False,
 ) -> UNet2DModel:
-    """Train, or continue from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint."""
+    """Train, or continue from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint.
+
+    ``compiled``: by torch, which takes some minutes first.
+    """
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -138,6 +142,8 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         start, spent = state["update"], state["seconds"]
     model = accelerator.prepare_model(network)
+    if compiled:
+        model = torch.compile(model)
     began = saved = time.monotonic()
 
     def save(update: int) -> None:
@@ -201,6 +207,9 @@ def main(
     data_dir: Annotated[str | None, typer.Option(help="Folder with the data set's files.")] = None,
     checkpoint_seconds: float = 60.0,
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the network: minutes, then half the time.")
+    ] = False,
 ) -> None:
     """Train a teacher, then write its folder, bank and card. Run again with the same output folder to resume."""
     if architecture not in ARCHITECTURES:
@@ -215,7 +224,15 @@ def main(
         "label_dropout": label_dropout,
         "seed": seed,
     }
-    network = train(name, output, samples=samples, data_dir=data_dir, checkpoint_seconds=checkpoint_seconds, **settings)
+    network = train(
+        name,
+        output,
+        samples=samples,
+        data_dir=data_dir,
+        checkpoint_seconds=checkpoint_seconds,
+        compiled=compiled,
+        **settings,
+    )
     if int(os.environ.get("RANK", 0)):
         return
     state = torch.load(output / CHECKPOINT, weights_only=True)

@@ -24,7 +24,7 @@ from redif_sdk.distill.config import applicable
 from redif_sdk.distill.evaluation import examine
 from redif_sdk.distill.evaluation.arena import Arena, evaluate_folder
 from redif_sdk.distill.evaluation.examine import examine_teacher
-from redif_sdk.distill.rewards import fake_score
+from redif_sdk.distill.rewards import critic, fake_score
 from redif_sdk.distill.student import Student, decision
 from redif_sdk.distill.teachers import denoising
 from redif_sdk.distill.training import estimate as estimating
@@ -92,7 +92,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(training, "chosen_device", lambda name: META)
     ordinary = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: ordinary(*a, **{**k, "fused": None, "foreach": False}))
-    for module in (policy, fake_score, denoising):
+    for module in (policy, critic, fake_score, denoising):
         monkeypatch.setattr(module, "autocast", lambda kind, precision="auto": nullcontext())
     with Simulated():
         yield

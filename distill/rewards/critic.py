@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +19,9 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
 from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.compute.lora import load_trained, trained
-from redif_sdk.distill.context import Context
 from redif_sdk.distill.options import CriticOptions
 from redif_sdk.distill.rewards.classifier import Classifier
+from redif_sdk.distill.rewards.protocol import RewardContext
 from redif_sdk.distill.teachers.denoising import levels, random_times
 from redif_sdk.distill.teachers.large import network_to_train
 
@@ -64,7 +65,7 @@ class Critic:
             average, from -1 to 1.
     """
 
-    context: Context
+    context: RewardContext
     network: nn.Module = field(init=False)
     head: Classifier = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -77,8 +78,10 @@ class Critic:
         self.network = network_to_train(context.teacher, context.config).to(context.device).eval()
         self.head = Classifier.on(self.network, context.teacher, context.config.seed + 1, context.device)
         nn.init.zeros_(self.head.head.weight)  # it prefers nothing yet
-        first = context.pairs[:1]
-        self.cost = flops(self._judge, first.target, torch.zeros(1, device=context.device), first.condition)
+        first, device = torch.zeros(1, *context.teacher.shape), context.device
+        condition = context.teacher.labels(np.arange(1))
+        condition = None if condition is None else condition.to(device)
+        self.cost = flops(self._judge, first.to(device), torch.zeros(1, device=device), condition)
         self.optimizer = torch.optim.AdamW(self._weights(), lr=self.options.critic_learning_rate, weight_decay=1e-2)
 
     @property

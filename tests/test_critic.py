@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.methods.critic import TRUSTED, CriticGroups
+from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.classifier import Classifier
@@ -132,8 +133,11 @@ def test_what_it_costs_is_counted(teacher: Teacher, pairs: pool.Pairs) -> None:
     run = trainer(teacher, pairs, updates=1, critic_updates=3)
     run.run()
     assert run.meter.reward_calls == 64
-    critic = run.method.critic  # type: ignore[attr-defined]
-    judged = (64 + 3 * 3 * 128) * critic.cost / run.context.unit  # once to see how right it was, then three updates
+    assert isinstance(run.method, ReDiF)
+    assert run.method.critic is not None
+    judged = (
+        (64 + 3 * 3 * 128) * run.method.critic.cost / run.context.unit
+    )  # once to see how right it was, then three updates
     assert run.meter.auxiliary_calls == pytest.approx(judged)
 
 

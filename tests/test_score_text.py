@@ -106,3 +106,17 @@ def test_agreement_counts_both_sides(scorer: Scorer, data: Captioned, monkeypatc
         assert part["both"] <= min(part["scorer"], part["judge"])
         assert part["neither"] == pytest.approx(1 - part["scorer"] - part["judge"] + part["both"])
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_its_own_gradient_can_be_followed(scorer: Scorer, data: Captioned) -> None:
+    """The white box of the experiment: the same scores but for the rounding to a file's levels, and a gradient."""
+    images = (torch.tensor(data.images[:2]).float() / 127.5 - 1).mul(0.9).requires_grad_()
+    prompts, names = ["red heart", "red heart"], ["blue heart", "green heart"]
+    followed = scorer.score(score_text.describe(images, rounded=False), prompts, names)
+    with torch.no_grad():
+        asked = scorer.score(score_text.describe(images), prompts, names)
+    torch.testing.assert_close(followed.detach(), asked, atol=0.05, rtol=0.05)
+    assert not asked.requires_grad
+    (gradient,) = torch.autograd.grad(followed.sum(), images)
+    assert torch.isfinite(gradient).all()
+    assert (gradient.abs().amax((1, 2, 3)) > 0).all()

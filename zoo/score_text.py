@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redif_sdk.artifact.atomic import atomic_folder
-from redif_sdk.distill.measures.features import embed
+from redif_sdk.distill.measures.features import embed, pooled
 from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned
@@ -45,12 +45,16 @@ STYLE = re.compile(rf"(,| in) ({'|'.join(captions.STYLES.values())})$")
 WEIGHTS, ABOUT = "model.safetensors", "scorer.json"
 
 
-def describe(images: Tensor) -> Tensor:
-    """What the scorer sees of images (N, 3, H, W) in [-1, 1]: features, and a thumbnail, (N, 1280 + 108)."""
+def describe(images: Tensor, *, rounded: bool = True) -> Tensor:
+    """What the scorer sees of images (N, 3, H, W) in [-1, 1]: features, and a thumbnail, (N, 1280 + 108).
+
+    ``rounded``: to the levels of a file, as whatever is asked over HTTP; where not, it has a gradient.
+    """
     parts = []
     for part in images.split(100):
         seen = F.interpolate(part, size=(64, 64), mode="bilinear", align_corners=False)
-        parts.append(torch.cat([embed(seen, size=1), F.adaptive_avg_pool2d(part, THUMBNAIL).flatten(1)], 1))
+        found = embed(seen, size=1) if rounded else pooled((seen.clamp(-1, 1) + 1) * 127.5, size=1)
+        parts.append(torch.cat([found, F.adaptive_avg_pool2d(part, THUMBNAIL).flatten(1)], 1))
     return torch.cat(parts)
 
 
@@ -111,7 +115,6 @@ class Scorer(nn.Module):
         """(N, D) of :func:`describe` -> (N, WIDTH) of length 1."""
         return F.normalize(self.image((descriptions - self.mean) / self.deviation), dim=-1)
 
-    @torch.no_grad()
     def score(self, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
         """The log-probability of each image's prompt, without its style, among itself and ``names``: (N,) float32."""
         wanted = [STYLE.sub("", prompt) for prompt in prompts]
@@ -158,7 +161,7 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def views_of(data: Captioned) -> Tensor:
@@ -214,7 +217,7 @@ def load(folder: str) -> tuple[Scorer, list[str]]:
     model = Scorer(Sentences(), len(state["mean"]), state["text.1.weight"].shape[1])
     model.load_state_dict(state)
     names: list[str] = json.loads((place / ABOUT).read_text())["names"]
-    return model.eval(), names
+    return model.eval().requires_grad_(False), names
 
 
 def score(images: list[Image.Image], prompts: list[str]) -> list[float]:

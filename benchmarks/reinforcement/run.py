@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 import yaml
@@ -50,7 +49,7 @@ HERE = Path(__file__).parent
 WORK = Path("build/reinforcement")
 POOL = 2048
 BEST_OF = 8  # of the teacher's images at inference
-UNTRAINED = ("teacher", "teacher, best of 8", "start", "ddim")
+UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", "ddim")
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,10 @@ def served(scorer: Path) -> Iterator[str]:
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
-        address = next(word for word in said.split() if word.startswith("http"))
-        httpx.get(address.removesuffix("/score") + "/readyz", timeout=60)
-        yield address
+        addresses = [word for word in said.split() if word.startswith("http")]
+        if not addresses:
+            raise SystemExit(f"the scorer in {scorer} is not served; what the command said is above")
+        yield addresses[0]
     finally:
         process.terminate()
         process.wait(30)
@@ -111,7 +111,7 @@ class Experiment:
     def white_box(self, batch: Batch) -> Tensor:
         """The scorer with its gradient."""
         assert batch.prompts is not None
-        return self.scorer.score(score_text.describe(batch.images), batch.prompts, self.names)
+        return self.scorer.score(score_text.describe(batch.images, rounded=False), batch.prompts, self.names)
 
     def chance(self, batch: Batch) -> Tensor:
         """A reward that says nothing."""
@@ -123,7 +123,7 @@ class Experiment:
         samples: dict[str, Sample] = {
             "teacher": lambda noise, condition: teacher.sample(noise, condition, teacher.num_inference_steps),
             "ddim": lambda noise, condition: teacher.sample(noise, condition, cell.steps),
-            "teacher, best of 8": self.best,
+            f"teacher, best of {BEST_OF}": self.best,
             "start": self.policy(cell.steps).sample,
         }
         return {**asdict(cell), **self.panel.full(samples[cell.arm])}

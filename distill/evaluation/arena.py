@@ -174,6 +174,13 @@ class Arena:
         )
 
 
+def on_held_out(teacher: Teacher) -> tuple[Teacher, str]:
+    """A text-to-image teacher on the prompts that its folder holds out, or where it names none on its own; and which
+    these are."""
+    new = teacher.extra.get("held_out")
+    return (drawing(teacher, new), "held out") if new else (teacher, "trained on")
+
+
 def evaluate_folder(
     folder: Path,
     against: str | Path | Teacher,
@@ -218,8 +225,8 @@ def evaluate_folder(
             f"{folder} and the teacher {teacher.name} do not make the same images; give its own teacher"
         )
     which = None if teacher.prompts is None else "given" if prompts is not None else "trained on"
-    if which == "trained on" and teacher.extra.get("held_out") and not trained_prompts:
-        teacher, which = drawing(teacher, teacher.extra["held_out"]), "held out"
+    if which == "trained on" and not trained_prompts:
+        teacher, which = on_held_out(teacher)
     student.use_rows(teacher.rows)
     student.use_guidance(teacher)
     if teacher.decode is None:

@@ -41,11 +41,14 @@ def embed(images: Tensor, batch_size: int = 125, size: int = 0) -> Tensor:
     as the network was trained ((x - 127) / 128), and the last feature map is averaged over places. ``size`` 1: those of
     EfficientNet-Lite1, on whose view settings may be tuned (its package has to be installed).
     """
-    network, parts = _efficientnet(size).to(images.device), []
-    for batch in images.split(batch_size):
-        levels = ((batch.clamp(-1, 1) + 1) * 127.5).round()
-        if min(levels.shape[-2:]) < SMALLEST:
-            levels = F.interpolate(levels, size=(SMALLEST, SMALLEST), mode="bilinear", align_corners=False)
-        pixels = ((levels - 127) / 128).expand(-1, 3, -1, -1)
-        parts.append(network.extract_features(pixels).mean((2, 3)))
-    return torch.cat(parts)
+    parts = images.split(batch_size)
+    return torch.cat([pooled(((part.clamp(-1, 1) + 1) * 127.5).round(), size) for part in parts])
+
+
+def pooled(levels: Tensor, size: int = 0) -> Tensor:
+    """The same of images (N, 1 or 3, H, W) in [0, 255], all at once, with a gradient: nothing is rounded."""
+    if min(levels.shape[-2:]) < SMALLEST:
+        levels = F.interpolate(levels, size=(SMALLEST, SMALLEST), mode="bilinear", align_corners=False)
+    pixels = ((levels - 127) / 128).expand(-1, 3, -1, -1)
+    features: Tensor = _efficientnet(size).to(levels.device).extract_features(pixels).mean((2, 3))
+    return features

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.context import Context
-from redif_sdk.distill.methods.estimators import check_drift
+from redif_sdk.distill.methods.estimators import at_length, check_drift, different_starts, matching_term
 from redif_sdk.distill.methods.protocol import Loss
 from redif_sdk.distill.methods.regression import to_target
 from redif_sdk.distill.options import CriticOptions
@@ -50,31 +49,24 @@ class CriticGroups:
             with torch.no_grad():
                 again = policy.sample(starts, condition)
             check_drift(again, output, options.step_delta * self.context.amplitude)
-        self.context.advantage.learn(self.context, output[: len(batch)], batch, generator)
-        figures = self.critic.see(self._judged(output.detach(), batch, generator), generator)
+        figures = self.context.advantage.learn(self.context, output[: len(batch)], batch, generator)
+        figures |= self.critic.see(self._judged(output.detach(), batch, generator), generator)
         loss = 0 * next(weight for weight in policy.network.parameters() if weight.requires_grad).sum()
         if trusted:
             along = self.critic.gradient(output, condition, generator)
-            rms = draws.mean(along.pow(2)).sqrt().clamp_min(1e-12)
-            step = options.step_delta * max(0.0, self.critic.agreement)
-            loss = loss - 2 * step * (along / rms * output).mean() / self.context.amplitude
-            figures |= {"direction_rms": rms.item()}
+            direction, figures["direction_rms"] = at_length(along, options.step_delta * max(0.0, self.critic.agreement))
+            loss = loss - 2 * (direction * output).mean() / self.context.amplitude
         residual, figures["mse"] = to_target(self.context, output[: len(batch)], batch.target, options.huber)
-        loss = loss + options.regression_weight * residual
-        if self.fake is not None and float(torch.rand((), generator=generator)) < options.dmd_fraction:
-            matching, figures["fake_loss"] = self.fake.matching(output, condition, generator, options.fake_updates)
-            loss = loss + options.dmd_weight * matching
-        yield loss, figures
+        matching, learnt = matching_term(self.fake, options, output, condition, generator)
+        yield loss + options.regression_weight * residual + matching, figures | learnt
 
     def _starts(self, batch: Pairs, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The initial noises: the pool's (B, ...); with different ones in a group G B of them, the pool's first."""
         options = self.context.config.options_as(CriticOptions)
         if options.group_noise == "same":
             return batch.noise, batch.condition
-        shape = (options.group_size - 1, *batch.noise.shape)
-        more = draws.normal(shape, generator, batch.noise.device, dim=1).flatten(0, 1)
         condition = None if batch.condition is None else batch.condition.repeat(options.group_size)
-        return torch.cat([batch.noise, more]), condition
+        return different_starts(batch, options.group_size, generator), condition
 
     def _judged(self, outputs: Tensor, batch: Pairs, generator: torch.Generator) -> Judged:
         """The outputs with exploration, G of each of the batch, and the rewards' advantages."""

@@ -19,7 +19,7 @@ from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.protocol import Loss
 from redif_sdk.distill.methods.regression import to_target
-from redif_sdk.distill.options import PathwiseOptions, SameStateOptions, Trajectories
+from redif_sdk.distill.options import DistributionTerm, PathwiseOptions, SameStateOptions, Trajectories
 from redif_sdk.distill.policy import Exploration
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.fake_score import FakeScore
@@ -54,6 +54,33 @@ def score_direction(advantage: Tensor, xi: Tensor) -> Tensor:
     for weight, drawn in zip(weights, xi, strict=True):  # several times as fast as einsum
         direction.addcmul_(weight, drawn)
     return direction / len(xi)
+
+
+def at_length(direction: Tensor, length: float) -> tuple[Tensor, float]:
+    """The direction at an rms of ``length`` over the batch, and the rms that it had."""
+    rms = draws.mean(direction.pow(2)).sqrt().clamp_min(1e-12)
+    return length * direction / rms, rms.item()
+
+
+def matching_term(
+    fake: FakeScore | None,
+    options: DistributionTerm,
+    output: Tensor,
+    condition: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, float]]:
+    """DMD's term for ``output``, weighted by ``dmd_weight``, in a ``dmd_fraction`` of the updates; else 0. Figures."""
+    if fake is None or float(torch.rand((), generator=generator)) >= options.dmd_fraction:
+        return output.new_zeros(()), {}
+    matching, fake_loss = fake.matching(output, condition, generator, options.fake_updates)
+    return options.dmd_weight * matching, {"fake_loss": fake_loss}
+
+
+def different_starts(batch: Pairs, group_size: int, generator: torch.Generator) -> Tensor:
+    """Noises (G B, C, H, W) of groups that begin each at its own: the first is the pool's, the others are drawn."""
+    shape = (group_size - 1, *batch.noise.shape)
+    more = draws.normal(shape, generator, batch.noise.device, dim=1).flatten(0, 1)
+    return torch.cat([batch.noise, more])
 
 
 @dataclass
@@ -103,10 +130,8 @@ class SameStateGroups:
         residual, mse = to_target(self.context, output, batch.target, options.huber)
         moved = (direction * mean).mean() / self.context.amplitude  # the direction's length is in units of x0
         loss = options.regression_weight * residual - 2 * moved
-        if self.fake is not None and float(torch.rand((), generator=generator)) < options.dmd_fraction:
-            matching, fake_loss = self.fake.matching(output, batch.condition, generator, options.fake_updates)
-            loss, figures = loss + options.dmd_weight * matching, figures | {"fake_loss": fake_loss}
-        yield loss, {"mse": mse, **figures}
+        matching, learnt = matching_term(self.fake, options, output, batch.condition, generator)
+        yield loss + matching, {"mse": mse, **figures, **learnt}
 
     def _direction(
         self, batch: Pairs, row: int, state: Tensor, mean: Tensor, generator: torch.Generator
@@ -127,8 +152,8 @@ class SameStateGroups:
 
     def _step(self, direction: Tensor, figures: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
         """The direction at the length of the trust region, an rms of ``step_delta`` over the batch."""
-        rms = draws.mean(direction.pow(2)).sqrt().clamp_min(1e-12)
-        return self.options.step_delta * direction / rms, {"direction_rms": rms.item(), **figures}
+        moved, rms = at_length(direction, self.options.step_delta)
+        return moved, {"direction_rms": rms, **figures}
 
 
 @dataclass
@@ -163,10 +188,10 @@ class TrajectoryGroups:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """G trajectories: of the noisy rows the states, actions and means (G B, C, H, W); and the final output."""
         policy, options = self.context.policy, self.options
-        starts = batch.noise.repeat(options.group_size, 1, 1, 1)
-        if options.group_noise == "different":  # the first of a group is the pool's, the others are drawn
-            more = (options.group_size - 1, *batch.noise.shape)
-            starts[len(batch) :] = draws.normal(more, generator, starts.device, dim=1).flatten(0, 1)
+        if options.group_noise == "different":
+            starts = different_starts(batch, options.group_size, generator)
+        else:
+            starts = batch.noise.repeat(options.group_size, 1, 1, 1)
         x = policy.start(starts)
         labels = None if batch.condition is None else batch.condition.repeat(options.group_size)
         states, actions, means = [], [], []

@@ -74,9 +74,8 @@ def text_quickstart(
     steps = checked_steps(output, steps, minutes)
     report, began = Progress(quiet), time.monotonic()
     say_plan(report, teacher, steps, preset, minutes)
-    from redif_sdk.distill.evaluation.arena import Arena  # imports torch, which takes seconds
+    from redif_sdk.distill.evaluation.arena import Arena, on_held_out  # imports torch, which takes seconds
     from redif_sdk.distill.shipped.students import shipped_student
-    from redif_sdk.distill.teachers.adapters import drawing
     from redif_sdk.distill.teachers.base import Teacher
 
     # each begins with the weights of the one of more steps
@@ -87,9 +86,9 @@ def text_quickstart(
         raise InvalidRequest(f"{teacher} draws no prompts; give a text-to-image teacher, or leave --text out")
     shipped = {count: shipped_student(model, count) for count in steps} if trained else {}
     with report.stage("teacher: outputs, judge"):
-        new = model.extra.get("held_out")  # prompts that nothing was trained on, where the teacher's folder names them
-        arena = Arena.of(drawing(model, new) if new else model, num_samples)
-        arena.prompts = "held out" if new else "trained on"
+        judged, which = on_held_out(model)
+        arena = Arena.of(judged, num_samples)
+        arena.prompts = which
     for count, student in shipped.items():
         student.save_pretrained(output / f"student-{count}", overwrite=True)
     students = shipped or _distil(model, configs, output, minutes, report)

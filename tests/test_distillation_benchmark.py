@@ -81,6 +81,19 @@ def test_controls_restore_what_they_should() -> None:
     assert sharpened["unsharp"] > 0
 
 
+def test_unpaired_figures_are_of_all_noises() -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(400, 1, 4, 4, generator=draw) * 1.2 - 0.6
+    target, others, fresh = images[:50], images[50:250], images[250:]
+    reference = judges.Reference("pixels", Judge(target, lambda of: of.flatten(1), others=lambda: others))
+    alone, more = reference.row(target), reference.row(target, fresh)
+    assert more["fd_unpaired"] < 0.8 * alone["fd_unpaired"]  # both are samples of one distribution
+    assert more["coverage"] > alone["coverage"]
+    assert more["fd_teacher"] == alone["fd_teacher"]
+    wrong = reference.row(target, -fresh - 0.5)
+    assert wrong["fd_unpaired"] > 2 * more["fd_unpaired"]
+
+
 def test_nothing_is_tuned_on_the_test_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["--set", "{learning_rate: 1}", "-o", str(tmp_path)])

@@ -128,13 +128,15 @@ class Reference:
     name: str
     judge: Judge
 
-    def row(self, images: Tensor) -> dict[str, Any]:
-        """The figures of one contender's images (N, C, H, W), paired with the teacher's."""
+    def row(self, images: Tensor, fresh: Tensor | None = None) -> dict[str, Any]:
+        """The figures of one contender's images (N, C, H, W), paired with the teacher's; unpaired, of ``fresh`` too."""
         quality = self.judge.quality(images, GAINS)
         found = {name: value for name, value in quality.row().items() if name not in OF_IMAGES}
         corrected = images * quality.gain
         sharpened = [(self.judge.distance(self.judge.embed(unsharp(corrected, a))), a) for a in UNSHARP]
         found["fd_teacher_unsharp"], found["unsharp"] = min([*sharpened, (quality.fd_teacher_gain, 0.0)])
+        if fresh is not None:
+            found |= self.judge.unpaired(torch.cat([self.judge.embed(images), self.judge.embed(fresh)]))
         return {"features": self.name, **found}
 
 
@@ -184,14 +186,17 @@ class Panel:
             ],
         )
 
-    def judge(self, images: Tensor) -> dict[str, Any]:
-        """mse, high_frequency (ratio to the teacher's), the spectrum, and a row of figures for each feature network."""
+    def judge(self, images: Tensor, fresh: Tensor | None = None) -> dict[str, Any]:
+        """mse, high_frequency (ratio to the teacher's), the spectrum, and a row of figures for each feature network.
+
+        ``fresh``: the contender's images for more noises (M, C, H, W); figures of unpaired images are then of all.
+        """
         seen, wanted = images.clamp(-1, 1), self.target.clamp(-1, 1)
         return {
             "mse": float((seen - wanted).pow(2).mean()),
             "high_frequency": high_frequency(images) / high_frequency(self.target),
             **self.references[0].judge.seen(images),
-            "judged": [reference.row(images) for reference in self.references],
+            "judged": [reference.row(images, fresh) for reference in self.references],
         }
 
 

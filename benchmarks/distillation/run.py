@@ -16,14 +16,15 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DPMSolverMultistepScheduler
 from filelock import FileLock, Timeout
 from PIL import Image
 
@@ -33,7 +34,6 @@ from redif_sdk.distill import DistillConfig, Teacher
 from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.compute.device import cpu_has_bf16
 from redif_sdk.distill.evaluation.arena import outputs
-from redif_sdk.distill.measures import features
 from redif_sdk.distill.methods import method_names
 from redif_sdk.distill.presets import preset
 from redif_sdk.distill.training.loop import Trainer
@@ -63,16 +63,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of the benchmark. ``budget``: forward-equivalents a student."""
+    """The size of the benchmark. ``budget``: forward-equivalents a student. ``unpaired``: images of a contender, and
+    least of the teacher for other noises, between which the test's unpaired figures are."""
 
     budget: float = 24_000
     pool: int = 4096
     samples: int = 2000
+    unpaired: int = 5120
     judge_updates: int = 1000
     clocked: int = 24  # updates of regression from which the budget's seconds are extrapolated
 
 
-SMOKE = Scale(budget=1000, pool=64, samples=32, judge_updates=5, clocked=2)
+SMOKE = Scale(budget=1000, pool=64, samples=32, unpaired=40, judge_updates=5, clocked=2)
 
 
 def common(file: Path = HERE / "settings.yaml") -> dict[str, Any]:
@@ -93,6 +95,11 @@ def settings_of(method: str, steps: int, file: Path = HERE / "settings.yaml") ->
         **own.get("steps", {}).get(steps, {}),
     }
     return {name: value for name, value in chosen.items() if name not in ("method", "num_inference_steps", "updates")}
+
+
+def ddim(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor:
+    """Latents (N, C, H, W) of the teacher under DDIM."""
+    return outputs(lambda noise, condition: teacher.sample(noise, condition, steps), arena)
 
 
 def dpm_solver(teacher: Teacher, steps: int, arena: pairs.Pairs) -> torch.Tensor:
@@ -127,17 +134,20 @@ class Comparison:
         self.data, self.scale = data, scale
         self.teacher = Teacher.load(teacher or data)
         self.pool, self.pool_calls = pairs.get(self.teacher, scale.pool, "train")
+        tuned, _ = pairs.get(self.teacher, scale.samples, "train", seed=VALIDATION_SEED)
+        self.held, others, self.fresh = tuned, self.pool.target, None
         if protocol == "test":
             self.held, _ = pairs.get(self.teacher, scale.samples, "held_out")
-        else:
-            self.held, _ = pairs.get(self.teacher, scale.samples, "train", seed=VALIDATION_SEED)
+            others = torch.cat([others, tuned.target])  # for noises of which no contender is judged on one
+            more = torch.empty(max(scale.unpaired - scale.samples, 0), 0)
+            self.fresh = pairs.pairs_of(self.teacher, more, "held_out", 0, low=scale.samples) if len(more) else None
         target = self.teacher.images(self.held.target)
         self.panel = Panel.of(
             protocol,
             data,
             target,
             cache,
-            others=self.teacher.images(self.pool.target),
+            others=self.teacher.images(others),
             conditions=self.held.condition,
             judge_updates=scale.judge_updates,
         )
@@ -157,11 +167,8 @@ class Comparison:
         ``extra`` lies over the method's settings, ``alone`` is in their place.
         """
         if cell.seed is None:
-            policy, budget, settings = None, {}, {}
-            if cell.method == "ddim":
-                latents = outputs(lambda n, c: self.teacher.sample(n, c, cell.steps), self.held)
-            else:
-                latents = dpm_solver(self.teacher, cell.steps, self.held)
+            budget, settings = {}, {}
+            make = partial(ddim if cell.method == "ddim" else dpm_solver, self.teacher, cell.steps)
         else:
             settings = settings_of(cell.method, cell.steps) if alone is None else common() | alone
             settings |= extra or {}
@@ -174,26 +181,19 @@ class Comparison:
             meter = policy.meter
             budget = asdict(meter) | {"forward_equivalents": meter.forward_equivalents, "pool_calls": self.pool_calls}
             settings |= {"timesteps": [float(t) for t in policy.table.timesteps]}
-            latents = outputs(policy.sample, self.held, slices=policy.table.noise_slices)
-        images = self.teacher.images(latents)
+            make = partial(outputs, policy.sample, slices=policy.table.noise_slices)
+        images = self.teacher.images(make(self.held))
+        fresh = None if self.fresh is None else self.teacher.images(make(self.fresh))
         row = {
             **asdict(cell),
             "network_calls": cell.steps * (self.teacher.calls_per_step if cell.seed is None else 1),
             "num_samples": len(self.held),
+            "num_unpaired": len(self.held) + (0 if self.fresh is None else len(self.fresh)),
             "budget": budget,
             "settings": settings,
-            **self.panel.judge(images),
+            **self.panel.judge(images, fresh),
         }
         return row, sheet(images, min(40, len(images)))
-
-
-def compile_networks() -> None:
-    """Compile every denoising network of this process, whatever method has it, and those that judge."""
-    if not hasattr(UNet2DModel.forward, "_torchdynamo_orig_callable"):
-        UNet2DModel.forward = torch.compile(UNet2DModel.forward, dynamic=True)
-        for size in (0, 1):
-            network = features._efficientnet(size)
-            network.extract_features = torch.compile(network.extract_features, dynamic=True)
 
 
 def cells(asked: argparse.Namespace) -> Iterator[Cell]:
@@ -225,18 +225,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tag", default="", help="validation: prefix of the cells' names.")
     parser.add_argument("--smoke", action="store_true", help="Everything, at a toy budget.")
     parser.add_argument("--no-untrained", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="Compile the networks: minutes, then half the time.")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results")
     asked = parser.parse_args(arguments)
     scale = SMOKE if asked.smoke else Scale()
-    scale = Scale(asked.budget or scale.budget, scale.pool, asked.samples or scale.samples, scale.judge_updates)
+    scale = replace(scale, budget=asked.budget or scale.budget, samples=asked.samples or scale.samples)
     cache = Path(os.environ.get("REDIF_CACHE", "build/benchmarks"))
     extra = yaml.safe_load(asked.extra)
     alone = None if asked.settings is None else yaml.safe_load(asked.settings)
     if (extra or alone is not None) and asked.protocol == "test":
         parser.error("--set is for the validation protocol: nothing is tuned on the test's")
-    if asked.compile:
-        compile_networks()
     asked.output.mkdir(parents=True, exist_ok=True)
     comparisons: dict[str, Comparison] = {}
     for cell in cells(asked):
@@ -255,8 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
                 row, picture = comparisons[cell.data].run(cell, extra, alone)
         except Timeout:
             continue  # another process computes it
-        how = {"compiled": asked.compile, "precision": "bf16" if cpu_has_bf16() else "fp32"}
-        how |= {"threads": torch.get_num_threads(), "scale": asdict(scale)}
+        how: dict[str, Any] = {"threads": torch.get_num_threads(), "scale": asdict(scale)}
+        how |= {"precision": "bf16" if cpu_has_bf16() else "fp32"}
         written = document("benchmarks/distillation", [row], **how)
         if cell.seed == 0 and asked.protocol == "test":  # docs/results.md shows it
             Image.fromarray(np.asarray(picture)).save(path.with_suffix(".png"), optimize=True)

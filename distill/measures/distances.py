@@ -183,8 +183,8 @@ class Judge:
             return frechet_distance_of(features, self.reference[: len(features)])
         return frechet_distance(Statistics.of(features), self.statistics)
 
-    def _unpaired(self, features: Tensor) -> dict[str, Any]:
-        """The figures against the teacher's images for other noises."""
+    def unpaired(self, features: Tensor) -> dict[str, Any]:
+        """The figures of features (N, D) against those of the teacher's images for other noises; None without any."""
         if self.others is None:
             names = ("fd_unpaired", "kd_unpaired", "precision", "recall", "density", "coverage")
             return dict.fromkeys(names)
@@ -231,6 +231,6 @@ class Judge:
             kd_teacher=kernel_distance(features, self.reference),
             mse=float(((seen - wanted) ** 2).mean()),
             spread=own / max(theirs, 1e-12) if own is not None and theirs is not None else None,
-            **self._unpaired(features),
+            **self.unpaired(features),
             **self.seen(images),
         )

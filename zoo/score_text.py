@@ -134,19 +134,20 @@ class Scorers(nn.Module):
     def __init__(self, models: Mapping[str, Scorer]) -> None:
         super().__init__()
         self.models = nn.ModuleDict(models)
+        self.of = dict(models)
 
     def score(self, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
         """As `Scorer.score`, by the model of the style that a prompt names; without one the mean of all: (N,)."""
         found = [STYLE.search(prompt) for prompt in prompts]
         asked = [STYLE_OF[match[2]] if match else None for match in found]
-        every = torch.stack([model.score(descriptions, prompts, names) for model in self.models.values()])
-        weight = torch.tensor([[float(style in (None, own)) for style in asked] for own in self.models])
+        every = torch.stack([model.score(descriptions, prompts, names) for model in self.of.values()])
+        weight = torch.tensor([[float(style in (None, own)) for style in asked] for own in self.of])
         return (every * weight).sum(0) / weight.sum(0)
 
     def ranks(self, descriptions: Tensor, names: Sequence[str], styles: Sequence[str], known: Sequence[str]) -> Tensor:
         """The rank, from 0, of each name among itself and 99 of ``known``, by the model of its style: (N,) int64."""
         ranks = torch.zeros(len(names), dtype=torch.int64)
-        for style, model in self.models.items():
+        for style, model in self.of.items():
             mine = [place for place, other in enumerate(styles) if other == style]
             if mine:
                 ranks[mine] = retrieval(model, descriptions[mine], [names[place] for place in mine], known, seed=5)

@@ -1,9 +1,9 @@
 """The judge of the experiment: prompts that no reinforcement saw, and networks that gave no reward.
 
 `CaptionJudges` (EfficientNet-Lite0 and words; one a style, trained on the other styles) says how often the prompt's own
-caption is the first of a hundred. No prompt that is judged is among any arm's training prompts. They are of three kinds:
-subjects in a style in which no arm trains on them ("red heart, noto style", where it has "red heart" and the other
-styles); subjects that no arm trains on at all; and the compositions that the teacher itself never saw.
+caption is the first of a hundred. No prompt that is judged is among any arm's training prompts. They are of three
+kinds: subjects in a style in which no arm trains on them ("red heart, noto style", where it has "red heart" and the
+other styles); subjects that no arm trains on at all; and the compositions that the teacher itself never saw.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -175,6 +176,31 @@ def test_rewards_see_what_a_user_sees() -> None:
         assert torch.equal(given, torch.nn.functional.pixel_shuffle(latents, 2).clamp(-1, 1))
         assert given.shape == (3, 1, 4, 4)
     assert float(images.abs().max()) == 1.0
+
+
+class Decoder(torch.nn.Conv2d):
+    """One grey pixel for each place of the latents; it notes what it was computed in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = super().forward(x)
+        self.seen = made.dtype
+        return made
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_images_for_rewards_are_decoded_in_the_precision_of_the_training(
+    teacher: Teacher, precision: str, computed: torch.dtype
+) -> None:
+    decoder = Decoder(SHAPE[0], 1, 1).eval()
+    latent = replace(teacher, decode=decoder)
+    pairs = pool.compute(latent, 8, "train")
+    advantage = context(latent, pairs, method="redif", reward="pixel", precision=precision).advantage
+    x = pairs.target[:2].clone().requires_grad_()
+    images = advantage.images(x)
+    assert (decoder.seen, images.dtype) == (computed, torch.float32)
+    torch.testing.assert_close(images, decoder(x).clamp(-1, 1), atol=0.02, rtol=0.02)
+    images.sum().backward()
+    assert x.grad is not None
 
 
 def test_unknown_reward_is_named() -> None:

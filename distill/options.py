@@ -155,7 +155,10 @@ class RedifOptions(Rewarded, WarmStarted):
     method: Literal["redif"] = "redif"
     estimator: str
     schedule_updates: int = Field(
-        20, ge=0, description="Policy-gradient updates of the step table's times; 0 = the teacher's spacing."
+        20,
+        ge=0,
+        description="Policy-gradient updates of the step table's times, at most: of a budget of forward-equivalents they "
+        "get a fifth. 0 = the teacher's spacing.",
     )
     calibration: int = Field(0, ge=0, description="Samples used to fit a scalar output scale; 0 = off.")
 

@@ -137,6 +137,14 @@ def test_segments_beyond_the_regression_are_refused(method: str, said: str) -> N
         DistillConfig.checked(method=method, segments=0.6, warm_start=0.5)
 
 
+def test_learning_times_leaves_most_of_a_budget_to_the_training() -> None:
+    """Twenty updates of three steps would cost 11,520 forward-equivalents: more than there are."""
+    run = trainer(make_teacher(exact), "redif", num_inference_steps=3, schedule_updates=20, updates=None,
+                  forward_equivalents=6000.0)  # fmt: skip
+    run.method.prepare(run.context)
+    assert run.meter.forward_equivalents == pytest.approx(2 * 8 * 24 * 3, rel=0.01)  # a third update is beyond a fifth
+
+
 def test_a_guided_teacher_judges_times_itself() -> None:
     """The student's network knows nothing of guidance before it is trained: its best times are not the student's."""
     far = 3.0

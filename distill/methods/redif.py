@@ -21,7 +21,7 @@ from redif_sdk.distill.methods.estimators import SameStateGroups, TrajectoryGrou
 from redif_sdk.distill.methods.gain import gain_cost, learn_gain
 from redif_sdk.distill.methods.protocol import Loss, Method
 from redif_sdk.distill.methods.regression import Regression
-from redif_sdk.distill.methods.times import learn_times, teacher_as_policy
+from redif_sdk.distill.methods.times import images_an_update, learn_times, teacher_as_policy
 from redif_sdk.distill.options import CriticOptions, PathwiseOptions, SameStateOptions, TrajectoryOptions
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.pool import Pairs
@@ -29,6 +29,7 @@ from redif_sdk.distill.rewards.critic import Critic
 from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.sampling.table import StepTable
 
+TIMES_SHARE = 0.2  # of a budget of forward-equivalents, at most, goes into the times
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
 
@@ -52,11 +53,15 @@ class ReDiF(Method):
         self.critic: Critic | None = None
 
     def prepare(self, context: Context) -> None:
-        """The schedule policy. K = 1 has no times to learn.
+        """The schedule policy, in as many updates as `TIMES_SHARE` pays for. K = 1 has no times to learn.
 
         A guided teacher judges times itself, at all its calls a step: the student's network does not know guidance yet.
         """
         updates, teacher, policy = _options(context).schedule_updates, context.teacher, context.policy
+        calls = policy.num_inference_steps * (1 if teacher.guidance is None else teacher.calls_per_step)
+        if budget := context.config.forward_equivalents:
+            image = calls + context.advantage.decoding(context.pairs.target) / context.unit
+            updates = min(updates, int(TIMES_SHARE * budget / (images_an_update() * image)))
         if not updates or policy.num_inference_steps == 1:
             return
         judged = policy if teacher.guidance is None else teacher_as_policy(teacher, policy.table)

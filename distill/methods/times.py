@@ -25,6 +25,11 @@ from redif_sdk.sampling.table import NoiseSchedule, StepTable
 GROUP, BATCH, SPREAD, RATE = 8, 24, 0.35, 0.12
 
 
+def images_an_update() -> int:
+    """Images that :func:`learn_times` samples for one update."""
+    return GROUP * BATCH
+
+
 def times_of(first: int, m: Tensor) -> list[int]:
     """first = t_0 > t_1 > ... >= 0, integers; ``m`` (K - 1,)."""
     times, t = [first], float(first)

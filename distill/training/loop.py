@@ -9,18 +9,18 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
-from redif_sdk.distill.compute.device import chosen_device
+from redif_sdk.distill.compute.device import autocast, chosen_device
 from redif_sdk.distill.compute.lora import apart, load_trained, merged, twin
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.context import Context
@@ -143,7 +143,13 @@ class Trainer:
                 f"group_noise is different, but the reward {paired[0]} compares with the teacher's image of one noise; "
                 "use group_noise same, or a reward that sees the prompt"
             )
-        advantage = Advantage(rewards, judged.unit_images, clamped=not in_latents, teacher=judged)
+
+        def to_images(latents: Tensor) -> Tensor:
+            decoded = judged.decode is not None  # in the precision of the networks: it is most of what an update costs
+            with autocast(latents.device.type, config.precision) if decoded else nullcontext():
+                return judged.unit_images(latents).float()
+
+        advantage = Advantage(rewards, to_images, clamped=not in_latents, teacher=judged)
         meter = Meter(processes=draws.world())
         policy = StudentPolicy(network, table, teacher.schedule, meter, precision=config.precision)
         bounds = None if teacher.decode is not None else teacher.postprocess.value_range

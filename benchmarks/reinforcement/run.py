@@ -94,19 +94,33 @@ def _descriptions(data: captions.Captioned) -> Tensor:
 
 
 class Experiment:
-    """Teacher, pool, judge and scorer, loaded once."""
+    """Teacher, pool, judge and scorer, loaded once.
 
-    def __init__(self, asked: argparse.Namespace) -> None:
+    Attributes:
+        budget: forward-equivalents of every arm.
+        checks: points of its curve, each judged on ``seen`` prompts.
+    """
+
+    def __init__(
+        self,
+        scorer: Path,
+        data_dir: str | None,
+        prompts: int,
+        *,
+        budget: float = 0.0,
+        checks: int = 1,
+        seen: int = 300,
+    ) -> None:
         self.teacher = Teacher.load("mini-sd")
-        self.data = captions.load(asked.data_dir)
-        self.scorer, self.names = score_text.load(str(asked.scorer))
+        self.data = captions.load(data_dir)
+        self.scorer, self.names = score_text.load(str(scorer))
         judges = CaptionJudges(self.data, descriptions=_descriptions(self.data))
-        self.panel = Panel(self.teacher, self.data, judges, self.scorer, self.names, asked.prompts)
+        self.panel = Panel(self.teacher, self.data, judges, self.scorer, self.names, prompts)
         whole, _ = pool.get(self.teacher, POOL, "train")
         assert self.teacher.prompts is not None
         every = [self.teacher.prompts.text(place) for place in range(self.teacher.num_conditions)]
         self.pairs = training_part(whole, every, self.data)
-        self.budget, self.checks, self.seen = asked.budget, asked.checks, asked.seen
+        self.budget, self.checks, self.seen = budget, checks, seen
 
     def white_box(self, batch: Batch) -> Tensor:
         """The scorer with its gradient."""
@@ -235,7 +249,14 @@ def main(arguments: list[str] | None = None) -> None:
                     path = asked.output / f"{cell.name}.json"
                     if path.is_file() or (arm in UNTRAINED and seed):
                         continue
-                    experiment = experiment or Experiment(asked)
+                    experiment = experiment or Experiment(
+                        asked.scorer,
+                        asked.data_dir,
+                        asked.prompts,
+                        budget=asked.budget,
+                        checks=asked.checks,
+                        seen=asked.seen,
+                    )
                     began = time.monotonic()
                     if arm in UNTRAINED:
                         row = experiment.untrained(cell)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.distillation import black_box, judges, overhead, render, run, search, text
+from benchmarks.distillation import black_box, judges, overhead, render, run, search, text, variants
 from redif_sdk.distill import DistillConfig
 from redif_sdk.distill.evaluation.datasets import data_folder
 from redif_sdk.distill.measures.distances import Judge
@@ -107,13 +107,30 @@ def test_settings_of_the_comparison_on_text(method: str, steps: int) -> None:
         assert settings["warm_start"] >= settings["segments"] > 0
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_variants_of_redif_are_settings_that_it_takes(steps: int) -> None:
+    for variant, changed in variants.VARIANTS.items():
+        settings = run.settings_of("redif", steps) | changed
+        config = DistillConfig.checked(num_inference_steps=steps, method="redif", **settings)
+        assert all(config.get(name) == value for name, value in changed.items() if name != "reward"), variant
+
+
+def test_variants_are_shown_with_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = cell("redif", 0, 0.5, steps=2) | {"fine_energy": 0.8}
+    row["judged"] = [judged | {"coverage": 0.7, "spread": 0.9} for judged in row["judged"]]
+    variants.place(tmp_path, "groups of 16", 2, 0).write_text(json.dumps({"rows": [row]}))
+    variants.main(["--show", "-o", str(tmp_path)])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| groups")]
+    assert shown == ["| groups of 16 | 0.50 / 0.50 | 0.50 / 0.50 | 0.80 | 0.70 | 0.90 | 1 |"]
+
+
 def test_nothing_is_tuned_on_the_test_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["--set", "{learning_rate: 1}", "-o", str(tmp_path)])
     assert "nothing is tuned on the test" in capsys.readouterr().err
 
 
-def cell(method: str, seed: int | None, distance: float, steps: int = 1) -> dict[str, object]:
+def cell(method: str, seed: int | None, distance: float, steps: int = 1) -> dict[str, Any]:
     judged = {f"fd_teacher{control}": distance for control in ("", "_gain", "_unsharp", "_std")}
     judged |= {"kd_teacher": distance / 50, "fd_real": 9.0, "precision": 0.8, "recall": 0.7}
     budget = {} if seed is None else {"forward_equivalents": 500.0, "seconds": 9.0}

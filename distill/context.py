@@ -41,6 +41,7 @@ class Context:
     config: DistillConfig
     bounds: tuple[float, float] | None = None
     unit: float = math.inf
+    judge: Advantage | None = None
 
     @property
     def device(self) -> torch.device:

@@ -53,6 +53,10 @@ class Rewarded(MethodOptions):
     reward_space: Literal["images", "latents"] = Field(
         "images", description="What rewards see: decoded images, or the latents of a latent diffusion model."
     )
+    judge: Any = Field(
+        None,
+        description="A reward that nothing is trained on: checks ask it, and warn if it falls while the reward rises.",
+    )
 
 
 class Supervised(MethodOptions):
@@ -157,8 +161,8 @@ class RedifOptions(Rewarded, WarmStarted):
     schedule_updates: int = Field(
         20,
         ge=0,
-        description="Policy-gradient updates of the step table's times, at most: of a budget of forward-equivalents they "
-        "get a fifth. 0 = the teacher's spacing.",
+        description="Policy-gradient updates of the step table's times, at most: they get a fifth of a budget of "
+        "forward-equivalents. 0 = the teacher's spacing.",
     )
     calibration: int = Field(0, ge=0, description="Samples used to fit a scalar output scale; 0 = off.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,36 @@ def test_images_for_rewards_are_decoded_in_the_precision_of_the_training(
     torch.testing.assert_close(images, decoder(x).clamp(-1, 1), atol=0.02, rtol=0.02)
     images.sum().backward()
     assert x.grad is not None
+
+
+def bright(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def dark(images: Tensor, targets: Tensor, condition: Tensor | None) -> Tensor:
+    return -images.mean((1, 2, 3))
+
+
+def test_a_judge_is_asked_at_checks_and_trained_on_nowhere(teacher: Teacher, tmp_path: Path) -> None:
+    """It may be the reward's very opposite: the student is the same, and the log says that it falls."""
+    pairs = pool.compute(teacher, 32, "train")
+    settings = {"method": "redif", "reward": bright, "updates": 30, "regression_weight": 0.0, "step_delta": 0.5}
+    settings |= {"check_every": 10, "log_every": 10, "keep": "last", "warm_start": 0.0, "learning_rate": 1e-2}
+    runs = []
+    for name, judge in (("alone", None), ("judged", dark)):
+        run = Trainer(teacher, trainer(teacher, pairs, **settings, judge=judge).config, pairs, tmp_path / name)
+        runs.append((run.run(), run.meter))
+    (alone, plain), (judged, meter) = runs
+    for ours, theirs in zip(alone.network.parameters(), judged.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert meter.reward_calls == plain.reward_calls
+    assert meter.forward_equivalents == plain.forward_equivalents
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "log.jsonl").read_text().splitlines()]
+    seen = [line for line in lines if "judge" in line]
+    assert len(seen) >= 3
+    assert seen[-1]["judge"] < seen[0]["judge"] - 2 * seen[-1]["judge_error"]
+    assert any("the judge falls" in line.get("warning", "") for line in seen)
+    assert json.loads((tmp_path / "judged" / "run.json").read_text())["judge"] == ["dark"]
 
 
 def test_unknown_reward_is_named() -> None:

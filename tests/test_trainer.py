@@ -364,6 +364,14 @@ def test_a_check_that_looks_hacked_is_warned_of() -> None:
         assert (said or "") in found.get("warning", ""), now
         assert ("warning" in found) == (said is not None), now
         assert bool(watch.stopped) == (now is not better), now
+    watch = Watch(1)
+    watch.look(plain | {"judge": 0.5, "judge_error": 0.1})
+    assert watch.look(plain | {"reward": 1.0, "judge": 0.35, "judge_error": 0.1}) == {}  # less than two standard errors
+    again = Watch(1)
+    again.load_state_dict(watch.state_dict())  # the best that was seen is in the checkpoint
+    found = again.look(plain | {"reward": 2.0, "judge": 0.25, "judge_error": 0.1})
+    assert found["warning"].startswith("the judge falls from 0.5 to 0.25 while the reward rises")
+    assert again.stopped.startswith("the reward rises while the judge falls")
     watch = Watch(0)
     watch.look(plain | {"detail": 0.3})
     assert watch.look(better | {"detail": 0.5}) == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import counted, flops
+from redif_sdk.distill.compute.device import autocast
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.batch import Batch, asked_of
 from redif_sdk.distill.rewards.protocol import LearningReward, Reward, RewardContext, name_of
@@ -36,6 +38,19 @@ class Score:
     weight: float
     reward: Reward
     reach: int = 0  # of a map: how far from a changed pixel it can change, in pixels
+
+
+def decoder(teacher: Teacher, precision: str) -> Callable[[Tensor], Tensor]:
+    """Latents -> ``teacher``'s images (B, C, H, W) float32, unclamped.
+
+    An autoencoder computes in ``precision``: decoding is most of what an update costs.
+    """
+
+    def to_images(latents: Tensor) -> Tensor:
+        with nullcontext() if teacher.decode is None else autocast(latents.device.type, precision):
+            return teacher.unit_images(latents).float()
+
+    return to_images
 
 
 @dataclass

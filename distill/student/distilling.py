@@ -92,8 +92,8 @@ def distill(
     config = config or DistillConfig()
     draws.init_distributed()
     make_method(config.method)
-    if config.get("reward") is not None:
-        reward_names(config.get("reward"))  # an unknown one is refused before anything is loaded
+    for asked in filter(None, (config.get("reward"), config.get("judge"))):
+        reward_names(asked)  # an unknown one is refused before anything is loaded
     options = {"prompts": prompts, "value_range": value_range, "half": half_of(config)}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if config.teacher_steps is not None:
@@ -165,9 +165,10 @@ def recorded(config: DistillConfig) -> dict[str, Any]:
     Rewards are always recorded by name, since the address of an endpoint can contain a password.
     """
     settings = config.settings()
-    if (reward := settings.get("reward")) is not None:
-        names = reward_names(reward)
-        settings["reward"] = dict(zip(names, reward.values(), strict=True)) if isinstance(reward, Mapping) else names
+    for setting in ("reward", "judge"):
+        if (reward := settings.get(setting)) is not None:
+            names = reward_names(reward)
+            settings[setting] = dict(zip(names, reward.values(), strict=True)) if isinstance(reward, Mapping) else names
     return {name: _json(value) for name, value in settings.items()}
 
 

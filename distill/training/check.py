@@ -18,9 +18,10 @@ from redif_sdk.distill.methods.registry import METHODS
 from redif_sdk.distill.methods.regression import visible_residual
 from redif_sdk.distill.policy import Meter
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.advantage import Advantage
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.calling import CALL_ERRORS, differ
-from redif_sdk.distill.training.standing import Standing, energy_errors, squared_errors
+from redif_sdk.distill.training.standing import SURELY, Standing, energy_errors, squared_errors
 from redif_sdk.errors import UnsupportedModel, first_line
 from redif_sdk.sampling.table import StepTable
 
@@ -166,8 +167,9 @@ def check(
     ``contrast`` is the output's standard deviation over the teacher's. ``recall``: in a reward's features, if one has
     any, else in pixels. ``detail`` is the images' energy in fine detail over that of the teacher's, ``grid`` their
     strongest peak at the Nyquist frequencies over the teacher's (`Spectrum`), ``spread`` the distance of images of one
-    condition over that of the teacher's, in recall's features, where a condition has two images. What it costs is the
-    meter's ``check_calls``, and no part of a budget.
+    condition over that of the teacher's, in recall's features, where a condition has two images; ``judge`` and
+    ``judge_error`` what the setting ``judge`` says of them, and its standard error. What it costs is the meter's
+    ``check_calls``, and no part of a budget.
 
     Args:
         update: the updates that were made so far.
@@ -183,6 +185,7 @@ def check(
     recall = neighbours(*features).recall
     wrong = (((output - target) / amplitude) ** 2).mean().item()
     scores = advantage.each(output, target, pairs.condition, images)
+    judged = _judged(context.judge, output, target, pairs)
     rewards = None
     if advantage.steady and METHODS[context.config.method].rewarded:
         each = [score.weight * score.value.double().reshape(len(output), -1).mean(1).cpu() for score in scores]
@@ -198,10 +201,21 @@ def check(
         "check_mse": wrong,
         "contrast": (output.std() / target.std()).item(),
         "recall": recall,
+        **judged,
         **_spectra(*images),
         **_spreads(pairs.condition, *features),
     }
     return figures, Standing(update, errors, rewards), _seen(context, (output, target), images)
+
+
+def _judged(judge: Advantage | None, output: Tensor, target: Tensor, pairs: Pairs) -> dict[str, float]:
+    """The mean of what a judge says that nothing is trained on, and its standard error; nothing without one."""
+    if judge is None:
+        return {}
+    scores = judge.each(output, target, pairs.condition)
+    parts = [score.weight * score.value.double().reshape(len(output), -1).mean(1) for score in scores]
+    each = torch.stack(parts).sum(0)
+    return {"judge": float(each.mean()), "judge_error": float(each.std()) / math.sqrt(len(each))}
 
 
 def _seen(context: Context, latents: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor]) -> Seen:
@@ -233,8 +247,9 @@ class Watch:
     """Compares a run's checks: warns of reward hacking, and ends the run after ``early_stop`` idle ones (0: never).
 
     A check looks hacked where the reward has risen since the one before, and recall fell by more than `LARGEST_FALL`,
-    or fine detail is further than a factor of `LARGEST_RATIO` from the teacher's and went further, or the grid is more
-    than `LARGEST_RATIO` times the teacher's and grew.
+    or the judge is lower than at its best by more than `SURELY` standard errors, or fine detail is further than a
+    factor of `LARGEST_RATIO` from the teacher's and went further, or the grid is more than `LARGEST_RATIO` times the
+    teacher's and grew.
     """
 
     early_stop: int
@@ -242,6 +257,7 @@ class Watch:
     _last: dict[str, float] | None = field(default=None)
     _best: float = -math.inf
     _stale: int = 0
+    _judged: float = -math.inf  # the best that a judge said
 
     def look(self, now: dict[str, float]) -> dict[str, str]:
         """What the log says of a check: ``warning`` where it looks hacked, ``stopped`` at the end.
@@ -249,7 +265,9 @@ class Watch:
         A check is idle if its reward is no better than the best so far, or if it looks hacked.
         """
         before, self._last = self._last, now
-        hacked = self._hacked(before, now) if before is not None and now["reward"] > before["reward"] else ""
+        rises = before is not None and now["reward"] > before["reward"]
+        hacked = self._hacked(before, now) if before is not None and rises else ""
+        self._judged = max(self._judged, now.get("judge", -math.inf))
         better = now["reward"] > self._best and not hacked
         self._stale = 0 if better else self._stale + 1
         if better:
@@ -260,9 +278,10 @@ class Watch:
         said = {"warning": f"{hacked} while the reward rises: reward hacking?"} if hacked else {}
         return said | ({"stopped": self.stopped} if self.stopped else {})
 
-    @staticmethod
-    def _hacked(before: dict[str, float], now: dict[str, float]) -> str:
+    def _hacked(self, before: dict[str, float], now: dict[str, float]) -> str:
         """What of a check looks hacked beside the one before; empty: nothing."""
+        if "judge" in now and now["judge"] < self._judged - SURELY * now["judge_error"]:
+            return f"the judge falls from {self._judged:.4g} to {now['judge']:.4g}"
         if now["recall"] < before["recall"] - LARGEST_FALL:
             return "recall falls"
         detail, was = (abs(math.log(max(check.get("detail", 1.0), 1e-9))) for check in (now, before))
@@ -274,9 +293,11 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep."""
-        return {"last": self._last, "best": self._best, "stale": self._stale, "stopped": self.stopped}
+        kept = {"last": self._last, "best": self._best, "stale": self._stale, "stopped": self.stopped}
+        return kept | {"judged": self._judged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self._last, self._best, self._stale = state["last"], state["best"], state["stale"]
         self.stopped = state["stopped"]
+        self._judged = state.get("judged", -math.inf)

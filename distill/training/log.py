@@ -54,6 +54,7 @@ class RunLog:
         told["captions"] = list(captions)
         told |= {name: getattr(config, name) for name in ("method", "num_inference_steps", "seed", "batch_size")}
         told["rewards"] = [] if reward is None else reward_names(reward)  # an address can hold a password
+        told["judge"] = [] if config.get("judge") is None else reward_names(config.get("judge"))
         document = json.dumps(told, ensure_ascii=False)
         atomic_write(self.folder / ABOUT, document.encode())
 
@@ -126,5 +127,8 @@ def _tracker(folder: Path, config: DistillConfig) -> Any:
     tracker = TensorBoardTracker(folder.name, folder.parent)
     tracker.start()
     flat = config.model_dump(mode="json", fallback=str)
+    for name in ("reward", "judge"):
+        if flat.get(name) is not None:
+            flat[name] = "+".join(reward_names(config.get(name)))
     tracker.store_init_configuration({key: value for key, value in flat.items() if isinstance(value, str | float)})
     return tracker

@@ -9,18 +9,18 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.costs import flops
-from redif_sdk.distill.compute.device import autocast, chosen_device
+from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.compute.lora import apart, load_trained, merged, twin
 from redif_sdk.distill.config import DistillConfig
 from redif_sdk.distill.context import Context
@@ -29,6 +29,7 @@ from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.policy import Meter, StudentPolicy
 from redif_sdk.distill.pool import Pairs, with_states
 from redif_sdk.distill.rewards import Advantage, make_rewards, name_of
+from redif_sdk.distill.rewards.advantage import decoder
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.large import network_to_train, sized
 from redif_sdk.distill.teachers.value_range import say_what_is_cut
@@ -143,13 +144,7 @@ class Trainer:
                 f"group_noise is different, but the reward {paired[0]} compares with the teacher's image of one noise; "
                 "use group_noise same, or a reward that sees the prompt"
             )
-
-        def to_images(latents: Tensor) -> Tensor:
-            decoded = judged.decode is not None  # in the precision of the networks: it is most of what an update costs
-            with autocast(latents.device.type, config.precision) if decoded else nullcontext():
-                return judged.unit_images(latents).float()
-
-        advantage = Advantage(rewards, to_images, clamped=not in_latents, teacher=judged)
+        advantage = Advantage(rewards, decoder(judged, config.precision), clamped=not in_latents, teacher=judged)
         meter = Meter(processes=draws.world())
         policy = StudentPolicy(network, table, teacher.schedule, meter, precision=config.precision)
         bounds = None if teacher.decode is not None else teacher.postprocess.value_range
@@ -158,6 +153,10 @@ class Trainer:
         time_of_first = torch.zeros(1, device=first.noise.device)
         context.unit = flops(network, first.noise, time_of_first, first.condition) or math.inf
         advantage.charge, advantage.count = context.charge, context.count_judged
+        if (asked := config.get("judge")) is not None:
+            others = make_rewards(asked, teacher, self.pairs, config.seed)
+            context.judge = Advantage(others, decoder(teacher, config.precision), teacher=teacher)
+            context.judge.charge, context.judge.count = context.charge, context.count_judged
         return context
 
     def _whole(self, network: nn.Module) -> nn.Module:

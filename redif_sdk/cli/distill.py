@@ -147,8 +147,8 @@ def _check(config: DistillConfig, output: Path, resume: bool) -> None:
     from redif_sdk.distill.training.checkpoint import CHECKPOINT
 
     chosen_device(config.device)
-    if (reward := config.get("reward")) is not None:
-        reward_names(reward)
+    for asked in filter(None, (config.get("reward"), config.get("judge"))):
+        reward_names(asked)
     if output.exists():
         raise InvalidRequest(f"{output} exists already; remove it, or choose another -o")
     folder = training_folder(output)

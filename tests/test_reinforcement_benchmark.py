@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.reinforcement import judge
+from benchmarks.reinforcement import judge, transfer
 from benchmarks.reinforcement.run import HERE, Cell
 from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig, applicable
@@ -82,6 +82,16 @@ class _Scorer:
 
     def ranks(self, descriptions: Tensor, names: list[str], styles: list[str], known: list[str]) -> Tensor:
         return torch.zeros(len(names), dtype=torch.int64)
+
+
+def test_agreement_is_within_prompts() -> None:
+    """A scorer that only knows which prompts are easy agrees in nothing that a group can learn from."""
+    draw = torch.Generator().manual_seed(0)
+    theirs, easy = torch.randn(500, 8, generator=draw), 9 * torch.randn(500, 1, generator=draw)
+    noise = torch.randn(500, 8, generator=draw)
+    assert transfer.agreement(2 * theirs + easy, theirs) == pytest.approx(1)
+    assert abs(transfer.agreement(noise + easy, theirs + easy)) < 0.05
+    assert transfer.agreement(theirs + noise, theirs) == pytest.approx(0.5**0.5, abs=0.03)
 
 
 def test_every_arm_has_settings_that_are_read() -> None:

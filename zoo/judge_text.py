@@ -27,6 +27,7 @@ THUMBNAIL = 8
 LOOK = 128  # side in pixels at which features are computed: the judges are right on 55 % of real images, at 64 on 45 %
 CANDIDATES = 100
 UPDATES, BATCH = 800, 256
+SEED = 7
 
 
 def describe(images: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class CaptionJudge(nn.Module):
 
 
 def train_judge(
-    descriptions: Tensor, subjects: Sequence[Subject], *, seed: int = 7, updates: int = UPDATES, batch: int = BATCH
+    descriptions: Tensor, subjects: Sequence[Subject], *, seed: int = SEED, updates: int = UPDATES, batch: int = BATCH
 ) -> CaptionJudge:
     """Train a `CaptionJudge` on the descriptions of real images and their subjects, of any style."""
     torch.manual_seed(seed)
@@ -139,7 +140,9 @@ def retrieval(judge: Matching, descriptions: Tensor, names: Sequence[str], known
 class CaptionJudges:
     """The judges of all styles."""
 
-    def __init__(self, data: Captioned, *, updates: int = UPDATES, descriptions: Tensor | None = None) -> None:
+    def __init__(
+        self, data: Captioned, *, updates: int = UPDATES, descriptions: Tensor | None = None, seed: int = SEED
+    ) -> None:
         """Train on the real images of ``data``, including those held out from teachers.
 
         ``descriptions``: of its images, where they were computed before.
@@ -155,6 +158,7 @@ class CaptionJudges:
                 self.descriptions[torch.tensor(styles != style)],
                 [subject for subject, other in zip(data.subjects, data.styles, strict=True) if other != style],
                 updates=updates,
+                seed=seed,
             )
             for style in captions.STYLES
         }

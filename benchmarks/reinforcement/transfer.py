@@ -4,7 +4,8 @@
 
 Two ways to please the scorer: take its favourite of N images of a prompt, which are all the student's own; and move
 each image's latents along the scorer's gradient, as far as it takes. What the judge, which gave no reward, thinks
-better of too is what can be learnt; what the scorer alone likes is fooled.
+better of too is what can be learnt; what the scorer alone likes is fooled. How well the judge agrees with itself,
+trained again with another seed, bounds both.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from benchmarks.reinforcement.judge import AT_ONCE, NOISE_SEED
 from benchmarks.reinforcement.run import Experiment
 from redif_sdk.results import document, write_json
 from zoo import score_text
-from zoo.judge_text import describe, summary
+from zoo.judge_text import CaptionJudges, describe, summary
 
 NOISES = (1, 2, 4, 8)
+OTHER_SEED = 8
 ASCENT, STEP = (2, 4, 8, 12), 0.05  # steps along the gradient, each at this rms, in latents
 
 
@@ -72,8 +74,9 @@ def row(how: str, judged: Tensor, scored: Tensor) -> dict[str, Any]:
     return {"how": how, "judge": judge.top1, "judge_top5": judge.top5, "scorer": scorer.top1}
 
 
-def measure(experiment: Experiment, steps: int) -> tuple[list[dict[str, Any]], float]:
-    """The rows, and how the scorer's log-probability and the judge's log rank agree within a prompt."""
+def measure(experiment: Experiment, steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows; and within a prompt the correlations of the judge's log rank with the scorer's log-probability, and
+    with its own of another seed."""
     places, most = experiment.panel.places, max(NOISES)
     draw = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(most * len(places), *experiment.teacher.shape, generator=draw)
@@ -82,20 +85,27 @@ def measure(experiment: Experiment, steps: int) -> tuple[list[dict[str, Any]], f
     sample, parts = experiment.policy(steps).sample, zip(noise.split(AT_ONCE), condition.split(AT_ONCE), strict=True)
     with torch.no_grad():
         latents = torch.cat([sample(*part) for part in parts])
-    judged, scored, scores = (
-        found.unflatten(0, (most, -1)).T for found in Seen(experiment, places * most).ranks(latents)
-    )
+    every = Seen(experiment, places * most)
+    judged, scored, scores = (found.unflatten(0, (most, -1)).T for found in every.ranks(latents))
+    first = experiment.panel.judges
+    experiment.panel.judges = CaptionJudges(experiment.data, descriptions=first.descriptions, seed=OTHER_SEED)
+    other = every.ranks(latents)[0].unflatten(0, (most, -1)).T
+    experiment.panel.judges = first
     rows, everyone = [], torch.arange(len(places))
     for count in NOISES:
         best = scores[:, :count].argmax(1)
         rows.append(row(f"best of {count}", judged[everyone, best], scored[everyone, best]))
+    best = (-other).argmax(1)
+    rows.append(row(f"best of {most} by a judge of another seed", judged[everyone, best], scored[everyone, best]))
     moved = latents[: len(places)]
     for step in range(1, max(ASCENT) + 1):
         moved = moved + STEP * one.direction(moved)
         if step in ASCENT:
             far = float((moved - latents[: len(places)]).square().mean().sqrt())
             rows.append(row(f"{step} steps of its gradient, moved by {far:.2f}", *one.ranks(moved)[:2]))
-    return rows, agreement(scores, -torch.log1p(judged.float()))
+    levels = -torch.log1p(judged.float())
+    agree = {"scorer": agreement(scores, levels), "judge": agreement(-torch.log1p(other.float()), levels)}
+    return rows, agree
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,7 +120,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows, agree = measure(experiment, asked.steps)
     for found in rows:
         print("{how:44} judge {judge:.1%}, among five {judge_top5:.1%}, scorer {scorer:.1%}".format_map(found))
-    print(f"correlation within a prompt: {agree:.2f}")
+    print(
+        "correlation with the judge within a prompt: scorer {scorer:.2f}, judge of another seed {judge:.2f}".format_map(
+            agree
+        )
+    )
     if asked.json:
         write_json(asked.json, document("reward transfer", rows, agreement=agree, num_prompts=asked.prompts))
 

@@ -156,6 +156,20 @@ def test_what_cannot_be_sharded_is_refused() -> None:
         sharding.refuse("redif", 0.1)
 
 
+def test_processes_part_at_the_end(tmp_path: Path) -> None:
+    """A process group that lives on may abort the interpreter when everything is done already."""
+    script = tmp_path / "joined.py"
+    script.write_text(
+        "import atexit\nimport torch.distributed as dist\n"
+        "from redif_sdk.distill.compute.random import init_distributed\n"
+        "atexit.register(lambda: print('parted' if not dist.is_initialized() else 'together', flush=True))\n"
+        "init_distributed()\nassert dist.get_world_size() == 2\n"
+    )
+    done = launch(2, str(script))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["parted", "parted"]
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draws, "world", lambda: 3)
     with pytest.raises(InvalidRequest, match="batch_size 64 cannot be shared by 3 processes; choose a multiple of 3"):

@@ -35,6 +35,7 @@ from redif_sdk.distill import pool as pairs
 from redif_sdk.distill.compute.device import cpu_has_bf16
 from redif_sdk.distill.evaluation.arena import outputs
 from redif_sdk.distill.methods import method_names
+from redif_sdk.distill.pool.pairs import pairs_of
 from redif_sdk.distill.presets import preset
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document
@@ -140,7 +141,7 @@ class Comparison:
             self.held, _ = pairs.get(self.teacher, scale.samples, "held_out")
             others = torch.cat([others, tuned.target])  # for noises of which no contender is judged on one
             more = torch.empty(max(scale.unpaired - scale.samples, 0), 0)
-            self.fresh = pairs.pairs_of(self.teacher, more, "held_out", 0, low=scale.samples) if len(more) else None
+            self.fresh = pairs_of(self.teacher, more, "held_out", 0, low=scale.samples) if len(more) else None
         target = self.teacher.images(self.held.target)
         self.panel = Panel.of(
             protocol,

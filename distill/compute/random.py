@@ -8,6 +8,7 @@ is the CPU's, so that a run on another device draws the same.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,18 @@ T = TypeVar("T")
 
 
 def init_distributed() -> None:
-    """Join the processes that were launched together, if there are any."""
+    """Join the processes that were launched together, if there are any; they part when the interpreter ends."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
+        atexit.register(_part)
+
+
+def _part() -> None:
+    """Else the threads of the process group may outlive the interpreter, which then aborts after the work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

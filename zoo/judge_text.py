@@ -9,7 +9,7 @@ sample. Figures: is the right caption the first, or among the first five, of a h
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -137,6 +137,22 @@ def retrieval(judge: Matching, descriptions: Tensor, names: Sequence[str], known
     return torch.tensor(ranks)
 
 
+def ranks_by_style(
+    models: Mapping[str, Matching],
+    descriptions: Tensor,
+    names: Sequence[str],
+    styles: Sequence[str],
+    known: Sequence[str],
+) -> Tensor:
+    """As :func:`retrieval`, of each image by the model of its style: (N,) int64."""
+    ranks = torch.zeros(len(names), dtype=torch.int64)
+    for style, model in models.items():
+        mine = [place for place, other in enumerate(styles) if other == style]
+        if mine:
+            ranks[mine] = retrieval(model, descriptions[mine], [names[place] for place in mine], known, seed=5)
+    return ranks
+
+
 class CaptionJudges:
     """The judges of all styles."""
 
@@ -174,12 +190,8 @@ class CaptionJudges:
     def ranks(self, descriptions: Tensor, places: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
         """Ranks of images generated from the prompts of the data's ``places``; ``names``: of other prompts instead."""
         names = [self.data.subjects[place].name for place in places] if names is None else names
-        ranks = torch.zeros(len(places), dtype=torch.int64)
-        for style, judge in self.judges.items():
-            mine = [i for i, place in enumerate(places) if self.data.styles[place] == style]
-            if mine:
-                ranks[mine] = retrieval(judge, descriptions[mine], [names[i] for i in mine], self.known, seed=5)
-        return ranks
+        styles = [self.data.styles[place] for place in places]
+        return ranks_by_style(self.judges, descriptions, names, styles, self.known)
 
     def verdict(self, descriptions: Tensor, places: Sequence[int]) -> dict[str, object]:
         """All figures of images ``descriptions`` that were generated from the prompts of the data's ``places``."""

@@ -36,7 +36,7 @@ from redif_sdk.errors import InvalidRequest
 from zoo import captions
 from zoo.captions import Captioned
 from zoo.judge_text import UPDATES as JUDGE_UPDATES
-from zoo.judge_text import CaptionJudges, contrastive_loss, retrieval, summary
+from zoo.judge_text import CaptionJudges, contrastive_loss, ranks_by_style, summary
 
 WIDTH, THUMBNAIL, SEED = 192, 6, 29
 UPDATES, BATCH = 1500, 256
@@ -146,12 +146,7 @@ class Scorers(nn.Module):
 
     def ranks(self, descriptions: Tensor, names: Sequence[str], styles: Sequence[str], known: Sequence[str]) -> Tensor:
         """The rank, from 0, of each name among itself and 99 of ``known``, by the model of its style: (N,) int64."""
-        ranks = torch.zeros(len(names), dtype=torch.int64)
-        for style, model in self.of.items():
-            mine = [place for place, other in enumerate(styles) if other == style]
-            if mine:
-                ranks[mine] = retrieval(model, descriptions[mine], [names[place] for place in mine], known, seed=5)
-        return ranks
+        return ranks_by_style(self.of, descriptions, names, styles, known)
 
 
 def kept(data: Captioned) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -92,8 +92,9 @@ def distill(
     config = config or DistillConfig()
     draws.init_distributed()
     make_method(config.method)
-    for asked in filter(None, (config.get("reward"), config.get("judge"))):
-        reward_names(asked)  # an unknown one is refused before anything is loaded
+    for asked in (config.get("reward"), config.get("judge")):
+        if asked is not None:
+            reward_names(asked)  # an unknown one is refused before anything is loaded
     options = {"prompts": prompts, "value_range": value_range, "half": half_of(config)}
     teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
     if config.teacher_steps is not None:

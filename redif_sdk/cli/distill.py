@@ -147,8 +147,9 @@ def _check(config: DistillConfig, output: Path, resume: bool) -> None:
     from redif_sdk.distill.training.checkpoint import CHECKPOINT
 
     chosen_device(config.device)
-    for asked in filter(None, (config.get("reward"), config.get("judge"))):
-        reward_names(asked)
+    for asked in (config.get("reward"), config.get("judge")):
+        if asked is not None:
+            reward_names(asked)
     if output.exists():
         raise InvalidRequest(f"{output} exists already; remove it, or choose another -o")
     folder = training_folder(output)

@@ -95,11 +95,7 @@ def distill(
     for asked in (config.get("reward"), config.get("judge")):
         if asked is not None:
             reward_names(asked)  # an unknown one is refused before anything is loaded
-    options = {"prompts": prompts, "value_range": value_range, "half": half_of(config)}
-    teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
-    if config.teacher_steps is not None:
-        teacher = teacher.at_steps(config.teacher_steps)
-    config, teacher = sized(config, teacher if student is None else _with_student(teacher, student))
+    config, teacher = _opened(source, config, student, prompts=prompts, value_range=value_range)
     display = progress if isinstance(progress, Progress) else Progress(not progress or on_progress is not None)
     display = Progress(quiet=True) if draws.rank() else display
     asked = inner_of(teacher.frozen_student())
@@ -126,6 +122,17 @@ def distill(
     if verdict.worse:
         warnings.warn(verdict.worse, WorseThanStart, stacklevel=2)
     return _made(trainer, policy, config, len(pairs) * teacher.num_inference_steps * teacher.calls_per_step)
+
+
+def _opened(
+    source: Any, config: DistillConfig, student: nn.Module | None, **given: Any
+) -> tuple[DistillConfig, Teacher]:
+    """The teacher of a run, at the steps asked for, and the settings that fit its size; ``given``: None is unsaid."""
+    options = {**given, "half": half_of(config)}
+    teacher = Teacher.load(source, **{name: value for name, value in options.items() if value is not None})
+    if config.teacher_steps is not None:
+        teacher = teacher.at_steps(config.teacher_steps)
+    return sized(config, teacher if student is None else _with_student(teacher, student))
 
 
 def own_table(start: Student | None, num_inference_steps: int) -> StepTable | None:

@@ -94,7 +94,7 @@ def write_settings(chosen: dict[str, dict[int, dict[str, Any]]], file: Path) -> 
     """Put what was chosen into `settings.yaml`, in place of what it had for these methods."""
     everything = yaml.safe_load(file.read_text())
     for method, by_steps in chosen.items():
-        everything["methods"][method] = {"steps": by_steps}
+        everything["methods"][method] = {"steps": {steps: dict(found) for steps, found in by_steps.items()}}
     head = "# Chosen on the validation protocol by search.py, twelve runs a method. `steps`: settings at that K.\n"
     atomic_write(file, (head + yaml.safe_dump(everything, sort_keys=False)).encode())
 

@@ -14,8 +14,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.reward_server.app import load_scorer
-from zoo import captions, score_text
+from zoo import captions, judge_text, score_text
 from zoo.captions import Captioned, Subject
+from zoo.judge_text import CaptionJudges, Several
 from zoo.score_text import Scorers, Sentences
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (230, 230, 230)}
@@ -52,7 +53,7 @@ def data() -> Captioned:
 
 @pytest.fixture(scope="module")
 def scorer(language: Path, data: Captioned) -> Scorers:
-    return score_text.train(data, Sentences(language), score_text.views_of(data), updates=60, batch=24)
+    return score_text.train(data, Sentences(language), score_text.views_of(data), updates=60, batch=24, seeds=2)
 
 
 def test_it_tells_colours_and_leaves_the_style_out(
@@ -81,9 +82,9 @@ def test_no_model_is_trained_on_the_style_that_it_scores(scorer: Scorers, data: 
     views = score_text.views_of(data)
     noto = torch.tensor([style == "Noto" for style in data.styles])
     views[:, noto] = views[:, noto].roll(1, 1)
-    again = score_text.train(data, Sentences(language), views, updates=60, batch=24)
+    again = score_text.train(data, Sentences(language), views, updates=60, batch=24, seeds=2)
     for style in captions.STYLES:
-        ours, theirs = (model.of[style].state_dict()["image.1.weight"] for model in (scorer, again))
+        ours, theirs = (model.of[style].state_dict()["members.1.image.1.weight"] for model in (scorer, again))
         assert bool(torch.allclose(ours, theirs, atol=1e-3)) == (style == "Noto"), style
 
 
@@ -111,7 +112,7 @@ def test_what_measures_it_is_not_trained_on() -> None:
 def test_agreement_counts_both_sides(scorer: Scorers, data: Captioned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_text, "kept", lambda data: np.arange(12) % 3 == 0)
     seen = score_text.describe(torch.tensor(data.images).float() / 127.5 - 1)
-    figures = score_text.measure(data, scorer, seen, judge_updates=20)
+    figures = score_text.measure(data, scorer, seen, CaptionJudges(data, updates=20))
     assert figures["held_out"] == {"images": 4, "top1": 1.0, "top5": 1.0}
     assert figures["shuffled"]["scorer"] == 0
     for part in (figures["real"], figures["shuffled"]):
@@ -132,3 +133,30 @@ def test_its_own_gradient_can_be_followed(scorer: Scorers, data: Captioned) -> N
     (gradient,) = torch.autograd.grad(followed.sum(), images)
     assert torch.isfinite(gradient).all()
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_several_models_score_the_mean_of_theirs(scorer: Scorers, data: Captioned) -> None:
+    seen = score_text.describe(torch.tensor(data.images[:4]).float() / 127.5 - 1)
+    names = [f"{name} heart" for name in COLOURS]
+    several = scorer.of["Noto"]
+    assert isinstance(several, Several)
+    with torch.no_grad():
+        each = [member.see(seen) @ member.read(names).T * member.scale.exp() for member in several.members]
+        both = several.see(seen) @ several.read(names).T
+    assert not torch.allclose(*each)
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+
+
+def test_judges_of_several_seeds_are_kept(data: Captioned, tmp_path: Path) -> None:
+    """A judge that was kept is the one that was trained, of all its seeds."""
+    kept, places = tmp_path / "made" / "judges.safetensors", list(range(12))
+    first = CaptionJudges(data, updates=5, seeds=(1, 2), kept=kept)
+    again = CaptionJudges(data, updates=0, seeds=(1, 2), descriptions=first.descriptions, kept=kept)
+    names = [data.subjects[place].name for place in places]
+    for style in captions.STYLES:
+        ours, theirs = (judges.judges[style].see(first.descriptions) for judges in (first, again))
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        assert ours.shape[1] == 2 * judge_text.WIDTH
+    np.testing.assert_array_equal(
+        first.ranks(first.descriptions, places, names), again.ranks(first.descriptions, places, names)
+    )

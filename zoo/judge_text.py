@@ -3,7 +3,8 @@
 A small image-text model, trained here on real emoji: a head on EfficientNet-Lite0's features and a coarse thumbnail,
 and a mean of word vectors, trained contrastively. There is one model for each style, trained on the *other* styles. So
 it never saw the image that a sample may be a copy of, and its score on real images of its style is that of a perfect
-sample. Figures: is the right caption the first, or among the first five, of a hundred?
+sample. Figures: is the right caption the first, or among the first five, of a hundred? Which of a student's images of
+one prompt shows it better, two seeds of a judge hardly agree on; `Several` seeds together do.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill.measures.features import embed
 from zoo import captions
 from zoo.captions import Captioned, Subject
@@ -28,6 +32,7 @@ LOOK = 128  # side in pixels at which features are computed: the judges are righ
 CANDIDATES = 100
 UPDATES, BATCH = 800, 256
 SEED = 7
+JUDGES = range(SEED, SEED + 8)  # seeds of the judge of several: two such judges agree, single ones hardly
 
 
 def describe(images: Tensor) -> Tensor:
@@ -114,11 +119,34 @@ class Retrieval:
 
 
 class Matching(Protocol):
-    """Reads texts and sees descriptions of images: vectors of one space, of length 1, (N, D) each."""
+    """Reads texts and sees descriptions of images: vectors of one space, (N, D) each, whose products are scores."""
 
     def read(self, texts: Sequence[str], /) -> Tensor: ...
 
     def see(self, descriptions: Tensor, /) -> Tensor: ...
+
+
+class Several(nn.Module):
+    """Models of several seeds as one, whose scores are the means of theirs.
+
+    Each of ``members`` has ``read``, ``see``, and ``scale``: the logarithm of what its scores are multiplied by.
+    The vectors are theirs side by side, at a length at which the product of two is the mean score.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members: Any = nn.ModuleList(members)
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> (N, D)."""
+        return torch.cat([member.read(texts) * self._length(member) for member in self.members], 1)
+
+    def see(self, descriptions: Tensor) -> Tensor:
+        """Descriptions of images (N, E) -> (N, D)."""
+        return torch.cat([member.see(descriptions) * self._length(member) for member in self.members], 1)
+
+    def _length(self, member: Any) -> Any:
+        return (member.scale.exp() / len(self.members)).sqrt()
 
 
 @torch.no_grad()
@@ -157,27 +185,49 @@ class CaptionJudges:
     """The judges of all styles."""
 
     def __init__(
-        self, data: Captioned, *, updates: int = UPDATES, descriptions: Tensor | None = None, seed: int = SEED
+        self,
+        data: Captioned,
+        *,
+        updates: int = UPDATES,
+        descriptions: Tensor | None = None,
+        seeds: Sequence[int] = (SEED,),
+        kept: Path | None = None,
     ) -> None:
         """Train on the real images of ``data``, including those held out from teachers.
 
-        ``descriptions``: of its images, where they were computed before.
+        Args:
+            data: captioned images.
+            updates: of each model.
+            descriptions: of the images, where they were computed before.
+            seeds: one model of each style is trained for each.
+            kept: a safetensors file; what is in it is not trained again.
         """
         self.data = data
         self.descriptions = (
             describe(torch.tensor(data.images).float() / 127.5 - 1) if descriptions is None else descriptions
         )
         self.known = [subject.name for subject in data.subjects]
-        styles = np.array(data.styles)
+        done, styles = kept is not None and kept.is_file(), np.array(data.styles)
         self.judges = {
-            style: train_judge(
-                self.descriptions[torch.tensor(styles != style)],
-                [subject for subject, other in zip(data.subjects, data.styles, strict=True) if other != style],
-                updates=updates,
-                seed=seed,
+            style: Several(
+                [
+                    train_judge(
+                        self.descriptions[torch.tensor(styles != style)],
+                        [subject for subject, other in zip(data.subjects, data.styles, strict=True) if other != style],
+                        updates=0 if done else updates,
+                        seed=seed,
+                    )
+                    for seed in seeds
+                ]
             )
             for style in captions.STYLES
         }
+        every = nn.ModuleDict(self.judges)
+        if kept is not None and done:
+            every.load_state_dict(load_file(kept))
+        elif kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(kept, save({name: tensor.contiguous() for name, tensor in every.state_dict().items()}))
         training = torch.tensor(~data.held_out)
         self._training = np.flatnonzero(~data.held_out)
         self._mean = self.descriptions.mean(0)

@@ -33,12 +33,13 @@ from torch.nn import functional as F
 from redif_sdk.artifact.atomic import atomic_folder
 from redif_sdk.distill.measures.features import embed, pooled
 from redif_sdk.errors import InvalidRequest
+from redif_sdk.progress import Progress
 from zoo import captions
 from zoo.captions import Captioned
-from zoo.judge_text import UPDATES as JUDGE_UPDATES
-from zoo.judge_text import CaptionJudges, contrastive_loss, ranks_by_style, summary
+from zoo.judge_text import JUDGES, CaptionJudges, Several, contrastive_loss, ranks_by_style, summary
 
 WIDTH, THUMBNAIL, SEED = 192, 6, 29
+SEEDS = 4  # models a style; which of a student's images is better, a single one says by chance
 UPDATES, BATCH = 1500, 256
 CANDIDATES = 256  # names among which a prompt's own is to be found
 HELD_OUT = 10  # one in this many characters is kept for measuring
@@ -118,29 +119,33 @@ class Scorer(nn.Module):
         """(N, D) of :func:`describe` -> (N, WIDTH) of length 1."""
         return F.normalize(self.image((descriptions - self.mean) / self.deviation), dim=-1)
 
-    def score(self, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """The log-probability of each image's prompt, without its style, among itself and ``names``: (N,) float32."""
-        wanted = [STYLE.sub("", prompt) for prompt in prompts]
-        seen, others = self.see(descriptions), self.read(names)
-        logits = torch.cat([(seen * self.read(wanted)).sum(1, keepdim=True), seen @ others.T], 1) * self.scale.exp()
-        same = torch.tensor([[name == text for name in names] for text in wanted])
-        logits[:, 1:].masked_fill_(same, -torch.inf)  # the name itself is in the first column
-        return logits.log_softmax(1)[:, 0]
+
+def log_probability(model: Several, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Of each image's prompt, without its style, among itself and ``names``: (N,) float32."""
+    wanted = [STYLE.sub("", prompt) for prompt in prompts]
+    seen, others = model.see(descriptions), model.read(names)
+    logits = torch.cat([(seen * model.read(wanted)).sum(1, keepdim=True), seen @ others.T], 1)
+    same = torch.tensor([[name == text for name in names] for text in wanted])
+    logits[:, 1:].masked_fill_(same, -torch.inf)  # the name itself is in the first column
+    return logits.log_softmax(1)[:, 0]
 
 
 class Scorers(nn.Module):
-    """One `Scorer` a style, trained on the other styles."""
+    """Of each style some `Scorer`, trained on the other styles."""
 
-    def __init__(self, models: Mapping[str, Scorer]) -> None:
+    def __init__(self, models: Mapping[str, Several]) -> None:
         super().__init__()
         self.models = nn.ModuleDict(models)
         self.of = dict(models)
 
     def score(self, descriptions: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """As `Scorer.score`, by the model of the style that a prompt names; without one the mean of all: (N,)."""
+        """The log-probability of each image's prompt, without its style, among itself and ``names``: (N,) float32.
+
+        By the model of the style that a prompt names; without one the mean of all.
+        """
         found = [STYLE.search(prompt) for prompt in prompts]
         asked = [STYLE_OF[match[2]] if match else None for match in found]
-        every = torch.stack([model.score(descriptions, prompts, names) for model in self.of.values()])
+        every = torch.stack([log_probability(model, descriptions, prompts, names) for model in self.of.values()])
         weight = torch.tensor([[float(style in (None, own)) for style in asked] for own in self.of])
         return (every * weight).sum(0) / weight.sum(0)
 
@@ -158,17 +163,30 @@ def kept(data: Captioned) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def train(
-    data: Captioned, sentences: Sentences, descriptions: Tensor, *, updates: int = UPDATES, batch: int = BATCH
+    data: Captioned,
+    sentences: Sentences,
+    descriptions: Tensor,
+    *,
+    updates: int = UPDATES,
+    batch: int = BATCH,
+    seeds: int = SEEDS,
+    progress: Progress | None = None,
 ) -> Scorers:
     """The models of all styles, on images that are not `kept`.
 
     ``descriptions``: (V, N, D), of several views of each image.
     """
     styles, measured = np.array(data.styles), kept(data)
-    return Scorers({
-        style: _train(data, sentences, descriptions, ~measured & (styles != style), updates, batch)
-        for style in captions.STYLES
-    })  # fmt: skip
+    models: dict[str, Several] = {}
+    with (progress or Progress(quiet=True)).stage(f"scorer: {seeds} models a style") as show:
+        for style in captions.STYLES:
+            chosen = ~measured & (styles != style)
+            members: list[Scorer] = []
+            for seed in range(SEED, SEED + seeds):
+                show((len(models) + len(members) / seeds) / len(captions.STYLES), style)
+                members.append(_train(data, sentences, descriptions, chosen, updates, batch, seed))
+            models[style] = Several(members)
+    return Scorers(models)
 
 
 def _train(
@@ -178,9 +196,10 @@ def _train(
     chosen: np.ndarray[Any, np.dtype[np.bool_]],
     updates: int,
     batch: int,
+    seed: int,
 ) -> Scorer:
     """Contrastively, as CLIP's (Radford et al. 2021, figure 3), on the images ``chosen`` (N,)."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     places = torch.tensor(np.flatnonzero(chosen))
     model = Scorer(sentences, descriptions.shape[-1], sentences(["red heart"]).shape[1])
     model.mean.copy_(descriptions.mean((0, 1)))
@@ -189,7 +208,7 @@ def _train(
     classes = torch.tensor([numbers[subject.name] for subject in data.subjects])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=2e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    draw = torch.Generator().manual_seed(SEED)
+    draw = torch.Generator().manual_seed(seed)
     for _ in range(updates):
         index = places[torch.randint(0, len(places), (batch,), generator=draw)]
         views = torch.randint(0, len(descriptions), (batch,), generator=draw)
@@ -230,13 +249,13 @@ def _ranks(data: Captioned, model: Scorers, seen: Tensor, places: Sequence[int],
     return model.ranks(seen[list(places)], names, [data.styles[place] for place in places], known)
 
 
-def measure(data: Captioned, model: Scorers, seen: Tensor, judge_updates: int = JUDGE_UPDATES) -> dict[str, Any]:
+def measure(data: Captioned, model: Scorers, seen: Tensor, judges: CaptionJudges) -> dict[str, Any]:
     """Figures on characters that no model was trained on, and on all images; and how often the judges agree."""
     every = list(range(len(data)))
     places = np.flatnonzero(kept(data)).tolist()
     names = [subject.name for subject in data.subjects]
     unseen = summary(_ranks(data, model, seen, places, [names[place] for place in places]))
-    judges, half = CaptionJudges(data, updates=judge_updates), len(data) // 2
+    half = len(data) // 2
     return {
         "held_out": {"images": len(places), "top1": unseen.top1, "top5": unseen.top5},
         "real": agreement(data, model, seen, judges, every, names),
@@ -258,9 +277,12 @@ def load(folder: str) -> tuple[Scorers, list[str]]:
     if not (place / WEIGHTS).is_file():
         raise InvalidRequest(f"{folder} has no scorer; make one with python -m zoo.score_text -o {folder}")
     state = load_file(place / WEIGHTS)
-    sentences, first = Sentences(), f"models.{next(iter(captions.STYLES))}."
-    image_size, text_size = len(state[f"{first}mean"]), state[f"{first}text.1.weight"].shape[1]
-    model = Scorers({style: Scorer(sentences, image_size, text_size) for style in captions.STYLES})
+    sentences, first = Sentences(), f"models.{next(iter(captions.STYLES))}.members."
+    image_size, text_size = len(state[f"{first}0.mean"]), state[f"{first}0.text.1.weight"].shape[1]
+    seeds = len({name.removeprefix(first).split(".")[0] for name in state if name.startswith(first)})
+    model = Scorers({
+        style: Several([Scorer(sentences, image_size, text_size) for _ in range(seeds)]) for style in captions.STYLES
+    })  # fmt: skip
     model.load_state_dict(state)
     names: list[str] = json.loads((place / ABOUT).read_text())["names"]
     return model.eval().requires_grad_(False), names
@@ -277,13 +299,17 @@ def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
 def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="The scorer's folder.")],
     data_dir: Annotated[str | None, typer.Option(help="Folder of emoji-64.npz; default $REDIF_DATA/captions.")] = None,
-    updates: Annotated[int, typer.Option(help="Updates of the training.")] = UPDATES,
+    updates: Annotated[int, typer.Option(help="Updates of each model.")] = UPDATES,
+    seeds: Annotated[int, typer.Option(help="Models a style, of which the score is the mean.")] = SEEDS,
 ) -> None:
     """Train the scorer and measure it against the judge."""
-    data = captions.load(data_dir)
-    views = views_of(data)
-    model = train(data, Sentences(), views, updates=updates)
-    figures = measure(data, model, views[0])
+    data, progress = captions.load(data_dir), Progress()
+    with progress.stage("descriptions of the real images, three views each"):
+        views = views_of(data)
+    model = train(data, Sentences(), views, updates=updates, seeds=seeds, progress=progress)
+    with progress.stage(f"{len(JUDGES)} judges, to measure it against"):
+        judges = CaptionJudges(data, seeds=JUDGES)
+    figures = measure(data, model, views[0], judges)
     names = np.random.default_rng(SEED).permutation(sorted({subject.name for subject in data.subjects}))
     save(model, names[: CANDIDATES - 1].tolist(), figures, output)
     typer.echo(json.dumps(figures, indent=1))

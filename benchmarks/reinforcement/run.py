@@ -43,7 +43,7 @@ from redif_sdk.distill.shipped.students import shipped_student
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document
 from zoo import captions, score_text
-from zoo.judge_text import CaptionJudges, describe
+from zoo.judge_text import JUDGES, CaptionJudges, describe
 
 HERE = Path(__file__).parent
 WORK = Path("build/reinforcement")
@@ -114,13 +114,17 @@ class Experiment:
         self.teacher = Teacher.load("mini-sd")
         self.data = captions.load(data_dir)
         self.scorer, self.names = score_text.load(str(scorer))
-        judges = CaptionJudges(self.data, descriptions=_descriptions(self.data))
-        self.panel = Panel(self.teacher, self.data, judges, self.scorer, self.names, prompts)
+        self.panel = Panel(self.teacher, self.data, self.judges(JUDGES), self.scorer, self.names, prompts)
         whole, _ = pool.get(self.teacher, POOL, "train")
         assert self.teacher.prompts is not None
         every = [self.teacher.prompts.text(place) for place in range(self.teacher.num_conditions)]
         self.pairs = training_part(whole, every, self.data)
         self.budget, self.checks, self.seen = budget, checks, seen
+
+    def judges(self, seeds: range) -> CaptionJudges:
+        """The judge of these seeds, trained once."""
+        kept = WORK / f"judges-{seeds[0]}-{len(seeds)}-{len(self.data)}.safetensors"
+        return CaptionJudges(self.data, descriptions=_descriptions(self.data), seeds=seeds, kept=kept)
 
     def white_box(self, batch: Batch) -> Tensor:
         """The scorer with its gradient."""

@@ -5,7 +5,7 @@
 Two ways to please the scorer: take its favourite of N images of a prompt, which are all the student's own; and move
 each image's latents along the scorer's gradient, as far as it takes. What the judge, which gave no reward, thinks
 better of too is what can be learnt; what the scorer alone likes is fooled. How well the judge agrees with itself,
-trained again with another seed, bounds both.
+trained again with other seeds, bounds both.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from benchmarks.reinforcement.judge import AT_ONCE, NOISE_SEED
 from benchmarks.reinforcement.run import Experiment
 from redif_sdk.results import document, write_json
 from zoo import score_text
-from zoo.judge_text import CaptionJudges, describe, summary
+from zoo.judge_text import JUDGES, CaptionJudges, describe, summary
 
 NOISES = (1, 2, 4, 8)
-OTHER_SEED = 8
+OTHERS = range(100, 100 + len(JUDGES))  # seeds of another judge
 ASCENT, STEP = (2, 4, 8, 12), 0.05  # steps along the gradient, each at this rms, in latents
 
 
 class Seen:
     """The judge and the scorer on images of the prompts at the data's ``places``."""
 
-    def __init__(self, experiment: Experiment, places: list[int]) -> None:
-        self.experiment, self.places, data = experiment, places, experiment.data
+    def __init__(self, experiment: Experiment, places: list[int], other: CaptionJudges) -> None:
+        self.experiment, self.places, self.other, data = experiment, places, other, experiment.data
         self.prompts = [data.prompt(place) for place in places]
         self.subjects = [data.subjects[place].name for place in places]
         self.styles = [data.styles[place] for place in places]
 
     @torch.no_grad()
-    def ranks(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The judge's ranks of latents (N, C, H, W), the scorer's ranks, and its scores: (N,) each."""
+    def ranks(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The judge's ranks of latents (N, C, H, W), the scorer's ranks, its scores, the other judge's ranks."""
         experiment, panel = self.experiment, self.experiment.panel
         images = torch.cat([experiment.teacher.images(part).clamp(-1, 1) for part in latents.split(AT_ONCE)])
-        seen = score_text.describe(images)
+        seen, described = score_text.describe(images), describe(images)
         return (
-            panel.judges.ranks(describe(images), self.places),
+            panel.judges.ranks(described, self.places),
             experiment.scorer.ranks(seen, self.subjects, self.styles, panel.judges.known),
             experiment.scorer.score(seen, self.prompts, experiment.names),
+            self.other.ranks(described, self.places),
         )
 
     def direction(self, latents: Tensor) -> Tensor:
@@ -80,23 +81,20 @@ def measure(experiment: Experiment, steps: int) -> tuple[list[dict[str, Any]], d
     places, most = experiment.panel.places, max(NOISES)
     draw = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(most * len(places), *experiment.teacher.shape, generator=draw)
-    one = Seen(experiment, places)
+    other = experiment.judges(OTHERS)
+    one = Seen(experiment, places, other)
     condition = experiment.teacher.ask(one.prompts * most)
     sample, parts = experiment.policy(steps).sample, zip(noise.split(AT_ONCE), condition.split(AT_ONCE), strict=True)
     with torch.no_grad():
         latents = torch.cat([sample(*part) for part in parts])
-    every = Seen(experiment, places * most)
-    judged, scored, scores = (found.unflatten(0, (most, -1)).T for found in every.ranks(latents))
-    first = experiment.panel.judges
-    experiment.panel.judges = CaptionJudges(experiment.data, descriptions=first.descriptions, seed=OTHER_SEED)
-    other = every.ranks(latents)[0].unflatten(0, (most, -1)).T
-    experiment.panel.judges = first
+    every = Seen(experiment, places * most, other).ranks(latents)
+    judged, scored, scores, others = (found.unflatten(0, (most, -1)).T for found in every)
     rows, everyone = [], torch.arange(len(places))
     for count in NOISES:
         best = scores[:, :count].argmax(1)
         rows.append(row(f"best of {count}", judged[everyone, best], scored[everyone, best]))
-    best = (-other).argmax(1)
-    rows.append(row(f"best of {most} by a judge of another seed", judged[everyone, best], scored[everyone, best]))
+    best = (-others).argmax(1)
+    rows.append(row(f"best of {most} by a judge of other seeds", judged[everyone, best], scored[everyone, best]))
     moved = latents[: len(places)]
     for step in range(1, max(ASCENT) + 1):
         moved = moved + STEP * one.direction(moved)
@@ -104,7 +102,7 @@ def measure(experiment: Experiment, steps: int) -> tuple[list[dict[str, Any]], d
             far = float((moved - latents[: len(places)]).square().mean().sqrt())
             rows.append(row(f"{step} steps of its gradient, moved by {far:.2f}", *one.ranks(moved)[:2]))
     levels = -torch.log1p(judged.float())
-    agree = {"scorer": agreement(scores, levels), "judge": agreement(-torch.log1p(other.float()), levels)}
+    agree = {"scorer": agreement(scores, levels), "judge": agreement(-torch.log1p(others.float()), levels)}
     return rows, agree
 
 
@@ -121,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     for found in rows:
         print("{how:44} judge {judge:.1%}, among five {judge_top5:.1%}, scorer {scorer:.1%}".format_map(found))
     print(
-        "correlation with the judge within a prompt: scorer {scorer:.2f}, judge of another seed {judge:.2f}".format_map(
+        "correlation with the judge within a prompt: scorer {scorer:.2f}, judge of other seeds {judge:.2f}".format_map(
             agree
         )
     )

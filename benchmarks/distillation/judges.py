@@ -130,13 +130,11 @@ class Reference:
 
     def row(self, images: Tensor, fresh: Tensor | None = None) -> dict[str, Any]:
         """The figures of one contender's images (N, C, H, W), paired with the teacher's; unpaired, of ``fresh`` too."""
-        quality = self.judge.quality(images, GAINS)
+        quality = self.judge.quality(images, GAINS, fresh)
         found = {name: value for name, value in quality.row().items() if name not in OF_IMAGES}
         corrected = images * quality.gain
         sharpened = [(self.judge.distance(self.judge.embed(unsharp(corrected, a))), a) for a in UNSHARP]
         found["fd_teacher_unsharp"], found["unsharp"] = min([*sharpened, (quality.fd_teacher_gain, 0.0)])
-        if fresh is not None:
-            found |= self.judge.unpaired(torch.cat([self.judge.embed(images), self.judge.embed(fresh)]))
         return {"features": self.name, **found}
 
 

@@ -215,8 +215,11 @@ class Judge:
                 break
         return found
 
-    def quality(self, images: Tensor, gains: Sequence[float] = GAINS) -> Quality:
-        """All figures for a contender's images (N, C, H, W), paired with ``target``, before clamping."""
+    def quality(self, images: Tensor, gains: Sequence[float] = GAINS, fresh: Tensor | None = None) -> Quality:
+        """All figures for a contender's images (N, C, H, W), paired with ``target``, before clamping.
+
+        ``fresh`` (M, C, H, W): the contender's images for more noises, of which unpaired figures are too.
+        """
         features = self.embed(images)
         fd = self.distance(features)
         gain = self._best_gain(images, features, sorted(gains))
@@ -231,6 +234,6 @@ class Judge:
             kd_teacher=kernel_distance(features, self.reference),
             mse=float(((seen - wanted) ** 2).mean()),
             spread=own / max(theirs, 1e-12) if own is not None and theirs is not None else None,
-            **self.unpaired(features),
+            **self.unpaired(features if fresh is None else torch.cat([features, self.embed(fresh)])),
             **self.seen(images),
         )

@@ -156,6 +156,9 @@ def test_the_tables_mark_the_best_and_what_overlaps_it(tmp_path: Path) -> None:
     assert "**5.30 (0.60)**" in lines["near"]  # their seeds overlap
     assert "**" not in lines["behind"]
     assert lines["behind"].endswith("| 2 |")
+    summary = [line for line in text.splitlines() if line.count(" / ") == 2]
+    assert [line.split(" | ")[0] for line in summary[:3]] == ["| best", "| near", "| behind"]  # the best first
+    assert summary[0].endswith("5.10 / - |")
     assert (page.parent / "images" / "methods-made-up-forward_equivalents.svg").is_file()
     render.main([str(tmp_path), "-o", str(page)])
     assert page.read_text() == text

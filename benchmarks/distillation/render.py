@@ -49,6 +49,8 @@ COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
     "seconds": (lambda row: row["budget"].get("seconds"), 0),
 }
 RANKED = tuple(COLUMNS)[:7]  # lower is better
+SUMMARY = ("FD raw", "FD, best gain", "FD unpaired")
+REFERENCES = (4, 8)  # steps of DDIM, below the summary
 
 
 def read(folder: Path) -> list[Row]:
@@ -93,6 +95,40 @@ def table(rows: list[Row], data: str, kind: str, steps: int) -> list[str]:
             cells.append(f"**{text}**" if overlaps else text)
         seeds = len({row["seed"] for row in mine if row["method"] == method and row["seed"] is not None})
         lines.append(f"| {method} | {' | '.join(cells)} | {seeds or ''} |")
+    return lines
+
+
+def summary(rows: list[Row], data: str, kind: str) -> list[str]:
+    """Markdown: the means of ``SUMMARY`` by method and K, the best method first, and DDIM at more steps."""
+    mine = [row for row in rows if row["data"] == data]
+    trained = [row for row in mine if row["seed"] is not None and row["kind"] == kind]
+    every = sorted({row["steps"] for row in trained})
+
+    def figures(own: list[Row]) -> list[str | None]:
+        means = [spread(COLUMNS[title][0](row) for row in own) for title in SUMMARY]
+        return [None if mean is None else f"{mean[0]:.2f}" for mean in means]
+
+    def order(method: str) -> float:
+        value = COLUMNS[SUMMARY[1]][0]
+        own = {steps: [row for row in trained if (row["method"], row["steps"]) == (method, steps)] for steps in every}
+        means = [statistics.mean(value(row) or 1e-9 for row in found) for found in own.values() if found]
+        return statistics.geometric_mean(means)
+
+    lines = [f"| {', '.join(SUMMARY)} | {' | '.join(f'K = {steps}' for steps in every)} |"]
+    lines.append("|---|" + "---|" * len(every))
+    for method in sorted({row["method"] for row in trained}, key=order):
+        cells = []
+        for steps in every:
+            own = [row for row in trained if (row["method"], row["steps"]) == (method, steps)]
+            cells.append(" / ".join(text or "-" for text in figures(own)) if own else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    for steps in REFERENCES:
+        own = [row for row in mine if row["seed"] is None and (row["method"], row["steps"]) == ("ddim", steps)]
+        if own:
+            shown = " / ".join(text or "-" for text in figures(own))
+            lines.append(
+                f"| the teacher by DDIM at {steps}, {own[0]['network_calls']} calls: {shown} |" + " |" * len(every)
+            )
     return lines
 
 
@@ -156,6 +192,7 @@ def render(folder: Path, images: Path, beside: str) -> str:
     for data in sorted({row["data"] for row in rows}):
         for kind in sorted({row["kind"] for row in rows if row["data"] == data and row["seed"] is not None}):
             parts.append(f"### {data}, equal {kind.replace('_', '-')}\n")
+            parts.append("\n".join(summary(rows, data, kind)) + "\n")
             name = f"methods-{data}-{kind}.svg"
             plot(rows, data, kind, images / name)
             parts.append(f"![Distance against calls and against seconds]({beside}/{name})\n")

@@ -35,7 +35,7 @@ COLUMNS: dict[str, tuple[Callable[[Row], float | None], int]] = {
     "std match": (lambda row: row["judged"][0]["fd_teacher_std"], 2),
     "FD unpaired": (lambda row: row["judged"][0].get("fd_unpaired"), 2),
     "FD, second judge, gain": (lambda row: row["judged"][1]["fd_teacher_gain"], 2),
-    "KD": (lambda row: row["judged"][0]["kd_teacher"], 3),
+    "KD": (lambda row: row["judged"][0]["kd_teacher"], 5),
     "FD to real": (lambda row: row["judged"][0]["fd_real"], 1),
     "HF": (lambda row: row["high_frequency"], 2),
     "MSE": (lambda row: row["mse"], 4),

@@ -167,7 +167,7 @@ def test_processes_part_at_the_end(tmp_path: Path) -> None:
     )
     done = launch(2, str(script))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["parted", "parted"]
+    assert done.stdout.replace("\n", "") == 2 * "parted"  # two processes may share a line
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,34 +101,32 @@ def table(rows: list[Row], data: str, kind: str, steps: int) -> list[str]:
 def summary(rows: list[Row], data: str, kind: str) -> list[str]:
     """Markdown: the means of ``SUMMARY`` by method and K, the best method first, and DDIM at more steps."""
     mine = [row for row in rows if row["data"] == data]
-    trained = [row for row in mine if row["seed"] is not None and row["kind"] == kind]
-    every = sorted({row["steps"] for row in trained})
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in mine:
+        if row["seed"] is not None and row["kind"] == kind:
+            found.setdefault(row["method"], {}).setdefault(row["steps"], []).append(row)
+    every = sorted({steps for own in found.values() for steps in own})
 
-    def figures(own: list[Row]) -> list[str | None]:
+    def figures(own: list[Row]) -> str:
         means = [spread(COLUMNS[title][0](row) for row in own) for title in SUMMARY]
-        return [None if mean is None else f"{mean[0]:.2f}" for mean in means]
+        return " / ".join("-" if mean is None else f"{mean[0]:.2f}" for mean in means)
 
     def order(method: str) -> float:
         value = COLUMNS[SUMMARY[1]][0]
-        own = {steps: [row for row in trained if (row["method"], row["steps"]) == (method, steps)] for steps in every}
-        means = [statistics.mean(value(row) or 1e-9 for row in found) for found in own.values() if found]
-        return statistics.geometric_mean(means)
+        return statistics.geometric_mean(
+            statistics.mean(value(row) or 1e-9 for row in own) for own in found[method].values()
+        )
 
     lines = [f"| {', '.join(SUMMARY)} | {' | '.join(f'K = {steps}' for steps in every)} |"]
     lines.append("|---|" + "---|" * len(every))
-    for method in sorted({row["method"] for row in trained}, key=order):
-        cells = []
-        for steps in every:
-            own = [row for row in trained if (row["method"], row["steps"]) == (method, steps)]
-            cells.append(" / ".join(text or "-" for text in figures(own)) if own else "")
+    for method in sorted(found, key=order):
+        cells = [figures(found[method][steps]) if steps in found[method] else "" for steps in every]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     for steps in REFERENCES:
         own = [row for row in mine if row["seed"] is None and (row["method"], row["steps"]) == ("ddim", steps)]
         if own:
-            shown = " / ".join(text or "-" for text in figures(own))
-            lines.append(
-                f"| the teacher by DDIM at {steps}, {own[0]['network_calls']} calls: {shown} |" + " |" * len(every)
-            )
+            shown = f"the teacher by DDIM at {steps}, {own[0]['network_calls']} calls: {figures(own)}"
+            lines.append(f"| {shown} |" + " |" * len(every))
     return lines
 
 

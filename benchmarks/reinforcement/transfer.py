@@ -77,7 +77,7 @@ def row(how: str, judged: Tensor, scored: Tensor) -> dict[str, Any]:
 
 def measure(experiment: Experiment, steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows; and within a prompt the correlations of the judge's log rank with the scorer's log-probability, and
-    with its own of another seed."""
+    with its own of other seeds."""
     places, most = experiment.panel.places, max(NOISES)
     draw = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(most * len(places), *experiment.teacher.shape, generator=draw)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -91,6 +92,9 @@ def test_no_model_is_trained_on_the_style_that_it_scores(scorer: Scorers, data: 
 def test_a_place_without_a_scorer_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"has no scorer; make one with python -m zoo\.score_text -o"):
         score_text.load(str(tmp_path / "nothing"))
+    save_file({"models.Noto.mean": torch.zeros(3)}, tmp_path / score_text.WEIGHTS)
+    with pytest.raises(InvalidRequest, match="is of an earlier version; make it again"):
+        score_text.load(str(tmp_path))
 
 
 def test_what_measures_it_is_not_trained_on() -> None:

@@ -277,7 +277,12 @@ def load(folder: str) -> tuple[Scorers, list[str]]:
     if not (place / WEIGHTS).is_file():
         raise InvalidRequest(f"{folder} has no scorer; make one with python -m zoo.score_text -o {folder}")
     state = load_file(place / WEIGHTS)
-    sentences, first = Sentences(), f"models.{next(iter(captions.STYLES))}.members."
+    first = f"models.{next(iter(captions.STYLES))}.members."
+    if f"{first}0.mean" not in state:
+        raise InvalidRequest(
+            f"the scorer in {folder} is of an earlier version; make it again: python -m zoo.score_text -o {folder}"
+        )
+    sentences = Sentences()
     image_size, text_size = len(state[f"{first}0.mean"]), state[f"{first}0.text.1.weight"].shape[1]
     seeds = len({name.removeprefix(first).split(".")[0] for name in state if name.startswith(first)})
     model = Scorers({

@@ -236,7 +236,9 @@ def test_a_reward_sees_the_scale_and_the_prompt_of_each_image() -> None:
         assert set(batch.prompts or ()) <= set(PROMPTS)
 
 
-@pytest.mark.parametrize("reward", ["feature", "discriminator", "distribution"])
+@pytest.mark.parametrize(
+    "reward", ["feature", *(pytest.param(name, marks=pytest.mark.slow) for name in ("discriminator", "distribution"))]
+)
 def test_rewards_that_learn_take_the_prompts_alone(reward: str) -> None:
     distill(teacher_of(responsive()), config(method="redif", reward=reward, warm_start=0.0), progress=False)
 

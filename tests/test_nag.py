@@ -307,7 +307,8 @@ def make_joint(name: str, folder: Path) -> None:
     export(folder, batches=(1, 3), nag=True)
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_students_of_joint_attention_take_negative_prompts(name: str) -> None:
     """Their graph passed the gate in every engine here, and does what the network does."""
     folder = made(f"nag-{name}", lambda folder: make_joint(name, folder))

@@ -151,7 +151,7 @@ class Unsure(PixelReward):
         return super().__call__(batch)
 
 
-@pytest.mark.parametrize(("nth", "warned"), [(200, 0), (50, 1)])
+@pytest.mark.parametrize(("nth", "warned"), [pytest.param(200, 0, marks=pytest.mark.slow), (50, 1)])
 def test_images_that_a_reward_cannot_judge_are_logged_and_warned_of(
     teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture, nth: int, warned: int
 ) -> None:

@@ -133,6 +133,7 @@ def replicas() -> set[int]:
     return found
 
 
+@pytest.mark.slow
 def test_it_is_the_same_server(address: str, pipe: FastPipeline) -> None:
     models = httpx.get(f"{address}/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["tiny"]
@@ -145,6 +146,7 @@ def test_it_is_the_same_server(address: str, pipe: FastPipeline) -> None:
     assert "is not a class of tiny" in refused.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_it_streams(address: str, pipe: FastPipeline) -> None:
     body = {"prompt": "c", "seed": 3, "num_inference_steps": 3, "stream": True, "partial_images": 2}
     with httpx.stream("POST", address + PATH, json=body, timeout=SECONDS) as answer:
@@ -152,6 +154,7 @@ def test_it_streams(address: str, pipe: FastPipeline) -> None:
     assert events == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
 
 
+@pytest.mark.slow
 def test_the_kill_of_a_replica_under_load_loses_nothing(address: str, pipe: FastPipeline) -> None:
     """Every request is answered once, with the picture of its seed, though half of the engines die meanwhile."""
     seeds = list(range(120))

@@ -92,7 +92,16 @@ def test_no_model_is_trained_on_the_style_that_it_scores(scorer: Scorers, data: 
 def test_a_place_without_a_scorer_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"has no scorer; make one with python -m zoo\.score_text -o"):
         score_text.load(str(tmp_path / "nothing"))
-    save_file({"models.Noto.mean": torch.zeros(3)}, tmp_path / score_text.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "about"),
+    [("models.Noto.mean", {"look": score_text.LOOK}), ("models.Noto.members.0.mean", {})],
+    ids=["one seed", "features of 64 pixels"],
+)
+def test_a_scorer_of_an_earlier_version_is_refused(tmp_path: Path, name: str, about: dict[str, int]) -> None:
+    save_file({name: torch.zeros(3)}, tmp_path / score_text.WEIGHTS)
+    (tmp_path / score_text.ABOUT).write_text(json.dumps(about))
     with pytest.raises(InvalidRequest, match="is of an earlier version; make it again"):
         score_text.load(str(tmp_path))
 

@@ -39,6 +39,7 @@ from zoo.captions import Captioned
 from zoo.judge_text import JUDGES, CaptionJudges, Several, contrastive_loss, ranks_by_style, summary
 
 WIDTH, THUMBNAIL, SEED = 192, 6, 29
+LOOK = 128  # side in pixels at which features are computed: what it says of a student's images agrees better than at 64
 SEEDS = 4  # models a style; which of a student's images is better, a single one says by chance
 UPDATES, BATCH = 1500, 256
 CANDIDATES = 256  # names among which a prompt's own is to be found
@@ -56,7 +57,7 @@ def describe(images: Tensor, *, rounded: bool = True) -> Tensor:
     """
     parts = []
     for part in images.split(100):
-        seen = F.interpolate(part, size=(64, 64), mode="bilinear", align_corners=False)
+        seen = F.interpolate(part, size=(LOOK, LOOK), mode="bilinear", align_corners=False)
         found = embed(seen, size=1) if rounded else pooled((seen.clamp(-1, 1) + 1) * 127.5, size=1)
         parts.append(torch.cat([found, F.adaptive_avg_pool2d(part, THUMBNAIL).flatten(1)], 1))
     return torch.cat(parts)
@@ -267,7 +268,9 @@ def save(model: Scorers, names: Iterable[str], figures: dict[str, Any], folder: 
     """Weights, candidate names and figures."""
     with atomic_folder(folder, overwrite=True) as staging:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staging / WEIGHTS)
-        (staging / ABOUT).write_text(json.dumps({"names": list(names), "figures": figures}, indent=1) + "\n")
+        (staging / ABOUT).write_text(
+            json.dumps({"look": LOOK, "names": list(names), "figures": figures}, indent=1) + "\n"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -276,9 +279,9 @@ def load(folder: str) -> tuple[Scorers, list[str]]:
     place = Path(folder)
     if not (place / WEIGHTS).is_file():
         raise InvalidRequest(f"{folder} has no scorer; make one with python -m zoo.score_text -o {folder}")
-    state = load_file(place / WEIGHTS)
+    state, about = load_file(place / WEIGHTS), json.loads((place / ABOUT).read_text())
     first = f"models.{next(iter(captions.STYLES))}.members."
-    if f"{first}0.mean" not in state:
+    if f"{first}0.mean" not in state or about.get("look") != LOOK:
         raise InvalidRequest(
             f"the scorer in {folder} is of an earlier version; make it again: python -m zoo.score_text -o {folder}"
         )
@@ -289,7 +292,7 @@ def load(folder: str) -> tuple[Scorers, list[str]]:
         style: Several([Scorer(sentences, image_size, text_size) for _ in range(seeds)]) for style in captions.STYLES
     })  # fmt: skip
     model.load_state_dict(state)
-    names: list[str] = json.loads((place / ABOUT).read_text())["names"]
+    names: list[str] = about["names"]
     return model.eval().requires_grad_(False), names
 
 
@@ -306,6 +309,7 @@ def main(
     data_dir: Annotated[str | None, typer.Option(help="Folder of emoji-64.npz; default $REDIF_DATA/captions.")] = None,
     updates: Annotated[int, typer.Option(help="Updates of each model.")] = UPDATES,
     seeds: Annotated[int, typer.Option(help="Models a style, of which the score is the mean.")] = SEEDS,
+    judges: Annotated[Path | None, typer.Option(help="The judges' weights; made if not there.")] = None,
 ) -> None:
     """Train the scorer and measure it against the judge."""
     data, progress = captions.load(data_dir), Progress()
@@ -313,8 +317,8 @@ def main(
         views = views_of(data)
     model = train(data, Sentences(), views, updates=updates, seeds=seeds, progress=progress)
     with progress.stage(f"{len(JUDGES)} judges, to measure it against"):
-        judges = CaptionJudges(data, seeds=JUDGES)
-    figures = measure(data, model, views[0], judges)
+        against = CaptionJudges(data, seeds=JUDGES, kept=judges)
+    figures = measure(data, model, views[0], against)
     names = np.random.default_rng(SEED).permutation(sorted({subject.name for subject in data.subjects}))
     save(model, names[: CANDIDATES - 1].tolist(), figures, output)
     typer.echo(json.dumps(figures, indent=1))

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redif_sdk.distill.rewards.batch import Batch
-from redif_sdk.distill.rewards.texture import AT_ONCE, FLOOR, pooled
+from redif_sdk.distill.rewards.texture import FLOOR, column_means, pooled_rows
 
 __all__ = ["BandsReward", "bands"]
 
+PIXELS_AT_ONCE = 150_000  # of images whose patterns are computed at once: they stay in the processor's cache
 SCALES = {"fine": 1, "coarse": 2}  # name -> pixels between the neighbours
+LENGTHS = (3, 2, 6)  # squared, of the cosines (1, 1, 1), (-1, 0, 1) and (1, -2, 1)
 
 
 def bands(images: Tensor) -> dict[str, Tensor]:
@@ -29,22 +31,30 @@ def bands(images: Tensor) -> dict[str, Tensor]:
     (1, 1, 1) / sqrt 3, (-1, 0, 1) / sqrt 2 and (1, -2, 1) / sqrt 6. The coarse scale takes every second pixel of the
     mean over 3 x 3.
     """
-    found, level = {}, images
+    found, level, squared = {}, images, [along * across for along in LENGTHS for across in LENGTHS]
     for name, gap in SCALES.items():
         padded = F.pad(level, (gap,) * 4, mode="replicate")
         parts = [part for along in _cosines(padded, gap, -2) for part in _cosines(along, gap, -1)]
-        level = parts[0] / 3
-        squares = torch.stack([part.square().mean(1) for part in parts[1:]], 1)
-        found[name] = (pooled(squares) + FLOOR).log() / 2
+        level = parts[0] / squared[0]
+        means = column_means(level)
+        energies = [
+            _mean(part.square()) @ means / length for part, length in zip(parts[1:], squared[1:], strict=True)
+        ]  # divided here, where there is half as much of it
+        found[name] = (pooled_rows(torch.stack(energies, 1)) + FLOOR).log() / 2
     return found
 
 
+def _mean(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W)."""
+    return maps.mean(1) if maps.shape[1] > 1 else maps[:, 0]
+
+
 def _cosines(maps: Tensor, gap: int, dim: int) -> list[Tensor]:
-    """Mean, slope and curvature of each pixel and its two neighbours along ``dim``, which becomes 2 ``gap`` shorter."""
+    """Sum, slope and curvature of each pixel and its two neighbours along ``dim``, which becomes 2 ``gap`` shorter."""
     inner = maps.shape[dim] - 2 * gap
     before, here, after = (maps.narrow(dim, k * gap, inner) for k in range(3))
     ends = before + after
-    return [(ends + here) / 3**0.5, (after - before) / 2**0.5, (ends - 2 * here) / 6**0.5]
+    return [ends + here, after - before, ends.sub(here, alpha=2)]
 
 
 class BandsReward:
@@ -61,7 +71,8 @@ class BandsReward:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         wanted = bands(batch.targets)
-        count = max(1, AT_ONCE // len(batch.targets)) * len(batch.targets)
+        height, width = batch.images.shape[-2:]
+        count = max(1, PIXELS_AT_ONCE // (height * width * len(batch.targets))) * len(batch.targets)
         parts = [self._compare(part, wanted) for part in batch.images.split(count)]
         return {name: torch.cat([part[name] for part in parts]) for name in wanted}
 

@@ -37,13 +37,25 @@ def energy(images: Tensor) -> Tensor:
 
 
 def pooled(maps: Tensor) -> Tensor:
-    """``avg_pool2d(maps, WINDOW, 2)`` of maps (B, M, H, W), several times as fast: by sums and a product."""
-    height, width = ((side - WINDOW) // 2 + 1 for side in maps.shape[-2:])
-    rows = maps[..., 0 : 2 * height - 1 : 2, :]
+    """``avg_pool2d(maps, WINDOW, 2)`` of maps (B, M, H, W), several times as fast: by a product and sums."""
+    return pooled_rows(maps @ column_means(maps))
+
+
+def column_means(maps: Tensor) -> Tensor:
+    """(W, w), by which maps (..., H, W) are multiplied: the means of ``WINDOW`` columns, every second of them."""
+    side = maps.shape[-1]
+    place = torch.arange(side, device=maps.device)[:, None]
+    first = 2 * torch.arange((side - WINDOW) // 2 + 1, device=maps.device)
+    return ((place >= first) & (place < first + WINDOW)).to(maps.dtype) / WINDOW
+
+
+def pooled_rows(maps: Tensor) -> Tensor:
+    """(..., H, W) -> (..., h, W): the means of ``WINDOW`` rows, every second of them."""
+    last = 2 * ((maps.shape[-2] - WINDOW) // 2) + 1
+    rows = maps[..., 0:last:2, :]
     for k in range(1, WINDOW):
-        rows = rows + maps[..., k : k + 2 * height - 1 : 2, :]
-    place = torch.arange(maps.shape[-1], device=maps.device)[:, None] - 2 * torch.arange(width, device=maps.device)
-    return rows @ (((place >= 0) & (place < WINDOW)).to(maps.dtype) / WINDOW**2)
+        rows = rows + maps[..., k : k + last : 2, :]
+    return rows / WINDOW
 
 
 class TextureReward:

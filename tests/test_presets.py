@@ -40,7 +40,7 @@ def test_what_is_given_by_hand_is_over_the_file_is_over_the_preset(tmp_path: Pat
     file = tmp_path / "run.yaml"
     file.write_text("preset: fast\nlearning_rate: 0.5\nseed: 7\n")
     made = resolve({"seed": 9, "num_inference_steps": 2}, file=file)
-    assert (made.seed, made.learning_rate, made.get("reward"), made.batch_size) == (9, 0.5, "texture", 32)
+    assert (made.seed, made.learning_rate, made.get("reward"), made.batch_size) == (9, 0.5, "bands", 32)
     assert made.updates == preset("fast", 2)["updates"]
     assert resolve({"seconds": 5.0}, file=file).updates is None  # one budget takes the place of another
     assert resolve({}, file=file, name="best").updates == preset("best", 4)["updates"]
@@ -99,7 +99,11 @@ def test_the_quickstarts_settings_are_those_of_distill_with_the_same_preset(name
     made = plan([1, 2, 4], name, seed=3, text=text)
     for steps, config in made.items():
         assert config == resolve({"num_inference_steps": steps, "seed": 3}, name=name, text=text)
-        assert (config.method, config.estimator, config.reward) == ("redif", "same-state", "texture")
+        assert (config.method, config.estimator, config.reward) == (
+            "redif",
+            "same-state",
+            "texture" if text else "bands",
+        )
         assert config.updates
         assert config.seconds is None
     assert plan([2], name, updates=7, text=text)[2].updates == 7
@@ -132,7 +136,7 @@ def test_a_dry_run_prints_the_settings_and_the_cost_and_writes_nothing(tmp_path:
     result = CliRunner().invoke(app, [*asked, "--batch-size", "4", "--json", str(report)])
     assert result.exit_code == 0, result.output
     settings = yaml.safe_load(result.output)
-    assert (settings["num_inference_steps"], settings["batch_size"], settings["reward"]) == (1, 4, "texture")
+    assert (settings["num_inference_steps"], settings["batch_size"], settings["reward"]) == (1, 4, "bands")
     assert settings["updates"] == preset("fast", 1)["updates"]
     (row,) = json.loads(report.read_text())["rows"]
     assert row["pool_seconds"] == 0  # it is shipped

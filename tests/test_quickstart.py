@@ -173,9 +173,9 @@ def test_the_results_hold_every_field_and_contender(finished: Path) -> None:
 def test_a_students_row_says_how_it_was_made(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     *baselines, _, student = results["rows"]
-    assert (student["method"], student["estimator"], student["reward"]) == ("redif", "same-state", "texture")
+    assert (student["method"], student["estimator"], student["reward"]) == ("redif", "same-state", "bands")
     assert all(row["estimator"] is None and row["reward"] is None for row in baselines)
-    assert "student: redif (same-state, texture)" in (finished / "report.html").read_text()
+    assert "student: redif (same-state, bands)" in (finished / "report.html").read_text()
     assert label(baselines[0]) == "teacher"
 
 

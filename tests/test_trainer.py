@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch import Tensor
 
 from redif_sdk import FastPipeline
 from redif_sdk.artifact.folder import StudentFolder
@@ -25,8 +26,10 @@ from redif_sdk.distill import DistillConfig, Student, Teacher, distill, import_p
 from redif_sdk.distill.compute import device as precision
 from redif_sdk.distill.config import applicable
 from redif_sdk.distill.methods.times import table_at
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.student import pool_size, recorded, training_folder
 from redif_sdk.distill.teachers.large import sized
+from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.check import Watch
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.export import export
@@ -119,6 +122,38 @@ def test_resume_with_other_settings_is_refused(teacher_folder: Path, tmp_path: P
     distill(teacher_folder, config(), folder=tmp_path / "run")
     with pytest.raises(InvalidRequest, match="other settings"):
         distill(teacher_folder, config(learning_rate=0.5), folder=tmp_path / "run", resume=True)
+
+
+def test_a_reward_is_known_again_by_its_name_in_another_process(teacher_folder: Path) -> None:
+    """Functions have other addresses there, and a server may be at another host or port."""
+    teacher = Teacher.load(teacher_folder)
+
+    def identity_of(reward: object) -> str:
+        return checkpoint.identity(config(reward=reward), teacher)
+
+    def mine(batch: Batch) -> Tensor:
+        return batch.images.mean((1, 2, 3))
+
+    def again() -> object:
+        def mine(batch: Batch) -> Tensor:
+            return batch.images.mean((1, 2, 3))
+
+        return mine
+
+    class Judge:
+        def of(self, batch: Batch) -> Tensor:
+            return batch.images.mean((1, 2, 3))
+
+    def other(batch: Batch) -> Tensor:
+        return -batch.images.mean((1, 2, 3))
+
+    assert identity_of(mine) == identity_of(again()) != identity_of(other)
+    assert identity_of(Judge().of) == identity_of(Judge().of)
+    assert identity_of({mine: 2.0, "pixel": 1.0}) == identity_of({again(): 2.0, "pixel": 1.0})
+    assert identity_of({mine: 2.0, "pixel": 1.0}) != identity_of({mine: 1.0, "pixel": 1.0})
+    assert identity_of([mine, "pixel"]) == identity_of([again(), "pixel"])
+    at = "http://127.0.0.1:{}/score#likeness={}"
+    assert identity_of(at.format(8000, 2)) == identity_of(at.format(8001, 2)) != identity_of(at.format(8000, 1))
 
 
 def test_the_log_names_reward_recall_and_budget(teacher_folder: Path, tmp_path: Path) -> None:

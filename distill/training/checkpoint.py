@@ -7,7 +7,8 @@ run that was killed and resumed gives the same bits as one that was not (budget 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from redif_sdk.distill.compute import parallel as sharding
 from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.compute.lora import load_trained, trained
 from redif_sdk.distill.config import DistillConfig
+from redif_sdk.distill.rewards.protocol import name_of
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.value_range import UNIT
 from redif_sdk.errors import InvalidRequest
@@ -28,6 +30,7 @@ from redif_sdk.errors import InvalidRequest
 __all__ = ["CHECKPOINT", "identity", "read", "restore_weights", "run_lock", "save_state", "weights_of", "write"]
 
 CHECKPOINT, LOCK = "checkpoint.pt", "run.lock"
+ADDRESS = re.compile(r"https?://[^/#?]*")
 #: What may differ between a run and the one that resumes it; a reward is compared by what it is called.
 FREE = {"checkpoint_seconds", "reward", "tracker", "device", "keep", "micro_batch_size", "gradient_checkpointing"}
 
@@ -69,7 +72,7 @@ def identity(config: DistillConfig, teacher: Teacher) -> str:
     settings = config.model_dump(mode="json", fallback=str)
     fixed = {name: value for name, value in settings.items() if name not in FREE}
     more: dict[str, Any] = {
-        "reward": str(config.get("reward")),
+        "reward": _called(config.get("reward")),
         "teacher": teacher.identity,
         "processes": draws.world(),
     }
@@ -78,6 +81,17 @@ def identity(config: DistillConfig, teacher: Teacher) -> str:
     if (value_range := teacher.postprocess.value_range) != UNIT:
         more["value_range"] = value_range
     return json.dumps(fixed | more)
+
+
+def _called(spec: Any) -> str:
+    """A reward, or several, by name: a function has another address in each process, and a server may have moved."""
+    if isinstance(spec, Mapping):
+        return str({_called(reward): weight for reward, weight in spec.items()})
+    if isinstance(spec, (list, tuple)):
+        return str([_called(reward) for reward in spec])
+    if isinstance(spec, str) or spec is None:
+        return ADDRESS.sub("http://", str(spec))
+    return name_of(spec)
 
 
 def weights_of(

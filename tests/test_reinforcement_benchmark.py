@@ -69,7 +69,8 @@ def test_the_panel_judges_those_alone_and_every_figure_is_there(data: Captioned)
     assert {"top1", "score", "fd_real", "spread", "grid", "fine_energy"} <= found.keys()
     assert found["held_out"]["top1"] >= 0
     assert found["new_subjects"]["prompts"] == 3  # one subject, three styles
-    assert sum(seen) == 4 + 4 * judge.NOISES + judge.HELD_OUT_NOISES + 3
+    assert found["trained_on"]["prompts"] == 4
+    assert sum(seen) == 4 + 4 + 4 * judge.NOISES + judge.HELD_OUT_NOISES + 3
     again = panel.quick(sample, 4)
     assert again["top1"] == found["top1"]  # the same noises at every look
 

@@ -3,7 +3,8 @@
 `CaptionJudges` (EfficientNet-Lite0 and words; one a style, trained on the other styles) says how often the prompt's own
 caption is the first of a hundred. No prompt that is judged is among any arm's training prompts. They are of three
 kinds: subjects in a style in which no arm trains on them ("red heart, noto style", where it has "red heart" and the
-other styles); subjects that no arm trains on at all; and the compositions that the teacher itself never saw.
+other styles); subjects that no arm trains on at all; and the compositions that the teacher itself never saw. Beside
+them stand prompts that arms train on, from noises that they do not.
 """
 
 from __future__ import annotations
@@ -105,6 +106,11 @@ class Panel:
         return self._places(lambda name, style: name in self._left_out.subjects)
 
     @cached_property
+    def _trained_on(self) -> list[int]:
+        left_out = self._left_out
+        return self._places(lambda name, style: name not in left_out.subjects and (name, style) not in left_out.prompts)
+
+    @cached_property
     def _left_out(self) -> LeftOut:
         return LeftOut.of(self.data)
 
@@ -143,7 +149,7 @@ class Panel:
         }
 
     def full(self, sample: Sample) -> dict[str, Any]:
-        """Every figure: prompts of the three kinds, distance to real images, variety, spectrum."""
+        """Every figure: prompts of every kind, distance to real images, variety, spectrum."""
         places = self.places
         prompts = [self.data.prompt(place) for place in places]
         images = self.images(sample, prompts, NOISE_SEED)
@@ -160,6 +166,7 @@ class Panel:
             "spread": spread(varied, torch.arange(len(again)) // NOISES),
             "grid": spectrum.grid,
             "fine_energy": spectrum.fine_energy,
+            "trained_on": self._drawn(sample, self._trained_on, NOISE_SEED + 4),
             "new_subjects": self._drawn(sample, self._new_subjects, NOISE_SEED + 3),
             "held_out": self._drawn(sample, held, NOISE_SEED + 2),
         }

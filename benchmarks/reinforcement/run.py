@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.distillation.judges import sheet
-from benchmarks.reinforcement.judge import AT_ONCE, Panel, Sample, training_part
+from benchmarks.reinforcement.judge import AT_ONCE, LeftOut, Panel, Sample, training_part
 from redif_sdk.artifact.atomic import atomic_write
 from redif_sdk.distill import DistillConfig, Teacher, pool
 from redif_sdk.distill.config import applicable
@@ -49,7 +49,8 @@ HERE = Path(__file__).parent
 WORK = Path("build/reinforcement")
 POOL = 2048
 BEST_OF = 8  # of the teacher's images at inference
-UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", "ddim")
+NOISES = 4  # of each prompt that a reward judges
+UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", "ddim", "ddim, unguided")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class Experiment:
         whole, _ = pool.get(self.teacher, POOL, "train")
         assert self.teacher.prompts is not None
         every = [self.teacher.prompts.text(place) for place in range(self.teacher.num_conditions)]
+        left_out = LeftOut.of(self.data)
+        self.allowed = [place for place, prompt in enumerate(every) if not left_out.has(prompt)]
         self.pairs = training_part(whole, every, self.data)
         self.budget, self.checks, self.seen = budget, checks, seen
 
@@ -143,19 +146,37 @@ class Experiment:
             "ddim": lambda noise, condition: teacher.sample(noise, condition, cell.steps),
             f"teacher, best of {BEST_OF}": self.best,
             "start": self.policy(cell.steps).sample,
+            "ddim, unguided": self.policy(cell.steps, "ddim").sample,
         }
         return {**asdict(cell), **self.panel.full(samples[cell.arm])}
 
-    def policy(self, steps: int) -> StudentPolicy:
-        """The shipped student."""
-        student = shipped_student(self.teacher, steps)
-        return StudentPolicy(student.network, student.tables[0], self.teacher.schedule, exact=True)
+    def policy(self, steps: int, start: str = "shipped") -> StudentPolicy:
+        """What an arm begins with: the shipped student, or ("ddim") the teacher's network at so many steps of DDIM, one
+        call each, so without guidance: an imported few-step pipeline."""
+        if start == "ddim":
+            network, table = self.teacher.make_student(), self.teacher.table(steps)
+        else:
+            student = shipped_student(self.teacher, steps)
+            network, table = student.network, student.tables[0]
+        return StudentPolicy(network, table, self.teacher.schedule, exact=True)
 
     def best(self, noise: Tensor, condition: Tensor) -> Tensor:
         """The scorer's favourite of ``BEST_OF`` images of the teacher for each condition, the first from ``noise``."""
         draw = torch.Generator().manual_seed(BEST_OF)
         more = torch.randn(BEST_OF - 1, *noise.shape, generator=draw)
         return self._favourites(torch.cat([noise[None], more]), condition)[1]
+
+    @torch.no_grad()
+    def own_pairs(self, start: StudentPolicy) -> tuple[Pairs, float]:
+        """``NOISES`` noises for every prompt that arms may train on, in any order, with the start's own outputs as
+        targets: so that regression is a leash to the start. And what they cost."""
+        draw = torch.Generator().manual_seed(POOL)
+        places = torch.tensor(self.allowed).repeat(NOISES)
+        places = places[torch.randperm(len(places), generator=draw)]
+        noise = torch.randn(len(places), *self.teacher.shape, generator=draw)
+        parts = zip(noise.split(AT_ONCE), places.split(AT_ONCE), strict=True)
+        targets = torch.cat([start.sample(*part) for part in parts])
+        return Pairs(noise, targets, places), float(len(places) * start.num_inference_steps)
 
     @torch.no_grad()
     def _favourites(self, noises: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,19 +209,20 @@ class Experiment:
         found = yaml.safe_load((HERE / "arms.yaml").read_text())
         settings: dict[str, Any] = {**found["all"], **found["arms"][cell.arm]}
         shown, spent, pairs = dict(settings), 0.0, self.pairs
+        start = self.policy(cell.steps, settings.pop("start", "shipped"))
         if "best_of" in settings:
             pairs, spent = self.best_pairs(self.budget, settings["best_of"])
         rewards = {"scorer": address, "scorer in process": self.white_box, "chance": self.chance}
         if "reward" in settings:
             settings["reward"] = rewards[settings["reward"]]
+            pairs, spent = self.own_pairs(start)
         config = DistillConfig.checked(
             num_inference_steps=cell.steps,
             seed=cell.seed,
             forward_equivalents=self.budget - spent,
             **applicable(settings),
         )
-        start = shipped_student(self.teacher, cell.steps)
-        trainer = Trainer(self.teacher, config, pairs, folder, start.network, start.tables[0])
+        trainer = Trainer(self.teacher, config, pairs, folder, start.network, start.table)
         curve_file = folder / "curve.json"
         curve: list[dict[str, Any]] = json.loads(curve_file.read_text()) if curve_file.is_file() else []
 

@@ -115,9 +115,32 @@ def test_auxiliary_networks_are_charged_by_their_cost(teacher: Teacher) -> None:
     assert flops(torch.nn.Linear(8, 4), torch.zeros(2, 8)) == 2 * 2 * 8 * 4
 
 
+def test_what_a_reward_computes_once_is_charged_once(teacher: Teacher) -> None:
+    """Such as the encodings of all prompts that it knows, which its first call makes and keeps."""
+    texts = torch.nn.Linear(1000, 1000)
+    once, each = 2 * 1000 * 1000 * 500, 2 * 8 * 8
+
+    class Encoding(PixelReward):
+        kept: Tensor | None = None
+
+        def __call__(self, batch: Batch) -> Tensor:
+            if self.kept is None:
+                self.kept = texts(torch.zeros(500, 1000))
+            return super().__call__(batch) + torch.zeros(8, 8) @ torch.zeros(8) @ torch.zeros(8)
+
+    charged: list[float] = []
+    made = trainer(teacher, Encoding()).context.advantage
+    made.charge = charged.append
+    targets = torch.zeros(16, 1, 8, 8)
+    for _ in range(4):
+        made.score(targets, targets, None)
+    assert max(charged) == pytest.approx(once, rel=1e-3)
+    assert sum(charged) == pytest.approx(once + 4 * each, rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ["redif", "grpo"])
 def test_no_reward_is_called_twice_for_the_same_images(teacher: Teacher, method: str) -> None:
-    """A reward may be people who vote, or a paid service. What it costs is counted in the one real call."""
+    """A reward may be people who vote, or a paid service. What it costs is counted in real calls."""
     seen: list[bytes] = []
 
     class Counting(PixelReward):

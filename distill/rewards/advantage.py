@@ -27,6 +27,7 @@ __all__ = ["Advantage", "Score"]
 
 _log = logging.getLogger(__name__)
 UNJUDGED_WARN, UNJUDGED_STOP = 0.01, 0.2  # shares of the images
+COUNTED = 2  # calls of a reward whose operations are counted
 UNJUDGED_LEAST = 100  # images, before a run is stopped
 
 
@@ -72,7 +73,7 @@ class Advantage:
     count: Callable[[int], None] = lambda images: None  # is told how many images a reward judged
 
     def __post_init__(self) -> None:
-        self._costs: dict[tuple[int, int], float] = {}
+        self._costs: dict[tuple[int, int], list[float]] = {}  # operations of a reward's first calls at a batch size
         self._asked: dict[str, int] = {}  # images, of each reward that counts those it could not judge
         self._unjudged: dict[str, int] = {}
         self._warned: set[str] = set()
@@ -150,16 +151,27 @@ class Advantage:
                 given = (given[0], given[1].repeat(repeats))
             batch = Batch(*given, places, teacher, scales)
             before = getattr(reward, "unjudged", 0)
-            if (index, len(images)) in self._costs:
-                answer = asked_of(reward, batch)
-            else:  # counted in its first call, since a reward may be anything and must not be called twice
-                answer, self._costs[index, len(images)] = counted(asked_of, reward, batch)
-            self.charge(passes * self._costs[index, len(images)])
+            answer = self._asked_and_charged(reward, batch, (index, len(images)), passes)
             self.count(len(images))
             if hasattr(reward, "unjudged"):
                 self._look_at_unjudged(name_of(reward), len(images), reward.unjudged - before)
             scores += _scores(answer, reward, weight, images)
         return scores
+
+    def _asked_and_charged(self, reward: Reward, batch: Batch, kind: tuple[int, int], passes: int) -> Any:
+        """The reward's answer; ``passes`` of what the call costs are charged.
+
+        It is counted in the first two calls of a ``kind``, and taken from the second after them: the first may read
+        texts or models that are kept. Not in a trial call, since a reward may be anything and its calls are the user's.
+        """
+        known = self._costs.setdefault(kind, [])
+        if len(known) == COUNTED:
+            answer = asked_of(reward, batch)
+        else:
+            answer, cost = counted(asked_of, reward, batch)
+            known.append(cost)
+        self.charge(passes * known[-1])
+        return answer
 
     def _look_at_unjudged(self, name: str, count: int, unjudged: int) -> None:
         """Of ``count`` images a reward could not judge some: a warning above 1 %, the end of the run above 20 %."""

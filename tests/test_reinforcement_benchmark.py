@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
-from benchmarks.reinforcement import judge, transfer
+from benchmarks.reinforcement import judge, show, transfer
 from benchmarks.reinforcement.run import HERE, Cell
 from redif_sdk.distill import pool
 from redif_sdk.distill.config import DistillConfig, applicable
@@ -103,3 +107,35 @@ def test_every_arm_has_settings_that_are_read() -> None:
         config = DistillConfig.checked(num_inference_steps=2, **applicable(settings))
         assert config.keep == "last", name
     assert Cell("teacher, best of 8", 2, 0).name == "teacher-best-of-8-2-0"
+
+
+def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
+    """Seeds as their mean, untrained rows first, and nothing outside the two lines is touched."""
+    cells, page = tmp_path / "cells", tmp_path / "docs" / "results" / "page.md"
+    cells.mkdir(), page.parent.mkdir(parents=True)
+    own = {"top1": 0.5, "top5": 0.7, "scorer_top1": 0.4, "score": -4.0, "fd_real": 1000.0, "spread": 38.0, "grid": 2.0}
+    own |= {"new_subjects": {"top1": 0.3}, "held_out": {"top1": 0.6}, "steps": 2}
+    point = {"forward_equivalents": 9.0, "reward_calls": 3, "top1": 0.4, "scorer_top1": 0.3, "prompts": 300}
+    trained = {"curve": [point], "budget": {"forward_equivalents": 5000.0, "reward_calls": 70}}
+    for name, row in {
+        "teacher-2-0": {"arm": "teacher", "seed": 0, **own},
+        "draft-2-0": {"arm": "draft", "seed": 0, **own, **trained, "top1": 0.45},
+        "draft-2-1": {"arm": "draft", "seed": 1, **own, **trained, "top1": 0.47},
+    }.items():
+        (cells / f"{name}.json").write_text(json.dumps({"rows": [row]}))
+        Image.new("RGB", (20 * 4, 8), "red").save(cells / f"{name}.png")
+    page.write_text(f"before\n{show.START}old\n{show.END}after\n")
+    show.main([str(cells), "-o", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n"), text
+    assert text.endswith("after\n")
+    assert "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in lines] == ["| K = 2", "|---|" + 13 * "---|", "| teacher", "| draft"]
+    assert (
+        "| draft | 46.0 % | 70.0 % | 40.0 % | -4.00 |  | 30.0 % | 60.0 % | 1,000 | 38.0 | 2.0 | 5,000 | 70 | 2 |"
+        in lines
+    )
+    assert (tmp_path / "docs" / "images" / "reinforcement-2.svg").is_file()
+    with Image.open(tmp_path / "docs" / "images" / "reinforcement-2.png") as grid:
+        assert grid.height == 2 * (2 * 4 + 12)  # two lines of the sheet, teacher and arm in each

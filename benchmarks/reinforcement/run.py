@@ -49,6 +49,7 @@ HERE = Path(__file__).parent
 WORK = Path("build/reinforcement")
 POOL = 2048
 BEST_OF = 8  # of the teacher's images at inference
+SHOWN = 60  # images in a sheet
 NOISES = 4  # of each prompt that a reward judges
 UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", "ddim", "ddim, unguided")
 
@@ -138,8 +139,8 @@ class Experiment:
         """A reward that says nothing."""
         return torch.randn(len(batch))
 
-    def untrained(self, cell: Cell) -> dict[str, Any]:
-        """A contender that is not trained here."""
+    def untrained(self, cell: Cell) -> tuple[dict[str, Any], Tensor]:
+        """A contender that is not trained here, and its first images."""
         teacher = self.teacher
         samples: dict[str, Sample] = {
             "teacher": lambda noise, condition: teacher.sample(noise, condition, teacher.num_inference_steps),
@@ -148,7 +149,12 @@ class Experiment:
             "start": self.policy(cell.steps).sample,
             "ddim, unguided": self.policy(cell.steps, "ddim").sample,
         }
-        return {**asdict(cell), **self.panel.full(samples[cell.arm])}
+        sample = samples[cell.arm]
+        return {**asdict(cell), **self.panel.full(sample)}, self.first_images(sample)
+
+    def first_images(self, sample: Sample) -> Tensor:
+        """What ``sample`` draws for the first ``SHOWN`` prompts that are judged, from the same noises for all."""
+        return self.panel.images(sample, [self.data.prompt(place) for place in self.panel.places[:SHOWN]], 0)
 
     def policy(self, steps: int, start: str = "shipped") -> StudentPolicy:
         """What an arm begins with: the shipped student, or ("ddim") the teacher's network at so many steps of DDIM, one
@@ -244,11 +250,10 @@ class Experiment:
         trainer.on_progress = on_progress
         student = trainer.run(resume=True)
         judged = self.panel.full(student.sample)
-        prompts = [self.data.prompt(place) for place in self.panel.places[:60]]
         return {
             **asdict(cell), **judged, "curve": curve, "settings": shown,
             "budget": asdict(trainer.meter) | {"forward_equivalents": spent + trainer.meter.forward_equivalents},
-        }, self.panel.images(student.sample, prompts, 0)  # fmt: skip
+        }, self.first_images(student.sample)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -285,11 +290,10 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                     began = time.monotonic()
                     if arm in UNTRAINED:
-                        row = experiment.untrained(cell)
+                        row, images = experiment.untrained(cell)
                     else:
-                        work = WORK / cell.name
-                        row, images = experiment.trained(cell, address, work)
-                        Image.fromarray(sheet(images, 60)).save(path.with_suffix(".png"), optimize=True)
+                        row, images = experiment.trained(cell, address, WORK / cell.name)
+                    Image.fromarray(sheet(images, SHOWN)).save(path.with_suffix(".png"), optimize=True)
                     row["wall_seconds"] = time.monotonic() - began
                     written = document("benchmarks/reinforcement", [row], threads=torch.get_num_threads())
                     atomic_write(path, (json.dumps(written, indent=1) + "\n").encode())

@@ -16,7 +16,10 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.distillation.render import COLUMNS_OF_SHEET
+from benchmarks.reinforcement.run import Cell
 from redif_sdk.artifact.atomic import atomic_write
 
 HERE = Path(__file__).parent
@@ -99,6 +102,31 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
     plt.close(figure)
 
 
+def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
+    """The teacher's images, the start's, and those of each arm of seed 0, one under the other, for the same prompts and
+    noises; False if there is no sheet."""
+    shown = [row for row in rows if row["steps"] == steps and row["seed"] == 0]
+    order = [row["arm"] for row in shown if row["arm"] in ("teacher", "start")][::-1]
+    order += sorted((row["arm"] for row in shown if "curve" in row), key=str)
+    sheets = [(arm, folder / f"{Cell(arm, steps, 0).name}.png") for arm in order]
+    opened = [(arm, Image.open(file).convert("RGB")) for arm, file in sheets if file.is_file()]
+    if not opened:
+        return False
+    side, gap, label = opened[0][1].width // COLUMNS_OF_SHEET, 3, 150
+    lines = opened[0][1].height // side
+    block = len(opened) * side + 4 * gap
+    whole = Image.new("RGB", (label + side * COLUMNS_OF_SHEET, block * lines), "white")
+    pen = ImageDraw.Draw(whole)
+    for line in range(lines):
+        for place, (arm, sheet) in enumerate(opened):
+            top = line * block + place * side
+            whole.paste(sheet.crop((0, line * side, sheet.width, (line + 1) * side)), (label, top))
+            pen.text((6, top + side // 2 - 8), arm, fill="black", font=ImageFont.load_default(14))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(path, optimize=True)
+    return True
+
+
 def render(folder: Path, images: Path, beside: str) -> str:
     """The Markdown of all cells in ``folder``; plots are written to ``images`` and linked as ``beside``/NAME."""
     rows, parts = read(folder), []
@@ -108,6 +136,9 @@ def render(folder: Path, images: Path, beside: str) -> str:
             name = f"reinforcement-{steps}.svg"
             plot(rows, steps, images / name)
             parts.append(f"![Judge and scorer over the budget, K = {steps}]({beside}/{name})\n")
+        name = f"reinforcement-{steps}.png"
+        if grid(rows, folder, steps, images / name):
+            parts.append(f"![The same prompts and noises, K = {steps}]({beside}/{name})\n")
     return "\n".join(parts)
 
 

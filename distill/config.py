@@ -42,6 +42,9 @@ RENAMED_VALUES = {("supervision", "trajectory"): "per_step"}
 #: Methods that can train a student over a range of guidance scales.
 RANGED = ("redif", "regression", "draft", "grpo", "progressive", "consistency")
 
+#: Methods that follow a reward, and the settings of phases in which they follow the teacher's outputs alone.
+REINFORCED, TOWARDS_TEACHER = ("redif", "draft", "grpo"), ("warm_start", "segments", "calibration")
+
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
 
@@ -75,6 +78,11 @@ class DistillConfig(BaseModel):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; auto = a GPU if there is one."
     )
 
+    targets: Literal["teacher", "start"] = Field(
+        "teacher",
+        description="Whose output a pair holds: the teacher's; or the start's own, at few calls: then regression is "
+        "a leash to the start.",
+    )
     pool_size: int = Field(4096, ge=8, description="Pairs of (noise, teacher's output) to train on.")
     batch_size: int = Field(64, ge=2, description="Pairs in an update.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate: a short warm-up, then a cosine to 0.")
@@ -144,6 +152,21 @@ class DistillConfig(BaseModel):
     def _guided_over(self) -> DistillConfig:
         if self.guidance_range is not None:
             check_range(*self.guidance_range, self.method)
+        return self
+
+    @model_validator(mode="after")
+    def _leashed(self) -> DistillConfig:
+        if self.targets == "teacher":
+            return self
+        if self.method not in REINFORCED:
+            raise InvalidRequest(
+                f"the method {self.method} has nothing to learn from the start's own outputs (targets: start); use one "
+                f"of {', '.join(REINFORCED)}"
+            )
+        if phases := [name for name in TOWARDS_TEACHER if self.get(name)]:
+            raise InvalidRequest(
+                f"targets is start, whose outputs the student gives already; set {' and '.join(phases)} to 0"
+            )
         return self
 
     @model_serializer(mode="wrap")

@@ -184,7 +184,7 @@ class Exploration:
 
     @classmethod
     def structured(cls, residuals: Tensor, rank: int = 40, white_part: float = 0.0) -> Exploration:
-        """From residuals teacher - student (N, C, H, W): their leading principal components.
+        """From residuals teacher - student (N, C, H, W): their leading principal components; white where all are equal.
 
         ``white_part`` in [0, 1] is the share of the variance that stays white: the regulariser that ratios need.
         """
@@ -192,6 +192,8 @@ class Exploration:
         rank = min(rank, *flat.shape)
         _, singular, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
         variance = singular[:rank] ** 2
+        if not variance.sum():
+            return cls.white(flat.shape[1], residuals.device)
         variance = variance / variance.sum() * flat.shape[1] * (1 - white_part)
         return cls(components[:rank].float(), variance.sqrt().float(), math.sqrt(white_part))
 

@@ -14,7 +14,15 @@ from typing import Any
 
 import yaml
 
-from redif_sdk.distill.config import BUDGETS, DistillConfig, applicable, current_names, setting_names, unknown_setting
+from redif_sdk.distill.config import (
+    BUDGETS,
+    TOWARDS_TEACHER,
+    DistillConfig,
+    applicable,
+    current_names,
+    setting_names,
+    unknown_setting,
+)
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.textfile import read_text_file
 
@@ -164,6 +172,9 @@ def resolve(
         if any(layer.get(budget) is not None for budget in BUDGETS):
             values = {key: value for key, value in values.items() if key not in BUDGETS}
         values |= layer
+    if asked.get("targets") == "start":  # a preset's phases that follow the teacher are left out
+        read_here = applicable({**dict.fromkeys(TOWARDS_TEACHER, 0), **chosen})
+        values |= {phase: 0 for phase in TOWARDS_TEACHER if phase in read_here and phase not in asked}
     return DistillConfig.checked(**values)
 
 

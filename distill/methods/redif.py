@@ -115,7 +115,9 @@ class ReDiF(Method):
                     parts = [pool[low : low + 128] for low in range(0, len(pool), 128)]
                     outputs = torch.cat([context.policy.sample(part.noise, part.condition) for part in parts])
                 white_part = 0.5 if trajectory else 0.0
-                return Exploration.structured(pool.target - outputs, rank, white_part).to("cpu")
+                # where the targets are the start's own there is no residual yet: the directions in which outputs differ
+                shape = outputs if context.config.targets == "start" else pool.target - outputs
+                return Exploration.structured(shape, rank, white_part).to("cpu")
 
             made = context.once(explore, together=is_sharded(context.policy.network))
             self.exploration = made.to(context.device)

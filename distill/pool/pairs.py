@@ -18,6 +18,8 @@ from redif_sdk.errors import InvalidRequest
 from redif_sdk.models.scales import places_of
 from redif_sdk.sampling.noise import TRAINING_SLOT, noise
 
+Sample = Callable[[Tensor, Tensor | None], Tensor]  # (noise, condition) -> outputs
+
 HELD_OUT_SEED = 2026
 CHUNK_OF_LARGE = 16  # entries in a cache's file of a teacher that works in micro-batches
 BATCH, CHUNK = 128, 512  # entries that the teacher samples at once on a CPU; on a GPU, which is also a cache file's
@@ -109,15 +111,42 @@ def compute(
 
     ``count`` x its steps x its calls a step network calls. With the states at ``times``, if there are any."""
     empty = pairs_of(teacher, torch.empty(count, 0), split, seed, low)
-    outputs, states = [], []
-    for part in in_parts(empty, batch_of(teacher, device)):
+    found = _each(lambda noise, condition: teacher.follow(noise, condition, times), empty, teacher, device, on_batch)
+    outputs, states = (torch.cat(part) for part in zip(*found, strict=True))
+    return replace(empty, target=outputs, states=states if times else None)
+
+
+@torch.no_grad()
+def compute_by(
+    sample: Sample,
+    teacher: Teacher,
+    count: int,
+    split: str,
+    *,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], object] | None = None,
+) -> Pairs:
+    """The first ``count`` entries of ``teacher``'s pool with the outputs of ``sample`` in place of its own."""
+    empty = pairs_of(teacher, torch.empty(count, 0), split, 0)
+    found = _each(lambda noise, condition: (sample(noise, condition),), empty, teacher, device, on_batch)
+    return replace(empty, target=torch.cat([output for (output,) in found]))
+
+
+def _each(
+    sample: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+    pairs: Pairs,
+    teacher: Teacher,
+    device: torch.device | str,
+    on_batch: Callable[[int], object] | None,
+) -> list[tuple[Tensor, ...]]:
+    """What ``sample`` gives for each batch of noises and conditions, on the CPU."""
+    found = []
+    for part in in_parts(pairs, batch_of(teacher, device)):
         labels = None if part.condition is None else part.condition.to(device)
-        output, path = teacher.follow(part.noise.to(device), labels, times)
-        outputs.append(output.cpu())
-        states.append(path.cpu())
+        found.append(tuple(value.cpu() for value in sample(part.noise.to(device), labels)))
         if on_batch:
             on_batch(len(part))
-    return replace(empty, target=torch.cat(outputs), states=torch.cat(states) if times else None)
+    return found
 
 
 def batch_of(teacher: Teacher, device: torch.device | str) -> int:

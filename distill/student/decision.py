@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from redif_sdk.distill.compute.device import chosen_device
 from redif_sdk.distill.config import DistillConfig, check_range
 from redif_sdk.distill.methods.times import on_grid, table_at
 from redif_sdk.distill.pool import Pairs
+from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.rewards.registry import FITTED, weighted
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.calling import check_deterministic
@@ -109,7 +110,12 @@ def _rehearsal(config: DistillConfig) -> DistillConfig:
         return config
     weights = dict(weighted(spec))
     kept = {reward: weight for reward, weight in weights.items() if reward not in FITTED}
-    return config.replaced(reward=kept or "pixel")
+    return config.replaced(reward=kept or _brightness)
+
+
+def _brightness(batch: Batch) -> Tensor:
+    """In the place of a reward that needs the pool."""
+    return batch.images.mean((1, 2, 3))
 
 
 def _no_pairs(teacher: Teacher, count: int) -> Pairs:

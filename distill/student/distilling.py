@@ -30,7 +30,7 @@ from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.distill.teachers.large import half_of, sized
 from redif_sdk.distill.training import checkpoint
 from redif_sdk.distill.training.loop import OnProgress, Trainer
-from redif_sdk.errors import WorseThanStart
+from redif_sdk.errors import InvalidRequest, WorseThanStart
 from redif_sdk.models.copies import private_copy
 from redif_sdk.models.denoiser import Denoiser, StudentOf, inner_of
 from redif_sdk.models.portable import is_library_network
@@ -90,6 +90,9 @@ def distill(
         TrainingDiverged: a check during training failed.
     """
     config = config or DistillConfig()
+    if config.targets == "start" and (start is None or pairs is not None):
+        cure = "give the start too (start=, --start)" if start is None else "leave the pairs out"
+        raise InvalidRequest(f"targets is start, whose outputs make the pool; {cure}")
     draws.init_distributed()
     make_method(config.method)
     for asked in (config.get("reward"), config.get("judge")):
@@ -112,7 +115,7 @@ def distill(
     check_run(teacher, config, network, pairs=None if pairs is None else len(pairs))
     with checkpoint.run_lock(folder):
         if pairs is None:
-            pairs = _sampled(teacher, config, rebuild_pool, display)
+            pairs = _sampled(teacher, config, rebuild_pool, display, _policy(begin, config))
         with display.stage(f"{config.method}, {config.num_inference_steps} step(s)") as show:
             table = own_table(begin, config.num_inference_steps)
             trainer = Trainer(teacher, config, pairs, folder, network, table, on_progress or show)
@@ -121,7 +124,7 @@ def distill(
     assert verdict is not None
     if verdict.worse:
         warnings.warn(verdict.worse, WorseThanStart, stacklevel=2)
-    return _made(trainer, policy, config, len(pairs) * teacher.num_inference_steps * teacher.calls_per_step)
+    return _made(trainer, policy, config, len(pairs))
 
 
 def _opened(
@@ -142,8 +145,18 @@ def own_table(start: Student | None, num_inference_steps: int) -> StepTable | No
     return next((table for table in fitting if not table.stochastic), None)
 
 
-def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, calls: int) -> Student:
-    """The student of a finished run; ``calls``: of the teacher, for the pool."""
+def _policy(start: Student | None, config: DistillConfig) -> StudentPolicy | None:
+    """The start, where its outputs are the targets."""
+    if start is None or config.targets == "teacher":
+        return None
+    table = own_table(start, config.num_inference_steps) or start.teacher.table(config.num_inference_steps)
+    device = chosen_device(config.device)
+    network = start.network if device.type == "cpu" else deepcopy(start.network).to(device)  # the caller's stays there
+    return StudentPolicy(network, table, start.teacher.schedule, precision=config.precision)
+
+
+def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, pairs: int) -> Student:
+    """The student of a finished run on a pool of ``pairs``."""
     verdict = trainer.verdict
     assert verdict is not None
     return Student(
@@ -159,7 +172,7 @@ def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, calls:
             estimator=config.get("estimator") if config.method == "redif" else None,
             rewards=[] if config.get("reward") is None else reward_names(config.get("reward")),
             seed=config.seed,
-            budget=_budget(policy.meter, calls),
+            budget=_budget(policy.meter, trainer.teacher, config, pairs),
             versions={"python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
             configuration=recorded(config),
             checks=verdict.checks,
@@ -212,31 +225,47 @@ def sample_pool(
 
 
 def _pairs(
-    teacher: Teacher, config: DistillConfig, rebuild: bool, on_batch: Callable[[int], object] | None
+    teacher: Teacher,
+    config: DistillConfig,
+    rebuild: bool,
+    on_batch: Callable[[int], object] | None,
+    start: StudentPolicy | None = None,
 ) -> pool.Pairs:
     size, device = pool_size(teacher, config), chosen_device(config.device)
+    if start is not None:
+        sample = torch.no_grad()(start.sample)
+        return pool.compute_by(sample, teacher, size, "train", device=device, on_batch=on_batch)
     path = config.get("segments", 0.0) > 0
     return pool.get(teacher, size, "train", rebuild=rebuild, device=device, on_batch=on_batch, path=path)[0]
 
 
-def _sampled(teacher: Teacher, config: DistillConfig, rebuild: bool, display: Progress) -> pool.Pairs:
+def _sampled(
+    teacher: Teacher, config: DistillConfig, rebuild: bool, display: Progress, start: StudentPolicy | None = None
+) -> pool.Pairs:
     """The pool, with a line that says what the run needs, and the display of its sampling."""
     count, made = pool_size(teacher, config), 0
-    there = pool.is_there(teacher, count, "train") and not rebuild
-    calls = count * teacher.num_inference_steps * teacher.calls_per_step
-    pairs_of = f"{count} pairs ({'in the cache' if there else f'{calls:,} teacher calls'})"
+    there = start is None and pool.is_there(teacher, count, "train") and not rebuild
+    calls, whose = _pool_calls(teacher, config, count), "teacher" if start is None else "student"
+    pairs_of = f"{count} pairs ({'in the cache' if there else f'{calls:,} {whose} calls'})"
     budgets = {"updates": config.updates, "s": config.seconds, "forward-equivalents": config.forward_equivalents}
     limits = " or ".join(f"{value:g} {unit}" for unit, value in budgets.items() if value)
     place = chosen_device(config.device)
     display.say(f"{teacher.name}: {pairs_of}, then at most {limits} of {config.method} on {place}")
-    with display.stage("teacher's outputs") as show:
+    with display.stage(f"{whose}'s outputs") as show:
 
         def on_batch(size: int) -> None:
             nonlocal made
             made += size
             show(made / count)
 
-        return _pairs(teacher, config, rebuild, on_batch)
+        return _pairs(teacher, config, rebuild, on_batch, start)
+
+
+def _pool_calls(teacher: Teacher, config: DistillConfig, pairs: int) -> int:
+    """Network calls of the teacher for so many pairs, or of the start."""
+    if config.targets == "start":
+        return pairs * config.num_inference_steps
+    return pairs * teacher.num_inference_steps * teacher.calls_per_step
 
 
 def _with_student(teacher: Teacher, student: nn.Module) -> Teacher:
@@ -253,11 +282,13 @@ def _with_student(teacher: Teacher, student: nn.Module) -> Teacher:
     return replace(teacher, make_student=lambda: deepcopy(network).requires_grad_(True))
 
 
-def _budget(spent: Meter, pool_calls: int) -> Budget:
+def _budget(spent: Meter, teacher: Teacher, config: DistillConfig, pairs: int) -> Budget:
     """What a run spent, on all processes: the pool, then training."""
+    pool_calls = _pool_calls(teacher, config, pairs)
+    own = pool_calls if config.targets == "start" else 0
     return Budget(
-        teacher_calls=pool_calls + spent.teacher_calls * spent.processes,
-        student_calls=spent.student_calls * spent.processes,
+        teacher_calls=pool_calls - own + spent.teacher_calls * spent.processes,
+        student_calls=own + spent.student_calls * spent.processes,
         gradient_samples=spent.gradient_samples * spent.processes,
         forward_equivalents=pool_calls + spent.forward_equivalents,
         updates=spent.updates,

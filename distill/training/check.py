@@ -114,7 +114,8 @@ def checked_pairs(context: Context, pool: int) -> tuple[int, bool]:
         return size, False
     apart = min(size, max(FEWEST // 4, pool // 4))
     calls, allowed = context.teacher.num_inference_steps * context.teacher.calls_per_step, context.config.teacher_calls
-    if allowed is not None and allowed < (pool + apart) * calls:
+    # the start, whose outputs are the targets, is gone when a run is resumed
+    if context.config.targets == "start" or (allowed is not None and allowed < (pool + apart) * calls):
         return min(size, pool), False
     return apart, True
 
@@ -124,7 +125,7 @@ def kept_apart(context: Context) -> tuple[Pairs, bool, float]:
 
     The pool's first entries, if it is large enough to keep them from training; else the teacher is sampled for up to a
     quarter as many pairs as the pool has, of noises that are neither trained nor evaluated on. Where ``teacher_calls``
-    does not allow these, the pool's first entries, which are trained on too.
+    does not allow these, or the targets are the start's, the pool's first entries, which are trained on too.
     """
     pairs = context.pairs
     size, sampled = checked_pairs(context, len(pairs))

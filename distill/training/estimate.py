@@ -65,7 +65,7 @@ def estimate(teacher: Teacher, config: DistillConfig, pool_size: int, *, pool_is
         trainer.move_to_path()
         states = trainer.pairs.noise[:, None].expand(-1, config.num_inference_steps, -1, -1, -1)
         trainer.pairs = trainer.context.pairs = replace(trainer.pairs, states=states)
-    pair = _pair_seconds(teacher, trainer.pairs)
+    pair = _pair_seconds(teacher, trainer.pairs) if config.targets == "teacher" else _own_pair_seconds(trainer)
     pool_seconds = encoding + (0.0 if pool_is_there and not config.get("segments") else pair * pool_size)
     each, cost = _update(trainer)
     updates = config.updates
@@ -117,6 +117,13 @@ def _pair_seconds(teacher: Teacher, pairs: Pairs) -> float:
     t = torch.full((size,), len(teacher.schedule) / 2, device=part.noise.device)
     first, second = (_timed(lambda: teacher(part.noise, t, part.condition).cpu()) for _ in range(2))
     return min(first, second) * teacher.num_inference_steps / size
+
+
+@torch.no_grad()
+def _own_pair_seconds(trainer: Trainer) -> float:
+    """Seconds of the student for one pair."""
+    part = trainer.pairs[: batch_of(trainer.teacher, trainer.pairs.noise.device)]
+    return _timed(lambda: trainer.context.policy.sample(part.noise, part.condition).cpu()) / len(part)
 
 
 def _update(trainer: Trainer) -> tuple[float, float]:

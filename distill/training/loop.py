@@ -144,6 +144,11 @@ class Trainer:
                 f"group_noise is different, but the reward {paired[0]} compares with the teacher's image of one noise; "
                 "use group_noise same, or a reward that sees the prompt"
             )
+        if paired and config.targets == "start":
+            raise InvalidRequest(
+                f"targets is start, but the reward {paired[0]} compares with the teacher's image; use one that sees "
+                "the prompt or the image alone, or targets teacher"
+            )
         advantage = Advantage(rewards, decoder(judged, config.precision), clamped=not in_latents, teacher=judged)
         meter = Meter(processes=draws.world())
         policy = StudentPolicy(network, table, teacher.schedule, meter, precision=config.precision)

@@ -38,7 +38,7 @@ class Observer:
         self.measure: Measure = "energy" if noisy else "squared"
         self.pairs: Pairs | None = None
         self.held_out = False
-        self.keeper = Keeper(method.paired)
+        self.keeper = Keeper(method.paired, context.config.targets == "start")
         self.seen: Seen | None = None
         self._calls = 0.0
 

@@ -119,11 +119,13 @@ class Keeper:
 
     Attributes:
         aimed: the error is the method's own aim; otherwise it may rise from an earlier check on purpose.
+        leashed: the targets are the start's own outputs, so that every change is an error, and no fault.
         apart: the error between unrelated images of the teacher.
         weights, table: of the best check, on the CPU; None: of the start.
     """
 
     aimed: bool
+    leashed: bool = False
     apart: float = math.inf
     start: Standing | None = None
     end: Standing | None = None
@@ -148,7 +150,7 @@ class Keeper:
         if self.worse_than_start(now):
             return False
         if now.reward is None or self.best.reward is None:
-            return now.error < self.best.error
+            return self.leashed or now.error < self.best.error
         return now.reward > self.best.reward or (self.best is self.start and now.error < self.best.error)
 
     def worse_than_start(self, now: Standing) -> bool:
@@ -156,7 +158,8 @@ class Keeper:
         assert self.start is not None
         if not now.further_off(self.start, self.apart):
             return False
-        return now.less_rewarded(self.start) or now.error > self.apart
+        rewarded = now.rewards is not None and self.start.rewards is not None
+        return ((rewarded or not self.leashed) and now.less_rewarded(self.start)) or now.error > self.apart
 
     def reverts(self) -> bool:
         """Whether earlier weights are better than the last: than the start's, or on both figures than the best's."""
@@ -194,7 +197,7 @@ class Keeper:
                 said += "; lower learning_rate"
         elif kept != self.end.update:
             note = f"the run's best check was an earlier one ({self._figures(self.best)}); {now}"
-        elif self.end.further_off(self.start, self.apart):
+        elif not self.leashed and self.end.further_off(self.start, self.apart):
             note = f"its images are further from the teacher's than untrained ones ({self._figures(self.start)})"
         return Verdict(checks, said, note)
 

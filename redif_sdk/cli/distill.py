@@ -168,7 +168,7 @@ def _dry_run(
 
     check_run(teacher, config)
     count = pool_size(teacher, config)
-    there = pool.is_there(teacher, count, "train") and not rebuild_bank
+    there = config.targets == "teacher" and pool.is_there(teacher, count, "train") and not rebuild_bank
     row = asdict(estimate(teacher, config, count, pool_is_there=there)) | {"output": str(output)}
     if json:
         settings = config.model_dump(mode="json", fallback=str)

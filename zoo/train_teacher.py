@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "pixels-32-32-64": (1, _unet((32, 32, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
     "pixels-32-64-64": (1, _unet((32, 64, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
     "pixels-32-64-128": (1, _unet((32, 64, 128), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
+    "pixels-16-32-64-96": (1, _unet((16, 32, 64, 96), layers=2, attention=(False,) * 4, head_dim=96, groups=16)),
 }
 
 

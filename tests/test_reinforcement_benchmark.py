@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.distillation.render import END
 from benchmarks.reinforcement import judge, show, transfer
 from benchmarks.reinforcement.run import HERE, Cell
 from redif_sdk.distill import pool
@@ -124,7 +125,7 @@ def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
     }.items():
         (cells / f"{name}.json").write_text(json.dumps({"rows": [row]}))
         Image.new("RGB", (20 * 4, 8), "red").save(cells / f"{name}.png")
-    page.write_text(f"before\n{show.START}old\n{show.END}after\n")
+    page.write_text(f"before\n{show.START}old\n{END}after\n")
     show.main([str(cells), "-o", str(page)])
     text = page.read_text()
     assert text.startswith("before\n"), text

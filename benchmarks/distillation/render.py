@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from redif_sdk.artifact.atomic import atomic_write
@@ -130,6 +131,23 @@ def summary(rows: list[Row], data: str, kind: str) -> list[str]:
     return lines
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write an SVG; the same figure is the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = "redif"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def put_between(page: Path, start: str, made: str, complain: Callable[[str], object]) -> None:
+    """Put ``made`` between the lines ``start`` and ``END`` of a page; ``complain`` of a page that lacks them."""
+    old = page.read_text() if page.is_file() else f"# Results\n\n{start}{END}"
+    if start not in old or END not in old:
+        complain(f"{page} has no lines {start.strip()} and {END.strip()}; the tables go between them")
+    head, tail = old.split(start)[0], old.split(END)[1]
+    atomic_write(page, (head + start + made + END + tail).encode())
+
+
 def plot(rows: list[Row], data: str, kind: str, path: Path) -> None:
     """Plot the distance under the gain control against NFE, and against seconds of training."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -152,10 +170,7 @@ def plot(rows: list[Row], data: str, kind: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.suptitle(f"{data}, equal {kind.replace('_', '-')}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.rcParams["svg.hashsalt"] = "redif"  # the same figure is the same file
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def grid(rows: list[Row], folder: Path, data: str, kind: str, path: Path) -> bool:
@@ -221,12 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "results")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"))
     asked = parser.parse_args(arguments)
-    made = START + render(asked.folder, asked.output.parent / "images", "images") + END
-    old = asked.output.read_text() if asked.output.is_file() else f"# Results\n\n{START}{END}"
-    if START not in old or END not in old:
-        parser.error(f"{asked.output} has no lines {START.strip()} and {END.strip()}; the tables go between them")
-    head, tail = old.split(START)[0], old.split(END)[1]
-    atomic_write(asked.output, (head + made + tail).encode())
+    made = render(asked.folder, asked.output.parent / "images", "images")
+    put_between(asked.output, START, made, parser.error)
 
 
 if __name__ == "__main__":

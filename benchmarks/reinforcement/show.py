@@ -18,12 +18,11 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.distillation.render import COLUMNS_OF_SHEET
+from benchmarks.distillation.render import COLUMNS_OF_SHEET, put_between, save
 from benchmarks.reinforcement.run import Cell
-from redif_sdk.artifact.atomic import atomic_write
 
 HERE = Path(__file__).parent
-START, END = "<!-- cells: made by benchmarks/reinforcement/show.py -->\n", "<!-- end of cells -->\n"
+START = "<!-- cells: made by benchmarks/reinforcement/show.py -->\n"
 Row = dict[str, Any]
 
 
@@ -96,10 +95,7 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.suptitle(f"K = {steps}, on {trained[0]['curve'][0]['prompts']} held-out prompts a point")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.rcParams["svg.hashsalt"] = "redif"  # the same figure is the same file
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
@@ -147,11 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "results")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/reinforcement.md"))
     asked = parser.parse_args(arguments)
-    old = asked.output.read_text()
-    if START not in old or END not in old:
-        parser.error(f"{asked.output} has no lines {START.strip()} and {END.strip()}; the tables go between them")
-    made = START + render(asked.folder, asked.output.parent.parent / "images", "../images") + END
-    atomic_write(asked.output, (old.split(START)[0] + made + old.split(END)[1]).encode())
+    made = render(asked.folder, asked.output.parent.parent / "images", "../images")
+    put_between(asked.output, START, made, parser.error)
 
 
 if __name__ == "__main__":

@@ -233,8 +233,7 @@ def _pairs(
 ) -> pool.Pairs:
     size, device = pool_size(teacher, config), chosen_device(config.device)
     if start is not None:
-        sample = torch.no_grad()(start.sample)
-        return pool.compute_by(sample, teacher, size, "train", device=device, on_batch=on_batch)
+        return pool.compute_by(start.sample, teacher, size, "train", device=device, on_batch=on_batch)
     path = config.get("segments", 0.0) > 0
     return pool.get(teacher, size, "train", rebuild=rebuild, device=device, on_batch=on_batch, path=path)[0]
 

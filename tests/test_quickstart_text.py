@@ -9,18 +9,37 @@ import markupsafe
 import numpy as np
 import pipelines
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from redif_sdk import FastPipeline
+from redif_sdk.artifact.records import Budget, Distillation
 from redif_sdk.cli.main import app
 from redif_sdk.distill import presets
 from redif_sdk.distill.evaluation.arena import evaluate_folder
 from redif_sdk.distill.shipped.students import keep
+from redif_sdk.distill.student import Student
 from redif_sdk.distill.teachers.base import Teacher
 from redif_sdk.quickstart import images
 
 HELD_OUT = ["purple square", "orange circle"]  # in no prompt that students are distilled on
+
+
+JUDGED = {"prompts": 1000, "teacher": 0.412, "before": 0.41, "after": 0.443}
+
+
+def shipped(teacher: Teacher, place: Path) -> None:
+    """A student of two steps beside the teacher, and one that was reinforced: other weights."""
+    table, made = teacher.table(2), Distillation(method="redif", seed=0, budget=Budget())
+    student = Student(teacher, teacher.make_student(), [table], "tiny", distillation=made)
+    student.save_pretrained(place / "start")
+    keep(place / "start", teacher)
+    with torch.no_grad():
+        for weight in student.inner.conv_out.parameters():
+            weight.mul_(0.5)
+    student.save_pretrained(place / "start", overwrite=True)
+    keep(place / "start", teacher, JUDGED)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = pipelines.tiny_sd(place / "teacher")
     about = json.loads((teacher / "redif_teacher.json").read_text()) | {"held_out": HELD_OUT}
     (teacher / "redif_teacher.json").write_text(json.dumps(about))
+    shipped(Teacher.load(teacher), place)
     options = ["--steps", "2", "--updates", "3", "--minutes", "2", "--num-samples", "24", "--quiet"]
     command = ["quickstart", "--text", "--teacher", str(teacher), "-o", str(place / "out"), *options]
     with pytest.MonkeyPatch.context() as patch:  # the tiny pipeline has no bank: less to sample, and no times to learn
@@ -71,6 +91,26 @@ def test_it_is_judged_on_prompts_that_nothing_was_trained_on(done: Path) -> None
         done / "student-2", done.parent / "teacher", 24, baselines=False, unpaired=False, trained_prompts=True
     )
     assert trained[-1]["mse"] != pytest.approx(theirs["mse"], rel=1e-3)
+
+
+def test_its_third_act_shows_the_shipped_student_before_and_after_reinforcement(done: Path) -> None:
+    results = json.loads((done / "results.json").read_text())
+    assert results["reinforced"] == {
+        "num_inference_steps": 2,
+        "before": "before-2",
+        "after": "reinforced-2",
+        **JUDGED,
+    }
+    page = " ".join((done / "report.html").read_text().split())
+    assert "in 41.0 % of its images before and 44.3 % after; the teacher has 41.2 % (1,000 prompts" in page
+    before, after = (
+        FastPipeline.from_pretrained(done / name)("red heart", seed=0, output_type="uint8").images
+        for name in ("before-2", "reinforced-2")
+    )
+    assert np.abs(before.astype(int) - after).max() > 2
+    assert {"before-2", "reinforced-2"} < {row["student"] for row in results["verification"]}
+    with Image.open(done / "reinforced-2.png") as opened, Image.open(done / "prompts-2.png") as first:
+        assert opened.size == first.size, "three rows: the teacher, before, after"
 
 
 def test_its_page_and_grid_show_the_prompts(done: Path) -> None:

@@ -31,13 +31,20 @@ from redif_sdk.distill.training.checkpoint import CHECKPOINT, save_state
 from redif_sdk.errors import InvalidRequest
 from redif_sdk.progress import Progress
 from redif_sdk.results import machine
+from zoo.grow_teacher import grow
 from zoo.publish_teacher import publish
 
 
 def _unet(
-    channels: tuple[int, ...], *, layers: int, attention: tuple[bool, ...], head_dim: int, groups: int
+    channels: tuple[int, ...],
+    *,
+    layers: int,
+    attention: tuple[bool, ...],
+    head_dim: int,
+    groups: int,
+    embedding: int | None = None,
 ) -> dict[str, Any]:
-    """UNet2DModel's arguments; the middle block always attends."""
+    """UNet2DModel's arguments; the middle block always attends. ``embedding``: width of time and class, if given."""
     return {
         "block_out_channels": channels,
         "layers_per_block": layers,
@@ -45,6 +52,7 @@ def _unet(
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         "attention_head_dim": head_dim,
         "norm_num_groups": groups,
+        "time_embedding_dim": embedding,
     }
 
 
@@ -58,7 +66,10 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "pixels-32-32-64": (1, _unet((32, 32, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
     "pixels-32-64-64": (1, _unet((32, 64, 64), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
     "pixels-32-64-128": (1, _unet((32, 64, 128), layers=1, attention=(False,) * 3, head_dim=64, groups=32)),
-    "pixels-16-32-64-96": (1, _unet((16, 32, 64, 96), layers=2, attention=(False,) * 4, head_dim=96, groups=16)),
+    "pixels-16-32-64-96": (
+        1,
+        _unet((16, 32, 64, 96), layers=2, attention=(False,) * 4, head_dim=96, groups=16, embedding=128),
+    ),
 }
 
 
@@ -111,10 +122,11 @@ def train(
     checkpoint_seconds: float,
     weight_decay: float = 0.01,
     compiled: bool = False,
+    grow_from: Path | None = None,
 ) -> UNet2DModel:
     """Train, or continue from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint.
 
-    ``compiled``: by torch, which takes some minutes first.
+    ``compiled``: by torch, which takes some minutes first. ``grow_from``: see `zoo.grow_teacher`.
     """
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -127,6 +139,8 @@ def train(
     images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, shuffle)
     labels, classes = torch.tensor(split.labels), len(split.class_names)
     network = build_network(architecture, split, shuffle)
+    if grow_from is not None:
+        grow(network, grow_from)
     ema = build_network(architecture, split, shuffle).requires_grad_(False)
     ema.load_state_dict(network.state_dict())
     alphas_cumprod = build_scheduler().alphas_cumprod
@@ -211,6 +225,9 @@ def main(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the network: minutes, then half the time.")
     ] = False,
+    grow_from: Annotated[
+        Path | None, typer.Option(help="A teacher's folder whose trunk is the start; default: random weights.")
+    ] = None,
 ) -> None:
     """Train a teacher, then write its folder, bank and card. Run again with the same output folder to resume."""
     if architecture not in ARCHITECTURES:
@@ -232,6 +249,7 @@ def main(
         data_dir=data_dir,
         checkpoint_seconds=checkpoint_seconds,
         compiled=compiled,
+        grow_from=grow_from,
         **settings,
     )
     if int(os.environ.get("RANK", 0)):
@@ -240,6 +258,7 @@ def main(
     training = {
         **settings,
         "samples": state["samples"],
+        "grown_from": str(grow_from) if grow_from else None,
         "seconds": round(state["seconds"], 1),
         "processor": machine()["processor"],
         "precision": "bf16" if cpu_has_bf16() else "fp32",

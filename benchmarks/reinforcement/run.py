@@ -215,9 +215,10 @@ class Experiment:
         found = yaml.safe_load((HERE / "arms.yaml").read_text())
         settings: dict[str, Any] = {**found["all"], **found["arms"][cell.arm]}
         shown, spent, pairs = dict(settings), 0.0, self.pairs
+        budget = settings.pop("budget", self.budget)
         start = self.policy(cell.steps, settings.pop("start", "shipped"))
         if "best_of" in settings:
-            pairs, spent = self.best_pairs(self.budget, settings["best_of"])
+            pairs, spent = self.best_pairs(budget, settings["best_of"])
         rewards = {"scorer": address, "scorer in process": self.white_box, "chance": self.chance}
         if "reward" in settings:
             settings["reward"] = rewards[settings["reward"]]
@@ -225,7 +226,7 @@ class Experiment:
         config = DistillConfig.checked(
             num_inference_steps=cell.steps,
             seed=cell.seed,
-            forward_equivalents=self.budget - spent,
+            forward_equivalents=budget - spent,
             **applicable(settings),
         )
         trainer = Trainer(self.teacher, config, pairs, folder, start.network, start.table)
@@ -249,6 +250,7 @@ class Experiment:
 
         trainer.on_progress = on_progress
         student = trainer.run(resume=True)
+        student.save_pretrained(folder / "student", overwrite=True)
         judged = self.panel.full(student.sample)
         return {
             **asdict(cell), **judged, "curve": curve, "settings": shown,
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *found["arms"]])
     parser.add_argument("--steps", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--budget", type=float, default=300_000, help="Forward-equivalents of every arm.")
+    parser.add_argument("--budget", type=float, default=300_000, help="Forward-equivalents of an arm without its own.")
     parser.add_argument("--checks", type=int, default=6, help="Points of the curve.")
     parser.add_argument("--seen", type=int, default=300, help="Prompts that a point of the curve is judged on.")
     parser.add_argument("--prompts", type=int, default=1000, help="Prompts that the end is judged on.")

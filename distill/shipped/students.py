@@ -1,7 +1,8 @@
 """Students that lie beside a shipped teacher: what a GPU makes of a recipe, for those who have none.
 
 Only what training made is kept: the network's weights in half precision, its step table, and how it was distilled; all
-else is the teacher's. ``python -m redif_sdk.distill.shipped.students STUDENT`` keeps a student's folder there.
+else is the teacher's. ``python -m redif_sdk.distill.shipped.students STUDENT`` keeps a student's folder there. One that
+was reinforced after that lies beside its start, with the figures of a judge.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from redif_sdk.errors import InvalidRequest, RedifError
 from redif_sdk.sampling.table import StepTable
 
 FOLDER, WEIGHTS, ABOUT = "students", "network.safetensors", "student.json"
+REINFORCED = "reinforced"
+FIGURES = ("prompts", "teacher", "before", "after")  # of what was judged
 
 
 def shipped_steps(teacher: Teacher) -> list[int]:
@@ -46,7 +49,33 @@ def shipped_student(teacher: Teacher, num_inference_steps: int) -> Student:
             f"no student of {num_inference_steps} step(s) comes with {teacher.name} ({known}); distil one"
         )
     assert teacher.folder is not None
-    place = teacher.folder / FOLDER / str(num_inference_steps)
+    return _read(teacher, teacher.folder / FOLDER / str(num_inference_steps))
+
+
+def reinforced_student(teacher: Teacher, num_inference_steps: int) -> tuple[Student, dict[str, float]] | None:
+    """What reinforcement made of the shipped student of so many steps, and what a judge that gave no reward says.
+
+    Returns:
+        The student and :data:`FIGURES`: shares of images whose own caption the judge puts first of a hundred, on so
+        many prompts; None if there is no such student.
+
+    Raises:
+        InvalidRequest: it is another teacher's, or cannot be read.
+    """
+    if teacher.folder is None:
+        return None
+    place = teacher.folder / FOLDER / f"{num_inference_steps}-{REINFORCED}"
+    if not (place / ABOUT).is_file():
+        return None
+    student = _read(teacher, place)
+    try:
+        judged = json.loads((place / ABOUT).read_text())["judged"]
+        return student, {name: float(judged[name]) for name in FIGURES}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(f"{place} does not say what a judge found ({error!r})") from error
+
+
+def _read(teacher: Teacher, place: Path) -> Student:
     try:
         about = json.loads((place / ABOUT).read_text())
         if about["teacher"] != teacher.identity:
@@ -55,7 +84,7 @@ def shipped_student(teacher: Teacher, num_inference_steps: int) -> Student:
             teacher=teacher,
             network=teacher.make_student().eval().requires_grad_(False),
             tables=[StepTable.from_dict(about["step_table"])],
-            name=f"{teacher.name}-{num_inference_steps}",
+            name=f"{teacher.name}-{place.name}",
             distillation=Distillation.model_validate(about["distillation"]),
         )
         student.inner.load_state_dict(load_file(place / WEIGHTS))
@@ -66,8 +95,11 @@ def shipped_student(teacher: Teacher, num_inference_steps: int) -> Student:
     return student
 
 
-def keep(folder: Path, teacher: Teacher) -> Path:
+def keep(folder: Path, teacher: Teacher, judged: dict[str, float] | None = None) -> Path:
     """Put the student in ``folder`` beside its ``teacher``; returns where.
+
+    Args:
+        judged: of a reinforced student, the judge's :data:`FIGURES`.
 
     Raises:
         InvalidRequest: it is another teacher's, or was not distilled.
@@ -81,7 +113,11 @@ def keep(folder: Path, teacher: Teacher) -> Path:
         "step_table": student.tables[0].to_dict(),
         "distillation": student.distillation.model_dump(mode="json"),
     }
-    place = teacher.folder / FOLDER / str(student.tables[0].num_inference_steps)
+    name = str(student.tables[0].num_inference_steps)
+    if judged is not None:
+        about["judged"] = {figure: judged[figure] for figure in FIGURES}
+        name = f"{name}-{REINFORCED}"
+    place = teacher.folder / FOLDER / name
     place.parent.mkdir(exist_ok=True)
     weights = {name: value.to(torch.float16).contiguous() for name, value in student.inner.state_dict().items()}
     with atomic_folder(place, overwrite=True) as staging:
@@ -95,8 +131,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Keep a student's folder beside its shipped teacher.")
     parser.add_argument("student", type=Path)
     parser.add_argument("--teacher", default="mini-sd")
+    parser.add_argument(
+        "--judged",
+        nargs=len(FIGURES),
+        type=float,
+        metavar=FIGURES,
+        help="Of a reinforced student: what the judge found.",
+    )
     asked = parser.parse_args()
-    print(keep(asked.student, Teacher.load(asked.teacher)))
+    judged = dict(zip(FIGURES, asked.judged, strict=True)) if asked.judged else None
+    print(keep(asked.student, Teacher.load(asked.teacher), judged))
 
 
 if __name__ == "__main__":

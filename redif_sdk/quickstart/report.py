@@ -169,15 +169,16 @@ def _cost(results: dict[str, Any], students: list[dict[str, Any]]) -> str:
     return spent + " (not in this run: they come with the teacher)" * trained
 
 
-def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
-    """The report as HTML, from the content of ``results.json`` and the images."""
+def _strips(sheet: Sheet) -> dict[str, Any]:
+    return {"steps": sheet.steps, "rows": [(title, _inline(strip(images))) for title, images in sheet.rows]}
+
+
+def render(results: dict[str, Any], sheets: Sequence[Sheet], act: Sheet | None = None) -> str:
+    """The report as HTML, from the content of ``results.json`` and the images; ``act``: before and after
+    reinforcement."""
     rows = results["rows"]
     students, teacher = [row for row in rows if _is_student(row)], rows[0]
     real = any(row["fd_real"] is not None for row in rows)
-    shown = [
-        {"steps": sheet.steps, "rows": [(title, _inline(strip(images))) for title, images in sheet.rows]}
-        for sheet in sheets
-    ]
     environment = Environment(
         loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -186,7 +187,8 @@ def render(results: dict[str, Any], sheets: Sequence[Sheet]) -> str:
         results,
         teacher=teacher,
         students=students,
-        sheets=shown,
+        sheets=[_strips(sheet) for sheet in sheets],
+        act=act and _strips(act),
         columns=len(sheets[0].rows[0][1]),
         calls_per_step=teacher["network_calls"] // teacher["num_inference_steps"],
         chart=_chart(rows),

@@ -30,6 +30,7 @@ from redif_sdk.quickstart.images import (
     speed_of,
     summarise,
 )
+from redif_sdk.quickstart.reinforced import reinforced
 from redif_sdk.quickstart.report import Sheet, grid, render, strip
 from redif_sdk.results import document, write_json
 
@@ -94,6 +95,9 @@ def text_quickstart(
     students = shipped or _distil(model, configs, output, minutes, report)
     with report.stage("export and verify"):
         verification = exported(model, output, steps)
+    with report.stage("reinforced by a reward that sees the prompt"):
+        third = reinforced(model, steps, output, trained=trained)
+        verification += third.verification if third else []
     with report.stage("evaluate") as show:
         rows = _evaluate(arena, students, steps, show)
         floor = arena.floor()
@@ -102,6 +106,7 @@ def text_quickstart(
         reference = FastPipeline.from_pretrained(output / "teacher")
         prompts = shown_prompts(model)
         sheets = _sheets(reference, pipelines, prompts, model.num_inference_steps)
+        act = third.sheet(reference, model.num_inference_steps, partial(_of_prompts, prompts)) if third else None
         speed = speed_of(reference, pipelines, model.num_inference_steps, _call)
         for count, pipe in pipelines.items():
             images = pipe(PROMPT, num_images_per_prompt=4, seed=seed, output_type="uint8").images
@@ -119,20 +124,32 @@ def text_quickstart(
         prompts=prompts,
         trained=trained,
         preset=preset,
+        reinforced=third.record() if third else None,
         stopped={f"student-{count}": student.stopped for count, student in students.items() if student.stopped},
     )
-    _write(output, results, sheets, prompts)
+    _write(output, results, sheets, act, prompts)
     summarise(report, results, output, steps[-1])
+    if third:
+        report.say(third.said())
     return results
 
 
-def _write(output: Path, results: dict[str, Any], sheets: Sequence[Sheet], prompts: Sequence[str]) -> None:
-    """The results, a grid of all prompts for each student, and the report."""
+def _write(
+    output: Path, results: dict[str, Any], sheets: Sequence[Sheet], act: Sheet | None, prompts: Sequence[str]
+) -> None:
+    """The results, a grid of all prompts for each student and for the third act, and the report."""
     write_json(output / "results.json", results)
     for sheet in sheets:
         grid(sheet, prompts, COLUMNS).save(output / f"prompts-{sheet.steps}.png", optimize=True)
-    shown = [Sheet(sheet.steps, [(title, images[:COLUMNS]) for title, images in sheet.rows]) for sheet in sheets]
-    atomic_write(output / "report.html", render(results, shown).encode())
+    if act is not None:
+        grid(act, prompts, COLUMNS).save(output / f"reinforced-{act.steps}.png", optimize=True)
+    page = render(results, [_begin(sheet) for sheet in sheets], _begin(act) if act else None)
+    atomic_write(output / "report.html", page.encode())
+
+
+def _begin(sheet: Sheet) -> Sheet:
+    """What the page shows of a sheet."""
+    return Sheet(sheet.steps, [(title, images[:COLUMNS]) for title, images in sheet.rows])
 
 
 def _evaluate(arena: Arena, students: dict[int, Student], steps: Sequence[int], show: Show) -> list[dict[str, Any]]:
@@ -176,8 +193,8 @@ def _distil(
     return distil(teacher, configs, output, 60 * minutes, pairs, report)
 
 
-def _images(pipe: FastPipeline, prompts: Sequence[str], steps: int) -> NDArray[np.uint8]:
-    """Picture i from seed (SHEET_SEED, i), a few prompts at a time."""
+def _of_prompts(prompts: Sequence[str], pipe: FastPipeline, steps: int) -> NDArray[np.uint8]:
+    """Image i from seed (SHEET_SEED, i), a few prompts at a time."""
     parts = []
     for low in range(0, len(prompts), COLUMNS):
         part = list(prompts[low : low + COLUMNS])
@@ -189,15 +206,15 @@ def _images(pipe: FastPipeline, prompts: Sequence[str], steps: int) -> NDArray[n
 def _sheets(
     reference: FastPipeline, pipelines: dict[int, FastPipeline], prompts: Sequence[str], teacher_steps: int
 ) -> list[Sheet]:
-    whole = _images(reference, prompts, teacher_steps)
+    whole = _of_prompts(prompts, reference, teacher_steps)
     calls = reference.manifest.network.calls_per_step
     return [
         Sheet(
             steps=count,
             rows=[
                 (f"teacher: {teacher_steps * calls} calls", whole),
-                (f"DDIM: {count * calls} calls", _images(reference, prompts, count)),
-                (f"student: {count} call{'s' * (count > 1)}", _images(pipe, prompts, count)),
+                (f"DDIM: {count * calls} calls", _of_prompts(prompts, reference, count)),
+                (f"student: {count} call{'s' * (count > 1)}", _of_prompts(prompts, pipe, count)),
             ],
         )
         for count, pipe in pipelines.items()

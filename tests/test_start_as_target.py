@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from redif_sdk.cli.main import main
+from redif_sdk.cli.main import app, main
 from redif_sdk.distill import DistillConfig, Student, Teacher, distill
 from redif_sdk.distill.presets import resolve
 from redif_sdk.distill.rewards.batch import Batch
+from redif_sdk.distill.student import sample_pool
 from redif_sdk.distill.training.estimate import estimate
 from redif_sdk.errors import InvalidRequest
 
@@ -69,6 +71,8 @@ def test_targets_are_the_outputs_of_the_start(teacher_folder: Path, start: Stude
 def test_what_has_nothing_to_learn_from_a_start_is_refused(teacher_folder: Path, start: Student) -> None:
     with pytest.raises(InvalidRequest, match=r"targets is start, whose outputs make the pool; give the start too"):
         distill(teacher_folder, DistillConfig(**OWN, reward=bright))
+    with pytest.raises(InvalidRequest, match="so the pool is made in the run; give distill the start"):
+        sample_pool(Teacher.load(teacher_folder), DistillConfig(**OWN, reward=bright))
     with pytest.raises(InvalidRequest, match=r"the reward pixel compares with the teacher's image"):
         distill(teacher_folder, DistillConfig(**OWN, reward="pixel"), start=start)
     with pytest.raises(InvalidRequest, match="the method regression has nothing to learn from the start's own outputs"):
@@ -95,6 +99,12 @@ def test_the_estimate_knows_that_no_teacher_is_called(teacher_folder: Path) -> N
         for targets in ("start", "teacher")
     )
     assert own.pool_seconds < teachers.pool_seconds / 5
+
+
+def test_the_command_line_refuses_a_missing_start_before_it_measures_anything(tmp_path: Path) -> None:
+    options = ["--steps", "2", "--set", "targets=start", "--reward", "mmd", "-o", str(tmp_path / "out"), "--dry-run"]
+    result = CliRunner().invoke(app, ["distill", "no such teacher", *options])
+    assert "give the start too (start=, --start)" in str(result.exception)
 
 
 def test_from_the_command_line_it_is_one_option(

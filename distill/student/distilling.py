@@ -38,6 +38,7 @@ from redif_sdk.progress import Progress
 from redif_sdk.sampling.table import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
+NO_START = "targets is start, whose outputs make the pool; give the start too (start=, --start)"
 
 
 def training_folder(output: Path) -> Path:
@@ -90,9 +91,11 @@ def distill(
         TrainingDiverged: a check during training failed.
     """
     config = config or DistillConfig()
-    if config.targets == "start" and (start is None or pairs is not None):
-        cure = "give the start too (start=, --start)" if start is None else "leave the pairs out"
-        raise InvalidRequest(f"targets is start, whose outputs make the pool; {cure}")
+    if config.targets == "start":
+        if start is None:
+            raise InvalidRequest(NO_START)
+        if pairs is not None:
+            raise InvalidRequest("targets is start, whose outputs make the pool; leave the pairs out")
     draws.init_distributed()
     make_method(config.method)
     for asked in (config.get("reward"), config.get("judge")):
@@ -217,8 +220,11 @@ def sample_pool(
         on_batch: called with the number of pairs of each batch that was sampled.
 
     Raises:
+        InvalidRequest: the targets are a start's own outputs.
         RedifError: as `redif_sdk.distill.student.decision.check_run`.
     """
+    if config.targets == "start":
+        raise InvalidRequest("targets is start, so the pool is made in the run; give distill the start")
     config, teacher = sized(config, teacher)
     check_run(teacher, config)
     return _pairs(teacher, config, rebuild, on_batch)

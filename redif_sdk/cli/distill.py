@@ -124,7 +124,7 @@ def distill_command(
         "lora_rank": lora_rank,
     }
     settings = partial(resolve, parse_settings(assignments, options), file=config_file, name=preset)
-    _check(settings(), output, resume)
+    _check(settings(), output, resume, start)
     given = teacher_options(prompts, height, width, value_range, variant)
     model = Teacher.load(teacher, **given, half=half_of(settings()))
     if guidance_scale is not None:
@@ -139,13 +139,15 @@ def distill_command(
         _run(model, config, output, start=start, resume=resume, rebuild_bank=rebuild_bank, json=json, quiet=quiet)
 
 
-def _check(config: DistillConfig, output: Path, resume: bool) -> None:
+def _check(config: DistillConfig, output: Path, resume: bool, start: Path | None) -> None:
     """What can be refused before the teacher is loaded."""
     from redif_sdk.distill.compute.device import chosen_device
     from redif_sdk.distill.rewards import reward_names
-    from redif_sdk.distill.student import training_folder
+    from redif_sdk.distill.student import NO_START, training_folder
     from redif_sdk.distill.training.checkpoint import CHECKPOINT
 
+    if config.targets == "start" and start is None:
+        raise InvalidRequest(NO_START)
     chosen_device(config.device)
     for asked in (config.get("reward"), config.get("judge")):
         if asked is not None:

@@ -48,7 +48,7 @@ def test_what_is_judged_is_left_out_of_training(data: Captioned) -> None:
     prompts = [name + phrase for name in sorted(names) for phrase in phrases]
     conditions = torch.arange(50).repeat(2)
     noise = torch.randn(100, 1, 2, 2)
-    part = judge.training_part(pool.Pairs(noise, noise, conditions), prompts, data)
+    part = judge.training_part(pool.Pairs(noise, noise, conditions), left_out.allowed(prompts))
     assert part.condition is not None
     trained = {prompts[place] for place in part.condition.tolist()}
     assert names - {STYLE.sub("", prompt) for prompt in trained} == left_out.subjects

@@ -71,13 +71,15 @@ class LeftOut:
         name, style = STYLE.sub("", prompt), STYLE.search(prompt)
         return name in self.subjects or (style is not None and (name, STYLE_OF[style[2]]) in self.prompts)
 
+    def allowed(self, prompts: list[str]) -> list[int]:
+        """The places of the prompts that arms may train on."""
+        return [place for place, prompt in enumerate(prompts) if not self.has(prompt)]
 
-def training_part(pairs: Pairs, prompts: list[str], data: Captioned) -> Pairs:
-    """The pairs whose prompts are not left out."""
-    left_out = LeftOut.of(data)
-    allowed = torch.tensor([not left_out.has(prompt) for prompt in prompts])
+
+def training_part(pairs: Pairs, allowed: list[int]) -> Pairs:
+    """The pairs whose prompts, by their places, are allowed."""
     assert pairs.places is not None
-    return pairs[torch.nonzero(allowed[pairs.places])[:, 0]]
+    return pairs[torch.nonzero(torch.isin(pairs.places, torch.tensor(allowed)))[:, 0]]
 
 
 @dataclass

@@ -120,9 +120,8 @@ class Experiment:
         whole, _ = pool.get(self.teacher, POOL, "train")
         assert self.teacher.prompts is not None
         every = [self.teacher.prompts.text(place) for place in range(self.teacher.num_conditions)]
-        left_out = LeftOut.of(self.data)
-        self.allowed = [place for place, prompt in enumerate(every) if not left_out.has(prompt)]
-        self.pairs = training_part(whole, every, self.data)
+        self.allowed = LeftOut.of(self.data).allowed(every)
+        self.pairs = training_part(whole, self.allowed)
         self.budget, self.checks, self.seen = budget, checks, seen
 
     def judges(self, seeds: range) -> CaptionJudges:

@@ -121,12 +121,12 @@ def train(
     data_dir: str | None,
     checkpoint_seconds: float,
     weight_decay: float = 0.01,
-    compiled: bool = False,
     grow_from: Path | None = None,
 ) -> UNet2DModel:
     """Train, or continue from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint.
 
-    ``compiled``: by torch, which takes some minutes first. ``grow_from``: see `zoo.grow_teacher`.
+    ``grow_from``: see `zoo.grow_teacher`. Never through torch.compile: 2.13 on a CPU gives this network's trunk gradients of
+    0 (docs/results/teacher.md).
     """
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -157,8 +157,6 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         start, spent = state["update"], state["seconds"]
     model = accelerator.prepare_model(network)
-    if compiled:
-        model = torch.compile(model)
     began = saved = time.monotonic()
 
     def save(update: int) -> None:
@@ -222,9 +220,6 @@ def main(
     data_dir: Annotated[str | None, typer.Option(help="Folder with the data set's files.")] = None,
     checkpoint_seconds: float = 60.0,
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the default.")] = 0,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the network: minutes, then half the time.")
-    ] = False,
     grow_from: Annotated[
         Path | None, typer.Option(help="A teacher's folder whose trunk is the start; default: random weights.")
     ] = None,
@@ -248,7 +243,6 @@ def main(
         samples=samples,
         data_dir=data_dir,
         checkpoint_seconds=checkpoint_seconds,
-        compiled=compiled,
         grow_from=grow_from,
         **settings,
     )

@@ -40,6 +40,7 @@ from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.batch import Batch
 from redif_sdk.distill.shipped.students import shipped_student
+from redif_sdk.distill.student.distilling import made_student
 from redif_sdk.distill.training.loop import Trainer
 from redif_sdk.results import document
 from zoo import captions, score_text
@@ -249,7 +250,7 @@ class Experiment:
 
         trainer.on_progress = on_progress
         student = trainer.run(resume=True)
-        student.save_pretrained(folder / "student", overwrite=True)
+        made_student(trainer, student, config, len(pairs)).save_pretrained(folder / "student", overwrite=True)
         judged = self.panel.full(student.sample)
         return {
             **asdict(cell), **judged, "curve": curve, "settings": shown,

@@ -127,7 +127,7 @@ def distill(
     assert verdict is not None
     if verdict.worse:
         warnings.warn(verdict.worse, WorseThanStart, stacklevel=2)
-    return _made(trainer, policy, config, len(pairs))
+    return made_student(trainer, policy, config, len(pairs))
 
 
 def _opened(
@@ -158,7 +158,7 @@ def _policy(start: Student | None, config: DistillConfig) -> StudentPolicy | Non
     return StudentPolicy(network, table, start.teacher.schedule, precision=config.precision)
 
 
-def _made(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, pairs: int) -> Student:
+def made_student(trainer: Trainer, policy: StudentPolicy, config: DistillConfig, pairs: int) -> Student:
     """The student of a finished run on a pool of ``pairs``."""
     verdict = trainer.verdict
     assert verdict is not None

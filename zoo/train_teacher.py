@@ -125,8 +125,8 @@ def train(
 ) -> UNet2DModel:
     """Train, or continue from ``output/checkpoint.pt``; returns the EMA network and leaves it in the checkpoint.
 
-    ``grow_from``: see `zoo.grow_teacher`. Never through torch.compile: 2.13 on a CPU gives this network's trunk gradients of
-    0 (docs/results/teacher.md).
+    ``grow_from``: see `zoo.grow_teacher`. Never through torch.compile, whose 2.13 gives a trunk gradients of 0 on a CPU
+    (docs/results/teacher.md).
     """
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

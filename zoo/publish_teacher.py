@@ -276,6 +276,8 @@ def card(about: dict[str, Any], figures: TeacherFigures) -> str:
         f"| {name} | {100 * share:.1f} % |"
         for name, share in zip(about["class_names"], figures.agreement_by_class, strict=True)
     )
+    grown = training.get("grown_from")
+    begun = f"\n  Its lower levels began as {grown}." if grown else ""
     return f"""---
 license: {said["licence"].lower()}
 library_name: diffusers
@@ -300,7 +302,7 @@ one class), not picked.
 - **Training**: {figures.samples:,} samples, batch {training["batch_size"]}, AdamW, peak learning rate
   {training["learning_rate"]:g} with a cosine to 0, EMA {training["ema_decay"]}, label dropout
   {training["label_dropout"]}, seed {training["seed"]},
-  {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes.
+  {training["precision"]} on {training["processor"]}: {figures.seconds / 60:.0f} minutes.{begun}
 - **Bank**: 4,096 training and 2,000 held-out outputs as uint8{said["bank"]}.
 
 | figure (2,000 samples of {STEPS} steps, EfficientNet-Lite0 features) | value |

@@ -252,7 +252,7 @@ def main(
     training = {
         **settings,
         "samples": state["samples"],
-        "grown_from": str(grow_from) if grow_from else None,
+        "grown_from": f"the weights of {grow_from}" if grow_from else None,
         "seconds": round(state["seconds"], 1),
         "processor": machine()["processor"],
         "precision": "bf16" if cpu_has_bf16() else "fp32",

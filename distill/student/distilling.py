@@ -91,11 +91,7 @@ def distill(
         TrainingDiverged: a check during training failed.
     """
     config = config or DistillConfig()
-    if config.targets == "start":
-        if start is None:
-            raise InvalidRequest(NO_START)
-        if pairs is not None:
-            raise InvalidRequest("targets is start, whose outputs make the pool; leave the pairs out")
+    _check_targets(config, start, pairs)
     draws.init_distributed()
     make_method(config.method)
     for asked in (config.get("reward"), config.get("judge")):
@@ -139,6 +135,13 @@ def _opened(
     if config.teacher_steps is not None:
         teacher = teacher.at_steps(config.teacher_steps)
     return sized(config, teacher if student is None else _with_student(teacher, student))
+
+
+def _check_targets(config: DistillConfig, start: Student | None, pairs: pool.Pairs | None) -> None:
+    if config.targets == "start" and start is None:
+        raise InvalidRequest(NO_START)
+    if config.targets == "start" and pairs is not None:
+        raise InvalidRequest("targets is start, whose outputs make the pool; leave the pairs out")
 
 
 def own_table(start: Student | None, num_inference_steps: int) -> StepTable | None:

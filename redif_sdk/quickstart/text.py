@@ -75,7 +75,6 @@ def text_quickstart(
     steps = checked_steps(output, steps, minutes)
     report, began = Progress(quiet), time.monotonic()
     say_plan(report, teacher, steps, preset, minutes)
-    from redif_sdk.distill.evaluation.arena import Arena, on_held_out  # imports torch, which takes seconds
     from redif_sdk.distill.shipped.students import shipped_student
     from redif_sdk.distill.teachers.base import Teacher
 
@@ -87,9 +86,7 @@ def text_quickstart(
         raise InvalidRequest(f"{teacher} draws no prompts; give a text-to-image teacher, or leave --text out")
     shipped = {count: shipped_student(model, count) for count in steps} if trained else {}
     with report.stage("teacher: outputs, judge"):
-        judged, which = on_held_out(model)
-        arena = Arena.of(judged, num_samples)
-        arena.prompts = which
+        arena = _arena(model, num_samples)
     for count, student in shipped.items():
         student.save_pretrained(output / f"student-{count}", overwrite=True)
     students = shipped or _distil(model, configs, output, minutes, report)
@@ -108,9 +105,7 @@ def text_quickstart(
         sheets = _sheets(reference, pipelines, prompts, model.num_inference_steps)
         act = third.sheet(reference, model.num_inference_steps, partial(_of_prompts, prompts)) if third else None
         speed = speed_of(reference, pipelines, model.num_inference_steps, _call)
-        for count, pipe in pipelines.items():
-            images = pipe(PROMPT, num_images_per_prompt=4, seed=seed, output_type="uint8").images
-            strip(images).save(output / f"student-{count}.png")
+        _save_strips(pipelines, seed, output)
     record_rows(output, steps, rows, speed)
     seconds = round(time.monotonic() - began, 1)
     results = document(
@@ -132,6 +127,22 @@ def text_quickstart(
     if third:
         report.say(third.said())
     return results
+
+
+def _arena(teacher: Teacher, num_samples: int) -> Arena:
+    """The judge, on prompts that nothing was trained on."""
+    from redif_sdk.distill.evaluation.arena import Arena, on_held_out  # imports torch, which takes seconds
+
+    judged, which = on_held_out(teacher)
+    arena = Arena.of(judged, num_samples)
+    arena.prompts = which
+    return arena
+
+
+def _save_strips(pipelines: dict[int, FastPipeline], seed: int, output: Path) -> None:
+    for count, pipe in pipelines.items():
+        images = pipe(PROMPT, num_images_per_prompt=4, seed=seed, output_type="uint8").images
+        strip(images).save(output / f"student-{count}.png")
 
 
 def _write(

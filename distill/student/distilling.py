@@ -137,7 +137,7 @@ def _opened(
     return sized(config, teacher if student is None else _with_student(teacher, student))
 
 
-def _check_targets(config: DistillConfig, start: Student | None, pairs: pool.Pairs | None) -> None:
+def _check_targets(config: DistillConfig, start: object, pairs: pool.Pairs | None) -> None:
     if config.targets == "start" and start is None:
         raise InvalidRequest(NO_START)
     if config.targets == "start" and pairs is not None:

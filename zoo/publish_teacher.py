@@ -276,6 +276,7 @@ def card(about: dict[str, Any], figures: TeacherFigures) -> str:
         f"| {name} | {100 * share:.1f} % |"
         for name, share in zip(about["class_names"], figures.agreement_by_class, strict=True)
     )
+    command = f"python -m zoo.train_teacher {about['name']} -o build/teacher --architecture {training['architecture']}"
     grown = training.get("grown_from")
     begun = f"\n  Its lower levels began as {grown}." if grown else ""
     return f"""---
@@ -320,6 +321,6 @@ one class), not picked.
 |---|---|
 {by_class}
 
-Made by `python -m zoo.train_teacher {about["name"]} -o build/teacher`, which needs {said["needs"]}.
+Made by `{command}`, which needs {said["needs"]}.
 Limits: {said["limits"]}
 """

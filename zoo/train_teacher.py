@@ -135,11 +135,11 @@ def train(
         raise InvalidRequest(f"batch size {batch_size} is not divisible by {world} processes")
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     split = data.load(name, "train", data_dir)
-    shuffle = ARCHITECTURES[architecture][0]
+    shuffle, checkpoint = ARCHITECTURES[architecture][0], output / CHECKPOINT
     images = F.pixel_unshuffle(torch.tensor(split.images).float() / 127.5 - 1, shuffle)
     labels, classes = torch.tensor(split.labels), len(split.class_names)
     network = build_network(architecture, split, shuffle)
-    if grow_from is not None:
+    if grow_from is not None and not checkpoint.is_file():
         grow(network, grow_from)
     ema = build_network(architecture, split, shuffle).requires_grad_(False)
     ema.load_state_dict(network.state_dict())
@@ -148,7 +148,6 @@ def train(
         network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
     )
     updates, start, spent = math.ceil(samples / batch_size), 0, 0.0
-    checkpoint = output / CHECKPOINT
     output.mkdir(parents=True, exist_ok=True)
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)

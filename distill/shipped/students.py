@@ -49,7 +49,7 @@ def shipped_student(teacher: Teacher, num_inference_steps: int) -> Student:
             f"no student of {num_inference_steps} step(s) comes with {teacher.name} ({known}); distil one"
         )
     assert teacher.folder is not None
-    return _read(teacher, teacher.folder / FOLDER / str(num_inference_steps))
+    return _read(teacher, teacher.folder / FOLDER / str(num_inference_steps))[0]
 
 
 def reinforced_student(teacher: Teacher, num_inference_steps: int) -> tuple[Student, dict[str, float]] | None:
@@ -67,15 +67,15 @@ def reinforced_student(teacher: Teacher, num_inference_steps: int) -> tuple[Stud
     place = teacher.folder / FOLDER / f"{num_inference_steps}-{REINFORCED}"
     if not (place / ABOUT).is_file():
         return None
-    student = _read(teacher, place)
+    student, about = _read(teacher, place)
     try:
-        judged = json.loads((place / ABOUT).read_text())["judged"]
-        return student, {name: float(judged[name]) for name in FIGURES}
+        return student, {name: float(about["judged"][name]) for name in FIGURES}
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"{place} does not say what a judge found ({error!r})") from error
 
 
-def _read(teacher: Teacher, place: Path) -> Student:
+def _read(teacher: Teacher, place: Path) -> tuple[Student, dict[str, Any]]:
+    """The student in ``place``, and all that is said of it."""
     try:
         about = json.loads((place / ABOUT).read_text())
         if about["teacher"] != teacher.identity:
@@ -92,7 +92,7 @@ def _read(teacher: Teacher, place: Path) -> Student:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InvalidRequest(f"{place} holds no student ({error!s:.300}); distil one") from error
-    return student
+    return student, about
 
 
 def keep(folder: Path, teacher: Teacher, judged: dict[str, float] | None = None) -> Path:

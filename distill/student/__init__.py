@@ -2,14 +2,14 @@
 
 from redif_sdk.distill.student.base import Student
 from redif_sdk.distill.student.decision import check_run, check_teacher, pool_size
-from redif_sdk.distill.student.distilling import NO_START, distill, recorded, sample_pool, training_folder
+from redif_sdk.distill.student.distilling import check_targets, distill, recorded, sample_pool, training_folder
 from redif_sdk.distill.student.importing import import_pipeline
 from redif_sdk.distill.student.loading import load_student
 
 __all__ = [
-    "NO_START",
     "Student",
     "check_run",
+    "check_targets",
     "check_teacher",
     "distill",
     "import_pipeline",

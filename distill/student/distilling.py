@@ -38,7 +38,6 @@ from redif_sdk.progress import Progress
 from redif_sdk.sampling.table import StepTable
 
 PACKAGES = ("torch", "diffusers", "numpy", "redif-sdk")
-NO_START = "targets is start, whose outputs make the pool; give the start too (start=, --start)"
 
 
 def training_folder(output: Path) -> Path:
@@ -91,7 +90,7 @@ def distill(
         TrainingDiverged: a check during training failed.
     """
     config = config or DistillConfig()
-    _check_targets(config, start, pairs)
+    check_targets(config, start, pairs)
     draws.init_distributed()
     make_method(config.method)
     for asked in (config.get("reward"), config.get("judge")):
@@ -137,9 +136,14 @@ def _opened(
     return sized(config, teacher if student is None else _with_student(teacher, student))
 
 
-def _check_targets(config: DistillConfig, start: object, pairs: pool.Pairs | None) -> None:
+def check_targets(config: DistillConfig, start: object, pairs: pool.Pairs | None = None) -> None:
+    """Refuse a start's outputs as targets without a start, or beside a pool.
+
+    Raises:
+        InvalidRequest: one of these.
+    """
     if config.targets == "start" and start is None:
-        raise InvalidRequest(NO_START)
+        raise InvalidRequest("targets is start, whose outputs make the pool; give the start too (start=, --start)")
     if config.targets == "start" and pairs is not None:
         raise InvalidRequest("targets is start, whose outputs make the pool; leave the pairs out")
 

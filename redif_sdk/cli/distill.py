@@ -143,11 +143,10 @@ def _check(config: DistillConfig, output: Path, resume: bool, start: Path | None
     """What can be refused before the teacher is loaded."""
     from redif_sdk.distill.compute.device import chosen_device
     from redif_sdk.distill.rewards import reward_names
-    from redif_sdk.distill.student import NO_START, training_folder
+    from redif_sdk.distill.student import check_targets, training_folder
     from redif_sdk.distill.training.checkpoint import CHECKPOINT
 
-    if config.targets == "start" and start is None:
-        raise InvalidRequest(NO_START)
+    check_targets(config, start)
     chosen_device(config.device)
     for asked in (config.get("reward"), config.get("judge")):
         if asked is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ def quickstart(
     pairs, _ = pool.get(teacher, configs[steps[0]].pool_size, "train", rebuild=rebuild_bank)
     students = distil(teacher, configs, output, 60 * minutes, pairs, report)
     with report.stage("export and verify"):
-        verification = exported(teacher, output, steps)
+        verification = exported_with_teacher(teacher, output, steps)
     with report.stage("evaluate") as show:
         rows = _evaluate(arena, students, steps, show)
     with report.stage("generate and time"):
@@ -209,7 +209,7 @@ def distil(
     return students
 
 
-def exported(teacher: Teacher, output: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
+def exported_with_teacher(teacher: Teacher, output: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
     """Export ``output``'s students, and the teacher beside them for comparison; returns the rows of their checks.
 
     Raises:
@@ -221,10 +221,20 @@ def exported(teacher: Teacher, output: Path, steps: Sequence[int]) -> list[dict[
     original = output / "teacher"
     import_pipeline(teacher, original, [teacher.num_inference_steps, *steps], overwrite=True)
     export(original, runtimes=GATE)
+    return exported(output, [f"student-{count}" for count in steps])
+
+
+def exported(output: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Export the students in ``output`` of these names; returns the rows of their checks.
+
+    Raises:
+        ParityError: an exported network does not compute what torch computes.
+    """
+    from redif_sdk.export import export
+
     rows: list[dict[str, Any]] = []
-    for count in steps:
-        manifest = export(output / f"student-{count}", runtimes=GATE)
-        rows += [{"student": f"student-{count}", **row} for row in manifest.verification]
+    for name in names:
+        rows += [{"student": name, **row} for row in export(output / name, runtimes=GATE).verification]
     return rows
 
 

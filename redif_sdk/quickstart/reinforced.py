@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redif_sdk.pipeline import FastPipeline
-from redif_sdk.quickstart.images import GATE
+from redif_sdk.quickstart.images import exported
 from redif_sdk.quickstart.report import Sheet
 
 if TYPE_CHECKING:
@@ -39,14 +39,13 @@ class Reinforced:
     judged: dict[str, float]
     verification: list[dict[str, Any]]
 
-    def sheet(self, reference: FastPipeline, teacher_steps: int, draw: Draw) -> Sheet:
-        """The teacher, the student before and the student after, one row each."""
-        calls = teacher_steps * reference.manifest.network.calls_per_step
+    def sheet(self, teacher: tuple[str, NDArray[np.uint8]], draw: Draw) -> Sheet:
+        """The teacher's row of another sheet, the student before and the student after."""
         before, after = (FastPipeline.from_pretrained(folder) for folder in (self.before, self.after))
         return Sheet(
             steps=self.steps,
             rows=[
-                (f"teacher: {calls} calls", draw(reference, teacher_steps)),
+                teacher,
                 (f"before: {self.steps} calls", draw(before, self.steps)),
                 (f"reinforced: {self.steps} calls", draw(after, self.steps)),
             ],
@@ -76,7 +75,6 @@ def reinforced(teacher: Teacher, steps: Sequence[int], output: Path, *, trained:
         ParityError: an exported network does not compute what torch computes.
     """
     from redif_sdk.distill.shipped.students import reinforced_student, shipped_student
-    from redif_sdk.export import export
 
     for count in steps:
         found = reinforced_student(teacher, count)
@@ -87,9 +85,8 @@ def reinforced(teacher: Teacher, steps: Sequence[int], output: Path, *, trained:
         students = {f"reinforced-{count}": after}
         if not trained:
             students[before] = shipped_student(teacher, count)
-        rows: list[dict[str, Any]] = []
         for name, student in students.items():
             student.save_pretrained(output / name, overwrite=True)
-            rows += [{"student": name, **row} for row in export(output / name, runtimes=GATE).verification]
+        rows = exported(output, students)
         return Reinforced(count, output / before, output / f"reinforced-{count}", judged, rows)
     return None

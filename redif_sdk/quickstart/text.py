@@ -23,7 +23,7 @@ from redif_sdk.progress import Progress, Show
 from redif_sdk.quickstart.images import (
     checked_steps,
     distil,
-    exported,
+    exported_with_teacher,
     plan,
     record_rows,
     say_plan,
@@ -91,7 +91,7 @@ def text_quickstart(
         student.save_pretrained(output / f"student-{count}", overwrite=True)
     students = shipped or _distil(model, configs, output, minutes, report)
     with report.stage("export and verify"):
-        verification = exported(model, output, steps)
+        verification = exported_with_teacher(model, output, steps)
     with report.stage("reinforced by a reward that sees the prompt"):
         third = reinforced(model, steps, output, trained=trained)
         verification += third.verification if third else []
@@ -103,7 +103,7 @@ def text_quickstart(
         reference = FastPipeline.from_pretrained(output / "teacher")
         prompts = shown_prompts(model)
         sheets = _sheets(reference, pipelines, prompts, model.num_inference_steps)
-        act = third.sheet(reference, model.num_inference_steps, partial(_of_prompts, prompts)) if third else None
+        act = third.sheet(sheets[0].rows[0], partial(_of_prompts, prompts)) if third else None
         speed = speed_of(reference, pipelines, model.num_inference_steps, _call)
         _save_strips(pipelines, seed, output)
     record_rows(output, steps, rows, speed)

@@ -256,8 +256,8 @@ def main() -> None:
         "p99_ms": 1000 * seconds[int(0.99 * len(seconds))],
         "memory_mb": out["memory"][-1] / 1e6,
         "memory_growth_second_half": max(half) / half[0] - 1,
-        "mean_batch": metric(out["metrics"], "redif_batch_pictures_sum")
-        / metric(out["metrics"], "redif_batch_pictures_count"),
+        "mean_batch": metric(out["metrics"], "redif_batch_images_sum")
+        / metric(out["metrics"], "redif_batch_images_count"),
         "clients_apart": apart,
         "clients_on_the_same_cores": shared,
         "load_average": os.getloadavg()[0],

@@ -194,9 +194,7 @@ class _Page:
         shape: dict[str, Any] = {"format": "png", "object_fit": "contain", "elem_classes": looks, "interactive": False}
         buttons: Any = ["download", "download_all", "fullscreen"]
         self.report = gr.Markdown("Choose, and press Generate.", elem_id="report")
-        self.gallery = gr.Gallery(
-            label="Images", columns=4, height="auto", buttons=buttons, elem_id="pictures", **shape
-        )
+        self.gallery = gr.Gallery(label="Images", columns=4, height="auto", buttons=buttons, elem_id="images", **shape)
         self.compared = gr.Gallery(
             label="Comparison", columns=4, height="auto", buttons=buttons, visible=False, elem_id="compared", **shape
         )
@@ -356,7 +354,7 @@ class _Page:
                 for shown in self.studio.make(order):
                     compared, formed = files(shown.compared, order.compare), files(shown.formed)
                     yield (
-                        files(shown.pictures),
+                        files(shown.images),
                         gr.update(value=compared, visible=order.compare != NOTHING, label=order.compare.capitalize()),
                         gr.update(value=formed, visible=order.previews),
                         figures(shown),

@@ -69,13 +69,13 @@ class Order:
 class Shown:
     """The state of a request: images, previews and comparison images with captions, and the timings."""
 
-    pictures: list[Captioned] = field(default_factory=list)
+    images: list[Captioned] = field(default_factory=list)
     formed: list[Captioned] = field(default_factory=list)
     compared: list[Captioned] = field(default_factory=list)
-    seconds: float = 0.0  # of the finished `pictures`, without previews
+    seconds: float = 0.0  # of the finished `images`, without previews
     teacher_seconds: float = 0.0
     done: int = 0
-    blocked: list[bool] | None = None  # of the finished `pictures`; None: there is no safety filter
+    blocked: list[bool] | None = None  # of the finished `images`; None: there is no safety filter
     runtime: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -212,11 +212,11 @@ class Studio:
                     caption = f"step {step + 1} of {_rows(pipeline, order)}{blocked}"
                     formed = [*shown.formed, (preview, f"{place + 1}, step {step + 1}{blocked}")]
                     shown = replace(shown, formed=formed)
-                    yield replace(shown, pictures=[*shown.pictures, (preview, caption)], note="forming")
+                    yield replace(shown, images=[*shown.images, (preview, caption)], note="forming")
             out = _render(pipeline, order, seeds, order.num_inference_steps)
             shown = replace(
                 shown,
-                pictures=[*shown.pictures, *_captioned(out, seeds)],
+                images=[*shown.images, *_captioned(out, seeds)],
                 seconds=shown.seconds + out.timings["total"],
                 done=shown.done + len(seeds),
                 runtime=out.runtime_info,

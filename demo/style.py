@@ -8,10 +8,10 @@ FONTS = ("system-ui", "sans-serif")
 MONOSPACE = ("ui-monospace", "monospace")
 
 CSS = """
-#pictures .grid-wrap, #compared .grid-wrap, #formed .grid-wrap {
+#images .grid-wrap, #compared .grid-wrap, #formed .grid-wrap {
   min-height: 9rem; max-height: none; padding-top: 2.2rem; overflow-y: auto;
 }
-#pictures .grid-container, #compared .grid-container {
+#images .grid-container, #compared .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); padding-top: 0;
 }
 #formed .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr)); padding-top: 0; }

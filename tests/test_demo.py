@@ -63,9 +63,9 @@ def test_its_pictures_are_the_pipelines(studio: Studio, pipe: FastPipeline, prev
     *before, last = studio.make(order)
     seeds = [(7, 2 + place) for place in range(10)]
     wanted = pipe(["c"] * 10, num_inference_steps=3, seed=seeds, output_type="uint8").images[..., 0]
-    assert np.array_equal(arrays(last.pictures), wanted)
+    assert np.array_equal(arrays(last.images), wanted)
     assert np.array_equal(arrays(last.compared), wanted)
-    assert [caption for _, caption in last.pictures][:2] == ["seed 7:2", "seed 7:3"]
+    assert [caption for _, caption in last.images][:2] == ["seed 7:2", "seed 7:3"]
     assert last.done == 10
     assert last.seconds > 0
     assert len(before) > 1  # something is shown before all is there
@@ -267,9 +267,9 @@ def test_a_studio_says_which_images_are_blocked(tiny_student: Path, pipe: FastPi
     *_, last = studio.make(studio.order("tiny", "c", 3, "7", 4, compare=SAME_STEPS))
     assert last.blocked == flags
     captions = [f"seed 7{f':{n}' * bool(n)}{', blocked by the safety filter' * flag}" for n, flag in enumerate(flags)]
-    assert [caption for _, caption in last.pictures] == captions
+    assert [caption for _, caption in last.images] == captions
     assert [caption for _, caption in last.compared] == captions
-    assert [image.getbbox() is None for image, _ in last.pictures] == flags
+    assert [image.getbbox() is None for image, _ in last.images] == flags
     assert "**2 blocked by the safety filter**" in figures(last)
     none = FastPipeline.from_pretrained(
         tiny_student, runtime="onnxruntime", safety_filter=SafetyFilter.load(file, action="black", threshold=-1.0)
@@ -358,8 +358,8 @@ def test_a_studio_of_prompts(tmp_path: Path, pipe: FastPipeline) -> None:
     order = studio.order("prompted", "red heart", 3, "5", 2, previews=True, compare=SAME_STEPS)
     *_, last = studio.make(order)
     wanted = prompted("red heart", num_images_per_prompt=2, num_inference_steps=3, seed=5, output_type="uint8").images
-    assert np.abs(arrays(last.pictures).astype(int) - wanted).max() <= 1
-    assert np.array_equal(arrays(last.pictures), arrays(last.compared))
+    assert np.abs(arrays(last.images).astype(int) - wanted).max() <= 1
+    assert np.array_equal(arrays(last.images), arrays(last.compared))
     assert len(last.formed) == 4
     with pytest.raises(InvalidRequest, match="prompt is required"):
         list(studio.make(studio.order("prompted", None, 3, "5", 1)))
@@ -416,4 +416,4 @@ def test_a_teacher_of_redif_import_is_shown_beside(teacher_folder: Path, tmp_pat
     label = None if pipes[0].manifest.condition is None else "0"
     for compare, equal in ((SAME_STEPS, True), ("the teacher at 5 steps", False)):
         *_, last = studio.make(studio.order("few", label, 2, "3", 2, compare=compare))
-        assert np.array_equal(arrays(last.pictures), arrays(last.compared)) == equal
+        assert np.array_equal(arrays(last.images), arrays(last.compared)) == equal

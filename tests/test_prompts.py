@@ -540,7 +540,7 @@ def test_batched_with_strangers_it_is_the_same_picture(address: str, pipe: FastP
 
 def count(address: str) -> float:
     lines = httpx.get(f"{address}/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("redif_batch_pictures_count"))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("redif_batch_images_count"))
 
 
 def test_a_stream_shows_how_it_forms(address: str, pipe: FastPipeline) -> None:

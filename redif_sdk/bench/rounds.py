@@ -93,7 +93,7 @@ FIELDS = (
 #: Who the others are measured against, and compared with: the first of these that is there.
 REFERENCES = ("torch-eager", "diffusers-eager", "onnxruntime", "openvino", "fastpipeline")
 
-#: Pictures of the same noise agree within this many levels of 255 in fp32, and by at least this PSNR in dB otherwise.
+#: Images of the same noise agree within this many levels of 255 in fp32, and by at least this PSNR in dB otherwise.
 LEVELS = 2
 PSNR = {"fp16": 45.0, "bf16": 30.0, "int8": 30.0, "int8wo": 30.0, "int4wo": 20.0}
 

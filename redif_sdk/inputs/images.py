@@ -101,18 +101,18 @@ class Start:
                 name = "strength" if mask_image is None else "mask_image"
                 raise InvalidRequest(f"{name} is given without image; give the image to start from")
             return None
-        images = [_picture(one, f"image {place}") for place, one in enumerate(_listed(image, "image"))]
+        images = [_read(one, f"image {place}") for place, one in enumerate(_listed(image, "image"))]
         masks = None
         if mask_image is not None:
-            masks = [_picture(one, f"mask {place}") for place, one in enumerate(_listed(mask_image, "mask_image"))]
+            masks = [_read(one, f"mask {place}") for place, one in enumerate(_listed(mask_image, "mask_image"))]
             if len(masks) not in (1, len(images)):
                 raise InvalidRequest(f"{len(masks)} masks for {len(images)} images; give one for all, or one for each")
             masks = masks * len(images) if len(masks) == 1 else masks
-            for mask, picture in zip(masks, images, strict=True):
-                if mask.size != picture.size:
+            for mask, pixels in zip(masks, images, strict=True):
+                if mask.size != pixels.size:
                     raise InvalidRequest(
-                        f"a mask has {mask.width} x {mask.height} pixels, its image {picture.width} x "
-                        f"{picture.height}; give a mask of the image's size"
+                        f"a mask has {mask.width} x {mask.height} pixels, its image {pixels.width} x "
+                        f"{pixels.height}; give a mask of the image's size"
                     )
         size = (height, width)
         if height is None and width is None and manifest.latents.dynamic:
@@ -214,7 +214,7 @@ def _listed(given: Any, name: str) -> list[Any]:
     return [given]
 
 
-def _picture(given: Any, name: str) -> Image.Image:
+def _read(given: Any, name: str) -> Image.Image:
     """One image as PIL has it: itself, or uint8 or float [0, 1] (H, W) or (H, W, C)."""
     if isinstance(given, Image.Image):
         return _decoded(given, name)

@@ -42,9 +42,9 @@ def poster(sheets: Sequence[Sheet], scale: int = 2) -> Image.Image:
     whole = Image.new("RGB", (margin + width, sum(len(rows) * height + gap for rows in strips) - gap), "white")
     pen, y = ImageDraw.Draw(whole), 0
     for rows in strips:
-        for title, picture in rows:
+        for title, image in rows:
             pen.text((8, y + height // 2 - 9), title, fill="black", font=font)
-            whole.paste(picture.resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (margin, y))
+            whole.paste(image.resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (margin, y))
             y += height
         y += gap
     return whole
@@ -67,8 +67,8 @@ def grid(sheet: Sheet, captions: Sequence[str], columns: int, scale: int = 1) ->
             top = y + line + row * (height + 2)
             if place % columns == 0:
                 pen.text((6, top + height // 2 - 8), title, fill="black", font=font)
-            picture = Image.fromarray(images[place][..., 0] if images.shape[-1] == 1 else images[place])
-            whole.paste(picture.resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, top))
+            image = Image.fromarray(images[place][..., 0] if images.shape[-1] == 1 else images[place])
+            whole.paste(image.resize((width, height), Image.Resampling.NEAREST).convert("RGB"), (x, top))
     return whole
 
 
@@ -84,9 +84,9 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     return lines[:2]
 
 
-def _inline(picture: Image.Image) -> str:
+def _inline(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

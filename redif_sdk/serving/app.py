@@ -286,7 +286,7 @@ class _Images:
         jobs = asked() if source is None else await asyncio.to_thread(asked)  # which decodes the image
         if body.stream and len(jobs) != 1:
             raise InvalidRequest(f"a stream sends one image, not {len(jobs)}; leave n out")
-        request.state.log = {"model": name, "pictures": len(jobs)}
+        request.state.log = {"model": name, "images": len(jobs)}
         if not self._backend.ready():
             raise RuntimeUnavailable("the server is starting or stopping; try again")
         self._admission.enter(len(jobs))
@@ -299,7 +299,7 @@ class _Images:
             raise
         finally:
             self._admission.leave(len(jobs))
-        self._metrics.pictures.labels(name).inc(len(images))
+        self._metrics.images.labels(name).inc(len(images))
         entries = zip(images, jobs, strict=True)
         data = [await self._entry(body, request, image, self._mark(job)) for image, job in entries]
         return JSONResponse(
@@ -387,7 +387,7 @@ class _Images:
             late = error_body(504, "the image was not ready in time")
             yield {"type": "error", **(late if isinstance(error, TimeoutError) else _failure(error))}
             return
-        self._metrics.pictures.labels(job.model).inc()
+        self._metrics.images.labels(job.model).inc()
         yield image_event(job, data, output, None)
 
 

@@ -22,8 +22,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.pictures = Counter("redif_pictures", "Images that were sent.", ["model"], registry=self.registry)
-        self.pending = Gauge("redif_pending_pictures", "Images accepted and not yet answered.", registry=self.registry)
+        self.images = Counter("redif_images", "Images that were sent.", ["model"], registry=self.registry)
+        self.pending = Gauge("redif_pending_images", "Images accepted and not yet answered.", registry=self.registry)
         self.rejected = Counter(
             "redif_rejected", "Requests refused because the queue was full.", registry=self.registry
         )
@@ -43,15 +43,15 @@ class Metrics:
             registry=self.registry,
         )
         self.batches = Histogram(
-            "redif_batch_pictures", "Images per engine call.", ["model"], buckets=_BATCH, registry=self.registry
+            "redif_batch_images", "Images per engine call.", ["model"], buckets=_BATCH, registry=self.registry
         )
         self.engine = Histogram(
             "redif_batch_seconds", "Seconds per engine call.", ["model"], buckets=_SECONDS, registry=self.registry
         )
 
-    def batch(self, model: str, pictures: int, seconds: float) -> None:
+    def batch(self, model: str, images: int, seconds: float) -> None:
         """Count one engine call."""
-        self.batches.labels(model).observe(pictures)
+        self.batches.labels(model).observe(images)
         self.engine.labels(model).observe(seconds)
 
     def text(self) -> bytes:

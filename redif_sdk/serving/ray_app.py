@@ -51,7 +51,7 @@ class RayArguments(BaseModel):
             `safety_filter`, a file that every node has.
         num_cpus: CPUs and engine threads per replica.
         num_gpus: GPUs per replica.
-        min_replicas: with `max_replicas` and `target_ongoing_pictures`, how many replicas there are.
+        min_replicas: with `max_replicas` and `target_ongoing_images`, how many replicas there are.
         ingresses: processes that serve HTTP.
         max_batch: as in `ServeSettings`; so are the rest, for each ingress. API keys come from REDIF_API_KEYS.
     """
@@ -68,7 +68,7 @@ class RayArguments(BaseModel):
     num_gpus: float = Field(default=0, ge=0)
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=4, ge=1)
-    target_ongoing_pictures: float = Field(default=8, gt=0)
+    target_ongoing_images: float = Field(default=8, gt=0)
     ingresses: int = Field(default=1, ge=1)
     max_batch: int = 8
     max_wait_ms: float = 2.0
@@ -106,7 +106,7 @@ class Generator:
             safety_filter=arguments.safety_filter,
         )
         self._observed = Histogram(
-            "redif_batch_pictures", "Images per engine call.", [1, 2, 4, 8, 16, 32, 64], ("model",)
+            "redif_batch_images", "Images per engine call.", [1, 2, 4, 8, 16, 32, 64], ("model",)
         )
         batch: Any = self._batch
         batch.set_max_batch_size(arguments.max_batch)
@@ -249,7 +249,7 @@ def app(args: RayArguments | Mapping[str, Any]) -> Any:
             autoscaling_config={
                 "min_replicas": args.min_replicas,
                 "max_replicas": args.max_replicas,
-                "target_ongoing_requests": args.target_ongoing_pictures,
+                "target_ongoing_requests": args.target_ongoing_images,
             },
             ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
             graceful_shutdown_timeout_s=args.timeout + 5,

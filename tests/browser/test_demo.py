@@ -70,7 +70,7 @@ def pipe(tiny_student: Path) -> FastPipeline:
     return FastPipeline.from_pretrained(tiny_student, runtime="onnxruntime")
 
 
-def pictures(page: Any, gallery: str = "pictures") -> int:
+def pictures(page: Any, gallery: str = "images") -> int:
     return int(page.locator(f"#{gallery} .thumbnail-lg img").count())
 
 
@@ -82,7 +82,7 @@ def finished(page: Any, until: Until, number: int) -> str:
     )
 
 
-def shown(page: Any, place: int, gallery: str = "pictures") -> np.ndarray:
+def shown(page: Any, place: int, gallery: str = "images") -> np.ndarray:
     """The n-th picture of the gallery as its file, which the visitor would download."""
     source = page.locator(f"#{gallery} .thumbnail-lg img").nth(place).get_attribute("src")
     return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("L"))
@@ -168,9 +168,9 @@ def test_a_visit(url: str, pipe: FastPipeline, open_page: Opener, until: Until) 
         assert np.array_equal(shown(page, place, "compared"), wanted[place])
     first = next(iter(pipe.stream("c", num_inference_steps=3, seed=12345678901234567890)))
     assert np.array_equal(shown(page, 0, "formed"), np.asarray(first))
-    page.locator("#pictures .thumbnail-lg").first.click()
+    page.locator("#images .thumbnail-lg").first.click()
     with page.expect_download() as waiting:
-        page.locator("#pictures").get_by_label("Download", exact=True).first.click()
+        page.locator("#images").get_by_label("Download", exact=True).first.click()
     saved = Path(waiting.value.path())
     assert np.array_equal(np.asarray(Image.open(saved).convert("L")), wanted[0])
     assert "tiny-c-seed_12345678901234567890" in waiting.value.suggested_filename

@@ -58,7 +58,7 @@ def test_told_to_stop_it_answers_what_it_accepted_and_ends_well(tiny_student: Pa
         log = [json.loads(line) for line in process.stderr]
     done = [line for line in log if line["event"] == "request" and line["path"] == PATH]
     assert {line["status"] for line in done} == {200}
-    assert {line["pictures"] for line in done} == {4}
+    assert {line["images"] for line in done} == {4}
     accepted = [(seed, answer) for seed, answer in enumerate(answers) if isinstance(answer, httpx.Response)]
     assert len(accepted) == len(done) >= 1  # the others found no open door: none was accepted and then lost
     for seed, answer in accepted:

@@ -65,7 +65,7 @@ def test_batched_with_strangers_it_is_the_same_picture(address: str, pipeline: F
     """Sixty requests at once, of two students and two numbers of steps, share batches; none sees another."""
     drawn = random.Random(0)
     wanted = [(drawn.randrange(10), drawn.randrange(2**64), drawn.choice([2, 3])) for _ in range(60)]
-    batches = counter(address, "redif_batch_pictures_count")
+    batches = counter(address, "redif_batch_images_count")
 
     async def ask() -> list[Any]:
         async with httpx.AsyncClient(base_url=address, timeout=3000) as client:
@@ -75,7 +75,7 @@ def test_batched_with_strangers_it_is_the_same_picture(address: str, pipeline: F
     answers = asyncio.run(ask())
     for (label, seed, steps), answer in zip(wanted, answers, strict=True):
         assert np.array_equal(from_json(answer)[0], expected(pipeline, label, seed, steps=steps)[0])
-    assert counter(address, "redif_batch_pictures_count") - batches < len(wanted)  # some were batched
+    assert counter(address, "redif_batch_images_count") - batches < len(wanted)  # some were batched
 
 
 def test_an_unconditional_student_needs_no_prompt(address: str, plain_student: Path) -> None:
@@ -152,10 +152,10 @@ def test_health_models_and_metrics(address: str) -> None:
     assert models[0]["class_names"] == list("abcdefghij")
     assert httpx.get(f"{address}/v1/models/plain").json()["num_inference_steps"] == [2, 3]
     assert httpx.get(f"{address}/v1/models/other").status_code == 404
-    before = counter(address, 'redif_pictures_total{model="tiny"}')
+    before = counter(address, 'redif_images_total{model="tiny"}')
     httpx.post(address + PATH, json={"prompt": "a", "n": 3})
-    assert counter(address, 'redif_pictures_total{model="tiny"}') == before + 3
-    assert counter(address, "redif_pending_pictures") == 0
+    assert counter(address, 'redif_images_total{model="tiny"}') == before + 3
+    assert counter(address, "redif_pending_images") == 0
 
 
 def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
@@ -228,7 +228,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(slow: Slow) -> None:
         body = {"prompt": "a", "n": 3}
         asking = threading.Thread(target=lambda: answers.append(httpx.post(address + PATH, json=body, timeout=3000)))
         asking.start()
-        until(lambda: counter(address, "redif_pending_pictures") == 3)
+        until(lambda: counter(address, "redif_pending_images") == 3)
         refused = httpx.post(address + PATH, json={"prompt": "a"})
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
@@ -254,8 +254,8 @@ def test_a_client_that_leaves_is_not_computed_for(slow: Slow) -> None:
         )
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + data)
-            until(lambda: counter(address, "redif_pending_pictures") == 4)
-        until(lambda: counter(address, "redif_pending_pictures") == 0)
+            until(lambda: counter(address, "redif_pending_images") == 4)
+        until(lambda: counter(address, "redif_pending_images") == 0)
         slow.go.set()
         assert httpx.post(address + PATH, json={"prompt": "b"}, timeout=300).status_code == 200
         assert len(slow.calls) == 2  # the one that had begun, and the last request's
@@ -269,7 +269,7 @@ def test_a_request_that_takes_too_long_is_given_up(slow: Slow) -> None:
         slow.go.set()
         assert answer.status_code == 504
         assert answer.json()["error"]["type"] == "timeout_error"
-        assert counter(address, "redif_pending_pictures") == 0
+        assert counter(address, "redif_pending_images") == 0
 
 
 def test_what_breaks_inside_is_not_told(slow: Slow, caplog: pytest.LogCaptureFixture) -> None:
@@ -313,8 +313,8 @@ def test_nan_is_an_error_of_its_own_request_alone(poisoned_address: str, pipelin
         else:
             assert np.array_equal(from_json(answer.json())[0], expected(pipeline, label, label)[0])
     assert counter(poisoned_address, 'redif_nonfinite_total{model="tiny"}') == 2
-    assert counter(poisoned_address, "redif_batch_pictures_sum") == 1 + len(classes)  # the warm-up, and one batch
-    assert counter(poisoned_address, "redif_pending_pictures") == 0
+    assert counter(poisoned_address, "redif_batch_images_sum") == 1 + len(classes)  # the warm-up, and one batch
+    assert counter(poisoned_address, "redif_pending_images") == 0
 
 
 @pytest.mark.parametrize("partial_images", [0, 2])
@@ -326,7 +326,7 @@ def test_nan_in_a_stream_is_an_error_event(poisoned_address: str, partial_images
     assert json.loads(event)["error"]["code"] == "non_finite_output"
     assert "completed" not in text
     assert counter(poisoned_address, "redif_nonfinite_total") == before + 1
-    assert counter(poisoned_address, "redif_pending_pictures") == 0
+    assert counter(poisoned_address, "redif_pending_images") == 0
 
 
 def test_a_stream_whose_client_leaves_is_ended(slow: Slow) -> None:
@@ -335,8 +335,8 @@ def test_a_stream_whose_client_leaves_is_ended(slow: Slow) -> None:
         body = {"prompt": "a", "stream": True}
         with httpx.stream("POST", address + PATH, json=body, timeout=3000) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
-            assert counter(address, "redif_pending_pictures") == 1
-        until(lambda: counter(address, "redif_pending_pictures") == 0)
+            assert counter(address, "redif_pending_images") == 1
+        until(lambda: counter(address, "redif_pending_images") == 0)
         slow.go.set()
         assert counter(address, "redif_cancelled_total") == 1
 

@@ -70,4 +70,4 @@ def test_every_accepted_request_is_answered_once_with_its_own_picture(address: s
         ).images[..., 0]
         assert np.array_equal(np.stack([answers[place][0] for place in mine]), wanted)
     text = httpx.get(f"{address}/metrics").text
-    assert "redif_pending_pictures 0.0" in text  # nobody who left is still counted
+    assert "redif_pending_images 0.0" in text  # nobody who left is still counted

@@ -4,8 +4,8 @@
     python -m benchmarks.reinforcement.run [--arms ...] [--steps 2 4] [--seeds 0] [--budget N] [-o FOLDER]
 
 A cell is (arm, K, seed), one JSON file with its curve over forward-equivalents and judged images; what is there is not
-run again, and a cell that was cut goes on from its checkpoint. Untrained rows: the teacher, the shipped student, DDIM
-at K, and the teacher with the best of N images by the scorer. `arms.yaml` has the settings. Every arm that trains has
+run again, and a cell that was cut goes on from its checkpoint. Untrained rows: the teacher, the shipped student, each
+also with the best of N images by the scorer, and DDIM at K. `arms.yaml` has the settings. Every arm that trains has
 the same budget of forward-equivalents: decoding, the scorer's network where it is in this process, the critic's, and
 the teacher's calls of best-of-n among them. A scorer behind HTTP computes elsewhere: `reward_calls` counts its images.
 """
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ from zoo.judge_text import JUDGES, CaptionJudges, describe
 HERE = Path(__file__).parent
 WORK = Path("build/reinforcement")
 POOL = 2048
-BEST_OF = 8  # of the teacher's images at inference
+BEST_OF = 8  # images at inference
 SHOWN = 60  # images in a sheet
 NOISES = 4  # of each prompt that a reward judges
-UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", "ddim", "ddim, unguided")
+UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", f"start, best of {BEST_OF}", "ddim", "ddim, unguided")
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,13 @@ class Experiment:
 
     def untrained(self, cell: Cell) -> tuple[dict[str, Any], Tensor]:
         """A contender that is not trained here, and its first images."""
-        teacher = self.teacher
+        start, draw = self.policy(cell.steps).sample, torch.Generator().manual_seed(BEST_OF)
         samples: dict[str, Sample] = {
-            "teacher": lambda noise, condition: teacher.sample(noise, condition, teacher.num_inference_steps),
-            "ddim": lambda noise, condition: teacher.sample(noise, condition, cell.steps),
-            f"teacher, best of {BEST_OF}": self.best,
-            "start": self.policy(cell.steps).sample,
+            "teacher": self.teachers,
+            "ddim": lambda noise, condition: self.teacher.sample(noise, condition, cell.steps),
+            f"teacher, best of {BEST_OF}": partial(self.best, self.teachers, draw),
+            "start": start,
+            f"start, best of {BEST_OF}": partial(self.best, start, draw),
             "ddim, unguided": self.policy(cell.steps, "ddim").sample,
         }
         sample = samples[cell.arm]
@@ -166,11 +168,15 @@ class Experiment:
             network, table = student.network, student.tables[0]
         return StudentPolicy(network, table, self.teacher.schedule, exact=True)
 
-    def best(self, noise: Tensor, condition: Tensor) -> Tensor:
-        """The scorer's favourite of ``BEST_OF`` images of the teacher for each condition, the first from ``noise``."""
-        draw = torch.Generator().manual_seed(BEST_OF)
+    def teachers(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """The teacher's outputs at its own number of steps."""
+        return self.teacher.sample(noise, condition, self.teacher.num_inference_steps)
+
+    def best(self, sample: Sample, draw: torch.Generator, noise: Tensor, condition: Tensor) -> Tensor:
+        """The scorer's favourite of ``BEST_OF`` outputs of ``sample`` for each condition, the first from ``noise``, the
+        others from noises of ``draw``."""
         more = torch.randn(BEST_OF - 1, *noise.shape, generator=draw)
-        return self._favourites(torch.cat([noise[None], more]), condition)[1]
+        return self._favourites(sample, torch.cat([noise[None], more]), condition)[1]
 
     @torch.no_grad()
     def own_pairs(self, start: StudentPolicy) -> tuple[Pairs, float]:
@@ -185,13 +191,13 @@ class Experiment:
         return Pairs(noise, targets, places), float(len(places) * start.num_inference_steps)
 
     @torch.no_grad()
-    def _favourites(self, noises: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the teacher's outputs from ``noises`` (N, B, C, H, W), the scorer's favourite for each condition: its
+    def _favourites(self, sample: Sample, noises: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the outputs of ``sample`` from ``noises`` (N, B, C, H, W), the scorer's favourite for each condition: its
         noise, and itself, (B, C, H, W) each."""
-        teacher, prompts = self.teacher, self.teacher.asked(condition).prompts
+        prompts = self.teacher.asked(condition).prompts
         assert prompts is not None
-        outputs = torch.stack([teacher.sample(noise, condition, teacher.num_inference_steps) for noise in noises])
-        seen = [score_text.describe(teacher.images(output)) for output in outputs]
+        outputs = torch.stack([sample(noise, condition) for noise in noises])
+        seen = [score_text.describe(self.teacher.images(output)) for output in outputs]
         chosen = torch.stack([self.scorer.score(part, prompts, self.names) for part in seen]).argmax(0)
         places = torch.arange(len(condition))
         return noises[chosen, places], outputs[chosen, places]
@@ -206,7 +212,7 @@ class Experiment:
             assert condition is not None
             draw = torch.Generator().manual_seed(low)
             noises = torch.randn(count, len(condition), *self.teacher.shape, generator=draw)
-            parts.append((*self._favourites(noises, condition), condition))
+            parts.append((*self._favourites(self.teachers, noises, condition), condition))
         noise, target, condition = (torch.cat(column) for column in zip(*parts, strict=True))
         return Pairs(noise, target, condition), float(wanted * each)
 

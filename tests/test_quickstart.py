@@ -247,7 +247,6 @@ def test_eval_judges_a_folder(finished: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_quickstart_runs_again_over_its_own_output(finished: Path) -> None:
     before = (finished / "student-1" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     quickstart(finished, steps=[1], minutes=1, updates=2, num_samples=16, seed=0, rebuild_bank=False, quiet=True)

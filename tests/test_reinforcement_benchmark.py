@@ -120,8 +120,8 @@ def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
     trained = {"curve": [point], "budget": {"forward_equivalents": 5000.0, "reward_calls": 70}}
     for name, row in {
         "teacher-2-0": {"arm": "teacher", "seed": 0, **own},
-        "draft-2-0": {"arm": "draft", "seed": 0, **own, **trained, "top1": 0.45},
-        "draft-2-1": {"arm": "draft", "seed": 1, **own, **trained, "top1": 0.47},
+        "same-state-2-0": {"arm": "same-state", "seed": 0, **own, **trained, "top1": 0.45},
+        "same-state-2-1": {"arm": "same-state", "seed": 1, **own, **trained, "top1": 0.47},
     }.items():
         (cells / f"{name}.json").write_text(json.dumps({"rows": [row]}))
         Image.new("RGB", (20 * 4, 8), "red").save(cells / f"{name}.png")
@@ -132,9 +132,9 @@ def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in lines] == ["| K = 2", "|---|" + 13 * "---|", "| teacher", "| draft"]
+    assert [line.split(" | ")[0] for line in lines] == ["| K = 2", "|---|" + 13 * "---|", "| teacher", "| same-state"]
     assert (
-        "| draft | 46.0 % | 70.0 % | 40.0 % | -4.00 |  | 30.0 % | 60.0 % | 1,000 | 38.0 | 2.0 | 5,000 | 70 | 2 |"
+        "| same-state | 46.0 % | 70.0 % | 40.0 % | -4.00 |  | 30.0 % | 60.0 % | 1,000 | 38.0 | 2.0 | 5,000 | 70 | 2 |"
         in lines
     )
     assert (tmp_path / "docs" / "images" / "reinforcement-2.svg").is_file()

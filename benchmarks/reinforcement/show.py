@@ -24,6 +24,8 @@ from benchmarks.reinforcement.run import Cell
 HERE = Path(__file__).parent
 START = "<!-- cells: made by benchmarks/reinforcement/show.py -->\n"
 Row = dict[str, Any]
+#: The arms of the sheet, below the teacher and the start: the one with the highest share, and a black box.
+ON_SHEET = ("same-state", "same-state from DDIM", "draft, longer", "draft from DDIM")
 
 
 def _share(value: float | None) -> str:
@@ -99,11 +101,11 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
 
 
 def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
-    """The teacher's images, the start's, and those of each arm of seed 0, one under the other, for the same prompts and
-    noises; False if there is no sheet."""
+    """The teacher's images, the start's, and those of some arms of seed 0 (ON_SHEET), one under the other, for the same
+    prompts and noises; False if there is no sheet."""
     shown = [row for row in rows if row["steps"] == steps and row["seed"] == 0]
     order = [row["arm"] for row in shown if row["arm"] in ("teacher", "start")][::-1]
-    order += sorted((row["arm"] for row in shown if "curve" in row), key=str)
+    order += [arm for arm in ON_SHEET if any(row["arm"] == arm for row in shown)]
     sheets = [(arm, folder / f"{Cell(arm, steps, 0).name}.png") for arm in order]
     opened = [(arm, Image.open(file).convert("RGB")) for arm, file in sheets if file.is_file()]
     if not opened:

@@ -120,7 +120,7 @@ def keep(folder: Path, teacher: Teacher, judged: dict[str, float] | None = None)
     place = teacher.folder / FOLDER / name
     place.parent.mkdir(exist_ok=True)
     weights = {name: value.to(torch.float16).contiguous() for name, value in student.inner.state_dict().items()}
-    with atomic_folder(place, overwrite=True) as staging:
+    with atomic_folder(place, overwrite=True, replaceable=(ABOUT,)) as staging:
         save_file(weights, staging / WEIGHTS)
         (staging / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     return place

@@ -293,4 +293,4 @@ def test_the_demo_warms_up_and_paints(pipe: FastPipeline) -> None:
     order = studio.order("painter", PROMPTS[0], 4, "3", 1, image=photo(SIDE, SIDE), mask=half())
     *_, shown = studio.make(order)
     expected = pipe(PROMPTS[0], image=photo(SIDE, SIDE), mask_image=half(), seed=3, output_type="uint8").images
-    assert close(np.asarray(shown.pictures[0][0])[None], expected)
+    assert close(np.asarray(shown.images[0][0])[None], expected)

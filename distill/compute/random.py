@@ -9,6 +9,7 @@ is the CPU's, so that a run on another device draws the same.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ def init_distributed() -> None:
 def _part() -> None:
     """Else the threads of the process group may outlive the interpreter, which then aborts after the work is done."""
     if dist.is_initialized():
+        gc.collect()  # networks that are sharded hold their group, in circles
         dist.destroy_process_group()
 
 

@@ -70,12 +70,12 @@ def pipe(tiny_student: Path) -> FastPipeline:
     return FastPipeline.from_pretrained(tiny_student, runtime="onnxruntime")
 
 
-def pictures(page: Any, gallery: str = "images") -> int:
+def shown_images(page: Any, gallery: str = "images") -> int:
     return int(page.locator(f"#{gallery} .thumbnail-lg img").count())
 
 
 def finished(page: Any, until: Until, number: int) -> str:
-    """The report of `number` pictures."""
+    """The report of `number` images."""
     wanted = f"{number} image"
     return str(
         until(page, lambda: (said := page.inner_text("#report")).startswith(wanted) and "now" not in said and said)
@@ -88,7 +88,7 @@ def shown(page: Any, place: int, gallery: str = "images") -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("L"))
 
 
-def number_of_pictures(page: Any, value: int) -> None:
+def number_of_images(page: Any, value: int) -> None:
     page.locator("input[aria-label='number input for Images']").fill(str(value))
     page.keyboard.press("Tab")
 
@@ -121,7 +121,7 @@ def test_a_visitor_paints_over_what_is_to_be_made_anew(
     opened(page, until)
     choose(page, "Class", "c")
     page.get_by_role("radio", name="3").check()
-    number_of_pictures(page, 1)
+    number_of_images(page, 1)
     keep(page, "7")
     page.get_by_text("Start from an image").click()
     page.locator("#editor canvas").first.wait_for()
@@ -154,7 +154,7 @@ def test_a_visit(url: str, pipe: FastPipeline, open_page: Opener, until: Until) 
     opened(page, until)
     choose(page, "Class", "c")
     page.get_by_role("radio", name="3").check()
-    number_of_pictures(page, 2)
+    number_of_images(page, 2)
     keep(page, "12345678901234567890")
     page.get_by_label("Show every step").check()
     choose(page, "Compare with", "the teacher at as few steps (DDIM)")
@@ -162,7 +162,7 @@ def test_a_visit(url: str, pipe: FastPipeline, open_page: Opener, until: Until) 
     report = finished(page, until, 2)
     assert re.search(r"2 images in .* each, [\d.,]+ per second \(onnxruntime, fp32, cpu\)", report)
     wanted = pipe(["c", "c"], num_inference_steps=3, seed=12345678901234567890, output_type="uint8").images[..., 0]
-    until(page, lambda: pictures(page, "compared") == 2 and pictures(page, "formed") == 4)
+    until(page, lambda: shown_images(page, "compared") == 2 and shown_images(page, "formed") == 4)
     for place in range(2):
         assert np.array_equal(shown(page, place), wanted[place])
         assert np.array_equal(shown(page, place, "compared"), wanted[place])
@@ -193,7 +193,7 @@ def test_a_link_makes_its_pictures(url: str, pipe: FastPipeline, open_page: Open
 def test_seeds_are_drawn_or_kept(url: str, open_page: Opener, until: Until) -> None:
     page = open_page(url)
     opened(page, until)
-    number_of_pictures(page, 1)
+    number_of_images(page, 1)
     seed = page.get_by_label("Seed").first
     before = seed.input_value()
     page.click("#generate")
@@ -222,18 +222,18 @@ def test_examples_are_ready_to_click(url: str, open_page: Opener, until: Until) 
 def test_cancelling_keeps_what_is_finished(url: str, open_page: Opener, until: Until) -> None:
     page = open_page(url)
     opened(page, until)
-    number_of_pictures(page, 200)
+    number_of_images(page, 200)
     page.get_by_role("radio", name="3").check()
     page.get_by_label("Show every step").check()
     page.click("#generate")
-    until(page, lambda: pictures(page) >= 2, 180)
+    until(page, lambda: shown_images(page) >= 2, 180)
     page.click("#cancel")
     until(page, lambda: page.inner_text("#report").startswith("Cancelled"), 180)
     page.wait_for_timeout(600)
-    kept = pictures(page)
+    kept = shown_images(page)
     assert 1 <= kept < 200
     assert page.inner_text("#report").startswith("Cancelled")  # nothing came after it
-    number_of_pictures(page, 1)
+    number_of_images(page, 1)
     page.get_by_label("Show every step").uncheck()
     page.click("#generate")
     finished(page, until, 1)
@@ -299,7 +299,7 @@ def test_a_prompt_is_typed(prompted_url: str, open_page: Opener, until: Until, l
     """A prompt and Enter; an example; a link; and then the other student, whose class is typed in the same box."""
     page = open_page(prompted_url)
     opened(page, until)
-    number_of_pictures(page, 1)
+    number_of_images(page, 1)
     prompt = page.get_by_label("Prompt", exact=True)
     assert prompt.input_value() == "red heart"
     prompt.fill("a purple cow")

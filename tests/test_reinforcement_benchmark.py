@@ -125,6 +125,7 @@ def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
     }.items():
         (cells / f"{name}.json").write_text(json.dumps({"rows": [row]}))
         Image.new("RGB", (20 * 4, 8), "red").save(cells / f"{name}.png")
+    (cells / "prompts.txt").write_text("red heart, noto style\n" * 40)
     page.write_text(f"before\n{show.START}old\n{END}after\n")
     show.main([str(cells), "-o", str(page)])
     text = page.read_text()
@@ -139,4 +140,5 @@ def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
     )
     assert (tmp_path / "docs" / "images" / "reinforcement-2.svg").is_file()
     with Image.open(tmp_path / "docs" / "images" / "reinforcement-2.png") as grid:
-        assert grid.height == 2 * (2 * 4 + 12)  # two lines of the sheet, teacher and arm in each
+        assert grid.height == 2 * (52 + 2 * 4 + 6)  # two lines of the sheet, prompts, teacher and arm in each
+        assert 0 in np.asarray(grid.convert("L").crop((150, 0, grid.width, 40)))  # the prompts

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ WORK = Path("build/reinforcement")
 POOL = 2048
 BEST_OF = 8  # images at inference
 SHOWN = 60  # images in a sheet
+PROMPTS = "prompts.txt"  # of the sheets, beside the cells
 NOISES = 4  # of each prompt that a reward judges
 UNTRAINED = ("teacher", f"teacher, best of {BEST_OF}", "start", f"start, best of {BEST_OF}", "ddim", "ddim, unguided")
 
@@ -155,8 +156,13 @@ class Experiment:
         return {**asdict(cell), **self.panel.full(sample)}, self.first_images(sample)
 
     def first_images(self, sample: Sample) -> Tensor:
-        """What ``sample`` draws for the first ``SHOWN`` prompts that are judged, from the same noises for all."""
-        return self.panel.images(sample, [self.data.prompt(place) for place in self.panel.places[:SHOWN]], 0)
+        """What ``sample`` draws for ``shown``, from the same noises for all."""
+        return self.panel.images(sample, self.shown, 0)
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """The first ``SHOWN`` prompts that are judged: those of the sheets."""
+        return [self.data.prompt(place) for place in self.panel.places[:SHOWN]]
 
     def policy(self, steps: int, start: str = "shipped") -> StudentPolicy:
         """What an arm begins with: the shipped student, or ("ddim") the teacher's network at so many steps of DDIM, one
@@ -296,6 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
                         checks=asked.checks,
                         seen=asked.seen,
                     )
+                    atomic_write(asked.output / PROMPTS, ("\n".join(experiment.shown) + "\n").encode())
                     began = time.monotonic()
                     if arm in UNTRAINED:
                         row, images = experiment.untrained(cell)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.distillation.render import COLUMNS_OF_SHEET, put_between, save
-from benchmarks.reinforcement.run import Cell
+from benchmarks.reinforcement.run import PROMPTS, Cell
 
 HERE = Path(__file__).parent
 START = "<!-- cells: made by benchmarks/reinforcement/show.py -->\n"
@@ -102,7 +103,7 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
 
 def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
     """The teacher's images, the start's, and those of some arms of seed 0 (ON_SHEET), one under the other, for the same
-    prompts and noises; False if there is no sheet."""
+    prompts and noises, below their prompts; False if there is no sheet."""
     shown = [row for row in rows if row["steps"] == steps and row["seed"] == 0]
     order = [row["arm"] for row in shown if row["arm"] in ("teacher", "start")][::-1]
     order += [arm for arm in ON_SHEET if any(row["arm"] == arm for row in shown)]
@@ -110,14 +111,18 @@ def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
     opened = [(arm, Image.open(file).convert("RGB")) for arm, file in sheets if file.is_file()]
     if not opened:
         return False
-    side, gap, label = opened[0][1].width // COLUMNS_OF_SHEET, 3, 150
+    side, gap, label, above = opened[0][1].width // COLUMNS_OF_SHEET, 6, 150, 52
     lines = opened[0][1].height // side
-    block = len(opened) * side + 4 * gap
+    block = above + len(opened) * side + gap
+    prompts = (folder / PROMPTS).read_text().splitlines()
     whole = Image.new("RGB", (label + side * COLUMNS_OF_SHEET, block * lines), "white")
     pen = ImageDraw.Draw(whole)
     for line in range(lines):
+        for column, prompt in enumerate(prompts[line * COLUMNS_OF_SHEET :][:COLUMNS_OF_SHEET]):
+            text = "\n".join(textwrap.wrap(prompt, 12)[:4])
+            pen.text((label + column * side + 2, line * block), text, fill="black", font=ImageFont.load_default(9))
         for place, (arm, sheet) in enumerate(opened):
-            top = line * block + place * side
+            top = line * block + above + place * side
             whole.paste(sheet.crop((0, line * side, sheet.width, (line + 1) * side)), (label, top))
             pen.text((6, top + side // 2 - 8), arm, fill="black", font=ImageFont.load_default(14))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Reinforcement by a reward that sees the prompt, against its controls, on the mini Stable Diffusion.
 
-    python -m zoo.score_text -o build/scorer                          # the reward; it is another network than the judge
+    python -m zoo.score_text -o build/scorer --judges build/reinforcement/judges-7-8-4895.safetensors
     python -m benchmarks.reinforcement.run [--arms ...] [--steps 2 4] [--seeds 0] [--budget N] [-o FOLDER]
 
+The first command trains the reward, another network than the judge, and keeps the judge for the second.
 A cell is (arm, K, seed), one JSON file with its curve over forward-equivalents and judged images; what is there is not
 run again, and a cell that was cut goes on from its checkpoint. Untrained rows: the teacher, the shipped student, each
 also with the best of N images by the scorer, and DDIM at K. `arms.yaml` has the settings. Every arm that trains has

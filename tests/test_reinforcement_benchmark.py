@@ -142,3 +142,5 @@ def test_cells_are_shown_as_a_table_curves_and_a_grid(tmp_path: Path) -> None:
     with Image.open(tmp_path / "docs" / "images" / "reinforcement-2.png") as grid:
         assert grid.height == 2 * (52 + 2 * 4 + 6)  # two lines of the sheet, prompts, teacher and arm in each
         assert 0 in np.asarray(grid.convert("L").crop((150, 0, grid.width, 40)))  # the prompts
+    of_four = show.table([*show.read(cells), {"arm": "draft", "seed": 0, **own, **trained, "steps": 4}], 4)
+    assert [line.split(" | ")[0] for line in of_four.splitlines()[2:]] == ["| teacher", "| draft"]

@@ -25,8 +25,10 @@ from benchmarks.reinforcement.run import PROMPTS, Cell
 HERE = Path(__file__).parent
 START = "<!-- cells: made by benchmarks/reinforcement/show.py -->\n"
 Row = dict[str, Any]
-#: The arms of the sheet, below the teacher and the start: the one with the highest share, and a black box.
-ON_SHEET = ("same-state", "same-state from DDIM", "draft, longer", "draft from DDIM")
+#: The rows of the sheet: the teacher and the starts, the arm with the highest share, and a black box.
+ON_SHEET = (
+    "teacher", "start", "same-state", "draft, longer", "ddim, unguided", "same-state from DDIM", "draft from DDIM"
+)  # fmt: skip
 
 
 def _share(value: float | None) -> str:
@@ -59,12 +61,17 @@ def read(folder: Path) -> list[Row]:
     return [json.loads(path.read_text())["rows"][0] for path in sorted(folder.glob("*.json"))]
 
 
+def at(rows: list[Row], steps: int) -> list[Row]:
+    """The cells of students of ``steps``, and the teacher, whose own number of steps is the same beside all."""
+    own = [row for row in rows if row["steps"] == steps]
+    return own if any(row["arm"] == "teacher" for row in own) else own + [r for r in rows if r["arm"] == "teacher"][:1]
+
+
 def table(rows: list[Row], steps: int) -> str:
     """Markdown: what is not trained first, then the arms, each by the judge's share."""
     arms: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["steps"] == steps:
-            arms.setdefault(row["arm"], []).append(row)
+    for row in at(rows, steps):
+        arms.setdefault(row["arm"], []).append(row)
 
     def place(arm: str) -> tuple[bool, float]:
         return "curve" in arms[arm][0], statistics.mean(row["top1"] for row in arms[arm])
@@ -102,12 +109,10 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
 
 
 def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
-    """The teacher's images, the start's, and those of some arms of seed 0 (ON_SHEET), one under the other, for the same
-    prompts and noises, below their prompts; False if there is no sheet."""
-    shown = [row for row in rows if row["steps"] == steps and row["seed"] == 0]
-    order = [row["arm"] for row in shown if row["arm"] in ("teacher", "start")][::-1]
-    order += [arm for arm in ON_SHEET if any(row["arm"] == arm for row in shown)]
-    sheets = [(arm, folder / f"{Cell(arm, steps, 0).name}.png") for arm in order]
+    """The images of ON_SHEET, of seed 0, one under the other, for the same prompts and noises, below their prompts; False
+    if there is no sheet."""
+    shown = {row["arm"]: row["steps"] for row in at(rows, steps) if row["seed"] == 0}
+    sheets = [(arm, folder / f"{Cell(arm, shown[arm], 0).name}.png") for arm in ON_SHEET if arm in shown]
     opened = [(arm, Image.open(file).convert("RGB")) for arm, file in sheets if file.is_file()]
     if not opened:
         return False

@@ -109,8 +109,8 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
 
 
 def grid(rows: list[Row], folder: Path, steps: int, path: Path) -> bool:
-    """The images of ON_SHEET, of seed 0, one under the other, for the same prompts and noises, below their prompts; False
-    if there is no sheet."""
+    """The images of ON_SHEET, of seed 0, one under the other, for the same prompts and noises, below their prompts;
+    False if there is no sheet."""
     shown = {row["arm"]: row["steps"] for row in at(rows, steps) if row["seed"] == 0}
     sheets = [(arm, folder / f"{Cell(arm, shown[arm], 0).name}.png") for arm in ON_SHEET if arm in shown]
     opened = [(arm, Image.open(file).convert("RGB")) for arm, file in sheets if file.is_file()]

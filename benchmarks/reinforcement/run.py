@@ -295,15 +295,16 @@ def main(arguments: list[str] | None = None) -> None:
                     path = asked.output / f"{cell.name}.json"
                     if path.is_file() or (arm in UNTRAINED and seed):
                         continue
-                    experiment = experiment or Experiment(
-                        asked.scorer,
-                        asked.data_dir,
-                        asked.prompts,
-                        budget=asked.budget,
-                        checks=asked.checks,
-                        seen=asked.seen,
-                    )
-                    atomic_write(asked.output / PROMPTS, ("\n".join(experiment.shown) + "\n").encode())
+                    if experiment is None:
+                        experiment = Experiment(
+                            asked.scorer,
+                            asked.data_dir,
+                            asked.prompts,
+                            budget=asked.budget,
+                            checks=asked.checks,
+                            seen=asked.seen,
+                        )
+                        atomic_write(asked.output / PROMPTS, ("\n".join(experiment.shown) + "\n").encode())
                     began = time.monotonic()
                     if arm in UNTRAINED:
                         row, images = experiment.untrained(cell)

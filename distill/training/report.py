@@ -69,7 +69,6 @@ CHARTS = (
     Chart(CLOSE, "reward", "Reward", "On the pairs of the checks; higher is better."),
     Chart(CLOSE, "error", "Error to the teacher", "Of each image to the teacher's of its noise.", logarithmic=True),
     Chart(CLOSE, "judge", "Held-out judge", "A reward that is not trained for."),
-    Chart(CLOSE, "fd", "FD", "Frechet distance to the teacher's images."),
     Chart(LOST, "spread", "Spread in a condition", "Variety of one prompt or class, over the teacher's.", 1.0),
     Chart(LOST, "recall", "Recall", "Share of the teacher's variety that is reached.", 1.0),
     Chart(LOST, "contrast", "Contrast", "Standard deviation over the teacher's.", 1.0),

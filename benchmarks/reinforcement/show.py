@@ -1,6 +1,7 @@
 """The experiment's cells as a table, curves and a grid: ``python -m benchmarks.reinforcement.show [FOLDER] [-o FILE]``.
 
-They go between two lines of FILE. What an arm with several seeds shows is their mean.
+They go between two lines of FILE. What an arm with several seeds shows is their mean; beside the judge's share is the
+largest less the smallest of them, in brackets and in points.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def table(rows: list[Row], steps: int) -> str:
         for value, shown in COLUMNS.values():
             known = [found for found in map(value, own) if found is not None]
             cells.append(shown(statistics.mean(known)) if known else "")
+        judged = [row["top1"] for row in own]
+        if len(judged) > 1:
+            cells[0] += f" ({100 * (max(judged) - min(judged)):.1f})"
         lines.append(f"| {arm} | {' | '.join(cells)} | {len(own) if 'curve' in own[0] else ''} |")
     return "\n".join(lines) + "\n"
 

@@ -162,7 +162,7 @@ class RedifOptions(Rewarded, WarmStarted):
         20,
         ge=0,
         description="Policy-gradient updates of the step table's times, at most: they get a fifth of a budget of "
-        "forward-equivalents. 0 = the teacher's spacing.",
+        "forward-equivalents or of seconds. 0 = the teacher's spacing.",
     )
     calibration: int = Field(0, ge=0, description="Samples used to fit a scalar output scale; 0 = off.")
 

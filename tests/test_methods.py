@@ -21,7 +21,7 @@ from redif_sdk.distill.context import Context
 from redif_sdk.distill.methods.estimators import TrajectoryGroups, check_drift, score_direction
 from redif_sdk.distill.methods.redif import ReDiF
 from redif_sdk.distill.methods.regression import error, visible_residual
-from redif_sdk.distill.methods.times import times_of
+from redif_sdk.distill.methods.times import images_an_update, times_of
 from redif_sdk.distill.policy import Exploration, StudentPolicy
 from redif_sdk.distill.rewards import Advantage, PixelReward, make_rewards, reward_names
 from redif_sdk.distill.rewards.batch import Batch
@@ -631,6 +631,17 @@ def test_the_meter_counts_every_call(teacher: Teacher, pairs: pool.Pairs) -> Non
     assert run.meter.gradient_samples == 5 * 8 * 3
     assert run.meter.student_calls == 0
     assert run.meter.forward_equivalents == 3 * 120
+
+
+def test_times_get_a_share_of_a_budget_of_seconds(teacher: Teacher, pairs: pool.Pairs) -> None:
+    """However many updates are asked for: the rest is for training."""
+    run = trainer(teacher, pairs, schedule_updates=1_000_000, updates=None, seconds=1.0)
+    run.run()
+    assert run.update > 0
+    assert run.meter.seconds < 3
+    first = trainer(teacher, pairs, schedule_updates=1_000_000, updates=None, seconds=1e-6)
+    first.method.prepare(first.context)
+    assert first.meter.student_calls == images_an_update() * 2  # of two steps: the one that says how many fit
 
 
 @pytest.mark.parametrize("m", [[0.0], [50.0, 50.0, 50.0], [-50.0, -50.0, -50.0], [3.0, -9.0]])

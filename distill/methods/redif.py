@@ -7,6 +7,7 @@ the table's output gain may be learnt too (``calibration``): averages over what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ from redif_sdk.distill.rewards.critic import Critic
 from redif_sdk.distill.rewards.fake_score import FakeScore
 from redif_sdk.sampling.table import StepTable
 
-TIMES_SHARE = 0.2  # of a budget of forward-equivalents, at most, goes into the times
+TIMES_SHARE = 0.2  # of a budget of forward-equivalents or of seconds, at most, goes into the times
 RESIDUALS = 512  # pairs whose residuals shape the exploration
 
 
@@ -65,9 +66,10 @@ class ReDiF(Method):
         if not updates or policy.num_inference_steps == 1:
             return
         judged = policy if teacher.guidance is None else teacher_as_policy(teacher, policy.table)
+        seconds = TIMES_SHARE * (context.config.seconds or math.inf)
 
         def learn() -> StepTable:
-            table = learn_times(judged, context.pairs, context.advantage, updates, context.config.seed)
+            table = learn_times(judged, context.pairs, context.advantage, updates, context.config.seed, seconds)
             if judged is not policy:
                 policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step
             return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -68,9 +69,9 @@ def on_grid(times: Sequence[float], grid: Sequence[float]) -> list[float]:
             f"the teacher's path has {len(grid)} steps, too few for {len(times)} segments; set segments to 0"
         )
     chosen: list[int] = []
-    for k, time in enumerate(times):
+    for k, wanted in enumerate(times):
         free = range(chosen[-1] + 1 if chosen else 0, len(grid) - (len(times) - 1 - k))
-        chosen.append(min(free, key=lambda place: abs(grid[place] - time)))
+        chosen.append(min(free, key=lambda place: abs(grid[place] - wanted)))
     return [grid[place] for place in chosen]
 
 
@@ -85,8 +86,17 @@ def learn_times(
     advantage: Advantage,
     updates: int,
     seed: int,
+    seconds: float = math.inf,
 ) -> StepTable:
     """REINFORCE with antithetic candidates and a group baseline; returns the table at the mean of the policy.
+
+    Args:
+        policy: whose table's times are learnt; its own table stays.
+        pairs: what candidates are judged on.
+        advantage: the rewards.
+        updates: at most.
+        seed: of the candidates.
+        seconds: what it may take; the first update, which is made in any case, says how many fit.
 
     Raises:
         UnsupportedModel: the table has no integer times of a discrete schedule to start from.
@@ -97,8 +107,9 @@ def learn_times(
     start, prediction_type = [round(float(t)) for t in policy.table.timesteps], policy.table.prediction_type
     fractions = torch.tensor([(b + 0.5) / (a + 0.5) for a, b in itertools.pairwise(start)])
     mean, momentum, original = torch.logit(fractions.clamp(0.02, 0.98)), torch.zeros(len(fractions)), policy.table
+    update, began = 0, time.monotonic()
     try:
-        for update in range(updates):
+        while update < updates:
             draw = torch.Generator().manual_seed(seed * 7_919 + 104_729 + update)
             batch = pairs[torch.randint(0, len(pairs), (BATCH,), generator=draw)]
             half = torch.randn(GROUP // 2, len(mean), generator=draw)
@@ -110,11 +121,13 @@ def learn_times(
                     output = policy.sample(batch.noise, batch.condition)
                 rewards[g] = advantage.score(output, batch.target, batch.condition)
             std = rewards.std()
-            if not std > 0:
-                continue
-            gradient = (((rewards - rewards.mean()) / std)[:, None] * xi).mean(0)
-            momentum = 0.7 * momentum + gradient
-            mean = mean + RATE * (1 - 0.7) / (1 - 0.7 ** (update + 1)) * momentum * math.sqrt(1 - update / updates)
+            if std > 0:
+                gradient = (((rewards - rewards.mean()) / std)[:, None] * xi).mean(0)
+                momentum = 0.7 * momentum + gradient
+                mean = mean + RATE * (1 - 0.7) / (1 - 0.7 ** (update + 1)) * momentum * math.sqrt(1 - update / updates)
+            update += 1
+            if update == 1:
+                updates = int(min(updates, max(1.0, seconds / max(time.monotonic() - began, 1e-9))))
     finally:
         policy.table = original
     return table_at(schedule, times_of(start[0], mean), prediction_type)

@@ -67,14 +67,16 @@ class ReDiF(Method):
             return
         judged = policy if teacher.guidance is None else teacher_as_policy(teacher, policy.table)
         seconds = TIMES_SHARE * (context.config.seconds or math.inf)
+        together = judged is policy and is_sharded(policy.network)
 
         def learn() -> StepTable:
-            table = learn_times(judged, context.pairs, context.advantage, updates, context.config.seed, seconds)
+            seed = context.config.seed
+            table = learn_times(judged, context.pairs, context.advantage, updates, seed, seconds, together=together)
             if judged is not policy:
                 policy.meter.teacher_calls += judged.meter.student_calls * teacher.calls_per_step
             return table
 
-        policy.table = context.once(learn, together=judged is policy and is_sharded(policy.network))
+        policy.table = context.once(learn, together=together)
 
     def losses(self, context: Context, batch: Pairs, progress: float, generator: torch.Generator) -> Iterator[Loss]:
         """Of the phase that ``progress`` is in: regression, or the estimator's."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redif_sdk.distill.compute import random as draws
 from redif_sdk.distill.policy import StudentPolicy
 from redif_sdk.distill.pool import Pairs
 from redif_sdk.distill.rewards.advantage import Advantage
@@ -87,6 +88,8 @@ def learn_times(
     updates: int,
     seed: int,
     seconds: float = math.inf,
+    *,
+    together: bool = False,
 ) -> StepTable:
     """REINFORCE with antithetic candidates and a group baseline; returns the table at the mean of the policy.
 
@@ -97,6 +100,7 @@ def learn_times(
         updates: at most.
         seed: of the candidates.
         seconds: what it may take; the first update, which is made in any case, says how many fit.
+        together: every process learns at once, and the first one's clock counts.
 
     Raises:
         UnsupportedModel: the table has no integer times of a discrete schedule to start from.
@@ -127,7 +131,10 @@ def learn_times(
                 mean = mean + RATE * (1 - 0.7) / (1 - 0.7 ** (update + 1)) * momentum * math.sqrt(1 - update / updates)
             update += 1
             if update == 1:
-                updates = int(min(updates, max(1.0, seconds / max(time.monotonic() - began, 1e-9))))
+                took = time.monotonic() - began
+                if together:
+                    (took,) = draws.agreed(took)
+                updates = int(min(updates, max(1.0, seconds / max(took, 1e-9))))
     finally:
         policy.table = original
     return table_at(schedule, times_of(start[0], mean), prediction_type)
